@@ -1,0 +1,95 @@
+"""The process group: torchrun's environment if there is one, else a single process."""
+
+import os
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from common import Refusal
+
+
+class Group(NamedTuple):
+    """This process among all: rank in [0, world), and the device that it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
+def setup(device="auto"):
+    """Returns the Group; joins torchrun's process group (NCCL, or gloo on CPU) if there is one.
+
+    device: auto, cpu or cuda; auto takes CUDA where it is. Raises Refusal if cuda is asked for and
+    absent, or if torchrun's environment is incomplete.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("--device cuda: torch sees no CUDA device here; leave --device out")
+    cuda = device != "cpu" and torch.cuda.is_available()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return Group(0, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    missing = [n for n in names if n not in os.environ]
+    if missing:
+        raise Refusal(f"environment without {', '.join(missing)}: start with torchrun")
+    rank, world, local = (int(os.environ[n]) for n in names[:3])
+    if cuda and local >= torch.cuda.device_count():
+        raise Refusal(
+            f"process {local} of this machine has no GPU: {torch.cuda.device_count()} here"
+        )
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
+    return Group(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
+
+
+def teardown():
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share(batch, group, name):
+    """Returns this process's share of a global batch; raises Refusal if there is a remainder."""
+    if batch < 1 or batch % group.world:
+        raise Refusal(
+            f"a batch of {batch} {name} images does not divide over {group.world} processes"
+        )
+    return batch // group.world
+
+
+def sum_over_processes(tensor):
+    """Returns the sum over all processes of a tensor that requires no gradient (never a loss)."""
+    assert not tensor.requires_grad, "a loss is never reduced over processes before backward"
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def max_over_processes(tensor):
+    """Returns the maximum over all processes, element by element."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def from_first(value):
+    """Returns process 0's value (any small Python object) on every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def copy_buffers(module):
+    """Copies the buffers of process 0 (running statistics of plain BN) to all processes."""
+    if dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def no_sync(module):
+    """Returns a context in which backward does not reduce: for all but a step's last backward."""
+    return module.no_sync() if hasattr(module, "no_sync") else nullcontext()

@@ -1,0 +1,546 @@
+# >>> method: header
+"""Labelled images only: the "SupOnly" rows of U2PL (arXiv:2203.03884v2) and ESL (ICCV 2023).
+
+DeepLabv3+ on the labelled images, nothing else: the floor under every other script, and with
+`--split all` the ceiling. The other scripts are this file plus their method, in marked seams:
+`diff supervised.py mean_teacher.py` is Mean Teacher and nothing more.
+
+  U2PL Eq. (2)     cross_entropy, ohem_cross_entropy, supervised_loss
+  U2PL Sec. 4.1    DeepLabV3Plus, u2pl_recipe
+
+  python supervised.py                                    # generated shapes, about a minute
+  python supervised.py --dataset camvid --split 1/8
+  torchrun --nproc_per_node 8 supervised.py --dataset cityscapes --split 1/16 --labeled-list FILE
+
+Measured: the table in README.md. Paper, released code and this script: docs/supervised.md.
+"""
+# <<< method: header
+
+# ---- 1. Imports ------------------------------------------------------------------------------
+
+import time
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+
+from common import Refusal, distributed, metrics
+from common.data import IGNORE, Images, counts, load
+from common.run import Run, cells, describe, launch, load_checkpoint, report
+from common.weights import load_backbone
+
+# isort: split
+# >>> method: imports
+# <<< method: imports
+
+# ---- 2. Recipe -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Every flag. None: the preset of data set, split, backbone and recipe decides."""
+
+    # run
+    out: str = ""  # run folder; left out: runs/<script>-<dataset>-<split>-s<seed>
+    seed: int = 0  # of weights, sample stream and augmentation
+    resume: bool = False  # go on from last.pt in the run folder (from zero if there is none)
+    eval_only: bool = False  # score --checkpoint on the --eval-on images, and stop
+    checkpoint: str = ""  # a last.pt or best.pt, for --eval-only
+    eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
+    dry_run: bool = False  # print the resolved recipe and the files found, and stop
+    list_presets: bool = False  # print the papers' cells with their mIoU, and stop
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    workers: int | None = None  # loader processes per stream and training process
+    amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
+    compile: bool = False  # torch.compile the networks that train
+    deterministic: bool = False  # deterministic operations only
+    log_every: int | None = None  # steps
+    eval_every: int | None = None  # steps
+    save_every: int | None = None  # steps between checkpoints
+    pictures_every: int | None = None  # steps between panels; 0: none
+    tensorboard: bool = False  # TensorBoard events too, if it is installed
+    # data
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes"] = "shapes"
+    data_root: str = ""  # folder of the data set; left out: data/<dataset>
+    split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
+    split_seed: int | None = None  # None: every r-th image; a number: a random subset
+    labeled_list: str = ""  # file of labelled images, in place of --split
+    unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+    crop_size: int | None = None  # pixels, square
+    scales: tuple[float, ...] | None = None  # random scale: two values a range, more a choice
+    # network
+    backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
+    stem: Literal["classic", "deep"] | None = None  # one 7x7 convolution, or three 3x3
+    weights: str | None = None  # of the backbone: none (random), auto (torchvision's) or a file
+    output_stride: Literal[8, 16] | None = None  # of the backbone's last stage
+    # optimization
+    recipe: Literal["paper", "official"] = "paper"  # as printed, or as the released code computes
+    batch_size: int | None = None  # labelled images per step, over all processes
+    total_iters: int | None = None  # optimizer steps
+    lr: float | None = None  # of the backbone; decays as (1 - step / total)^0.9
+    lr_head: float | None = None  # of the head, as a multiple of --lr
+    weight_decay: float | None = None  # of SGD
+    decay_on: Literal["all", "weights"] | None = None  # weights: not on BN and biases
+    aux_weight: float | None = None  # of the auxiliary head's loss; 0: no such head
+    ohem: bool | None = None  # supervised loss on hard pixels only
+    # evaluation
+    protocol: Literal["whole"] | None = None  # whole: every image in one piece, native size
+    # >>> method: args
+    schedule: Literal["paper", "matched"] = "paper"  # passes over the labels, or MT's steps
+    # <<< method: args
+
+
+def preset(args):
+    """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
+    # >>> method: presets
+    values, passes, semi_iters = u2pl_recipe(args)
+    labels, _ = counts(args.dataset, args.split)
+    if labels and args.schedule == "paper":  # [D1]
+        values["total_iters"] = passes * -(-labels // (args.batch_size or values["batch_size"]))
+    elif labels:
+        values["total_iters"] = semi_iters
+    recipes = {"paper": {}, "official": {}}  # [D2]
+    return values | recipes[args.recipe]
+    # <<< method: presets
+
+
+# ---- 3. Method -------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, label):
+    """U2PL Eq. (2): mean of -log p_label over the pixels with label != 255; 0 if there is none.
+
+    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(logits, label, threshold, min_kept):
+    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
+
+    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
+    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
+    averaged per image, then averaged over images [D4]. A scalar, 0 if nothing is valid.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
+    valid = (label != IGNORE).flatten(1)
+    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
+    rank = min(max(min_kept, 1), p.shape[1])
+    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
+    kept = valid & (p <= limit)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+def supervised_loss(out, label, args):
+    """U2PL L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary's.
+
+    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
+    """
+    losses = []
+    for logits in (out["logits"], out.get("aux")):
+        if logits is not None and args.ohem:  # 100,000 pixels on two crops of 769^2 [D4]
+            pixels = round(50_000 * args.crop_size**2 / 769**2)
+            losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
+        elif logits is not None:
+            losses.append(cross_entropy(logits, label))
+    return losses[0] + (args.aux_weight * losses[1] if len(losses) > 1 else 0.0)
+
+
+# >>> method: functions
+def u2pl_recipe(args):
+    """U2PL Sec. 4.1 and its released configurations, and this project's two small protocols.
+
+    Returns ({flag: value}, passes over the unlabelled images, steps of a semi-supervised run or 0
+    where the split's counts are unknown).
+    """
+    values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all", aux_weight=0.0, ohem=False)
+    small = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16, workers=2)
+    large = dict(backbone="resnet101", stem="deep", weights="auto", output_stride=8, workers=4)
+    large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
+    large |= dict(pictures_every=5000)
+    if args.dataset == "shapes":
+        values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=200)
+        values |= dict(lr=0.02, lr_head=2.0, weight_decay=1e-4, scales=(0.75, 1.5))
+        values |= dict(log_every=20, eval_every=100, save_every=100, pictures_every=100)
+    elif args.dataset == "camvid":  # the protocol camvid-small
+        values |= small | dict(split="1/8", crop_size=128, batch_size=4, total_iters=600)
+        values |= dict(lr=0.01, lr_head=2.0, weight_decay=1e-4)
+        values |= dict(log_every=20, eval_every=100, save_every=100, pictures_every=200)
+    elif args.dataset == "cityscapes":
+        values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D3]
+        values |= dict(aux_weight=0.4, ohem=True)
+    else:  # VOC
+        values |= large | dict(crop_size=513, lr=0.001, lr_head=10.0, weight_decay=1e-4)
+    passes, gpus = (200, 8) if args.dataset == "cityscapes" else (80, 4)
+    # each process drops its last batch: floor(ceil(unlabelled / GPUs) / images per GPU)
+    here = max((args.batch_size or values["batch_size"]) // gpus, 1)
+    return values, passes, passes * (-(-counts(args.dataset, args.split)[1] // gpus) // here)
+
+
+# <<< method: functions
+
+# ---- 4. Model --------------------------------------------------------------------------------
+
+
+def make_backbone(args):
+    """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
+
+    The deep stem is three 3x3 convolutions of 64, 64 and 128 channels. At output stride 16 (8) the
+    blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid 1, 2, 4.
+    """
+    net = torchvision.models.get_model(args.backbone, weights=None)
+    del net.fc, net.avgpool
+    if args.stem == "deep":
+        first, second = (
+            nn.Conv2d(3, 64, 3, 2, 1, bias=False),
+            nn.Conv2d(64, 64, 3, 1, 1, bias=False),
+        )
+        layers = [
+            first,
+            nn.BatchNorm2d(64),
+            nn.ReLU(True),
+            second,
+            nn.BatchNorm2d(64),
+            nn.ReLU(True),
+        ]
+        net.conv1 = nn.Sequential(*layers, nn.Conv2d(64, 128, 3, 1, 1, bias=False))
+        net.bn1, net.inplanes = nn.BatchNorm2d(128), 128
+        net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+        for module in (*net.conv1.modules(), *net.layer1.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    load_backbone(net, args.weights, args.backbone, args.stem)
+    base = 32 // args.output_stride
+    if base == 4:
+        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
+    dilate(net.layer4, [base, 2 * base, 4 * base][: len(net.layer4)])
+    return net
+
+
+def dilate(stage, dilations):
+    """Takes the stride out of a ResNet stage; the 3x3 convolutions of each block get a dilation."""
+    for block, d in zip(stage, dilations, strict=True):
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (d, d)
+
+
+# >>> method: head
+class DeepLabV3Plus(nn.Module):
+    """The head of U2PL's released code: ASPP, low-level branch of 256 channels, two 3x3 blocks.
+
+    forward: stages (list of four (B, c, h, w) features, strides 4 to output_stride), size (H, W) ->
+    dict of logits (B, C, H, W) and, with aux, the auxiliary head's; both float32.
+    """
+
+    def __init__(self, channels, num_classes, output_stride, aux):
+        super().__init__()
+        rates = [r * 8 // output_stride for r in (12, 24, 36)]
+        branches = [conv_bn_relu(channels[3], 256, 1)]
+        branches += [conv_bn_relu(channels[3], 256, 3, dilation=r) for r in rates]
+        self.branches = nn.ModuleList(branches)
+        self.pool = conv_bn_relu(channels[3], 256, 1)
+        self.project = nn.Sequential(conv_bn_relu(5 * 256, 256, 3), nn.Dropout2d(0.1))
+        self.low = conv_bn_relu(channels[0], 256, 1, bias=True)
+        self.classify = two_blocks(512, num_classes)
+        self.aux = None
+        if aux:
+            block = conv_bn_relu(channels[2], 256, 3, bias=True)
+            self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
+
+    def forward(self, stages, size):
+        low, high = self.low(stages[0]), stages[3]
+        pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
+        aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
+        fused = torch.cat([low, upsample(aspp, low.shape[2:])], 1)  # (B, 512, H/4, W/4)
+        out = {"logits": upsample(self.classify(fused).float(), size)}
+        if self.aux is not None:
+            out["aux"] = upsample(self.aux(stages[2]).float(), size)
+        return out
+
+
+def two_blocks(inputs, outputs):
+    """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
+    layers = []
+    for i in (inputs, 256):
+        layers += [conv_bn_relu(i, 256, 3, bias=True), nn.Dropout2d(0.1)]
+    return nn.Sequential(*layers, nn.Conv2d(256, outputs, 1))
+
+
+# <<< method: head
+
+
+def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
+    """Returns convolution (same size), BN, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def upsample(x, size):
+    """Bilinear with align_corners=True, as all released networks do."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
+
+
+class Network(nn.Module):
+    """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict."""
+
+    def __init__(self, args, num_classes, head):
+        super().__init__()
+        self.amp = args.amp == "bf16"
+        self.backbone = make_backbone(args)
+        wide = 1 if args.backbone == "resnet18" else 4
+        channels = [wide * c for c in (64, 128, 256, 512)]
+        self.head = head(channels, num_classes, args.output_stride, args.aux_weight > 0)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        net, stages = self.backbone, []
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            h = net.maxpool(net.relu(net.bn1(net.conv1(h))))
+            for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+                h = stage(h)
+                stages.append(h)
+            return self.head(stages, x.shape[2:])
+
+
+def build(args, num_classes, head, group):
+    """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
+    net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
+    sync = group.world > 1 and group.device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
+
+
+def parallel(net, args, group):
+    """Returns net as training calls it: in DDP with several processes, compiled if asked."""
+    if group.world > 1:
+        ids = [group.device.index] if group.device.type == "cuda" else None
+        net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+    return torch.compile(net) if args.compile else net
+
+
+# ---- 5. Data and augmentation ----------------------------------------------------------------
+
+
+def augment(image, label, rng, crop, scales):
+    """Random scale, flip and crop in one warp; a result that is too small is padded around.
+
+    image: PIL RGB. label: PIL L or None. crop: pixels. scales: two values are a range whose halves
+    below and above 1 are equally likely, more are a choice. Returns (3, crop, crop) uint8,
+    (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel: bilinear without antialiasing,
+    as all released code [D5], nearest for the label. Padding: mean colour, 255 [D6], inside False.
+    """
+    (w, h), low, high = image.size, scales[0], scales[-1]
+    if len(scales) != 2:
+        scale = float(rng.choice(scales))
+    elif low < 1 < high:
+        scale = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    else:
+        scale = rng.uniform(low, high)
+    nw, nh = max(int(w * scale), 1), max(int(h * scale), 1)  # the whole image after scaling
+    flip = rng.random() < 0.5
+    x, y = ((n - crop) // 2 if n < crop else int(rng.integers(n - crop + 1)) for n in (nw, nh))
+    sx, sy = w / nw, h / nh
+    warp = (-sx, 0, w - x * sx, 0, sy, y * sy) if flip else (sx, 0, x * sx, 0, sy, y * sy)
+
+    def apply(picture, kernel, fill):
+        mode = Image.Transform.AFFINE
+        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=fill))
+
+    fill = tuple(round(m) for m in MEAN)
+    pixels = apply(image, Image.Resampling.BILINEAR, fill).transpose(2, 0, 1)
+    columns, rows = np.arange(x, x + crop), np.arange(y, y + crop)
+    inside = np.outer((0 <= rows) & (rows < nh), (0 <= columns) & (columns < nw))
+    label = label and apply(label, Image.Resampling.NEAREST, IGNORE)
+    return np.ascontiguousarray(pixels), label, inside
+
+
+class Samples(Dataset):
+    """Sample number -> dict of image, inside and, if masks are opened, label (int64).
+
+    A function of (seed, stream, number) alone. The images come in rounds, each in a new order.
+    """
+
+    def __init__(self, data, items, with_label, scales, stream, args):
+        self.data, self.items, self.with_label, self.scales = data, items, with_label, scales
+        self.seed, self.crop = [args.seed, zlib.crc32(stream.encode())], args.crop_size
+
+    def __getitem__(self, number):
+        lap, place = divmod(number, len(self.items))
+        order = np.random.default_rng([*self.seed, 0, lap]).permutation(len(self.items))
+        image, label = self.data.read(self.items[order[place]], self.with_label)
+        rng = np.random.default_rng([*self.seed, 1, number])
+        image, label, inside = augment(image, label, rng, self.crop, self.scales)
+        sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
+        return sample if label is None else sample | {"label": torch.from_numpy(label).long()}
+
+
+def streams(data, args):
+    """Returns {name: (items, images per step over all processes, open the masks?, scales)}."""
+    # >>> method: draw
+    return {"labeled": (data.labeled, args.batch_size, True, args.scales)}
+    # <<< method: draw
+
+
+def open_stream(name, data, args, group, start):
+    """Returns an iterator over this process's batches of a stream, from step start to the end."""
+    items, batch, with_label, scales = streams(data, args)[name]
+    here = distributed.share(batch, group, name)
+    if not items:
+        raise Refusal(f"no {name} images in --split {args.split} of {args.dataset}")
+    if here < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{here} {name} image per process: plain BN needs two, enlarge the batch")
+    first = [step * batch + group.rank * here for step in range(start, args.total_iters)]
+    loader = DataLoader(
+        Samples(data, items, with_label, scales, name, args),
+        batch_sampler=[range(n, n + here) for n in first],
+        num_workers=args.workers,
+        pin_memory=group.device.type == "cuda",
+        generator=torch.Generator(),  # its own: the global one stays a function of the step
+    )
+    return iter(loader)
+
+
+# ---- 6. Evaluation ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(net, data, items, args, group):
+    """Returns (scores of net in eval mode over items, panels of the first images).
+
+    One confusion matrix over all images and processes; every image is seen once.
+    """
+    training = net.training
+    net.eval()
+    loader = DataLoader(
+        Images(data, items),
+        sampler=range(group.rank, len(items), group.world),
+        batch_size=None,
+        num_workers=args.workers,
+        generator=torch.Generator(),
+    )
+    shape = (data.num_classes, data.num_classes)
+    confusion, rows = torch.zeros(shape, dtype=torch.int64, device=group.device), []
+    for image, label in loader:
+        pred = net(image[None].to(group.device))["logits"][0].argmax(0)  # protocol "whole"
+        confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
+        if len(rows) < 4:
+            rows.append({"image": image, "label": label, "prediction": pred.cpu()})
+    net.train(training)
+    return metrics.scores(distributed.sum_over_processes(confusion).cpu()), rows
+
+
+# ---- 7. Training -----------------------------------------------------------------------------
+
+
+def make_optimizer(trained, args):
+    """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
+    groups = []
+    for part, scale in (("backbone", 1.0), ("head", args.lr_head)):
+        params = [p for net in trained for p in getattr(net, part).parameters()]
+        for vector in (False, True):  # BN and biases are vectors, all other weights are not
+            decay = 0.0 if vector and args.decay_on == "weights" else args.weight_decay
+            some = [p for p in params if (p.ndim == 1) == vector]
+            groups.append({"params": some, "scale": scale, "weight_decay": decay})
+    return torch.optim.SGD(groups, args.lr, momentum=0.9)
+
+
+def main(args):
+    """Trains, or does what --eval-only, --dry-run or --list-presets ask; args as resolved."""
+    if args.list_presets or args.dry_run:
+        return print(cells(__file__) if args.list_presets else describe(args))
+    group = distributed.setup(args.device)
+    torch.use_deterministic_algorithms(args.deterministic)
+    data = load(args)
+
+    # -- networks --
+    torch.manual_seed(args.seed)
+    # >>> method: networks
+    student = build(args, data.num_classes, DeepLabV3Plus, group)
+    student_parallel = parallel(student, args, group)
+    networks, trained = {"student": student}, [student]
+
+    def scored(step):  # the network that evaluation scores after so many steps
+        return student
+
+    # <<< method: networks
+    if args.eval_only:
+        saved, items = load_checkpoint(args.checkpoint), getattr(data, args.eval_on)
+        for name, net in networks.items():
+            net.load_state_dict(saved["networks"][name])
+        result, _ = evaluate(scored(saved["step"]), data, items, args, group)
+        if group.rank == 0:
+            print(report(data, {f"step {saved['step']}": result}, args.eval_on))
+        return distributed.teardown()
+    optimizer = make_optimizer(trained, args)
+    # >>> method: state
+    state = {}
+    # <<< method: state
+    run = Run(args, __file__, group, data)
+    start = run.restore(networks, optimizer, state)
+    batches = {name: open_stream(name, data, args, group, start) for name in streams(data, args)}
+
+    # -- steps --
+    for step in range(start, args.total_iters):
+        begin = time.time()
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + group.rank)  # dropout
+        batch = {name: next(b) for name, b in batches.items()}
+        waited = time.time() - begin
+        for stream in batch.values():
+            for key, tensor in stream.items():
+                stream[key] = tensor.to(group.device, non_blocking=True)
+        x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
+        decay = (1 - step / args.total_iters) ** 0.9  # poly
+        for params in optimizer.param_groups:
+            params["lr"] = args.lr * params["scale"] * decay
+        optimizer.zero_grad(set_to_none=True)
+        # >>> method: losses
+        out = student_parallel(x_l)
+        loss = supervised_loss(out, y_l, args)
+        loss.backward()
+        parts = {"loss": loss}
+        # <<< method: losses
+        optimizer.step()
+        # >>> method: after-step
+        # <<< method: after-step
+        if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
+            for net in networks.values():
+                distributed.copy_buffers(net)
+        done = step + 1
+        run.step(done, parts, args.lr * decay, begin, waited)
+        if run.due(done, args.pictures_every):
+            # >>> method: panels
+            maps = {"image": x_l, "label": y_l, "prediction": out["logits"].argmax(1)}
+            # <<< method: panels
+            run.panels(f"{done:06d}-train", maps)
+        if run.due(done, args.eval_every):
+            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+        if run.due(done, args.save_every):
+            run.keep_last(done, networks, optimizer, state)
+
+    # -- last and best --
+    on = "test" if data.test else "val"
+    results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
+    best = run.load_best(networks)
+    results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
+    run.finish(results, on)
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    launch(Args, preset, main)

@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
-from common.data import IGNORE, Images, counts, load
-from common.run import Run, cells, describe, launch, load_checkpoint, report
+from common.data import IGNORE, counts, load
+from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
 from common.weights import load_backbone
 
 # isort: split
@@ -127,7 +127,7 @@ def preset(args):
     values["rampup_iters"] = 0
     if args.consistency == "mse":  # T&V App. B: no warm-up; 40,000 of 150,000 steps
         values |= dict(warmup_iters=0, rampup_iters=total * 4 // 15)
-    official = dict(warmup_iters=0) if args.dataset == "cityscapes" else {}  # [D2]
+    official = dict(warmup_iters=0) if args.dataset == "cityscapes" else {}  # [D16]
     recipes = {"paper": {}, "official": official}
     return values | recipes[args.recipe]
     # <<< method: presets
@@ -150,7 +150,7 @@ def ohem_cross_entropy(logits, label, threshold, min_kept):
 
     logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
     min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
-    averaged per image, then averaged over images [D4]. A scalar, 0 if nothing is valid.
+    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
     """
     nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
     valid = (label != IGNORE).flatten(1)
@@ -168,7 +168,7 @@ def supervised_loss(out, label, args):
     """
     losses = []
     for logits in (out["logits"], out.get("aux")):
-        if logits is not None and args.ohem:  # 100,000 pixels on two crops of 769^2 [D4]
+        if logits is not None and args.ohem:  # 100,000 pixels on two crops of 769^2 [D1]
             pixels = round(50_000 * args.crop_size**2 / 769**2)
             losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
         elif logits is not None:
@@ -178,7 +178,7 @@ def supervised_loss(out, label, args):
 
 # >>> method: functions
 def u2pl_recipe(args):
-    """U2PL Sec. 4.1 and its released configurations, and this project's two small protocols.
+    """U2PL Sec. 4.1, its released configurations, and this project's two small protocols [D8].
 
     Returns ({flag: value}, passes over the unlabelled images, steps of a semi-supervised run or 0
     where the split's counts are unknown).
@@ -189,15 +189,15 @@ def u2pl_recipe(args):
     large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
     large |= dict(pictures_every=5000)
     if args.dataset == "shapes":
-        values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=200)
+        values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=120)
         values |= dict(lr=0.02, lr_head=2.0, weight_decay=1e-4, scales=(0.75, 1.5))
-        values |= dict(log_every=20, eval_every=100, save_every=100, pictures_every=100)
+        values |= dict(log_every=20, eval_every=60, save_every=60, pictures_every=60)
     elif args.dataset == "camvid":  # the protocol camvid-small
         values |= small | dict(split="1/8", crop_size=128, batch_size=4, total_iters=600)
         values |= dict(lr=0.01, lr_head=2.0, weight_decay=1e-4)
         values |= dict(log_every=20, eval_every=100, save_every=100, pictures_every=200)
     elif args.dataset == "cityscapes":
-        values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D3]
+        values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D7]
         values |= dict(aux_weight=0.4, ohem=True)
     else:  # VOC
         values |= large | dict(crop_size=513, lr=0.001, lr_head=10.0, weight_decay=1e-4)
@@ -216,7 +216,7 @@ def pseudo_labels(prob_t, inside):
 
 
 def consistency_ce(logits_s, prob_t, inside):
-    """U2PL Eq. (3) without its entropy filter [D7]: cross-entropy with the pseudo labels.
+    """U2PL Eq. (3) without its entropy filter [D10]: cross-entropy with the pseudo labels.
 
     logits_s: (B, C, H, W). prob_t, inside: as pseudo_labels takes them. The mean over the pixels
     inside, a scalar; 0 if there is none.
@@ -228,7 +228,7 @@ def consistency_mse(logits_s, prob_t, inside):
     """T&V Sec. 2: J = E || f(x, theta') - f(x, theta) ||^2, the distance of class probabilities.
 
     logits_s: (B, C, H, W). prob_t: (B, C, H, W) probabilities, detached. inside: (B, H, W) bool.
-    Summed over classes [D8], in [0, 2]; the mean over the pixels inside, a scalar, 0 over none.
+    Summed over classes [D11], in [0, 2]; the mean over the pixels inside, a scalar, 0 over none.
     """
     distance = (F.softmax(logits_s.float(), 1) - prob_t.detach().float()).square().sum(1)
     return (distance * inside).sum() / inside.sum().clamp(min=1)
@@ -241,7 +241,7 @@ def sigmoid_rampup(step, length):
 
 
 def ema_decay(count, decay):
-    """min(1 - 1 / (count + 1), decay): the first update (count 0) copies the student [D9]."""
+    """min(1 - 1 / (count + 1), decay): the first update (count 0) copies the student [D12]."""
     return min(1 - 1 / (count + 1), decay)
 
 
@@ -259,7 +259,7 @@ def update_teacher(teacher, student, decay, buffers):
 
 
 def cutmix_box(rng, size):
-    """A random box of half the area of a square crop, each side longer than half of it [D10].
+    """A random box of half the area of a square crop, each side longer than half of it [D13].
 
     Returns (top, left, height, width) in pixels, inside the crop.
     """
@@ -294,7 +294,7 @@ def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
 
     The deep stem is three 3x3 convolutions of 64, 64 and 128 channels. At output stride 16 (8) the
-    blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid 1, 2, 4.
+    blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid 1, 2, 4 [D6].
     """
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
@@ -442,7 +442,7 @@ def augment(image, label, rng, crop, scales):
     image: PIL RGB. label: PIL L or None. crop: pixels. scales: two values are a range whose halves
     below and above 1 are equally likely, more are a choice. Returns (3, crop, crop) uint8,
     (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel: bilinear without antialiasing,
-    as all released code [D5], nearest for the label. Padding: mean colour, 255 [D6], inside False.
+    as all released code [D3], nearest for the label. Padding: mean colour, 255 [D2], inside False.
     """
     (w, h), low, high = image.size, scales[0], scales[-1]
     if len(scales) != 2:
@@ -472,7 +472,7 @@ def augment(image, label, rng, crop, scales):
 class Samples(Dataset):
     """Sample number -> dict of image, inside and, if masks are opened, label (int64).
 
-    A function of (seed, stream, number) alone. The images come in rounds, each in a new order.
+    A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4].
     """
 
     def __init__(self, data, items, with_label, scales, stream, args):
@@ -521,11 +521,25 @@ def open_stream(name, data, args, group, start):
 # ---- 6. Evaluation ---------------------------------------------------------------------------
 
 
+class Images(Dataset):
+    """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
+
+    def __init__(self, data, items):
+        self.data, self.items = data, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        image, label = self.data.read(self.items[index], True)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
+
+
 @torch.no_grad()
 def evaluate(net, data, items, args, group):
     """Returns (scores of net in eval mode over items, panels of the first images).
 
-    One confusion matrix over all images and processes; every image is seen once.
+    One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
     """
     training = net.training
     net.eval()
@@ -583,12 +597,10 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        saved, items = load_checkpoint(args.checkpoint), getattr(data, args.eval_on)
-        for name, net in networks.items():
-            net.load_state_dict(saved["networks"][name])
-        result, _ = evaluate(scored(saved["step"]), data, items, args, group)
+        step = load_networks(load_checkpoint(args.checkpoint), networks)
+        result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
-            print(report(data, {f"step {saved['step']}": result}, args.eval_on))
+            print(report(data, {f"step {step}": result}, args.eval_on))
         return distributed.teardown()
     optimizer = make_optimizer(trained, args)
     # >>> method: state
@@ -624,7 +636,7 @@ def main(args):
         else:
             if since == 0:
                 teacher.load_state_dict(student.state_dict())
-            with torch.no_grad():  # pseudo labels: teacher in eval mode, clean view [D11]
+            with torch.no_grad():  # pseudo labels: teacher in eval mode, clean view [D14]
                 prob_t = F.softmax(teacher.eval()(x_u)["logits"], 1)
             rng = np.random.default_rng([args.seed, step])  # equal on all processes
             if args.cutmix and rng.random() < args.cutmix_prob:
@@ -634,7 +646,7 @@ def main(args):
             both = torch.cat([x_l, x_u])
             out = student_parallel(both)  # one pass: labelled and unlabelled share BN statistics
             if args.teacher_bn == "own":
-                with torch.no_grad():  # only moves the teacher's BN statistics [D12]
+                with torch.no_grad():  # only moves the teacher's BN statistics [D15]
                     teacher.train()(both)
             labeled = {name: logits[: len(x_l)] for name, logits in out.items()}
             sup = supervised_loss(labeled, y_l, args)
@@ -674,7 +686,7 @@ def main(args):
     # -- last and best --
     on = "test" if data.test else "val"
     results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
-    best = run.load_best(networks)
+    best = load_networks(load_checkpoint(run.folder / "best.pt"), networks)
     results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
     run.finish(results, on)
     distributed.teardown()

@@ -33,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
-from common.data import IGNORE, Images, counts, load
-from common.run import Run, cells, describe, launch, load_checkpoint, report
+from common.data import IGNORE, counts, load
+from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
 from common.weights import load_backbone
 
 # isort: split
@@ -103,11 +103,11 @@ def preset(args):
     # >>> method: presets
     values, passes, semi_iters = u2pl_recipe(args)
     labels, _ = counts(args.dataset, args.split)
-    if labels and args.schedule == "paper":  # [D1]
+    if labels and args.schedule == "paper":  # [D10]
         values["total_iters"] = passes * -(-labels // (args.batch_size or values["batch_size"]))
     elif labels:
         values["total_iters"] = semi_iters
-    recipes = {"paper": {}, "official": {}}  # [D2]
+    recipes = {"paper": {}, "official": {}}  # [D11]
     return values | recipes[args.recipe]
     # <<< method: presets
 
@@ -129,7 +129,7 @@ def ohem_cross_entropy(logits, label, threshold, min_kept):
 
     logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
     min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
-    averaged per image, then averaged over images [D4]. A scalar, 0 if nothing is valid.
+    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
     """
     nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
     valid = (label != IGNORE).flatten(1)
@@ -147,7 +147,7 @@ def supervised_loss(out, label, args):
     """
     losses = []
     for logits in (out["logits"], out.get("aux")):
-        if logits is not None and args.ohem:  # 100,000 pixels on two crops of 769^2 [D4]
+        if logits is not None and args.ohem:  # 100,000 pixels on two crops of 769^2 [D1]
             pixels = round(50_000 * args.crop_size**2 / 769**2)
             losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
         elif logits is not None:
@@ -157,7 +157,7 @@ def supervised_loss(out, label, args):
 
 # >>> method: functions
 def u2pl_recipe(args):
-    """U2PL Sec. 4.1 and its released configurations, and this project's two small protocols.
+    """U2PL Sec. 4.1, its released configurations, and this project's two small protocols [D8].
 
     Returns ({flag: value}, passes over the unlabelled images, steps of a semi-supervised run or 0
     where the split's counts are unknown).
@@ -168,15 +168,15 @@ def u2pl_recipe(args):
     large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
     large |= dict(pictures_every=5000)
     if args.dataset == "shapes":
-        values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=200)
+        values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=120)
         values |= dict(lr=0.02, lr_head=2.0, weight_decay=1e-4, scales=(0.75, 1.5))
-        values |= dict(log_every=20, eval_every=100, save_every=100, pictures_every=100)
+        values |= dict(log_every=20, eval_every=60, save_every=60, pictures_every=60)
     elif args.dataset == "camvid":  # the protocol camvid-small
         values |= small | dict(split="1/8", crop_size=128, batch_size=4, total_iters=600)
         values |= dict(lr=0.01, lr_head=2.0, weight_decay=1e-4)
         values |= dict(log_every=20, eval_every=100, save_every=100, pictures_every=200)
     elif args.dataset == "cityscapes":
-        values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D3]
+        values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D7]
         values |= dict(aux_weight=0.4, ohem=True)
     else:  # VOC
         values |= large | dict(crop_size=513, lr=0.001, lr_head=10.0, weight_decay=1e-4)
@@ -195,7 +195,7 @@ def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
 
     The deep stem is three 3x3 convolutions of 64, 64 and 128 channels. At output stride 16 (8) the
-    blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid 1, 2, 4.
+    blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid 1, 2, 4 [D6].
     """
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
@@ -343,7 +343,7 @@ def augment(image, label, rng, crop, scales):
     image: PIL RGB. label: PIL L or None. crop: pixels. scales: two values are a range whose halves
     below and above 1 are equally likely, more are a choice. Returns (3, crop, crop) uint8,
     (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel: bilinear without antialiasing,
-    as all released code [D5], nearest for the label. Padding: mean colour, 255 [D6], inside False.
+    as all released code [D3], nearest for the label. Padding: mean colour, 255 [D2], inside False.
     """
     (w, h), low, high = image.size, scales[0], scales[-1]
     if len(scales) != 2:
@@ -373,7 +373,7 @@ def augment(image, label, rng, crop, scales):
 class Samples(Dataset):
     """Sample number -> dict of image, inside and, if masks are opened, label (int64).
 
-    A function of (seed, stream, number) alone. The images come in rounds, each in a new order.
+    A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4].
     """
 
     def __init__(self, data, items, with_label, scales, stream, args):
@@ -419,11 +419,25 @@ def open_stream(name, data, args, group, start):
 # ---- 6. Evaluation ---------------------------------------------------------------------------
 
 
+class Images(Dataset):
+    """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
+
+    def __init__(self, data, items):
+        self.data, self.items = data, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        image, label = self.data.read(self.items[index], True)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
+
+
 @torch.no_grad()
 def evaluate(net, data, items, args, group):
     """Returns (scores of net in eval mode over items, panels of the first images).
 
-    One confusion matrix over all images and processes; every image is seen once.
+    One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
     """
     training = net.training
     net.eval()
@@ -480,12 +494,10 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        saved, items = load_checkpoint(args.checkpoint), getattr(data, args.eval_on)
-        for name, net in networks.items():
-            net.load_state_dict(saved["networks"][name])
-        result, _ = evaluate(scored(saved["step"]), data, items, args, group)
+        step = load_networks(load_checkpoint(args.checkpoint), networks)
+        result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
-            print(report(data, {f"step {saved['step']}": result}, args.eval_on))
+            print(report(data, {f"step {step}": result}, args.eval_on))
         return distributed.teardown()
     optimizer = make_optimizer(trained, args)
     # >>> method: state
@@ -536,7 +548,7 @@ def main(args):
     # -- last and best --
     on = "test" if data.test else "val"
     results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
-    best = run.load_best(networks)
+    best = load_networks(load_checkpoint(run.folder / "best.pt"), networks)
     results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
     run.finish(results, on)
     distributed.teardown()

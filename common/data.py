@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from common import Refusal, shapes
 
@@ -88,24 +86,9 @@ def _open(path):
         raise Refusal(f"{path}: not readable as an image ({error})") from None
 
 
-class Images(Dataset):
-    """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
-
-    def __init__(self, data, items):
-        self.data, self.items = data, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        image, label = self.data.read(self.items[index], True)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
-
-
 def set_hash(items):
     """Returns the first 8 hex digits of the sha1 of the sorted keys, one per line: names a set."""
-    text = "\n".join(sorted(item.key for item in items))
-    return hashlib.sha1(text.encode()).hexdigest()[:8]
+    return hashlib.sha1("\n".join(sorted(i.key for i in items)).encode()).hexdigest()[:8]
 
 
 def read_list(path, pattern):
@@ -125,9 +108,8 @@ def read_list(path, pattern):
             continue
         match = re.search(pattern, column) or re.fullmatch(r"[\w.-]+", column)
         if not match or match[0] in keys:
-            raise Refusal(
-                f"{path}:{number}: {'twice' if match else 'no image key'}: {line.strip()}"
-            )
+            what = "twice" if match else "no image key"
+            raise Refusal(f"{path}:{number}: {what}: {line.strip()}")
         keys[match[0]] = number
     if not keys:
         raise Refusal(f"{path}: an empty list")
@@ -146,21 +128,18 @@ def choose(keys, split, seed):
     match = re.fullmatch(r"1/([1-9]\d*)", split)
     if not match or not 2 <= int(match[1]) <= len(keys):
         raise Refusal(f"--split {split}: all, or 1/r with r from 2 to {len(keys)}")
-    if seed is None:
-        labeled = keys[:: int(match[1])]
-    else:
-        order = np.random.default_rng(seed).permutation(len(keys))
-        labeled = sorted(keys[i] for i in order[: math.ceil(len(keys) / int(match[1]))])
-    taken = set(labeled)
-    return labeled, [k for k in keys if k not in taken]
+    r = int(match[1])
+    order = np.random.default_rng(seed).permutation(keys)[: math.ceil(len(keys) / r)]
+    chosen = set(keys[::r] if seed is None else order.tolist())
+    return [k for k in keys if k in chosen], [k for k in keys if k not in chosen]
 
 
 def counts(dataset, split):
     """Returns (labelled, unlabelled) images of a split, from the facts alone; (0, 0) if unknown."""
-    pool, (name, _, r) = FACTS[dataset].get("pool", 0), (split or "").partition("/")
-    if split == "all" or not pool or not (r or name).isdecimal() or not int(r or name):
-        return pool if split == "all" else 0, pool if split == "all" else 0
-    labels = math.ceil(pool / int(r)) if r else int(name)
+    pool, match = FACTS[dataset].get("pool", 0), re.fullmatch(r"(1/)?([1-9]\d*)", split or "")
+    if split == "all" or not pool or not match:
+        return (pool, pool) if split == "all" else (0, 0)
+    labels = math.ceil(pool / int(match[2])) if match[1] else int(match[2])
     return labels, pool - labels
 
 
@@ -171,7 +150,6 @@ def load(args):
     labeled_list and unlabeled_list instead (without the second, all other images are unlabelled).
     """
     name, facts = args.dataset, FACTS[args.dataset]
-    labeled_list, unlabeled_list = args.labeled_list, args.unlabeled_list
     root = Path(args.data_root or facts.get("root", "."))
     if name == "shapes":
         found = {p: {k: Item(k) for k in shapes.keys(p)} for p in ("train", "val", "test")}
@@ -180,9 +158,7 @@ def load(args):
             raise Refusal(f"{root}: no such folder; --data-root names the folder of {name}")
         found = {part: _find(root, facts, part) for part in facts["parts"]}
         if not found["val"]:
-            raise Refusal(
-                f"{root}: no images of {name} here ({' or '.join(facts['parts']['val'])})"
-            )
+            raise Refusal(f"{root}: nothing of {name} here ({', '.join(facts['parts']['val'])})")
 
     def listed(path):
         items = []
@@ -193,17 +169,15 @@ def load(args):
             items.append(item)
         return items
 
-    if labeled_list:
-        labeled = listed(labeled_list)
-        taken = {item.key for item in labeled}
-        rest = [item for key, item in sorted(found["train"].items()) if key not in taken]
-        unlabeled = listed(unlabeled_list) if unlabeled_list else rest
-    elif unlabeled_list:
+    if args.unlabeled_list and not args.labeled_list:
         raise Refusal("--unlabeled-list without --labeled-list: give both")
-    elif not found["train"]:
-        raise Refusal(
-            f"--split {args.split} of {name}: give its lists, --labeled-list and --unlabeled-list"
-        )
+    if not found["train"] and not args.unlabeled_list:
+        raise Refusal(f"--split of {name}: give its lists, --labeled-list and --unlabeled-list")
+    if args.labeled_list:
+        labeled = listed(args.labeled_list)
+        taken = set(labeled)
+        rest = [item for item in found["train"].values() if item not in taken]
+        unlabeled = listed(args.unlabeled_list) if args.unlabeled_list else rest
     else:
         parts = choose(found["train"], args.split, args.split_seed)
         labeled, unlabeled = ([found["train"][k] for k in keys] for keys in parts)
@@ -219,9 +193,8 @@ def _find(root, facts, part):
     keys = set()
     for pattern in facts["parts"][part]:
         if pattern.endswith(".txt"):
-            keys |= (
-                set(read_list(root / pattern, facts["key"])) if (root / pattern).exists() else set()
-            )
+            if (root / pattern).exists():
+                keys |= set(read_list(root / pattern, facts["key"]))
         else:
             names = (path.relative_to(root).as_posix() for path in root.glob(pattern))
             keys |= {re.search(facts["key"], name)[0] for name in names}

@@ -1,7 +1,6 @@
 """The process group: torchrun's environment if there is one, else a single process."""
 
 import os
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -35,9 +34,7 @@ def setup(device="auto"):
         raise Refusal(f"environment without {', '.join(missing)}: start with torchrun")
     rank, world, local = (int(os.environ[n]) for n in names[:3])
     if cuda and local >= torch.cuda.device_count():
-        raise Refusal(
-            f"process {local} of this machine has no GPU: {torch.cuda.device_count()} here"
-        )
+        raise Refusal(f"no GPU for process {local}: this machine has {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
@@ -53,9 +50,7 @@ def teardown():
 def share(batch, group, name):
     """Returns this process's share of a global batch; raises Refusal if there is a remainder."""
     if batch < 1 or batch % group.world:
-        raise Refusal(
-            f"a batch of {batch} {name} images does not divide over {group.world} processes"
-        )
+        raise Refusal(f"{batch} {name} images do not divide over {group.world} processes")
     return batch // group.world
 
 
@@ -88,8 +83,3 @@ def copy_buffers(module):
     if dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
-
-
-def no_sync(module):
-    """Returns a context in which backward does not reduce: for all but a step's last backward."""
-    return module.no_sync() if hasattr(module, "no_sync") else nullcontext()

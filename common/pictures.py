@@ -23,24 +23,18 @@ def colour(array, palette):
 
 def save_panels(path, rows, palette, height=160):
     """Saves rows, each a dict {title: map} as `colour` takes it, as one PNG with titles on top."""
-    pictures = []
+    lines = []
     for row in rows:
-        cells = []
-        for title, array in row.items():
-            image = Image.fromarray(np.ascontiguousarray(colour(array, palette)))
-            width = max(1, round(image.width * height / image.height))
-            cell = Image.new("RGB", (width + 4, height + 16), "white")
-            cell.paste(image.resize((width, height), Image.Resampling.NEAREST), (2, 14))
-            ImageDraw.Draw(cell).text((3, 1), title, fill="black")
-            cells.append(cell)
-        pictures.append(cells)
-    sheet = Image.new(
-        "RGB",
-        (max(sum(c.width for c in cells) for cells in pictures), (height + 16) * len(pictures)),
-        "white",
-    )
-    for i, cells in enumerate(pictures):
-        for j, cell in enumerate(cells):
-            sheet.paste(cell, (sum(c.width for c in cells[:j]), i * (height + 16)))
+        images = [Image.fromarray(np.ascontiguousarray(colour(a, palette))) for a in row.values()]
+        widths = [max(1, round(image.width * height / image.height)) + 4 for image in images]
+        line = Image.new("RGB", (sum(widths), height + 16), "white")
+        for i, (title, image) in enumerate(zip(row, images, strict=True)):
+            picture = image.resize((widths[i] - 4, height), Image.Resampling.NEAREST)
+            line.paste(picture, (sum(widths[:i]), 16))
+            ImageDraw.Draw(line).text((sum(widths[:i]), 2), title, fill="black")
+        lines.append(line)
+    sheet = Image.new("RGB", (max(x.width for x in lines), sum(x.height for x in lines)), "white")
+    for i, line in enumerate(lines):
+        sheet.paste(line, (0, sum(x.height for x in lines[:i])))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

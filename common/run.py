@@ -5,6 +5,7 @@ runs/<name>/  log.jsonl  last.pt  best.pt  panels/*.png
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy
@@ -27,10 +28,8 @@ from common.data import load, set_hash
 from common.distributed import from_first, max_over_processes, sum_over_processes
 
 # flags that do not change a number: free to differ when a run goes on
-FREE = set(
-    "out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root "
-    "log_every save_every pictures_every tensorboard".split()
-)
+FREE = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
+log_every save_every pictures_every tensorboard""".split()
 
 # ---- command line ----
 
@@ -60,15 +59,13 @@ def resolve(args, preset):
             raise Refusal("--eval-only without --checkpoint: name a last.pt or best.pt")
         given = {k: v for k, v in vars(args).items() if v != getattr(type(args)(), k)}
         saved = load_checkpoint(args.checkpoint)["args"]
-        saved = {k: saved[k] for k in set(saved) & set(vars(args)) - FREE}
+        saved = {k: saved[k] for k in set(saved) & set(vars(args)) - set(FREE)}
         args = replace(args, **saved | {"scales": tuple(saved["scales"])} | given)
     values = {k: v for k, v in preset(args).items() if getattr(args, k) is None}
     args = replace(args, **values)
     if args.labeled_list and args.split is None:
         args = replace(args, split="list")
-    unset = [
-        f.name for f in fields(args) if getattr(args, f.name) is None and f.name != "split_seed"
-    ]
+    unset = [k for k, v in vars(args).items() if v is None and k != "split_seed"]
     if unset and not args.list_presets:
         names = ", ".join("--" + name.replace("_", "-") for name in unset)
         raise Refusal(f"no preset of {args.dataset} sets {names}: give a value")
@@ -115,6 +112,13 @@ def load_checkpoint(path):
         raise Refusal(f"{path}: damaged, or no checkpoint of these scripts ({line})") from None
 
 
+def load_networks(saved, networks):
+    """Fills {name: network} from a checkpoint's dict; returns the checkpoint's step."""
+    for name, net in networks.items():
+        net.load_state_dict(saved["networks"][name])
+    return saved["step"]
+
+
 class Run:
     """One run folder. Only process 0 writes; the folder appears with the first line of the log."""
 
@@ -125,23 +129,16 @@ class Run:
         """
         self.args, self.script, self.group, self.data = args, Path(script), group, data
         self.first, self.begin, self.start = group.rank == 0, 0, time.time()
-        self.bar, self.board, self.file, self.parts = None, None, None, []
-        self.meter = torch.zeros(
-            0, device=group.device
-        )  # since the last line: steps, sums of parts
+        self.bar, self.board, self.file = None, None, None
+        self.meter = torch.zeros(0, device=group.device)  # steps and sums since the last line
+        self.clock = [0.0, 0.0, 0.0]  # steps, seconds for data, seconds in all, likewise
         self.bad_step = torch.full((), -1, dtype=torch.int64, device=group.device)
         self.best = {"miou": -1.0, "step": 0}
         self.folder = Path(from_first(self._folder()))
         if self.folder.exists() and not args.resume:
-            raise Refusal(
-                f"{self.folder} exists: --resume goes on there, --out names another folder"
-            )
-        if args.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise Refusal("--tensorboard: not installed; pip install tensorboard") from None
-            self.board = SummaryWriter
+            raise Refusal(f"{self.folder} exists: --resume goes on there, or give another --out")
+        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+            raise Refusal("--tensorboard: not installed; pip install tensorboard")
 
     def _folder(self):
         """--out, or runs/<script>-<dataset>-<split>-s<seed>: free, or with --resume the newest."""
@@ -167,13 +164,11 @@ class Run:
         saved, mine = load_checkpoint(path), plain(self.args)
         if saved["script"] != self.script.name:
             raise Refusal(f"{path}: written by {saved['script']}, not by {self.script.name}")
-        for name in sorted((set(mine) | set(saved["args"])) - FREE):
-            old, new = saved["args"].get(name), mine.get(name)
+        for name in sorted((set(mine) | set(saved["args"])) - set(FREE)):
+            old, new, flag = saved["args"].get(name), mine.get(name), name.replace("_", "-")
             if old != new:
-                flag = "--" + name.replace("_", "-")
-                raise Refusal(f"{path}: of another recipe ({flag} {old} there, {new} here)")
-        for name, net in networks.items():
-            net.load_state_dict(saved["networks"][name])
+                raise Refusal(f"{path}: of another recipe (--{flag} {old} there, {new} here)")
+        load_networks(saved, networks)
         optimizer.load_state_dict(saved["optimizer"])
         for name, value in saved["state"].items():
             state[name] = value.to(state[name].device) if torch.is_tensor(value) else value
@@ -192,11 +187,8 @@ class Run:
                 entry = json.loads(line)
                 if entry["kind"] != "done" and entry.get("step", -1) <= step:
                     kept.append(line)
-        if kept:
-            path.with_suffix(".tmp").write_text("".join(kept))
-            os.replace(path.with_suffix(".tmp"), path)
-        else:
-            path.unlink()
+        path.with_suffix(".tmp").write_text("".join(kept))
+        os.replace(path.with_suffix(".tmp"), path)
 
     def _save(self, name, networks, **content):
         """Writes beside the file, then renames: a kill leaves the old one or the new one."""
@@ -227,13 +219,6 @@ class Run:
             self.best = {"miou": result["miou"], "step": step}
             self._save("best.pt", networks, step=step)
 
-    def load_best(self, networks):
-        """Loads best.pt into the networks; returns its step."""
-        saved = load_checkpoint(self.folder / "best.pt")
-        for name, net in networks.items():
-            net.load_state_dict(saved["networks"][name])
-        return saved["step"]
-
     # ---- log and progress ----
 
     def due(self, step, every):
@@ -259,13 +244,17 @@ class Run:
         a = self.args
         if any(self.due(step, n) for n in (a.log_every, a.eval_every, a.save_every)):
             check_finite(int(max_over_processes(self.bad_step)))
+        self.clock[0], self.clock[1] = self.clock[0] + 1, self.clock[1] + waited
         if not self.due(step, a.log_every):
+            self.clock[2] += time.time() - begin
             return
         count, *sums = sum_over_processes(self.meter.clone()).tolist()
         self.meter.zero_()
         means = {name: s / count for name, s in zip(parts, sums, strict=True)}
-        times = {"data_ms": waited * 1e3, "step_ms": (time.time() - begin) * 1e3}
-        times["elapsed_s"] = time.time() - self.start
+        self.clock[2] += time.time() - begin
+        times = {"data_ms": 1e3 * self.clock[1] / self.clock[0]}
+        times |= {"step_ms": 1e3 * self.clock[2] / self.clock[0]}
+        times["elapsed_s"], self.clock = time.time() - self.start, [0.0, 0.0, 0.0]
         if self.group.device.type == "cuda":
             times["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
         times = {name: round(value, 2) for name, value in times.items()}
@@ -280,10 +269,13 @@ class Run:
         entries = [{"kind": kind, "step": step, **values}]
         if self.file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "log.jsonl").exists():
-                entries.insert(0, self._header())
             self.file = open(self.folder / "log.jsonl", "a")
-            self.board = self.board and self.board(str(self.folder))
+            if not self.file.tell():
+                entries.insert(0, self._header())
+            if self.args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.folder))
         for entry in entries:
             self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
@@ -292,17 +284,13 @@ class Run:
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def _header(self):
-        def git(*words):
-            command = ["git", "-C", str(self.script.resolve().parent), *words]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True)
-            except OSError:
-                return None
-            return done.stdout.strip() if done.returncode == 0 else None
-
-        head = {"kind": "start", "script": self.script.name, "argv": sys.argv[1:]}
+        git = None
+        where = self.script.resolve().parent
+        with contextlib.suppress(OSError):  # no git here
+            command = ["git", "-C", where, "describe", "--always", "--dirty", "--abbrev=40"]
+            git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        head = {"kind": "start", "script": self.script.name, "argv": sys.argv[1:], "git": git}
         head["sha256"] = hashlib.sha256(self.script.read_bytes()).hexdigest()
-        head["commit"], head["changed"] = git("rev-parse", "HEAD"), git("status", "--porcelain")
         head |= {"args": plain(self.args), "lists": lists(self.data)}
         modules = {"numpy": numpy, "pillow": PIL, "torch": torch, "torchvision": torchvision}
         head["versions"] = {k: m.__version__ for k, m in modules.items()}
@@ -338,10 +326,8 @@ class Run:
         self.log("done", self.args.total_iters, on=on, best_step=best, **results)
         self.say(report(self.data, results, on))
         self.say(f"{self.folder}: log.jsonl, last.pt, best.pt (of step {best}), panels/")
-        flags = f"--eval-only --checkpoint {self.folder}/best.pt"
-        self.say(f"score again: python {self.script.name} {flags}")
-        if self.args.dataset == "shapes":
-            self.say("next: --split all is the ceiling; photographs: docs/data.md")
+        name, flags = self.script.name, f"--eval-only --checkpoint {self.folder}/best.pt"
+        self.say(f"next: python {name} {flags}; --split all for the ceiling; README.md for more")
         for thing in (self.bar, self.board, self.file):
             if thing is not None:
                 thing.close()
@@ -355,32 +341,15 @@ def check_finite(bad_step):
         )
 
 
-# ---- what is printed ----
-
-
-def table(rows):
-    """Returns rows (lists of strings) as aligned lines."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def report(data, results, on):
     """Returns a table of IoU per class and mIoU in per cent; results: {column: scores}."""
-
-    def percent(x):
-        return "absent" if x is None else f"{100 * x:.2f}"
-
-    rows = [[f"IoU on {on}", *results]]
-    for i, name in enumerate(data.classes):
-        rows.append([name, *(percent(r["iou"][i]) for r in results.values())])
-    for name, key in (
-        ("mIoU", "miou"),
-        ("accuracy", "accuracy"),
-        ("mIoU of a constant", "constant"),
-    ):
-        rows.append([name, *(percent(r[key]) for r in results.values())])
-    return table(rows)
+    names = [*data.classes, "mIoU", "accuracy", "mIoU of a constant"]
+    lines = [f"{'IoU on ' + on:22}" + "".join(f"{column:>10}" for column in results)]
+    for i, name in enumerate(names):
+        row = ([*r["iou"], r["miou"], r["accuracy"], r["constant"]][i] for r in results.values())
+        cells = ("absent" if v is None else f"{100 * v:.2f}" for v in row)
+        lines.append(f"{name:22}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
 
 
 def lists(data):
@@ -391,21 +360,21 @@ def lists(data):
 
 def describe(args):
     """Returns what --dry-run prints: the resolved recipe, images per process, the files found."""
-    rows = [[k, str(v)] for k, v in plain(args).items() if v not in ("", None)]
+    rows = [(k, v) for k, v in plain(args).items() if v not in ("", None)]
     world = int(os.environ.get("WORLD_SIZE", 1))
-    rows.append(["labelled images per process", f"{args.batch_size / world:g} ({world} processes)"])
+    rows.append(("labelled per process", f"{args.batch_size / world:g} of {world} processes"))
     try:
-        rows += [[f"{n} images", f"{c}, set {h}"] for n, (c, h) in lists(load(args)).items() if c]
+        rows += [(f"{n} images", f"{c}, set {h}") for n, (c, h) in lists(load(args)).items() if c]
     except Refusal as error:
-        rows.append(["files", str(error)])
-    return table(rows)
+        rows.append(("files", error))
+    return "\n".join(f"{name:22} {value}" for name, value in rows)
 
 
 def cells(script):
-    """Returns the papers' results for a script as a table: what --list-presets prints."""
-    rows = [["flags", "paper", "mIoU"]]
+    """Returns the papers' results for a script, flags and mIoU: what --list-presets prints."""
+    lines = []
     for entry in json.loads((Path(__file__).parent / "papers.json").read_text()):
         for split, miou in entry["miou"].items() if entry["script"] == Path(script).stem else ():
-            flags = f"--dataset {entry['dataset']} --split {split} {entry['flags']}".strip()
-            rows.append([flags, entry["source"], f"{miou:.2f}"])
-    return table(rows)
+            flags = f"--dataset {entry['dataset']} --split {split} {entry['flags']}"
+            lines.append(f"{miou:6.2f}  {flags:58} {entry['source']}")
+    return "\n".join(lines)

@@ -58,12 +58,12 @@ def draw(key):
     image = Image.fromarray((np.array(a) * (1 - t) + np.array(b) * t).astype(np.uint8))
     label = Image.new("L", (n, n), 0)
     pen = ImageDraw.Draw(image)
-    for _ in range(rng.integers(3, 8)):  # clutter: blobs in any colour, the pairs' own among them
-        x, y, w, h = *rng.uniform(0, n, 2), *rng.uniform(3, 16, 2)
+    for _ in range(rng.integers(2, 6)):  # clutter: blobs in any colour, the pairs' own among them
+        x, y, w, h = *rng.uniform(0, n, 2), *rng.uniform(2, 9, 2)
         pen.ellipse((x - w, y - h, x + w, y + h), fill=_rgb(*rng.uniform((0, 0.1, 0.2), 1)))
-    for _ in range(rng.integers(2, 5)):  # figures; later ones occlude earlier ones
+    for _ in range(rng.integers(2, 4)):  # figures; later ones occlude earlier ones
         kind = int(rng.integers(1, 7))
-        x, y, r = *rng.uniform(0.12 * n, 0.88 * n, 2), rng.uniform(0.13, 0.27) * n
+        x, y, r = *rng.uniform(0.15 * n, 0.85 * n, 2), rng.uniform(0.18, 0.32) * n
         mask = Image.new("L", (n, n), 0)
         ImageDraw.Draw(mask).polygon(_outline(kind, rng, x, y, r), fill=255)
         if kind == 2:
@@ -72,7 +72,11 @@ def draw(key):
             ImageDraw.Draw(hole).ellipse((x - q, y - q, x + q, y + q), fill=255)
             mask = ImageChops.subtract(mask, hole)
         hue = HUES[(kind - 1) // 2] + rng.normal(0, 0.035)
-        image.paste(_rgb(hue, rng.uniform(0.3, 0.9), rng.uniform(0.35, 1)), mask=mask)
+        paint = np.full((n, n, 3), _rgb(hue, rng.uniform(0.5, 1), rng.uniform(0.45, 1)), float)
+        if kind % 2 == 0:  # faint stripes on the second of a pair
+            t = (u * math.cos(angle) + v * math.sin(angle)) * n
+            paint *= 1 - rng.uniform(0.1, 0.45) * (np.floor(t / 2) % 2)[..., None]
+        image.paste(Image.fromarray(paint.astype(np.uint8)), mask=mask)
         label.paste(kind, mask=mask)
     for _ in range(rng.integers(0, 3)):  # bars across everything, labelled background
         line = tuple(rng.uniform(0, n, 4))
@@ -80,5 +84,5 @@ def draw(key):
         ImageDraw.Draw(image).line(line, fill=_rgb(*rng.uniform((0, 0.1, 0.2), 1)), width=width)
         ImageDraw.Draw(label).line(line, fill=0, width=width)
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.9)))
-    noisy = np.asarray(image, np.float32) * rng.uniform(0.75, 1.1) + rng.normal(0, 14, (n, n, 3))
+    noisy = np.asarray(image, np.float32) * rng.uniform(0.75, 1.1) + rng.normal(0, 8, (n, n, 3))
     return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), label

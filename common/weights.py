@@ -30,19 +30,18 @@ def load_backbone(resnet, weights, backbone, stem):
     else:
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise Refusal(f"--weights {weights}: no such file (or use none, auto)") from None
+            state = dict(state)
         except Exception as error:
-            line = (str(error).splitlines() or [""])[0]
-            raise Refusal(f"--weights {weights}: not a readable state dict ({line})") from None
-        if not isinstance(state, dict):
-            raise Refusal(f"--weights {weights}: holds a {type(state).__name__}, not a state dict")
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise Refusal(
+                f"--weights {weights}: none, auto or a state dict's file ({line})"
+            ) from None
     state = {k: v for k, v in state.items() if not k.startswith("fc.")}
     mine = resnet.state_dict()
-    # files older than this counter do not have it; it is not read anywhere here
-    absent = {k for k in mine if k not in state and not k.endswith("num_batches_tracked")}
-    wrong = {k for k in mine if k in state and getattr(state[k], "shape", None) != mine[k].shape}
+    counter = "num_batches_tracked"  # older files lack it; nothing here reads it
+    absent = {k for k in mine if k not in state and not k.endswith(counter)}
     extra = set(state) - set(mine)
+    wrong = {k for k in state if k in mine and getattr(state[k], "shape", 0) != mine[k].shape}
     for names, what in (
         (absent, "lacks"),
         (extra, "has no place for"),

@@ -1,0 +1,66 @@
+"""Prints the results table from the logs under results/, and keeps README.md equal to it.
+
+    python results/table.py           # print
+    python results/table.py --write   # put it into README.md, between the two marks
+
+A log is evidence as its run wrote it: results/<script>/<name>.jsonl.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+MARKS = ("<!-- table: results/table.py --write -->\n", "<!-- end of table -->\n")
+SHOWN = ("cutmix", "consistency", "teacher_bn", "recipe", "schedule")  # flags worth naming
+
+
+def read(path):
+    """Returns (start, train lines, eval lines, done) of a log."""
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    kinds = {kind: [e for e in entries if e["kind"] == kind] for kind in ("train", "eval", "done")}
+    return entries[0], kinds["train"], kinds["eval"], kinds["done"][-1]
+
+
+def row(path):
+    """Returns the cells of one log's row, sort key first."""
+    start, train, evals, done = read(path)
+    args, script = start["args"], start["script"]
+    defaults = {"cutmix": False, "consistency": "ce", "teacher_bn": "own"}
+    defaults |= {"recipe": "paper", "schedule": "paper"}
+    flags = [f"{k} {args[k]}" for k in SHOWN if k in args and args[k] != defaults[k]]
+    flags = ", ".join(flags).replace("cutmix True", "CutMix") or "-"
+    same = hashlib.sha256((ROOT / script).read_bytes()).hexdigest() == start["sha256"]
+    minutes = train[-1]["time"]["elapsed_s"] / 60
+    link = f"[log]({path.relative_to(ROOT).as_posix()})" + ("" if same else " of an older script")
+    return (
+        (args["split"] == "all", script != "supervised.py", flags),
+        f"| {script} | {flags} | {args['split']} ({start['lists']['labeled'][0]}) "
+        f"| {args['total_iters']} | {100 * done['last']['miou']:.2f} "
+        f"| {100 * done['best']['miou']:.2f} ({done['best_step']}) "
+        f"| {100 * max(e['miou'] for e in evals):.2f} | {100 * done['last']['constant']:.2f} "
+        f"| {minutes:.0f} | {link} |",
+    )
+
+
+def table(pattern="*/camvid*.jsonl"):
+    """Returns the Markdown table of all logs whose path under results/ fits the pattern."""
+    head = "| script | flags | labels | steps | test mIoU, last | test mIoU, best on val (step) "
+    head += "| val, best | constant | minutes | |\n|-|-|-|-|-|-|-|-|-|-|\n"
+    rows = sorted(row(path) for path in (ROOT / "results").glob(pattern))
+    return head + "".join(text + "\n" for _, text in rows)
+
+
+def inserted(text):
+    """Returns README's text with the table between the marks."""
+    before, rest = text.split(MARKS[0])
+    return before + MARKS[0] + "\n" + table() + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    if sys.argv[1:] == ["--write"]:
+        readme.write_text(inserted(readme.read_text()))
+    else:
+        print(table(), end="")

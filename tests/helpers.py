@@ -1,0 +1,230 @@
+"""What the tests of whole runs share: a tiny data set, a tiny network, scripts started and compared.
+
+As a program (python tests/helpers.py SCRIPT JSON) it is SCRIPT with the tiny network, called once
+for each list of flags in JSON; beside each --out it leaves <out>.rank<k>: a digest of the networks
+of process k at every checkpoint.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import nn  # noqa: E402
+
+from common import run  # noqa: E402
+
+# ---- a tiny data set, a tiny network ----
+
+
+def draw_tree(root, train=8, val=2, test=2):
+    """Draws a tree in CamVid's layout: JPEGs of 48x36 pixels, masks of blocks with ids 0 to 11."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val), ("test", test)):
+        for folder in (root / part, root / f"{part}annot"):
+            folder.mkdir(parents=True)
+        for i in range(count):
+            ids = rng.integers(0, 12, (6, 8)).astype(np.uint8).repeat(6, 0).repeat(6, 1)
+            noise = rng.integers(0, 40, (36, 48, 3))
+            pixels = (ids[..., None] * np.array([18, 7, 13]) + noise).astype(np.uint8)
+            Image.fromarray(pixels).save(root / part / f"{part}{i}.jpg")
+            Image.fromarray(ids).save(root / f"{part}annot" / f"{part}{i}.png")
+    return root
+
+
+def tiny_modules(module):
+    """Returns stand-ins for make_backbone and the head of a script: a step takes milliseconds."""
+
+    def block(inputs, outputs, stride):
+        layers = [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)]
+        return nn.Sequential(*layers, nn.ReLU())
+
+    def make_backbone(args):
+        net = nn.Module()
+        net.conv1, net.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+        net.relu, net.maxpool = nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        net.layer1, net.layer2 = block(8, 8, 1), block(8, 8, 2)
+        net.layer3, net.layer4 = block(8, 8, 1), block(8, 8, 1)
+        return net
+
+    class Head(nn.Module):
+        def __init__(self, channels, num_classes, output_stride, aux):
+            super().__init__()
+            self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(8, num_classes, 1))
+
+        def forward(self, stages, size):
+            return {"logits": module.upsample(self.classify(stages[3]).float(), size)}
+
+    return {"make_backbone": make_backbone, "DeepLabV3Plus": Head}
+
+
+def shrink(module, monkeypatch):
+    """Gives a script the tiny network for the length of a test."""
+    for name, value in tiny_modules(module).items():
+        monkeypatch.setattr(module, name, value)
+
+
+# ---- runs ----
+
+
+def flags(tree, out, iters=8, log=2, evaluate=4, save=4, pictures=0, workers=0, batch=2):
+    """Returns the flags of a small run on a drawn tree: two of eight images labelled at 1/4."""
+    numbers = dict(total_iters=iters, log_every=log, eval_every=evaluate, save_every=save)
+    numbers |= dict(pictures_every=pictures, workers=workers, batch_size=batch, crop_size=32)
+    words = ["--dataset", "camvid", "--data-root", tree, "--out", out, "--split", "1/4"]
+    for name, value in numbers.items():
+        words += ["--" + name.replace("_", "-"), value]
+    return [str(word) for word in words] + ["--device", "cpu"]
+
+
+def train(module, argv):
+    """Runs a script's main in this process, as its command line would; a Refusal goes through."""
+    module.main(run.resolve(run.parse(module.Args, argv), module.preset))
+
+
+def start(script, *argvs, processes=1):
+    """Starts the tiny SCRIPT once for each list of flags, as a process of its own."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        command += [str(processes)]
+    command += [__file__, script, json.dumps(argvs)]
+    quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, **quiet)
+
+
+def finish(process, seconds=120):
+    """Waits for a started process; fails with its output if it did not end well."""
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    assert process.returncode == 0, text
+
+
+def kill_at_random(process, path, rng, longest):
+    """SIGKILLs a started process and its children up to `longest` seconds after path appears."""
+    until, delay = time.time() + 120, rng.uniform(0, longest)
+    while not path.exists():
+        if process.poll() is not None or time.time() > until:
+            kill(process)
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.005)
+    time.sleep(delay)
+    kill(process)
+
+
+def kill(process):
+    """SIGKILLs a started process and all that it started, torchrun's workers too; waits."""
+    pids = [process.pid]
+    for pid in pids:  # grows: torchrun's workers are sessions of their own
+        children = Path(f"/proc/{pid}/task/{pid}/children")
+        pids += map(int, children.read_text().split()) if children.exists() else ()
+    if process.poll() is None:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(running(pid) for pid in pids):
+        time.sleep(0.01)
+
+
+def running(pid):
+    """Returns whether a process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ---- comparisons ----
+
+
+def flat(value, name=""):
+    """Returns a checkpoint as {path: leaf}: tensors and plain values."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    leaves = {}
+    for key, part in items:
+        leaves |= flat(part, f"{name}.{key}")
+    return leaves
+
+
+def differences(folder, other):
+    """Returns the names of all that differs between two run folders, but for their place and times.
+
+    Checkpoints are compared bit for bit, the log line by line.
+    """
+    wrong = []
+    for name in ("last.pt", "best.pt"):
+        one, two = (flat(torch.load(f / name, weights_only=True)) for f in (folder, other))
+        for key in sorted((set(one) | set(two)) - {".args.out", ".args.resume"}):
+            a, b = one.get(key), two.get(key)
+            if torch.is_tensor(a) and torch.is_tensor(b):
+                same = a.dtype == b.dtype and a.shape == b.shape
+                same = same and a.numpy().tobytes() == b.numpy().tobytes()
+            else:
+                same = type(a) is type(b) and a == b
+            wrong += [] if same else [f"{name}{key}"]
+    one, two = log(folder), log(other)
+    if len(one) != len(two):
+        wrong.append(f"log.jsonl: {len(one)} and {len(two)} lines")
+    for number, (a, b) in enumerate(zip(one, two, strict=False), 1):
+        for line in (a, b):
+            for name in ("time", "argv", "commit", "changed"):
+                line.pop(name, None)
+            for name in ("out", "resume"):
+                line.get("args", {}).pop(name, None)
+        wrong += [] if a == b else [f"log.jsonl:{number}: {a} and {b}"]
+    return wrong
+
+
+def log(folder):
+    """Returns the lines of a run's log as dicts."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def snapshot(folder):
+    """Returns {file: hash} of everything under a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def digest(networks):
+    """Returns a hash of all parameters and buffers."""
+    state = flat({name: net.state_dict() for name, net in networks.items()})
+    bits = b"".join(state[key].numpy().tobytes() for key in sorted(state))
+    return hashlib.sha256(bits).hexdigest()
+
+
+if __name__ == "__main__":
+    script = importlib.import_module(sys.argv[1])
+    for name, value in tiny_modules(script).items():
+        setattr(script, name, value)
+    keep_last = run.Run.keep_last
+
+    def keep_last_and_digest(self, step, networks, *rest):
+        with open(f"{self.args.out}.rank{self.group.rank}", "a") as file:
+            file.write(f"{step} {digest(networks)}\n")
+        keep_last(self, step, networks, *rest)
+
+    run.Run.keep_last = keep_last_and_digest
+    for argv in json.loads(sys.argv[2]):
+        train(script, argv)

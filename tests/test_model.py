@@ -1,0 +1,379 @@
+"""The network: torchvision's weights and features, strides, dilations, sizes, parameters."""
+
+import urllib.request
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from common import Refusal
+from supervised import Args, DeepLabV3Plus, Network, dilate, make_backbone
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+
+
+def flags(backbone="resnet18", stem="classic", weights="none", stride=16, **others):
+    """Returns the flags that the network reads."""
+    values = dict(backbone=backbone, stem=stem, weights=weights, output_stride=stride)
+    return Args(**{"aux_weight": 0.0, **values, **others})
+
+
+def torchvision_file(folder, backbone, seed=0):
+    """Saves torchvision's own network with random weights and statistics; returns it and the file.
+
+    Calling it twice with one seed gives one network.
+    """
+    torch.manual_seed(seed)
+    net = getattr(torchvision.models, backbone)(weights=None).eval()
+    for module in net.modules():  # as after a training: no statistic is 0 or 1
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.uniform_(-0.5, 0.5)
+    path = folder / f"{backbone}.pth"
+    torch.save(net.state_dict(), path)
+    return net, str(path)
+
+
+def features(net, x):
+    """Returns the four stages' features of a ResNet, torchvision's or ours."""
+    h, stages = net.maxpool(net.relu(net.bn1(net.conv1(x)))), []
+    for name in STAGES:
+        h = getattr(net, name)(h)
+        stages.append(h)
+        # not all dead: equal features say something
+        assert h.is_meta or 0.1 < (h > 0).float().mean() <= 1
+    return stages
+
+
+def meta(make, *args):
+    """Returns make(*args) without memory: shapes and parameter counts only."""
+    with torch.device("meta"):
+        return make(*args)
+
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("backbone", DEPTHS)
+def test_torchvisions_weights_load_with_no_key_left_over(tmp_path, backbone):
+    net, path = torchvision_file(tmp_path, backbone)
+    mine, theirs = make_backbone(flags(backbone, weights=path)).state_dict(), net.state_dict()
+    assert set(theirs) - set(mine) == {"fc.weight", "fc.bias"} and not set(mine) - set(theirs)
+    for name, value in mine.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_a_deep_stem_file_loads_and_its_classifier_is_dropped(tmp_path):
+    torch.manual_seed(0)
+    state = make_backbone(flags(stem="deep")).state_dict()
+    stem = {name: tuple(v.shape) for name, v in state.items() if name.endswith("weight")}
+    kernels = {name: shape for name, shape in stem.items() if name.startswith(("conv1", "bn1"))}
+    assert kernels == {
+        "conv1.0.weight": (64, 3, 3, 3),
+        "conv1.1.weight": (64,),
+        "conv1.3.weight": (64, 64, 3, 3),
+        "conv1.4.weight": (64,),
+        "conv1.6.weight": (128, 64, 3, 3),
+        "bn1.weight": (128,),
+    }  # the names of the released deep-stem files
+    torch.save(state | {"fc.weight": torch.zeros(1000, 512)}, tmp_path / "deep.pth")
+    torch.manual_seed(1)
+    loaded = make_backbone(flags(stem="deep", weights=str(tmp_path / "deep.pth"))).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("key", ["conv1.weight", "layer3.1.bn2.running_var", "layer4.0.bn1.bias"])
+def test_a_file_that_does_not_fit_is_refused(tmp_path, key):
+    net, path = torchvision_file(tmp_path, "resnet18")
+    whole = net.state_dict()
+    missing = {name: value for name, value in whole.items() if name != key}
+    extra = whole | {"layer5.weight": torch.zeros(1)}
+    other = whole | {key: whole[key][..., :-1]}
+    for state, words in ((missing, "lacks"), (extra, "no place"), (other, "another shape")):
+        torch.save(state, path)
+        name = "layer5.weight" if state is extra else key
+        with pytest.raises(Refusal) as refusal:
+            make_backbone(flags(weights=path))
+        message = str(refusal.value)
+        assert path in message and words in message and name in message
+        assert "\n" not in message
+
+
+def test_a_file_of_another_backbone_or_stem_is_refused(tmp_path):
+    _, path = torchvision_file(tmp_path, "resnet18")
+    with pytest.raises(Refusal, match="resnet50"):
+        make_backbone(flags("resnet50", weights=path))
+    with pytest.raises(Refusal, match="conv1"):
+        make_backbone(flags(stem="deep", weights=path))
+
+
+def test_a_file_without_the_batch_counters_is_taken(tmp_path):
+    net, path = torchvision_file(tmp_path, "resnet18")
+    old = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(old, path)
+    loaded = make_backbone(flags(weights=path)).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in old.items() if not k.startswith("fc."))
+
+
+def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="absent.pth.*[Nn]o such file"):
+        make_backbone(flags(weights=str(tmp_path / "absent.pth")))
+    (tmp_path / "text.pth").write_text("<html>not found</html>")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    for name in ("text.pth", "list.pth"):
+        with pytest.raises(Refusal, match="state dict"):
+            make_backbone(flags(weights=str(tmp_path / name)))
+
+
+def test_weights_auto_without_a_network_name_the_url_in_one_line(tmp_path):
+    # every request goes to a port of this machine where nothing listens
+    closed = urllib.request.ProxyHandler({"https": "http://127.0.0.1:9"})
+    folder = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path))  # nothing cached
+    urllib.request.install_opener(urllib.request.build_opener(closed))
+    try:
+        with pytest.raises(Refusal) as refusal:
+            make_backbone(flags(weights="auto"))
+    finally:
+        urllib.request.install_opener(None)
+        torch.hub.set_dir(folder)
+    message = str(refusal.value)
+    assert "https://download.pytorch.org/models/resnet18-" in message and "\n" not in message
+    assert "--weights FILE" in message and "--weights none" in message
+
+
+def test_weights_auto_are_refused_for_the_deep_stem():
+    with pytest.raises(Refusal, match="classic stem"):
+        make_backbone(flags(stem="deep", weights="auto"))
+
+
+def test_random_weights_are_a_function_of_the_seed():
+    for stem in ("classic", "deep"):
+        states = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            states.append(make_backbone(flags(stem=stem)).state_dict())
+        assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())
+        for name in ("conv1.weight", "conv1.0.weight", "layer1.0.conv1.weight"):
+            if name in states[0]:
+                assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_the_deep_stem_starts_as_torchvisions_convolutions_do():
+    torch.manual_seed(0)
+    net = make_backbone(flags("resnet50", stem="deep"))
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):  # Kaiming's normal distribution, fan out
+            expected = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
+            # 1,728 numbers in the smallest kernel: 1 / sqrt(2 n) = 1.7 % per sigma
+            assert module.weight.std().item() == pytest.approx(expected, rel=0.08), name
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.weight.eq(1).all() and module.bias.eq(0).all(), name
+
+
+# ---- features ----
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_the_first_three_stages_at_stride_16_are_torchvisions(tmp_path, backbone):
+    theirs, path = torchvision_file(tmp_path, backbone)
+    mine = make_backbone(flags(backbone, weights=path)).eval()
+    x = torch.randn(2, 3, 65, 97)
+    with torch.no_grad():
+        pairs = list(zip(features(mine, x), features(theirs, x), strict=True))
+    for a, b in pairs[:3]:
+        assert torch.equal(a, b)  # the same modules on the same weights
+    assert pairs[3][0].shape[2:] == pairs[2][0].shape[2:] != pairs[3][1].shape[2:]
+
+
+def test_a_dilated_last_stage_is_torchvisions_where_torchvision_has_one(tmp_path):
+    _, path = torchvision_file(tmp_path, "resnet50")
+    x = torch.randn(1, 3, 65, 97)
+    state = torch.load(path, weights_only=True)
+    for replaced in ([False, False, True], [False, True, True]):
+        theirs = torchvision.models.resnet50(replace_stride_with_dilation=replaced).eval()
+        theirs.load_state_dict(state)
+        mine = torchvision.models.resnet50().eval()
+        mine.load_state_dict(state)
+        if replaced[1]:
+            dilate(mine.layer3, [1, 2, 2, 2, 2, 2])
+        dilate(mine.layer4, [2, 4, 4] if replaced[1] else [1, 2, 2])
+        with torch.no_grad():
+            for a, b in zip(features(mine, x), features(theirs, x), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_layer3_at_stride_8_is_torchvisions(tmp_path):
+    _, path = torchvision_file(tmp_path, "resnet50")
+    theirs = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).eval()
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    mine = make_backbone(flags("resnet50", weights=path, stride=8)).eval()
+    x = torch.randn(1, 3, 65, 65)
+    with torch.no_grad():
+        pairs = list(zip(features(mine, x), features(theirs, x), strict=True))
+    for a, b in pairs[:3]:
+        assert torch.equal(a, b)
+    assert not torch.equal(*pairs[3])  # the multi-grid, which torchvision lacks
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("stem", ["classic", "deep"])
+@pytest.mark.parametrize("backbone", DEPTHS)
+@pytest.mark.parametrize(
+    "stride, size, sides",
+    [
+        (16, 129, (33, 17, 9, 9)),
+        (16, 128, (32, 16, 8, 8)),
+        (8, 129, (33, 17, 17, 17)),
+        (8, 128, (32, 16, 16, 16)),
+        (8, 513, (129, 65, 65, 65)),
+        (8, 769, (193, 97, 97, 97)),
+    ],
+)
+def test_the_stages_have_the_sizes_of_their_strides(stem, backbone, stride, size, sides):
+    net = meta(make_backbone, flags(backbone, stem, stride=stride))
+    wide = 1 if backbone == "resnet18" else 4
+    stages = features(net, torch.empty(2, 3, size, size, device="meta"))
+    expected = [(2, wide * 64 * 2**i, side, side) for i, side in enumerate(sides)]
+    assert [tuple(s.shape) for s in stages] == expected
+
+
+LAYER3 = {16: lambda n: [1] * n, 8: lambda n: [1] + [2] * (n - 1)}
+LAYER4 = {16: [2, 4, 8], 8: [4, 8, 16]}
+
+
+@pytest.mark.parametrize("stride", [16, 8])
+@pytest.mark.parametrize("stem", ["classic", "deep"])
+@pytest.mark.parametrize("backbone", DEPTHS)
+def test_strides_dilations_and_paddings_of_every_convolution(backbone, stem, stride):
+    net = meta(make_backbone, flags(backbone, stem, stride=stride))
+    grids = [[1] * n for n in DEPTHS[backbone][:2]]
+    grids += [LAYER3[stride](DEPTHS[backbone][2]), LAYER4[stride][: DEPTHS[backbone][3]]]
+    strided = {"layer2", "layer3"} if stride == 16 else {"layer2"}
+    # torchvision's convolution with the stride: the first 3x3 of a stage
+    first = "conv1" if backbone == "resnet18" else "conv2"
+    for stage, dilations in zip(STAGES, grids, strict=True):
+        blocks = getattr(net, stage)
+        assert len(blocks) == len(dilations)
+        for i, (block, d) in enumerate(zip(blocks, dilations, strict=True)):
+            for name, conv in block.named_modules():
+                if not isinstance(conv, nn.Conv2d):
+                    continue
+                where = f"{stage}.{i}.{name}"
+                here = i == 0 and stage in strided and name in (first, "downsample.0")
+                assert conv.stride == ((2, 2) if here else (1, 1)), where
+                wide = conv.kernel_size == (3, 3)
+                assert conv.kernel_size in ((3, 3), (1, 1)), where
+                assert conv.dilation == ((d, d) if wide else (1, 1)), where
+                assert conv.padding == ((d, d) if wide else (0, 0)), where
+    stem_convs = [m for m in net.conv1.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.stride[0] for m in stem_convs] == ([2, 1, 1] if stem == "deep" else [2])
+    assert [m.kernel_size[0] for m in stem_convs] == ([3, 3, 3] if stem == "deep" else [7])
+
+
+@pytest.mark.parametrize("stride, rates", [(8, [1, 12, 24, 36]), (16, [1, 6, 12, 18])])
+def test_the_rates_of_aspp_follow_the_stride(stride, rates):
+    head = meta(DeepLabV3Plus, [256, 512, 1024, 2048], 21, stride, False)
+    convs = [branch[0] for branch in head.branches]
+    assert [c.dilation[0] for c in convs] == rates
+    assert [c.kernel_size[0] for c in convs] == [1, 3, 3, 3]
+    assert [c.padding[0] for c in convs] == [0, *rates[1:]]
+
+
+# ---- the whole network ----
+
+
+def network(seed=0, classes=5, **others):
+    torch.manual_seed(seed)
+    net = Network(flags(**others), classes, DeepLabV3Plus)
+    return net.to(memory_format=torch.channels_last)
+
+
+def photographs(images, height, width, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (images, 3, height, width), dtype=torch.uint8, generator=rng)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("stride", [16, 8])
+def test_logits_have_the_size_of_the_input_in_float32(amp, stride):
+    net = network(amp=amp, stride=stride, aux_weight=0.4).eval()
+    seen = []
+    net.backbone.layer2.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    for height, width in ((33, 49), (64, 50)):
+        out = net(photographs(2, height, width))
+        assert list(out) == ["logits", "aux"]
+        for logits in out.values():
+            assert logits.shape == (2, 5, height, width) and logits.dtype == torch.float32
+            assert logits.isfinite().all() and logits.requires_grad
+    assert set(seen) == {torch.bfloat16 if amp == "bf16" else torch.float32}
+
+
+def test_bfloat16_gives_nearly_the_same_logits():
+    x = photographs(2, 65, 65)
+    with torch.no_grad():
+        full, half = (network(amp=amp).eval()(x)["logits"] for amp in ("none", "bf16"))
+    difference = (full - half).abs().mean() / full.std()
+    # 8 bits, about 20 layers: sqrt(20) roundings of 2^-9 relative are 1 %; five of them
+    assert 0 < difference < 0.05
+
+
+def test_there_is_no_auxiliary_head_without_a_weight_for_it():
+    net = network().eval()
+    assert list(net(photographs(1, 33, 33))) == ["logits"]
+    assert not any("aux" in name for name, _ in net.named_parameters())
+
+
+@pytest.mark.smoke
+def test_an_image_alone_and_in_a_batch_gets_the_same_logits():
+    net, x = network(aux_weight=0.4).eval(), photographs(3, 64, 49)
+    with torch.no_grad():
+        together = net(x)
+        for i in range(3):
+            for name, logits in net(x[i : i + 1]).items():
+                # float32 sums in another order for another batch: 1e-6 of the logits' scale
+                scale = together[name].abs().max().item()
+                assert torch.allclose(logits[0], together[name][i], rtol=0, atol=2e-5 * scale)
+
+
+def test_the_input_is_normalized_with_imagenets_mean_and_deviation():
+    net, x, seen = network().eval(), photographs(1, 33, 33), []
+    net.backbone.conv1.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0]))
+    net(x)
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    for channel in range(3):
+        for y, x_ in ((0, 0), (5, 32), (32, 7)):
+            expected = (x[0, channel, y, x_].item() - mean[channel]) / std[channel]
+            # float32, numbers up to 3
+            assert seen[0][0, channel, y, x_].item() == pytest.approx(expected, abs=1e-6)
+    assert not any(name.endswith(("mean", "std")) for name in net.state_dict() if "." not in name)
+
+
+def test_every_parameter_gets_a_gradient():
+    net = network(aux_weight=0.4).train()
+    out = net(photographs(2, 33, 33))
+    sum((logits**2).mean() for logits in out.values()).backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad.any() or name.endswith("0.bias"), name  # a bias before BN: next to nothing
+
+
+@pytest.mark.parametrize(
+    "classes, aux_weight, total",
+    [(21, 0.0, 62_623_189), (19, 0.0, 62_623_189 - 2 * 257), (19, 0.4, 64_987_622)],
+)
+def test_the_parameters_are_as_many_as_in_the_released_networks(classes, aux_weight, total):
+    args = flags("resnet101", "deep", stride=8, aux_weight=aux_weight)
+    net = meta(Network, args, classes, DeepLabV3Plus)
+    assert sum(p.numel() for p in net.backbone.parameters()) == 42_623_936
+    assert sum(p.numel() for p in net.parameters()) == total
+    assert all(p.requires_grad for p in net.parameters())
+    if aux_weight:
+        assert sum(p.numel() for p in net.head.aux.parameters()) == 2_364_947

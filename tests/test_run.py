@@ -1,0 +1,479 @@
+"""Whole runs: exact resume after a kill, the run folder, evaluation, progress, panels.
+
+All but one use the tiny network of tests/helpers.py: what is tested is common/run.py and the
+training loop, not DeepLabv3+.
+"""
+
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import mean_teacher
+import supervised
+from common import Refusal, data, metrics, run
+from tests.helpers import (
+    differences,
+    draw_tree,
+    finish,
+    flags,
+    flat,
+    kill_at_random,
+    log,
+    shrink,
+    snapshot,
+    start,
+    train,
+)
+
+TEACHER = ["--cutmix", "--warmup-iters", "3"]
+METHODS = [(supervised, []), (mean_teacher, TEACHER)]
+
+
+def stop_at(module, monkeypatch, call):
+    """Lets the call-th cross-entropy of a script raise KeyboardInterrupt."""
+    whole, calls = module.cross_entropy, []
+
+    def cross_entropy(logits, label):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return whole(logits, label)
+
+    monkeypatch.setattr(module, "cross_entropy", cross_entropy)
+
+
+# ---- exact resume ----
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("module, extra", METHODS)
+def test_a_run_stopped_in_any_step_and_resumed_equals_the_whole_one(
+    module, extra, tmp_path, monkeypatch
+):
+    shrink(module, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    numbers = dict(iters=7, log=2, evaluate=2, save=3)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(module, flags(tree, whole, **numbers) + extra)
+    for call in range(1, 8):
+        argv = flags(tree, stopped, **numbers) + extra
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(module, patch, call)
+            train(module, argv)
+        train(module, argv + ["--resume"])
+        assert differences(whole, stopped) == [], f"stopped in cross-entropy {call}"
+        shutil.rmtree(stopped)
+
+
+@pytest.mark.parametrize("module, extra", METHODS)
+def test_a_run_killed_at_a_random_time_and_resumed_equals_the_whole_one(
+    module, extra, tmp_path, monkeypatch
+):
+    seed = random.randrange(10_000)
+    print(f"the kill's seed: {seed}")
+    shrink(module, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    numbers = dict(iters=150, log=2, evaluate=50, save=3)
+    extra = ["--cutmix", "--warmup-iters", "70"] if extra else []
+    argv = flags(tree, tmp_path / "killed", **numbers) + extra
+    process = start(module.__name__, argv)
+    kill_at_random(process, tmp_path / "killed/last.pt", random.Random(seed), 1.0)
+    kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
+    assert "done" not in kinds, f"killed too late, seed {seed}"
+    train(module, argv + ["--resume"])
+    train(module, flags(tree, tmp_path / "whole", **numbers) + extra)
+    assert differences(tmp_path / "whole", tmp_path / "killed") == [], seed
+
+
+def whole_lines(folder):
+    return (folder / "log.jsonl").read_text().rpartition("\n")[0].splitlines()
+
+
+def test_two_processes_killed_and_resumed_equal_the_whole_run_and_each_other(tmp_path):
+    seed = random.randrange(10_000)
+    print(f"the kill's seed: {seed}")
+    tree = draw_tree(tmp_path / "data")
+    # a checkpoint nearly always falls between two log lines, with sums that each process has
+    numbers = dict(iters=120, log=40, evaluate=3, save=3, batch=4)
+    extra = ["--cutmix", "--warmup-iters", "40"]
+    killed = flags(tree, tmp_path / "killed", **numbers) + extra
+    process = start("mean_teacher", killed, processes=2)
+    kill_at_random(process, tmp_path / "killed/last.pt", random.Random(seed), 1.5)
+    kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
+    assert "done" not in kinds, f"killed too late, seed {seed}"
+    whole = flags(tree, tmp_path / "whole", **numbers) + extra
+    finish(start("mean_teacher", whole, killed + ["--resume"], processes=2))
+    ranks = [(tmp_path / f"whole.rank{k}").read_text() for k in (0, 1)]
+    assert len(ranks[0].splitlines()) == 40
+    assert ranks[0] == ranks[1], "student or teacher differ between the processes"
+    assert differences(tmp_path / "whole", tmp_path / "killed") == [], seed
+
+
+# ---- the run folder ----
+
+
+@pytest.mark.smoke
+def test_resume_without_a_checkpoint_starts_from_zero(tmp_path, monkeypatch, capsys):
+    shrink(supervised, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    train(supervised, flags(tree, tmp_path / "whole"))
+    train(supervised, flags(tree, tmp_path / "new") + ["--resume"])
+    (tmp_path / "cut").mkdir()
+    first, second = log(tmp_path / "whole")[:2]
+    lines = json.dumps(first) + "\n" + json.dumps(second) + "\n"
+    (tmp_path / "cut/log.jsonl").write_text(lines)  # killed before its first checkpoint
+    train(supervised, flags(tree, tmp_path / "cut") + ["--resume"])
+    assert "starting from zero" in capsys.readouterr().out
+    assert differences(tmp_path / "whole", tmp_path / "new") == []
+    assert differences(tmp_path / "whole", tmp_path / "cut") == []
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, monkeypatch):
+    shrink(mean_teacher, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    train(mean_teacher, flags(tree, tmp_path / "run"))
+    shutil.copytree(tmp_path / "run", tmp_path / "before")
+    train(mean_teacher, flags(tree, tmp_path / "run") + ["--resume"])
+    assert differences(tmp_path / "before", tmp_path / "run") == []
+
+
+def test_an_existing_folder_is_never_overwritten(tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    train(supervised, flags(tree, tmp_path / "run"))
+    before = snapshot(tmp_path)
+    with pytest.raises(Refusal, match="exists: --resume goes on there"):
+        train(supervised, flags(tree, tmp_path / "run") + ["--seed", "1"])
+    assert snapshot(tmp_path) == before
+
+
+def test_without_out_a_run_takes_a_free_name_and_resume_the_newest(tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    argv = flags(draw_tree(tmp_path / "data"), "", iters=4)
+    name = Path("runs/supervised-camvid-1_4-s0")
+    train(supervised, argv + ["--resume"])  # nothing to go on with: the first name
+    assert log(name)[-1]["kind"] == "done"
+    first = snapshot(name)
+    train(supervised, argv)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(supervised, patch, 3)
+        train(supervised, argv)
+    assert sorted(p.name for p in Path("runs").iterdir()) == [
+        name.name + s for s in ("", "-2", "-3")
+    ]
+    third = Path(f"{name}-3")
+    assert log(third)[-1]["kind"] == "train"
+    train(supervised, argv + ["--resume"])
+    assert differences(name, third) == [] and snapshot(name) == first
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+@pytest.mark.parametrize("end", ["half a line", "all but the newline", "steps after it"])
+def test_the_log_is_cut_back_to_the_step_of_the_checkpoint(end, tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    numbers = dict(iters=8, log=2, evaluate=8, save=4)
+    train(supervised, flags(tree, tmp_path / "whole", **numbers))
+    argv = flags(tree, tmp_path / "run", **numbers)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(supervised, patch, 7)
+        train(supervised, argv)
+    path = tmp_path / "run/log.jsonl"
+    text = path.read_text()
+    assert [line.get("step") for line in log(tmp_path / "run")] == [None, 2, 4, 6]
+    if end == "half a line":
+        path.write_text(text + '{"kind": "train", "step": 8, "lo')
+    elif end == "all but the newline":  # of the last line that stays
+        path.write_text("".join(text.splitlines(keepends=True)[:3]).rstrip("\n"))
+    train(supervised, argv + ["--resume"])
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+@pytest.mark.smoke
+def test_the_first_line_of_the_log_says_what_ran_on_what(tmp_path, monkeypatch):
+    shrink(mean_teacher, monkeypatch)
+    tree = draw_tree(tmp_path / "data", train=8, val=3, test=2)
+    argv = flags(tree, tmp_path / "run", iters=2) + ["--cutmix", "--lr", "0.003"]
+    monkeypatch.setattr(sys, "argv", ["mean_teacher.py", *argv])
+    train(mean_teacher, argv)
+    first, *others = log(tmp_path / "run")
+    assert first["kind"] == "start" and all(line["kind"] != "start" for line in others)
+    assert first["script"] == "mean_teacher.py" and first["argv"] == argv
+    source = Path(mean_teacher.__file__).read_bytes()
+    assert first["sha256"] == hashlib.sha256(source).hexdigest()
+    args = first["args"]
+    assert (args["cutmix"], args["lr"], args["batch_size_unlabeled"]) == (True, 0.003, 2)
+    assert None not in [value for name, value in args.items() if name != "split_seed"]
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["versions"]["python"] == sys.version.split()[0]
+    assert {"numpy", "pillow", "torchvision"} <= set(first["versions"])
+    assert first["device"].startswith("CPU") and first["world"] == 1
+    hashes = {"labeled": ["train0", "train4"], "val": ["val0", "val1", "val2"]}
+    hashes |= {"unlabeled": [f"train{i}" for i in (1, 2, 3, 5, 6, 7)], "test": ["test0", "test1"]}
+    for name, keys in hashes.items():
+        digest = hashlib.sha1("\n".join(keys).encode()).hexdigest()[:8]
+        assert first["lists"][name] == [len(keys), digest], name
+
+
+def test_a_checkpoint_holds_tensors_and_plain_values_only(tmp_path, monkeypatch):
+    shrink(mean_teacher, monkeypatch)
+    train(mean_teacher, flags(draw_tree(tmp_path / "data"), tmp_path / "run"))
+    for name in ("last.pt", "best.pt"):
+        leaves = flat(torch.load(tmp_path / "run" / name, weights_only=True))
+        assert {type(v) for v in leaves.values()} <= {
+            torch.Tensor,
+            int,
+            float,
+            str,
+            bool,
+            type(None),
+        }
+        names = {key.split(".")[2] for key in leaves if key.startswith(".networks.")}
+        assert names == {"student", "teacher"}
+        assert leaves[".script"] == "mean_teacher.py"
+    assert any("momentum_buffer" in key for key in flat(torch.load(tmp_path / "run/last.pt")))
+
+
+def test_a_save_that_breaks_off_leaves_the_old_checkpoint_and_does_no_harm(tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    numbers = dict(iters=6, log=1, evaluate=6, save=2)
+    train(supervised, flags(tree, tmp_path / "whole", **numbers))
+    argv, save, saves = flags(tree, tmp_path / "run", **numbers), torch.save, []
+
+    def half_a_save(content, file):
+        saves.append(1)
+        save(content, file)
+        if len(saves) == 2:  # the second last.pt
+            file.truncate(file.tell() // 2)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", half_a_save)
+        train(supervised, argv)
+    assert list((tmp_path / "run").glob("*.tmp")), "the broken file should lie there"
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 2
+    for name in ("last.tmp", "best.tmp", "log.tmp"):  # and any other that a kill may leave
+        (tmp_path / "run" / name).write_bytes(b"half")
+    train(supervised, argv + ["--resume"])
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
+
+
+def test_a_checkpoint_may_be_due_before_the_first_line_of_the_log(tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    train(supervised, flags(tree, tmp_path / "run", iters=4, log=4, evaluate=4, save=1))
+    assert torch.load(tmp_path / "run/last.pt", weights_only=True)["step"] == 4
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("bad", [3, 4])
+def test_a_loss_that_is_not_finite_is_refused_with_its_step_and_never_saved(
+    bad, tmp_path, monkeypatch
+):
+    shrink(supervised, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    whole, calls = supervised.cross_entropy, []
+
+    def cross_entropy(logits, label):
+        calls.append(1)
+        return whole(logits, label) * (float("nan") if len(calls) == bad else 1.0)
+
+    monkeypatch.setattr(supervised, "cross_entropy", cross_entropy)
+    with pytest.raises(Refusal, match=f"not finite at step {bad}\\b"):
+        train(supervised, flags(tree, tmp_path / "run", iters=8, log=2, evaluate=2, save=2))
+    assert len(calls) == 4  # found when the next line is due
+    for name in ("last.pt", "best.pt"):
+        saved = flat(torch.load(tmp_path / "run" / name, weights_only=True))
+        assert saved[".step"] == 2
+        assert all(v.isfinite().all() for v in saved.values() if torch.is_tensor(v))
+    assert all(line.get("step", 0) <= 2 for line in log(tmp_path / "run"))
+
+
+# ---- evaluation ----
+
+
+@pytest.mark.parametrize("module, extra", METHODS)
+def test_eval_only_prints_the_scores_of_the_done_line(module, extra, tmp_path, monkeypatch, capsys):
+    shrink(module, monkeypatch)
+    tree, out = draw_tree(tmp_path / "data", val=5, test=3), tmp_path / "run"
+    train(module, flags(tree, out, evaluate=1) + extra)
+    done, evals = log(out)[-1], [line for line in log(out) if line["kind"] == "eval"]
+    best = max(evals, key=lambda line: line["miou"])
+    assert done["kind"] == "done" and done["on"] == "test" and done["best_step"] == best["step"]
+    before = snapshot(tmp_path)
+    for name in ("last", "best"):
+        for on, score in (("test", done[name]), ("val", evals[-1] if name == "last" else best)):
+            capsys.readouterr()
+            argv = ["--eval-only", "--checkpoint", str(out / f"{name}.pt"), "--eval-on", on]
+            train(module, argv + ["--data-root", str(tree), "--workers", "0"])
+            printed = capsys.readouterr().out
+            assert re.search(r"^mIoU +([\d.]+)$", printed, re.M)[1] == f"{100 * score['miou']:.2f}"
+            step = 8 if name == "last" else done["best_step"]
+            assert re.search(rf"IoU on {on} +step {step}$", printed, re.M)
+    assert snapshot(tmp_path) == before
+
+
+def test_the_score_is_that_of_one_confusion_matrix_over_all_images(tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    tree, out = draw_tree(tmp_path / "data", val=3), tmp_path / "run"
+    train(supervised, flags(tree, out, iters=2))
+    args = run.resolve(run.parse(supervised.Args, flags(tree, out, iters=2)), supervised.preset)
+    images = data.load(args)
+    net = supervised.Network(args, images.num_classes, supervised.DeepLabV3Plus).eval()
+    net.load_state_dict(torch.load(out / "last.pt", weights_only=True)["networks"]["student"])
+    confusion = torch.zeros(11, 11, dtype=torch.int64)
+    for i in range(3):
+        image = torch.from_numpy(__import__("numpy").array(Image.open(tree / f"val/val{i}.jpg")))
+        with torch.no_grad():
+            pred = net(image.permute(2, 0, 1)[None])["logits"].argmax(1)[0].flatten().tolist()
+        label = list(Image.open(tree / f"valannot/val{i}.png").tobytes())
+        for p, y in zip(pred, label, strict=True):
+            if y < 11:  # 11 is CamVid's void
+                confusion[y, p] += 1
+    union = confusion.sum(0) + confusion.sum(1) - confusion.diag()
+    miou = (confusion.diag()[union > 0] / union[union > 0]).double().mean().item()
+    scored = next(line for line in log(out) if line["kind"] == "eval")
+    assert scored["miou"] == pytest.approx(miou, abs=1e-6)
+
+
+# ---- what a run prints and draws ----
+
+
+def test_bf16_on_the_cpu_trains_the_real_network_to_a_finite_loss(tmp_path):
+    argv = flags(draw_tree(tmp_path / "data"), tmp_path / "run", iters=2, evaluate=2, save=2)
+    train(supervised, argv + ["--amp", "bf16"])
+    line = next(line for line in log(tmp_path / "run") if line["kind"] == "train")
+    assert 0 < line["loss"] < 100
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["networks"]["student"]
+    assert saved["backbone.conv1.weight"].dtype == torch.float32
+    shutil.rmtree(tmp_path / "run")  # 240 MB
+
+
+@pytest.mark.smoke
+def test_without_a_terminal_progress_is_plain_lines_with_an_eta(tmp_path, monkeypatch, capsys):
+    shrink(supervised, monkeypatch)
+    train(supervised, flags(draw_tree(tmp_path / "data"), tmp_path / "run"))
+    text = capsys.readouterr()
+    assert text.err == ""
+    lines = [line for line in text.out.splitlines() if line.startswith("step ")]
+    for step in (2, 4, 6, 8):
+        mine = [line for line in lines if line.startswith(f"step {step}/8  loss ")]
+        assert len(mine) == 1 and re.search(r"ETA \d+:\d\d:\d\d$", mine[0])
+    assert [line[:19] for line in lines if "val mIoU" in line] == [
+        "step 4/8  val mIoU ",
+        "step 8/8  val mIoU ",
+    ]
+
+
+def test_on_a_terminal_progress_is_a_live_line(tmp_path, monkeypatch, capsys):
+    shrink(supervised, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(supervised, flags(tree, tmp_path / "run"))
+    text = capsys.readouterr()
+    assert "\r" in text.err and "step/s" in text.err and re.search(r"\b8/8\b", text.err)
+    assert "mIoU" in text.out and "\r" not in text.out
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="no tensorboard here")
+def test_tensorboard_writes_an_event_file(tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    tree = draw_tree(tmp_path / "data")
+    train(supervised, flags(tree, tmp_path / "run") + ["--tensorboard"])
+    (path,) = (tmp_path / "run").glob("events.out.tfevents.*")
+    content = path.read_bytes()
+    assert b"train/loss" in content and b"eval/miou" in content
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="no tensorboard here")
+def test_a_process_that_is_not_the_first_ends_well_with_tensorboard(tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    argv = flags(draw_tree(tmp_path / "data"), tmp_path / "run") + ["--tensorboard"]
+    args = run.resolve(run.parse(supervised.Args, argv), supervised.preset)
+    second = supervised.distributed.Group(1, 2, torch.device("cpu"))
+    run.Run(args, supervised.__file__, second, data.load(args)).finish({}, "test")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module, extra", METHODS)
+def test_panels_are_pictures_of_the_maps_of_a_step(module, extra, tmp_path, monkeypatch):
+    shrink(module, monkeypatch)
+    tree = draw_tree(tmp_path / "data", val=3)
+    train(module, flags(tree, tmp_path / "run", iters=4, evaluate=4, pictures=2) + extra)
+    sizes = {}
+    for path in (tmp_path / "run/panels").iterdir():
+        with Image.open(path) as picture:
+            assert picture.format == "PNG"
+            colours = picture.convert("RGB").getcolors(1 << 20)
+            sizes[path.name] = picture.size
+        assert len(colours) > 20, f"{path.name} shows nothing"
+    assert set(sizes) == {"000002-train.png", "000004-train.png", "000004-val.png"}
+    assert sizes["000004-val.png"][1] == 3 * 176  # a row for each of three images
+    # from step 4 on Mean Teacher shows five maps and the unlabelled batch, before it three
+    count = 5 if module is mean_teacher else 3
+    assert sizes["000002-train.png"] == (3 * 164, 2 * 176)
+    assert sizes["000004-train.png"] == (count * 164, 2 * 176)
+
+
+@pytest.mark.smoke
+def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    tree = draw_tree(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    train(mean_teacher, flags(tree, "") + ["--dry-run", "--cutmix"])
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["cutmix"] == "True" and rows["total_iters"] == "8" and rows["lr"] == "0.01"
+    assert rows["labelled images per process"].startswith("2 ")
+    assert rows["labeled images"].startswith("2, set ") and rows["val images"].startswith("2, set ")
+    assert snapshot(tmp_path) == before and not Path("runs").exists()
+
+
+def test_list_presets_shows_the_numbers_of_the_papers_and_writes_nothing(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    train(mean_teacher, ["--list-presets"])
+    table = capsys.readouterr().out
+    train(supervised, ["--list-presets"])
+    floor = capsys.readouterr().out
+    # U2PL, arXiv:2203.03884v2, Tables 1 to 3
+    assert re.search(
+        r"--dataset voc --split 92 --cutmix +U2PL Table 1, CutMix +52.16$", table, re.M
+    )
+    assert re.search(r"--dataset voc --split 1464 +U2PL Table 1, MT +70.96$", table, re.M)
+    assert re.search(r"--dataset cityscapes --split 1/2 +U2PL Table 3, MT +78.15$", table, re.M)
+    assert re.search(r"--dataset voc_aug --split 1/16 +U2PL Table 2, SupOnly +67.87$", floor, re.M)
+    assert "SupOnly" not in table and "CutMix" not in floor
+    papers = json.loads((Path(run.__file__).parent / "papers.json").read_text())
+    cells = sum(len(entry["miou"]) for entry in papers if entry["script"] == "mean_teacher")
+    assert len(table.splitlines()) == 1 + cells
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_loader_process_is_left_after_a_run(tmp_path, monkeypatch):
+    shrink(mean_teacher, monkeypatch)
+    tree, out = draw_tree(tmp_path / "data"), tmp_path / "run"
+    started, popen = [], multiprocessing.Process.start
+
+    def counted(self):
+        started.append(self)
+        popen(self)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", counted)
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", counted, raising=True)
+    train(mean_teacher, flags(tree, out, iters=4, workers=1))
+    assert multiprocessing.active_children() == []
+    assert len(log(out)) > 3

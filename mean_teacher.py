@@ -88,6 +88,7 @@ class Args:
     stem: Literal["classic", "deep"] | None = None  # one 7x7 convolution, or three 3x3
     weights: str | None = None  # of the backbone: none (random), auto (torchvision's) or a file
     output_stride: Literal[8, 16] | None = None  # of the backbone's last stage
+    aspp_rates: tuple[int, ...] | None = None  # dilations of ASPP's 3x3 convolutions, in cells
     # optimization
     recipe: Literal["paper", "official"] = "paper"  # as printed, or as the released code computes
     batch_size: int | None = None  # labelled images per step, over all processes
@@ -185,9 +186,13 @@ def u2pl_recipe(args):
     """
     values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all", aux_weight=0.0, ohem=False)
     small = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16, workers=2)
-    large = dict(backbone="resnet101", stem="deep", weights="auto", output_stride=8, workers=4)
+    small |= dict(
+        aspp_rates=(1, 2, 3)
+    )  # a crop of 128 has 8 x 8 cells: wider taps never learn [D8]
+    large = dict(backbone="resnet101", stem="classic", weights="auto", output_stride=8)  # [D9]
+    large |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
     large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
-    large |= dict(pictures_every=5000)
+    large |= dict(pictures_every=5000, workers=4)
     if args.dataset == "shapes":
         values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=120)
         values |= dict(lr=0.02, lr_head=2.0, weight_decay=1e-4, scales=(0.75, 1.5))
@@ -340,21 +345,21 @@ class DeepLabV3Plus(nn.Module):
     """The head of U2PL's released code: ASPP, low-level branch of 256 channels, two 3x3 blocks.
 
     forward: stages (list of four (B, c, h, w) features, strides 4 to output_stride), size (H, W) ->
-    dict of logits (B, C, H, W) and, with aux, the auxiliary head's; both float32.
+    dict of logits (B, C, H, W) and, with --aux-weight, the auxiliary head's; both float32.
     """
 
-    def __init__(self, channels, num_classes, output_stride, aux):
+    def __init__(self, channels, num_classes, args):
         super().__init__()
-        rates = [r * 8 // output_stride for r in (12, 24, 36)]
         branches = [conv_bn_relu(channels[3], 256, 1)]
-        branches += [conv_bn_relu(channels[3], 256, 3, dilation=r) for r in rates]
+        branches += [conv_bn_relu(channels[3], 256, 3, dilation=r) for r in args.aspp_rates]
         self.branches = nn.ModuleList(branches)
         self.pool = conv_bn_relu(channels[3], 256, 1)
-        self.project = nn.Sequential(conv_bn_relu(5 * 256, 256, 3), nn.Dropout2d(0.1))
+        wide = 256 * (len(branches) + 1)
+        self.project = nn.Sequential(conv_bn_relu(wide, 256, 3), nn.Dropout2d(0.1))
         self.low = conv_bn_relu(channels[0], 256, 1, bias=True)
         self.classify = two_blocks(512, num_classes)
         self.aux = None
-        if aux:
+        if args.aux_weight:
             block = conv_bn_relu(channels[2], 256, 3, bias=True)
             self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
 
@@ -403,7 +408,7 @@ class Network(nn.Module):
         self.backbone = make_backbone(args)
         wide = 1 if args.backbone == "resnet18" else 4
         channels = [wide * c for c in (64, 128, 256, 512)]
-        self.head = head(channels, num_classes, args.output_stride, args.aux_weight > 0)
+        self.head = head(channels, num_classes, args)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
@@ -429,7 +434,8 @@ def parallel(net, args, group):
     """Returns net as training calls it: in DDP with several processes, compiled if asked."""
     if group.world > 1:
         ids = [group.device.index] if group.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        net = DistributedDataParallel(net, device_ids=ids)
+        net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
     return torch.compile(net) if args.compile else net
 
 
@@ -543,22 +549,25 @@ def evaluate(net, data, items, args, group):
     """
     training = net.training
     net.eval()
+    mine = range(group.rank, len(items), group.world)
+    shown = mine[:: max(len(mine) // 4, 1)][:4]
     loader = DataLoader(
         Images(data, items),
-        sampler=range(group.rank, len(items), group.world),
+        sampler=mine,
         batch_size=None,
         num_workers=args.workers,
         generator=torch.Generator(),
     )
     shape = (data.num_classes, data.num_classes)
-    confusion, rows = torch.zeros(shape, dtype=torch.int64, device=group.device), []
-    for image, label in loader:
+    confusion = torch.zeros(shape, dtype=torch.int64, device=group.device)
+    maps = {"image": [], "label": [], "prediction": []}
+    for index, (image, label) in zip(mine, loader, strict=True):
         pred = net(image[None].to(group.device))["logits"][0].argmax(0)  # protocol "whole"
         confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
-        if len(rows) < 4:
-            rows.append({"image": image, "label": label, "prediction": pred.cpu()})
+        for name, shot in zip(maps, (image, label, pred), strict=True) if index in shown else ():
+            maps[name].append(shot)
     net.train(training)
-    return metrics.scores(distributed.sum_over_processes(confusion).cpu()), rows
+    return metrics.scores(distributed.sum_over_processes(confusion).cpu()), maps
 
 
 # ---- 7. Training -----------------------------------------------------------------------------
@@ -597,7 +606,7 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        step = load_networks(load_checkpoint(args.checkpoint), networks)
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
         result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
             print(report(data, {f"step {step}": result}, args.eval_on))
@@ -686,7 +695,7 @@ def main(args):
     # -- last and best --
     on = "test" if data.test else "val"
     results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
-    best = load_networks(load_checkpoint(run.folder / "best.pt"), networks)
+    best = load_networks(load_checkpoint(run.folder / "best.pt", __file__), networks)
     results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
     run.finish(results, on)
     distributed.teardown()

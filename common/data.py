@@ -98,7 +98,7 @@ def read_list(path, pattern):
     Raises Refusal on a line without a key, a key that comes twice, or no line at all.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(f"{path}: not a readable list ({error})") from None
     keys = {}
@@ -140,7 +140,8 @@ def counts(dataset, split):
     if split == "all" or not pool or not match:
         return (pool, pool) if split == "all" else (0, 0)
     labels = math.ceil(pool / int(match[2])) if match[1] else int(match[2])
-    return labels, pool - labels
+    fits = not match[1] and labels <= 1464 if dataset == "voc" else labels < pool
+    return (labels, pool - labels) if fits else (0, 0)
 
 
 def load(args):
@@ -160,24 +161,16 @@ def load(args):
         if not found["val"]:
             raise Refusal(f"{root}: nothing of {name} here ({', '.join(facts['parts']['val'])})")
 
-    def listed(path):
-        items = []
-        for key in read_list(path, facts["key"]):
-            item = found["train"].get(key) or _item(root, facts, "train", key)
-            if item is None:
-                raise Refusal(f"{path}: names {key}, which is not among the images under {root}")
-            items.append(item)
-        return items
-
     if args.unlabeled_list and not args.labeled_list:
         raise Refusal("--unlabeled-list without --labeled-list: give both")
-    if not found["train"] and not args.unlabeled_list:
+    if not found["train"] and not args.labeled_list:
         raise Refusal(f"--split of {name}: give its lists, --labeled-list and --unlabeled-list")
     if args.labeled_list:
-        labeled = listed(args.labeled_list)
-        taken = set(labeled)
-        rest = [item for item in found["train"].values() if item not in taken]
-        unlabeled = listed(args.unlabeled_list) if args.unlabeled_list else rest
+        chosen = _listed(args.labeled_list, root, facts, "train", found["train"])
+        rest = {k: item for k, item in found["train"].items() if k not in chosen}
+        if args.unlabeled_list:
+            rest = _listed(args.unlabeled_list, root, facts, "train", found["train"])
+        labeled, unlabeled = list(chosen.values()), list(rest.values())
     else:
         parts = choose(found["train"], args.split, args.split_seed)
         labeled, unlabeled = ([found["train"][k] for k in keys] for keys in parts)
@@ -190,15 +183,25 @@ def load(args):
 
 def _find(root, facts, part):
     """{key: Item} of one part, sorted: from a list file, or from the images in its folders."""
-    keys = set()
+    items = {}
     for pattern in facts["parts"][part]:
-        if pattern.endswith(".txt"):
-            if (root / pattern).exists():
-                keys |= set(read_list(root / pattern, facts["key"]))
-        else:
-            names = (path.relative_to(root).as_posix() for path in root.glob(pattern))
-            keys |= {re.search(facts["key"], name)[0] for name in names}
-    return {key: item for key in sorted(keys) if (item := _item(root, facts, part, key))}
+        for path in root.glob(pattern):
+            if pattern.endswith(".txt"):
+                items |= _listed(path, root, facts, part, {})
+            elif not path.name.startswith("."):
+                key = re.search(facts["key"], path.relative_to(root).as_posix())[0]
+                items[key] = _item(root, facts, part, key)
+    return dict(sorted(items.items()))
+
+
+def _listed(path, root, facts, part, known):
+    """{key: Item} of a list file, in its order; known: {key: Item} found before."""
+    keys = read_list(path, facts["key"])
+    items = {key: known.get(key) or _item(root, facts, part, key) for key in keys}
+    for key, item in items.items():
+        if item is None:
+            raise Refusal(f"{path}: names {key}, which has no image under {root}")
+    return items
 
 
 def _item(root, facts, part, key):

@@ -23,15 +23,17 @@ def setup(device="auto"):
     device: auto, cpu or cuda; auto takes CUDA where it is. Raises Refusal if cuda is asked for and
     absent, or if torchrun's environment is incomplete.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it
     if device == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: torch sees no CUDA device here; leave --device out")
     cuda = device != "cpu" and torch.cuda.is_available()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Group(0, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
-    missing = [n for n in names if n not in os.environ]
-    if missing:
-        raise Refusal(f"environment without {', '.join(missing)}: start with torchrun")
+    wrong = [n for n in names if not os.environ.get(n)]
+    wrong += [n for n in names[:3] if not os.environ.get(n, "0").isdecimal()]
+    if wrong:
+        raise Refusal(f"{', '.join(wrong)} not set as torchrun does: start with torchrun")
     rank, world, local = (int(os.environ[n]) for n in names[:3])
     if cuda and local >= torch.cuda.device_count():
         raise Refusal(f"no GPU for process {local}: this machine has {torch.cuda.device_count()}")
@@ -71,15 +73,13 @@ def max_over_processes(tensor):
 
 def from_first(value):
     """Returns process 0's value (any small Python object) on every process."""
-    if not dist.is_initialized():
-        return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def copy_buffers(module):
     """Copies the buffers of process 0 (running statistics of plain BN) to all processes."""
-    if dist.is_initialized():
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)

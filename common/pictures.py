@@ -18,7 +18,7 @@ def colour(array, palette):
         return np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
     table = np.full((256, 3), 255, np.uint8)
     table[: len(palette)] = palette
-    return table[np.clip(array, 0, 255)]
+    return table[np.where((array < 0) | (array > 255), 255, array)]
 
 
 def save_panels(path, rows, palette, height=160):

@@ -25,11 +25,14 @@ from tqdm import tqdm
 
 from common import Refusal, pictures
 from common.data import load, set_hash
-from common.distributed import from_first, max_over_processes, sum_over_processes
+from common.distributed import Group, from_first, max_over_processes, share, sum_over_processes
 
-# flags that do not change a number: free to differ when a run goes on
+# free to differ when a run goes on: they change no number
 FREE = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 log_every save_every pictures_every tensorboard""".split()
+
+POSITIVE = """batch_size batch_size_unlabeled total_iters crop_size scales aspp_rates lr log_every
+eval_every save_every""".split()
 
 # ---- command line ----
 
@@ -59,35 +62,44 @@ def resolve(args, preset):
             raise Refusal("--eval-only without --checkpoint: name a last.pt or best.pt")
         given = {k: v for k, v in vars(args).items() if v != getattr(type(args)(), k)}
         saved = load_checkpoint(args.checkpoint)["args"]
-        saved = {k: saved[k] for k in set(saved) & set(vars(args)) - set(FREE)}
-        args = replace(args, **saved | {"scales": tuple(saved["scales"])} | given)
-    values = {k: v for k, v in preset(args).items() if getattr(args, k) is None}
-    args = replace(args, **values)
+        names = set(saved) & set(vars(args)) - (set(FREE) - {"data_root", "workers"})
+        saved = {k: tuple(v) if isinstance(v := saved[k], list) else v for k in names}
+        args = replace(args, **saved | given)
+    values, rank = preset(args), os.environ.get("RANK", "0")
+    size, usual, rate = args.batch_size, values.get("batch_size"), args.lr or values.get("lr")
+    if size and usual and rate and size != usual and not args.eval_only and rank == "0":
+        linear = f"the linear rule would take --lr {rate * size / usual:g}, {rate:g} is kept"
+        print(f"batch {size} where the preset has {usual}: {linear}")
+    args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.labeled_list and args.split is None:
         args = replace(args, split="list")
-    unset = [k for k, v in vars(args).items() if v is None and k != "split_seed"]
-    if unset and not args.list_presets:
-        names = ", ".join("--" + name.replace("_", "-") for name in unset)
-        raise Refusal(f"no preset of {args.dataset} sets {names}: give a value")
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if value is None and name != "split_seed" and not args.list_presets:
+            raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
+        for number in value if isinstance(value, tuple) else [value]:
+            low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
+            high = 1 if name.endswith(("_prob", "_decay")) else float("inf")
+            if isinstance(number, (int, float)) and not low <= number <= high:
+                raise Refusal(f"{flag} {number}: a number from {low:g} to {high:g}")
     return args
 
 
 def launch(cls, preset, main):
     """Runs main on the resolved flags; a Refusal becomes one line and exit code 2."""
     try:
-        main(resolve(parse(cls), preset))
+        return main(resolve(parse(cls), preset))
     except Refusal as error:
         # a loader process wraps the message in a traceback and leaves it as the last line
         line = str(error).strip().splitlines()[-1].removeprefix("common.Refusal: ")
         # before the process group exists, every process refuses alike: one of them says it
         if torch.distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+            clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the live line
+            print(f"{clear}{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
         code = 2
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on", file=sys.stderr, flush=True)
         code = 130
-    else:
-        return
     os._exit(code)  # others may wait in a collective: no orderly end of the process group
 
 
@@ -99,23 +111,32 @@ def plain(args):
 # ---- the run folder ----
 
 
-def load_checkpoint(path):
-    """Returns a checkpoint's dict, on the CPU (weights_only: no code is run). Raises Refusal."""
+def load_checkpoint(path, script=None):
+    """Returns a checkpoint's dict, on the CPU (weights_only: no code is run).
+
+    Raises Refusal if it is absent, damaged or, with script (a path), written by another script.
+    """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["step"], checkpoint["args"], checkpoint["networks"], checkpoint["script"]
-        return checkpoint
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        by = (saved["script"], saved["step"], saved["args"], saved["networks"])[0]
     except FileNotFoundError:
         raise Refusal(f"{path}: no such checkpoint") from None
     except Exception as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise Refusal(f"{path}: damaged, or no checkpoint of these scripts ({line})") from None
+    if script and by != Path(script).name:
+        raise Refusal(f"{path}: written by {by}, not by {Path(script).name}")
+    return saved | {"path": str(path)}
 
 
 def load_networks(saved, networks):
-    """Fills {name: network} from a checkpoint's dict; returns the checkpoint's step."""
-    for name, net in networks.items():
-        net.load_state_dict(saved["networks"][name])
+    """Fills {name: network} from a checkpoint's dict; returns its step. Raises Refusal."""
+    try:
+        for name, net in networks.items():
+            net.load_state_dict(saved["networks"][name])
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:150]
+        raise Refusal(f"{saved['path']}: does not fit these flags ({line})") from None
     return saved["step"]
 
 
@@ -155,40 +176,35 @@ class Run:
         another script or recipe (naming the first flag that differs).
         """
         path = self.folder / "last.pt"
-        if not self.args.resume:
-            return 0
-        if not path.exists():
+        if not self.args.resume or not path.exists():
             self._cut_log(-1)
-            self.say(f"{self.folder}: no checkpoint yet, starting from zero")
+            self.say(f"run folder: {self.folder}, starting from zero")
             return 0
-        saved, mine = load_checkpoint(path), plain(self.args)
-        if saved["script"] != self.script.name:
-            raise Refusal(f"{path}: written by {saved['script']}, not by {self.script.name}")
+        saved, mine = load_checkpoint(path, self.script), plain(self.args)
         for name in sorted((set(mine) | set(saved["args"])) - set(FREE)):
             old, new, flag = saved["args"].get(name), mine.get(name), name.replace("_", "-")
             if old != new:
-                raise Refusal(f"{path}: of another recipe (--{flag} {old} there, {new} here)")
+                raise Refusal(f"{path}: another recipe, --{flag} {old} there and {new} here")
         load_networks(saved, networks)
         optimizer.load_state_dict(saved["optimizer"])
         for name, value in saved["state"].items():
             state[name] = value.to(state[name].device) if torch.is_tensor(value) else value
-        self.meter, self.best = saved["meter"].to(self.group.device), saved["best"]
-        self.begin = saved["step"]
+        self.meter = saved["meter"].to(self.group.device) * self.first  # all processes' in one
+        self.best, self.begin = saved["best"], saved["step"]
         self._cut_log(self.begin)
-        self.say(f"{self.folder}: going on from step {self.begin}")
+        self.say(f"run folder: {self.folder}, going on from step {self.begin}")
         return self.begin
 
     def _cut_log(self, step):
         path, kept = self.folder / "log.jsonl", []
-        if not self.first or not path.exists():
-            return
-        for line in path.read_text().splitlines(keepends=True):
-            with contextlib.suppress(ValueError):  # the last line, if a kill cut it off
-                entry = json.loads(line)
-                if entry["kind"] != "done" and entry.get("step", -1) <= step:
-                    kept.append(line)
-        path.with_suffix(".tmp").write_text("".join(kept))
-        os.replace(path.with_suffix(".tmp"), path)
+        if self.first and path.exists():
+            for line in path.read_text().splitlines():
+                with contextlib.suppress(ValueError):  # the last line, if a kill cut it off
+                    entry = json.loads(line)
+                    if entry["kind"] != "done" and entry.get("step", -1) <= step:
+                        kept.append(line + "\n")
+            path.with_suffix(".tmp").write_text("".join(kept))
+            os.replace(path.with_suffix(".tmp"), path)
 
     def _save(self, name, networks, **content):
         """Writes beside the file, then renames: a kill leaves the old one or the new one."""
@@ -196,6 +212,7 @@ class Run:
         finite = [v.isfinite().all() for net in content["networks"].values() for v in net.values()]
         check_finite(-1 if torch.stack(finite).all() else content["step"])
         if self.first:
+            self._open()
             content |= {"script": self.script.name, "args": plain(self.args)}
             path = self.folder / name
             with open(path.with_suffix(".tmp"), "wb") as file:
@@ -206,15 +223,16 @@ class Run:
 
     def keep_last(self, step, networks, optimizer, state):
         """Saves last.pt: all that the run needs to go on, tensors and plain values."""
-        more = {"state": state, "meter": self.meter, "best": self.best}
+        meter = sum_over_processes(self.meter.clone())
+        more = {"state": state, "meter": meter, "best": self.best}
         self._save("last.pt", networks, step=step, optimizer=optimizer.state_dict(), **more)
 
-    def keep_best(self, step, result, rows, networks):
+    def keep_best(self, step, result, maps, networks):
         """Logs a validation (scores, panels); saves best.pt if its mIoU is the highest so far."""
         self.log("eval", step, on="val", **result)
         self.say(f"val mIoU {result['miou']:.4f} (a constant: {result['constant']:.4f})", step)
         if self.args.pictures_every:
-            self.panels(f"{step:06d}-val", rows)
+            self.panels(f"{step:06d}-val", maps)
         if result["miou"] > self.best["miou"]:
             self.best = {"miou": result["miou"], "step": step}
             self._save("best.pt", networks, step=step)
@@ -231,7 +249,7 @@ class Run:
         lr: of this step. begin: when it began. waited: seconds for data. Never waits for the device
         but when something is due; then raises Refusal if a loss was not finite, naming the step.
         """
-        values = torch.stack([v.detach().float() for v in parts.values()])
+        values = torch.stack([v.detach().double() for v in parts.values()])
         sums = torch.cat([values.new_ones(1), values])
         self.meter = self.meter + sums if len(self.meter) else sums
         bad = (self.bad_step < 0) & ~torch.isfinite(values).all()
@@ -244,50 +262,53 @@ class Run:
         a = self.args
         if any(self.due(step, n) for n in (a.log_every, a.eval_every, a.save_every)):
             check_finite(int(max_over_processes(self.bad_step)))
-        self.clock[0], self.clock[1] = self.clock[0] + 1, self.clock[1] + waited
-        if not self.due(step, a.log_every):
-            self.clock[2] += time.time() - begin
+        due = self.due(step, a.log_every)
+        count, *sums = sum_over_processes(self.meter.clone()).tolist() if due else (1,)
+        self.clock = [
+            self.clock[0] + 1,
+            self.clock[1] + waited,
+            self.clock[2] + time.time() - begin,
+        ]
+        if not due:
             return
-        count, *sums = sum_over_processes(self.meter.clone()).tolist()
-        self.meter.zero_()
         means = {name: s / count for name, s in zip(parts, sums, strict=True)}
-        self.clock[2] += time.time() - begin
-        times = {"data_ms": 1e3 * self.clock[1] / self.clock[0]}
-        times |= {"step_ms": 1e3 * self.clock[2] / self.clock[0]}
-        times["elapsed_s"], self.clock = time.time() - self.start, [0.0, 0.0, 0.0]
+        data, all_ = (round(1e3 * t / self.clock[0], 2) for t in self.clock[1:])
+        self.meter, self.clock = torch.zeros_like(self.meter), [0.0, 0.0, 0.0]
+        times = {"data_ms": data, "step_ms": all_, "elapsed_s": round(time.time() - self.start, 1)}
         if self.group.device.type == "cuda":
-            times["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        times = {name: round(value, 2) for name, value in times.items()}
+            times["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         self.log("train", step, lr=lr, **means, time=times)
         words = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        self.say(f"{words}  lr {lr:.1e}  {times['step_ms']:.0f} ms", step)
+        self.say(f"{words}  lr {lr:.1e}  {all_:.0f} ms", step)
 
     def log(self, kind, step, **values):
         """Appends one line to log.jsonl; what depends on the clock belongs in values["time"]."""
         if not self.first:
             return
-        entries = [{"kind": kind, "step": step, **values}]
-        if self.file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "log.jsonl", "a")
-            if not self.file.tell():
-                entries.insert(0, self._header())
-            if self.args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(self.folder))
-        for entry in entries:
-            self.file.write(json.dumps(entry) + "\n")
+        self._open()
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.file.flush()
         for name, value in values.items() if self.board else ():
             if isinstance(value, float):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
+    def _open(self):
+        if self.file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.folder / "log.jsonl", "a")
+            if not self.file.tell():
+                self.file.write(json.dumps(self._header()) + "\n")
+                self.file.flush()
+            if self.args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(self.folder))
+
     def _header(self):
         git = None
-        where = self.script.resolve().parent
         with contextlib.suppress(OSError):  # no git here
-            command = ["git", "-C", where, "describe", "--always", "--dirty", "--abbrev=40"]
+            where = ["git", "-C", self.script.resolve().parent]
+            command = [*where, "describe", "--always", "--dirty", "--abbrev=40"]
             git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         head = {"kind": "start", "script": self.script.name, "argv": sys.argv[1:], "git": git}
         head["sha256"] = hashlib.sha256(self.script.read_bytes()).hexdigest()
@@ -312,22 +333,18 @@ class Run:
             print(text, flush=True)
 
     def panels(self, name, maps):
-        """Saves panels/<name>.png; maps: {title: (B, ...) tensor}, the first 4 shown, or rows."""
+        """Saves panels/<name>.png of the first 4; maps: {title: (B, ...) tensor or B tensors}."""
         if self.first:
-            if isinstance(maps, dict):
-                count = min(4, *(len(v) for v in maps.values()))
-                maps = [{k: v[i].detach().cpu() for k, v in maps.items()} for i in range(count)]
-            path = self.folder / "panels" / f"{name}.png"
-            pictures.save_panels(path, maps, self.data.palette)
+            count = min(4, *map(len, maps.values()))
+            rows = [{k: v[i].detach().cpu() for k, v in maps.items()} for i in range(count)]
+            pictures.save_panels(self.folder / f"panels/{name}.png", rows, self.data.palette)
 
     def finish(self, results, on):
         """Logs and prints the scores of last and best, and where everything is."""
-        best = self.best["step"]
-        self.log("done", self.args.total_iters, on=on, best_step=best, **results)
+        self.log("done", self.args.total_iters, on=on, best_step=self.best["step"], **results)
         self.say(report(self.data, results, on))
-        self.say(f"{self.folder}: log.jsonl, last.pt, best.pt (of step {best}), panels/")
-        name, flags = self.script.name, f"--eval-only --checkpoint {self.folder}/best.pt"
-        self.say(f"next: python {name} {flags}; --split all for the ceiling; README.md for more")
+        flags = f"--eval-only --checkpoint {self.folder}/best.pt"
+        self.say(f"next: python {self.script.name} {flags}, or --split all: the ceiling")
         for thing in (self.bar, self.board, self.file):
             if thing is not None:
                 thing.close()
@@ -336,9 +353,7 @@ class Run:
 def check_finite(bad_step):
     """Raises Refusal if bad_step, the first step with a number that is not finite, is not -1."""
     if bad_step >= 0:
-        raise Refusal(
-            f"loss or weights not finite at step {bad_step}, nothing saved since: lower --lr"
-        )
+        raise Refusal(f"loss or weights not finite at step {bad_step}: nothing saved since")
 
 
 def report(data, results, on):
@@ -361,8 +376,8 @@ def lists(data):
 def describe(args):
     """Returns what --dry-run prints: the resolved recipe, images per process, the files found."""
     rows = [(k, v) for k, v in plain(args).items() if v not in ("", None)]
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rows.append(("labelled per process", f"{args.batch_size / world:g} of {world} processes"))
+    group = Group(0, int(os.environ.get("WORLD_SIZE", 1)), None)
+    rows.append(("labelled per process", share(args.batch_size, group, "labelled")))
     try:
         rows += [(f"{n} images", f"{c}, set {h}") for n, (c, h) in lists(load(args)).items() if c]
     except Refusal as error:

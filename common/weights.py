@@ -14,40 +14,23 @@ def load_backbone(resnet, weights, backbone, stem):
     """
     if weights == "none":
         return
-    if weights == "auto":
-        if stem != "classic":
-            raise Refusal(
-                "--weights auto: torchvision has the classic stem only; give a FILE or none"
-            )
-        enum = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-        try:
-            state = enum.get_state_dict(progress=False, check_hash=True)
-        except OSError as error:  # URLError is one
-            raise Refusal(
-                f"--weights auto: {enum.url} cannot be reached ({error}); "
-                "give --weights FILE, or --weights none for random weights"
-            ) from None
-    else:
-        try:
+    if weights == "auto" and stem != "classic":
+        raise Refusal("--weights auto: torchvision has the classic stem only; give a FILE or none")
+    try:
+        if weights == "auto":
+            weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+            state = torch.hub.load_state_dict_from_url(weights, check_hash=True, weights_only=True)
+        else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-            state = dict(state)
-        except Exception as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise Refusal(
-                f"--weights {weights}: none, auto or a state dict's file ({line})"
-            ) from None
-    state = {k: v for k, v in state.items() if not k.startswith("fc.")}
-    mine = resnet.state_dict()
-    counter = "num_batches_tracked"  # older files lack it; nothing here reads it
-    absent = {k for k in mine if k not in state and not k.endswith(counter)}
-    extra = set(state) - set(mine)
-    wrong = {k for k in state if k in mine and getattr(state[k], "shape", 0) != mine[k].shape}
-    for names, what in (
-        (absent, "lacks"),
-        (extra, "has no place for"),
-        (wrong, "another shape of"),
-    ):
-        if names:
-            some = ", ".join(sorted(names)[:3])
-            raise Refusal(f"--weights {weights}: {what} {len(names)} keys of {backbone} ({some})")
+        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        line += "; give --weights FILE, or --weights none for random ones"
+        raise Refusal(f"--weights {weights}: no readable state dict: {line}") from None
+    mine, counter = resnet.state_dict(), "num_batches_tracked"  # older files lack it; unused here
+    bad = {k for k in set(state) ^ set(mine) if not k.endswith(counter)}
+    bad |= {k for k in set(state) & set(mine) if getattr(state[k], "shape", 0) != mine[k].shape}
+    if bad:
+        some = ", ".join(sorted(bad)[:3])
+        raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({some})")
     resnet.load_state_dict(state, strict=False)

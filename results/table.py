@@ -1,7 +1,7 @@
-"""Prints the results table from the logs under results/, and keeps README.md equal to it.
+"""Prints the tables of results from the logs under results/, and keeps the pages equal to them.
 
     python results/table.py           # print
-    python results/table.py --write   # put it into README.md, between the two marks
+    python results/table.py --write   # put them into README.md and docs/data.md, between two marks
 
 A log is evidence as its run wrote it: results/<script>/<name>.jsonl.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- table: results/table.py --write -->\n", "<!-- end of table -->\n")
+PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # page -> its logs
 SHOWN = ("cutmix", "consistency", "teacher_bn", "recipe", "schedule")  # flags worth naming
 
 
@@ -33,9 +34,9 @@ def row(path):
     flags = ", ".join(flags).replace("cutmix True", "CutMix") or "-"
     same = hashlib.sha256((ROOT / script).read_bytes()).hexdigest() == start["sha256"]
     minutes = train[-1]["time"]["elapsed_s"] / 60
-    link = f"[log]({path.relative_to(ROOT).as_posix()})" + ("" if same else " of an older script")
+    link = path.relative_to(ROOT).as_posix() + ("" if same else ", older script")
     return (
-        (args["split"] == "all", script != "supervised.py", flags),
+        (script != "supervised.py", args["split"] != "all", -start["lists"]["labeled"][0], flags),
         f"| {script} | {flags} | {args['split']} ({start['lists']['labeled'][0]}) "
         f"| {args['total_iters']} | {100 * done['last']['miou']:.2f} "
         f"| {100 * done['best']['miou']:.2f} ({done['best_step']}) "
@@ -44,7 +45,7 @@ def row(path):
     )
 
 
-def table(pattern="*/camvid*.jsonl"):
+def table(pattern):
     """Returns the Markdown table of all logs whose path under results/ fits the pattern."""
     head = "| script | flags | labels | steps | test mIoU, last | test mIoU, best on val (step) "
     head += "| val, best | constant | minutes | |\n|-|-|-|-|-|-|-|-|-|-|\n"
@@ -52,15 +53,15 @@ def table(pattern="*/camvid*.jsonl"):
     return head + "".join(text + "\n" for _, text in rows)
 
 
-def inserted(text):
-    """Returns README's text with the table between the marks."""
-    before, rest = text.split(MARKS[0])
-    return before + MARKS[0] + "\n" + table() + "\n" + MARKS[1] + rest.split(MARKS[1])[1]
+def inserted(page):
+    """Returns the text of a page with its table between the marks."""
+    before, rest = (ROOT / page).read_text().split(MARKS[0])
+    return before + MARKS[0] + table(PAGES[page]) + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    if sys.argv[1:] == ["--write"]:
-        readme.write_text(inserted(readme.read_text()))
-    else:
-        print(table(), end="")
+    for name, logs in PAGES.items():
+        if sys.argv[1:] == ["--write"]:
+            (ROOT / name).write_text(inserted(name))
+        else:
+            print(table(logs))

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a tiny data set, a tiny network, scripts started and compared.
+"""What the tests of whole runs share: a tiny data set and network, scripts started and compared.
 
 As a program (python tests/helpers.py SCRIPT JSON) it is SCRIPT with the tiny network, called once
 for each list of flags in JSON; beside each --out it leaves <out>.rank<k>: a digest of the networks
@@ -22,10 +22,11 @@ if str(ROOT) not in sys.path:
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import nn  # noqa: E402
 
-from common import run  # noqa: E402
+from common import distributed, run  # noqa: E402
 
 # ---- a tiny data set, a tiny network ----
 
@@ -61,7 +62,7 @@ def tiny_modules(module):
         return net
 
     class Head(nn.Module):
-        def __init__(self, channels, num_classes, output_stride, aux):
+        def __init__(self, channels, num_classes, args):
             super().__init__()
             self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(8, num_classes, 1))
 
@@ -226,5 +227,9 @@ if __name__ == "__main__":
         keep_last(self, step, networks, *rest)
 
     run.Run.keep_last = keep_last_and_digest
+    # one process group for all runs: torchrun's store does not take the same processes twice
+    group = distributed.setup("cpu")
+    script.distributed.setup, script.distributed.teardown = lambda device: group, lambda: None
     for argv in json.loads(sys.argv[2]):
         train(script, argv)
+    dist.destroy_process_group() if dist.is_initialized() else None

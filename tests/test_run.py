@@ -8,20 +8,20 @@ import hashlib
 import importlib.util
 import json
 import multiprocessing
-import os
 import random
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import mean_teacher
 import supervised
-from common import Refusal, data, metrics, run
+from common import Refusal, data, run
 from tests.helpers import (
     differences,
     draw_tree,
@@ -104,18 +104,18 @@ def test_two_processes_killed_and_resumed_equal_the_whole_run_and_each_other(tmp
     seed = random.randrange(10_000)
     print(f"the kill's seed: {seed}")
     tree = draw_tree(tmp_path / "data")
-    # a checkpoint nearly always falls between two log lines, with sums that each process has
-    numbers = dict(iters=120, log=40, evaluate=3, save=3, batch=4)
-    extra = ["--cutmix", "--warmup-iters", "40"]
+    # most checkpoints fall between two log lines, where each process has sums of its own
+    numbers = dict(iters=60, log=5, evaluate=60, save=6, batch=4)
+    extra = ["--cutmix", "--warmup-iters", "20"]
     killed = flags(tree, tmp_path / "killed", **numbers) + extra
     process = start("mean_teacher", killed, processes=2)
-    kill_at_random(process, tmp_path / "killed/last.pt", random.Random(seed), 1.5)
+    kill_at_random(process, tmp_path / "killed/last.pt", random.Random(seed), 0.8)
     kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
     assert "done" not in kinds, f"killed too late, seed {seed}"
     whole = flags(tree, tmp_path / "whole", **numbers) + extra
     finish(start("mean_teacher", whole, killed + ["--resume"], processes=2))
     ranks = [(tmp_path / f"whole.rank{k}").read_text() for k in (0, 1)]
-    assert len(ranks[0].splitlines()) == 40
+    assert len(ranks[0].splitlines()) == 10
     assert ranks[0] == ranks[1], "student or teacher differ between the processes"
     assert differences(tmp_path / "whole", tmp_path / "killed") == [], seed
 
@@ -326,6 +326,14 @@ def test_eval_only_prints_the_scores_of_the_done_line(module, extra, tmp_path, m
     assert snapshot(tmp_path) == before
 
 
+def test_eval_only_needs_no_flag_but_the_checkpoint(tmp_path, monkeypatch, capsys):
+    shrink(supervised, monkeypatch)
+    train(supervised, flags(draw_tree(tmp_path / "data"), tmp_path / "run", iters=2))
+    assert f"--eval-only --checkpoint {tmp_path}/run/best.pt" in capsys.readouterr().out
+    train(supervised, ["--eval-only", "--checkpoint", f"{tmp_path}/run/best.pt"])
+    assert "mIoU" in capsys.readouterr().out
+
+
 def test_the_score_is_that_of_one_confusion_matrix_over_all_images(tmp_path, monkeypatch):
     shrink(supervised, monkeypatch)
     tree, out = draw_tree(tmp_path / "data", val=3), tmp_path / "run"
@@ -336,7 +344,7 @@ def test_the_score_is_that_of_one_confusion_matrix_over_all_images(tmp_path, mon
     net.load_state_dict(torch.load(out / "last.pt", weights_only=True)["networks"]["student"])
     confusion = torch.zeros(11, 11, dtype=torch.int64)
     for i in range(3):
-        image = torch.from_numpy(__import__("numpy").array(Image.open(tree / f"val/val{i}.jpg")))
+        image = torch.from_numpy(np.array(Image.open(tree / f"val/val{i}.jpg")))
         with torch.no_grad():
             pred = net(image.permute(2, 0, 1)[None])["logits"].argmax(1)[0].flatten().tolist()
         label = list(Image.open(tree / f"valannot/val{i}.png").tobytes())
@@ -434,10 +442,12 @@ def test_dry_run_prints_the_recipe_and_writes_nothing(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
     train(mean_teacher, flags(tree, "") + ["--dry-run", "--cutmix"])
-    rows = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert rows["cutmix"] == "True" and rows["total_iters"] == "8" and rows["lr"] == "0.01"
-    assert rows["labelled images per process"].startswith("2 ")
-    assert rows["labeled images"].startswith("2, set ") and rows["val images"].startswith("2, set ")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in (["cutmix", "True"], ["total_iters", "8"], ["lr", "0.01"], ["split", "1/4"]):
+        assert row in lines
+    assert any("labelled" in line and "2" in line for line in lines)  # per process
+    keys = hashlib.sha1(b"train0\ntrain4").hexdigest()[:8]
+    assert any("labeled" in line and "2," in line and keys in line for line in lines)
     assert snapshot(tmp_path) == before and not Path("runs").exists()
 
 
@@ -449,31 +459,30 @@ def test_list_presets_shows_the_numbers_of_the_papers_and_writes_nothing(
     table = capsys.readouterr().out
     train(supervised, ["--list-presets"])
     floor = capsys.readouterr().out
+
+    def shown(table, miou, flags, source):
+        lines = [line for line in table.splitlines() if miou in line.split()]
+        return any(flags in line and source in line for line in lines)
+
     # U2PL, arXiv:2203.03884v2, Tables 1 to 3
-    assert re.search(
-        r"--dataset voc --split 92 --cutmix +U2PL Table 1, CutMix +52.16$", table, re.M
-    )
-    assert re.search(r"--dataset voc --split 1464 +U2PL Table 1, MT +70.96$", table, re.M)
-    assert re.search(r"--dataset cityscapes --split 1/2 +U2PL Table 3, MT +78.15$", table, re.M)
-    assert re.search(r"--dataset voc_aug --split 1/16 +U2PL Table 2, SupOnly +67.87$", floor, re.M)
+    assert shown(table, "52.16", "--dataset voc --split 92 --cutmix", "U2PL Table 1, CutMix")
+    assert shown(table, "70.96", "--dataset voc --split 1464", "U2PL Table 1, MT")
+    assert shown(table, "78.15", "--dataset cityscapes --split 1/2", "U2PL Table 3, MT")
+    assert shown(floor, "67.87", "--dataset voc_aug --split 1/16", "U2PL Table 2, SupOnly")
     assert "SupOnly" not in table and "CutMix" not in floor
     papers = json.loads((Path(run.__file__).parent / "papers.json").read_text())
     cells = sum(len(entry["miou"]) for entry in papers if entry["script"] == "mean_teacher")
-    assert len(table.splitlines()) == 1 + cells
+    assert len([line for line in table.splitlines() if "--dataset" in line]) == cells
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_loader_process_is_left_after_a_run(tmp_path, monkeypatch):
     shrink(mean_teacher, monkeypatch)
     tree, out = draw_tree(tmp_path / "data"), tmp_path / "run"
-    started, popen = [], multiprocessing.Process.start
-
-    def counted(self):
-        started.append(self)
-        popen(self)
-
-    monkeypatch.setattr(multiprocessing.Process, "start", counted)
-    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", counted, raising=True)
+    begin, started = multiprocessing.process.BaseProcess.start, []
+    monkeypatch.setattr(
+        multiprocessing.process.BaseProcess, "start", lambda p: (started.append(p), begin(p))
+    )
     train(mean_teacher, flags(tree, out, iters=4, workers=1))
-    assert multiprocessing.active_children() == []
-    assert len(log(out)) > 3
+    assert len(started) >= 2  # a loader process for each stream
+    assert not any(process.is_alive() for process in started)

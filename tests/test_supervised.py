@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from common import Refusal
@@ -258,6 +259,17 @@ def test_supervised_loss_keeps_the_released_count_at_the_released_crop():
     assert 50_000 <= len(kept) < 50_100
 
 
+def test_supervised_loss_takes_every_pixel_up_to_a_probability_of_0_7():
+    logits = torch.linspace(-1, 3, 401).view(1, 1, 1, 401)  # p from 0.27 to 0.95 in steps of 1 %
+    logits = torch.cat([logits, torch.zeros_like(logits)], 1).requires_grad_()
+    label = torch.zeros(1, 1, 401, dtype=torch.int64)
+    args = Args(aux_weight=0.0, ohem=True, crop_size=16)
+    loss = supervised_loss({"logits": logits}, label, args)
+    expected, kept = scalar_ohem(logits, label, 0.7, 22)
+    assert len(kept[0]) == 185 and pixels_with_gradient(loss, logits) == kept
+    assert loss.item() == pytest.approx(expected, rel=3e-6)
+
+
 def test_supervised_loss_reaches_both_heads_in_proportion_to_their_weights():
     out, label = outputs(2)
     args = Args(aux_weight=0.25, ohem=False, crop_size=16)
@@ -316,7 +328,13 @@ def test_two_trained_networks_share_one_optimizer():
 
 
 def test_the_learning_rate_falls_from_the_full_rate_by_the_poly_rule(tmp_path):
+    for part, count in (("train", 2), ("val", 1), ("test", 1)):  # CamVid's layout
+        for folder, mode in ((part, "RGB"), (f"{part}annot", "L")):
+            (tmp_path / folder).mkdir()
+            for i in range(count):
+                Image.new(mode, (32, 24), 3).save(tmp_path / folder / f"{i}.png")
     flags = dict(total_iters=2, crop_size=33, batch_size=2, workers=0, lr=0.02, lr_head=5.0)
+    flags |= dict(dataset="camvid", data_root=str(tmp_path), split="all")
     flags |= dict(log_every=1, eval_every=2, save_every=2, pictures_every=0, device="cpu")
     main(resolve(Args(out=str(tmp_path / "run"), **flags), preset))
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
@@ -366,7 +384,8 @@ def test_the_recipes_are_the_audits(recipe, dataset, split, values):
     names = "batch_size crop_size lr lr_head weight_decay aux_weight ohem".split()
     assert tuple(getattr(args, name) for name in names) == values
     network = (args.backbone, args.stem, args.output_stride, args.decay_on, args.scales)
-    assert network == ("resnet101", "deep", 8, "all", (0.5, 2.0))
+    assert network == ("resnet101", "classic", 8, "all", (0.5, 2.0))
+    assert args.aspp_rates == (12, 24, 36)
 
 
 def test_camvid_small_is_the_protocol_of_the_design():
@@ -395,11 +414,12 @@ def test_an_explicit_flag_beats_recipe_and_preset():
 
 
 def test_a_field_that_nobody_sets_is_refused_by_name():
-    with pytest.raises(Refusal) as refusal:
-        resolve(Args(dataset="voc"), preset)
-    message = str(refusal.value)
-    assert "--split" in message and "--total-iters" in message and "voc" in message
-    assert "--lr" not in message and "--split-seed" not in message and "\n" not in message
+    for flags, name in (({}, "--split"), ({"split": "92 of them"}, "--total-iters")):
+        with pytest.raises(Refusal) as refusal:
+            resolve(Args(dataset="voc", **flags), preset)
+        message = str(refusal.value)
+        assert name in message and "voc" in message
+        assert "--lr" not in message and "--split-seed" not in message and "\n" not in message
     assert resolve(Args(dataset="voc", split="92", total_iters=5), preset).total_iters == 5
 
 

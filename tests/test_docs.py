@@ -1,0 +1,129 @@
+"""What the documents say is run or compared: tags, commands, links, tables."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+import mean_teacher
+import supervised
+from common.run import cells, describe, parse, resolve
+from results import table
+from tests.test_copies import ROOT, SCRIPTS
+
+MODULES = {"supervised.py": supervised, "mean_teacher.py": mean_teacher}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def scripts():
+    return [name for name in SCRIPTS if (ROOT / name).exists()]
+
+
+def test_every_tag_of_a_script_has_its_row_and_every_row_its_tag():
+    for name in scripts():
+        tags = set(re.findall(r"\[D(\d+)\]", (ROOT / name).read_text()))
+        page = (ROOT / "docs" / name.replace(".py", ".md")).read_text()
+        rows = re.findall(r"^\| D(\d+) \|(.*)\|$", page, re.M)
+        assert tags == {number for number, _ in rows}, name
+        assert len(rows) == len(set(rows)), name
+        for number, cells_ in rows:
+            assert cells_.count("|") == 4, f"{name}: row D{number} has not the columns of its table"
+
+
+def test_shared_tags_stand_in_every_script():
+    for name in scripts():
+        text = (ROOT / name).read_text()
+        assert all(f"[D{i}]" in text for i in range(1, 7)), name
+
+
+def commands():
+    for page in PAGES:
+        for line in page.read_text().splitlines():
+            if line.startswith("    ") and re.search(r"\b\w+\.py\b", line):
+                yield page.name, line.strip()
+    for name in scripts():
+        header = (ROOT / name).read_text().split('"""')[1].replace("\\\n", " ")
+        for line in header.splitlines():
+            if re.match(r" +(python|torchrun) ", line):
+                yield name, line.strip()
+
+
+def test_every_printed_command_parses_and_resolves():
+    seen = 0
+    for place, line in commands():
+        for part in line.split(" && "):
+            words = shlex.split(part.replace("\\", ""), comments=True)
+            script = next((w for w in words if w in MODULES), None)
+            if words[0] in ("python", "torchrun") and script:
+                argv = words[words.index(script) + 1 :]
+                module = MODULES[script]
+                args = resolve(parse(module.Args, argv), module.preset)
+                assert args.total_iters or args.list_presets, (place, line)
+                seen += 1
+            elif words[0] in ("python", "diff"):
+                for word in words:
+                    assert not word.endswith(".py") or (ROOT / word).exists(), (place, line)
+    assert seen >= 10
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_tables_are_what_the_logs_say():
+    for page in table.PAGES:
+        text = (ROOT / page).read_text()
+        assert table.inserted(page) == text, "python results/table.py --write"
+
+
+def test_every_published_log_is_whole():
+    logs = sorted((ROOT / "results").glob("*/*.jsonl"))
+    assert logs
+    for path in logs:
+        start, train, evals, done = table.read(path)
+        assert start["kind"] == "start" and len(start["sha256"]) == 64, path
+        assert train[-1]["step"] == done["step"] == start["args"]["total_iters"], path
+        assert evals and max(e["miou"] for e in evals) > 0, path
+        if "camvid" in path.name:
+            assert done["step"] >= 600 and done["on"] == "test", path
+            assert done["last"]["miou"] >= 2 * done["last"]["constant"], path
+
+
+def test_presets_printed_are_the_papers_and_resolve():
+    entries = json.loads((ROOT / "common/papers.json").read_text())
+    for name, module in MODULES.items():
+        lines = cells(name).splitlines()
+        mine = [e for e in entries if e["script"] == name.removesuffix(".py")]
+        assert len(lines) == sum(len(e["miou"]) for e in mine) > 12
+        for line in lines:
+            flags = shlex.split(re.search(r"--dataset .*?(?=  )", line)[0])
+            text = describe(resolve(parse(module.Args, flags), module.preset))
+            assert re.search(r"^total_iters +[1-9]\d+", text, re.M), line
+
+
+def test_code_words_in_the_pages_exist():
+    """`name` in a page's "Where to look" table is a function, class or seam of the script."""
+    for name in scripts():
+        page = (ROOT / "docs" / name.replace(".py", ".md")).read_text()
+        section = page.split("## Where to look")[1].split("## ")[0]
+        for line in section.splitlines():
+            if line.startswith("| ") and "|" in line[2:]:
+                for word in re.findall(r"`(\w+)`", line.split("|")[2]):
+                    exists = hasattr(MODULES[name], word)
+                    assert exists or word in ("losses", "main"), f"{name}: {word}"
+
+
+@pytest.mark.smoke
+def test_help_names_every_flag_with_its_meaning():
+    for module in MODULES.values():
+        source = (ROOT / f"{module.__name__}.py").read_text()
+        fields = re.search(r"class Args:.*?\n\n\ndef ", source, re.S)[0]
+        lines = re.findall(r"^    (\w+): .* = .*?$", fields, re.M)
+        assert len(lines) > 40
+        for line in re.findall(r"^    \w+: .*$", fields, re.M):
+            bare = ("backbone", "protocol")  # their choices say it
+            assert "  # " in line or line.split(":")[0].strip() in bare, line

@@ -3,13 +3,14 @@
 
 The student learns on labels, and on unlabelled images from the pseudo labels of a teacher, the
 moving average of its weights. With --cutmix the student sees the unlabelled images mixed in pairs,
-the teacher sees them clean. --consistency mse is the loss of Tarvainen & Valpola
-(arXiv:1703.01780v6) instead. What this adds to supervised.py: `diff supervised.py mean_teacher.py`.
+the teacher sees them clean. --consistency mse takes the distance and the ramp-up of Tarvainen &
+Valpola (T&V, arXiv:1703.01780v6) instead. What this adds to its parent:
+`diff supervised.py mean_teacher.py`.
 
   U2PL Eq. (1), (2)   supervised_loss + consistency_weight * consistency
-  U2PL Eq. (3)        pseudo_labels, consistency_ce
-  U2PL Sec. 3.1       ema_decay, update_teacher
-  T&V Sec. 2, App. B  consistency_mse, sigmoid_rampup
+  U2PL Eq. (3), (6)   consistency_ce, pseudo_labels
+  U2PL Sec. 3.1       update_teacher; ema_decay is the released code's [D12]
+  T&V Sec. 2, App. B  consistency_mse, sigmoid_rampup [D11]
   U2PL Sec. 4.1       cutmix_box, cutmix
 
   python mean_teacher.py                                  # generated shapes, under two minutes
@@ -123,7 +124,7 @@ def preset(args):
         values["total_iters"] = semi_iters
     batch, total = values["batch_size"], args.total_iters or values.get("total_iters", 0)
     values["batch_size_unlabeled"] = args.batch_size or batch
-    # U2PL Sec. 4.1: 1 pass of VOC's 80, 20 of Cityscapes' 200; the small protocols take a tenth
+    # U2PL App. A: 1 pass of VOC's 80, 20 of Cityscapes' 200; the small protocols take a tenth
     values["warmup_iters"] = total // (passes if args.dataset.startswith("voc") else 10)
     values["rampup_iters"] = 0
     if args.consistency == "mse":  # T&V App. B: no warm-up; 40,000 of 150,000 steps
@@ -213,7 +214,7 @@ def u2pl_recipe(args):
 
 
 def pseudo_labels(prob_t, inside):
-    """U2PL Sec. 3.1: the teacher's most probable class, 255 outside the image.
+    """U2PL Eq. (6) without its filter [D10]: the teacher's likeliest class, 255 outside the image.
 
     prob_t: (B, C, H, W) probabilities, detached. inside: (B, H, W) bool. Returns (B, H, W) int64.
     """
@@ -246,7 +247,7 @@ def sigmoid_rampup(step, length):
 
 
 def ema_decay(count, decay):
-    """min(1 - 1 / (count + 1), decay): the first update (count 0) copies the student [D12]."""
+    """min(1 - 1 / (count + 1), decay) [D12]: the first update (count 0) copies the student."""
     return min(1 - 1 / (count + 1), decay)
 
 
@@ -304,19 +305,13 @@ def make_backbone(args):
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
     if args.stem == "deep":
-        first, second = (
-            nn.Conv2d(3, 64, 3, 2, 1, bias=False),
-            nn.Conv2d(64, 64, 3, 1, 1, bias=False),
-        )
-        layers = [
-            first,
-            nn.BatchNorm2d(64),
-            nn.ReLU(True),
-            second,
-            nn.BatchNorm2d(64),
-            nn.ReLU(True),
-        ]
-        net.conv1 = nn.Sequential(*layers, nn.Conv2d(64, 128, 3, 1, 1, bias=False))
+
+        def unit(inputs, outputs, stride):
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+        last = nn.Conv2d(64, 128, 3, 1, 1, bias=False)
+        net.conv1 = nn.Sequential(*unit(3, 64, 2), *unit(64, 64, 1), last)
         net.bn1, net.inplanes = nn.BatchNorm2d(128), 128
         net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
         for module in (*net.conv1.modules(), *net.layer1.modules()):
@@ -363,12 +358,15 @@ class DeepLabV3Plus(nn.Module):
             block = conv_bn_relu(channels[2], 256, 3, bias=True)
             self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
 
-    def forward(self, stages, size):
+    def fuse(self, stages):
+        """Low-level and ASPP features at stride 4: (B, 512, H/4, W/4)."""
         low, high = self.low(stages[0]), stages[3]
         pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
         aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
-        fused = torch.cat([low, upsample(aspp, low.shape[2:])], 1)  # (B, 512, H/4, W/4)
-        out = {"logits": upsample(self.classify(fused).float(), size)}
+        return torch.cat([low, upsample(aspp, low.shape[2:])], 1)
+
+    def forward(self, stages, size):
+        out = {"logits": upsample(self.classify(self.fuse(stages)).float(), size)}
         if self.aux is not None:
             out["aux"] = upsample(self.aux(stages[2]).float(), size)
         return out
@@ -567,7 +565,7 @@ def evaluate(net, data, items, args, group):
         for name, shot in zip(maps, (image, label, pred), strict=True) if index in shown else ():
             maps[name].append(shot)
     net.train(training)
-    return metrics.scores(distributed.sum_over_processes(confusion).cpu()), maps
+    return metrics.scores(distributed.reduced(confusion).cpu()), maps
 
 
 # ---- 7. Training -----------------------------------------------------------------------------

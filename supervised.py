@@ -205,19 +205,13 @@ def make_backbone(args):
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
     if args.stem == "deep":
-        first, second = (
-            nn.Conv2d(3, 64, 3, 2, 1, bias=False),
-            nn.Conv2d(64, 64, 3, 1, 1, bias=False),
-        )
-        layers = [
-            first,
-            nn.BatchNorm2d(64),
-            nn.ReLU(True),
-            second,
-            nn.BatchNorm2d(64),
-            nn.ReLU(True),
-        ]
-        net.conv1 = nn.Sequential(*layers, nn.Conv2d(64, 128, 3, 1, 1, bias=False))
+
+        def unit(inputs, outputs, stride):
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+        last = nn.Conv2d(64, 128, 3, 1, 1, bias=False)
+        net.conv1 = nn.Sequential(*unit(3, 64, 2), *unit(64, 64, 1), last)
         net.bn1, net.inplanes = nn.BatchNorm2d(128), 128
         net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
         for module in (*net.conv1.modules(), *net.layer1.modules()):
@@ -264,12 +258,15 @@ class DeepLabV3Plus(nn.Module):
             block = conv_bn_relu(channels[2], 256, 3, bias=True)
             self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
 
-    def forward(self, stages, size):
+    def fuse(self, stages):
+        """Low-level and ASPP features at stride 4: (B, 512, H/4, W/4)."""
         low, high = self.low(stages[0]), stages[3]
         pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
         aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
-        fused = torch.cat([low, upsample(aspp, low.shape[2:])], 1)  # (B, 512, H/4, W/4)
-        out = {"logits": upsample(self.classify(fused).float(), size)}
+        return torch.cat([low, upsample(aspp, low.shape[2:])], 1)
+
+    def forward(self, stages, size):
+        out = {"logits": upsample(self.classify(self.fuse(stages)).float(), size)}
         if self.aux is not None:
             out["aux"] = upsample(self.aux(stages[2]).float(), size)
         return out
@@ -465,7 +462,7 @@ def evaluate(net, data, items, args, group):
         for name, shot in zip(maps, (image, label, pred), strict=True) if index in shown else ():
             maps[name].append(shot)
     net.train(training)
-    return metrics.scores(distributed.sum_over_processes(confusion).cpu()), maps
+    return metrics.scores(distributed.reduced(confusion).cpu()), maps
 
 
 # ---- 7. Training -----------------------------------------------------------------------------

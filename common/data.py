@@ -58,20 +58,16 @@ class Data:
             return image, None
         mask = _open(item.label)
         if mask.size != image.size:
-            (w, h), (iw, ih) = mask.size, image.size
-            raise Refusal(f"{item.label} is {w}x{h} pixels, its image {item.image} is {iw}x{ih}")
+            sizes = "{}x{} pixels, not {}x{}".format(*mask.size, *image.size)
+            raise Refusal(f"{item.label}: {sizes} as its image {item.image}")
         if mask.mode not in ("L", "P"):  # P: the palette index is the class, never its colour
-            raise Refusal(
-                f"{item.label}: mode {mask.mode}; a mask has one 8-bit channel of class ids"
-            )
+            raise Refusal(f"{item.label}: mode {mask.mode}, not one 8-bit channel of class ids")
         values = np.asarray(mask)
         label = self.table[values]
         if (label == 254).any():
             y, x = np.argwhere(label == 254)[0]
-            raise Refusal(
-                f"{item.label}: value {values[y, x]} at row {y}, column {x}; "
-                f"{self.name} has classes 0 to {self.num_classes - 1} and {IGNORE}"
-            )
+            what = f"value {values[y, x]} at row {y}, column {x}"
+            raise Refusal(f"{item.label}: {what}; classes are 0 to {self.num_classes - 1} and 255")
         return image, Image.fromarray(label)
 
 
@@ -119,8 +115,7 @@ def read_list(path, pattern):
 def choose(keys, split, seed):
     """Returns (labelled, unlabelled) keys: all, or every r-th of the sorted ones and the rest.
 
-    split: "all" or "1/r". seed: None, or the seed of a random subset of ceil(n / r) keys instead.
-    Subsets of one seed are nested in 1/r.
+    split: "all" or "1/r". seed: None, or that of a random subset of ceil(n / r) keys, nested in r.
     """
     keys = sorted(keys)
     if split == "all":
@@ -156,7 +151,9 @@ def load(args):
         found = {p: {k: Item(k) for k in shapes.keys(p)} for p in ("train", "val", "test")}
     else:
         if not root.is_dir():
-            raise Refusal(f"{root}: no such folder; --data-root names the folder of {name}")
+            raise Refusal(
+                f"{root}: no such folder; --data-root names that of {name}, see docs/data.md"
+            )
         found = {part: _find(root, facts, part) for part in facts["parts"]}
         if not found["val"]:
             raise Refusal(f"{root}: nothing of {name} here ({', '.join(facts['parts']['val'])})")
@@ -175,6 +172,12 @@ def load(args):
         parts = choose(found["train"], args.split, args.split_seed)
         labeled, unlabeled = ([found["train"][k] for k in keys] for keys in parts)
     val, test = (list(found.get(part, {}).values()) for part in ("val", "test"))
+    expected = counts(name, args.split)[0] if args.labeled_list and args.split != "all" else 0
+    if expected and expected != len(labeled):
+        raise Refusal(f"--split {args.split} has {expected} labelled images, not {len(labeled)}")
+    leak = {*labeled, *unlabeled} & {*val, *test}
+    if leak:
+        raise Refusal(f"{len(leak)} images to train on are in val or test: {min(leak).key} ...")
     for item in (*labeled, *val, *test):
         if item.image is not None and not (item.label and item.label.is_file()):
             raise Refusal(f"{item.image}: its mask {item.label} is missing")

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ReduceOp
 
 from common import Refusal
 
@@ -56,18 +57,11 @@ def share(batch, group, name):
     return batch // group.world
 
 
-def sum_over_processes(tensor):
-    """Returns the sum over all processes of a tensor that requires no gradient (never a loss)."""
+def reduced(tensor, op=ReduceOp.SUM):
+    """Returns the tensor summed (or op) over all processes, in place; never a loss with a graph."""
     assert not tensor.requires_grad, "a loss is never reduced over processes before backward"
     if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def max_over_processes(tensor):
-    """Returns the maximum over all processes, element by element."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op)
     return tensor
 
 

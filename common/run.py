@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy
@@ -25,23 +26,29 @@ from tqdm import tqdm
 
 from common import Refusal, pictures
 from common.data import load, set_hash
-from common.distributed import Group, from_first, max_over_processes, share, sum_over_processes
+from common.distributed import Group, ReduceOp, from_first, reduced, share
 
-# free to differ when a run goes on: they change no number
-FREE = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
+NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 log_every save_every pictures_every tensorboard""".split()
-
 POSITIVE = """batch_size batch_size_unlabeled total_iters crop_size scales aspp_rates lr log_every
 eval_every save_every""".split()
+NEVER = 2**62  # later than any step
 
-# ---- command line ----
 
+def parse(cls, argv=None, default=None):
+    """Returns cls filled from the command line; with --eval-only a checkpoint's flags stand below.
 
-def parse(cls, argv=None):
-    """Returns cls filled from the command line; tyro's box around a wrong flag becomes one line."""
+    tyro's box around a wrong flag becomes a one-line Refusal.
+    """
     with contextlib.redirect_stderr(io.StringIO()) as text:
         try:
-            return tyro.cli(cls, args=argv)
+            args = tyro.cli(cls, args=argv, default=default or cls())
+            if default or not args.eval_only:
+                return args
+            saved = load_checkpoint(args.checkpoint or "--eval-only needs --checkpoint")["args"]
+            names = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
+            saved = {k: tuple(v) if isinstance(v := saved[k], list) else v for k in names}
+            return parse(cls, argv, replace(args, **saved | {"weights": "none"}))
         except SystemExit as stop:
             if stop.code != 2:  # --help
                 raise
@@ -54,22 +61,13 @@ def parse(cls, argv=None):
 def resolve(args, preset):
     """Returns args with every None filled: field default < preset < recipe < explicit flag.
 
-    preset: function of args to a dict. With --eval-only the flags of the checkpoint's run come
-    before the preset. Raises Refusal for a field that nothing sets.
+    preset: function of args to a dict. Raises Refusal for a field that nothing sets, and for a
+    number out of range.
     """
-    if args.eval_only:
-        if not args.checkpoint:
-            raise Refusal("--eval-only without --checkpoint: name a last.pt or best.pt")
-        given = {k: v for k, v in vars(args).items() if v != getattr(type(args)(), k)}
-        saved = load_checkpoint(args.checkpoint)["args"]
-        names = set(saved) & set(vars(args)) - (set(FREE) - {"data_root", "workers"})
-        saved = {k: tuple(v) if isinstance(v := saved[k], list) else v for k in names}
-        args = replace(args, **saved | given)
-    values, rank = preset(args), os.environ.get("RANK", "0")
-    size, usual, rate = args.batch_size, values.get("batch_size"), args.lr or values.get("lr")
-    if size and usual and rate and size != usual and not args.eval_only and rank == "0":
-        linear = f"the linear rule would take --lr {rate * size / usual:g}, {rate:g} is kept"
-        print(f"batch {size} where the preset has {usual}: {linear}")
+    values = preset(args)
+    ratio, lr = (args.batch_size or 0) / values.get("batch_size", 1), values.get("lr")
+    if args.lr is None and lr and ratio not in (0, 1) and os.environ.get("RANK", "0") == "0":
+        print(f"--lr {lr:g} is kept; the linear rule would have {lr * ratio:g} for this batch")
     args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
     if args.labeled_list and args.split is None:
         args = replace(args, split="list")
@@ -108,9 +106,6 @@ def plain(args):
     return json.loads(json.dumps(asdict(args)))
 
 
-# ---- the run folder ----
-
-
 def load_checkpoint(path, script=None):
     """Returns a checkpoint's dict, on the CPU (weights_only: no code is run).
 
@@ -135,8 +130,8 @@ def load_networks(saved, networks):
         for name, net in networks.items():
             net.load_state_dict(saved["networks"][name])
     except RuntimeError as error:
-        line = " ".join(str(error).split())[:150]
-        raise Refusal(f"{saved['path']}: does not fit these flags ({line})") from None
+        line = f"does not fit these flags ({' '.join(str(error).split())[:150]})"
+        raise Refusal(f"{saved['path']}: {line}") from None
     return saved["step"]
 
 
@@ -149,11 +144,13 @@ class Run:
         Raises Refusal if the folder exists and --resume was not given.
         """
         self.args, self.script, self.group, self.data = args, Path(script), group, data
-        self.first, self.begin, self.start = group.rank == 0, 0, time.time()
+        self.first, self.begin = group.rank == 0, 0
+        self.sha256 = hashlib.sha256(self.script.read_bytes()).hexdigest()
+        self.start, self.spent = time.time(), 0.0  # now, and seconds before a resume
         self.bar, self.board, self.file = None, None, None
         self.meter = torch.zeros(0, device=group.device)  # steps and sums since the last line
         self.clock = [0.0, 0.0, 0.0]  # steps, seconds for data, seconds in all, likewise
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=group.device)
+        self.bad_step = torch.full((), NEVER, dtype=torch.int64, device=group.device)
         self.best = {"miou": -1.0, "step": 0}
         self.folder = Path(from_first(self._folder()))
         if self.folder.exists() and not args.resume:
@@ -181,17 +178,23 @@ class Run:
             self.say(f"run folder: {self.folder}, starting from zero")
             return 0
         saved, mine = load_checkpoint(path, self.script), plain(self.args)
-        for name in sorted((set(mine) | set(saved["args"])) - set(FREE)):
+        for name in sorted((set(mine) | set(saved["args"])) - set(NO_NUMBER)):
             old, new, flag = saved["args"].get(name), mine.get(name), name.replace("_", "-")
             if old != new:
                 raise Refusal(f"{path}: another recipe, --{flag} {old} there and {new} here")
+        if saved["lists"] != lists(self.data):
+            raise Refusal(
+                f"{path}: other images, {saved['lists']} there and {lists(self.data)} here"
+            )
         load_networks(saved, networks)
         optimizer.load_state_dict(saved["optimizer"])
         for name, value in saved["state"].items():
             state[name] = value.to(state[name].device) if torch.is_tensor(value) else value
         self.meter = saved["meter"].to(self.group.device) * self.first  # all processes' in one
-        self.best, self.begin = saved["best"], saved["step"]
+        self.best, self.begin, self.spent = saved["best"], saved["step"], saved["time"]["elapsed_s"]
         self._cut_log(self.begin)
+        if saved["sha256"] != self.sha256:
+            self.log("resume", self.begin, sha256=self.sha256, was=saved["sha256"])
         self.say(f"run folder: {self.folder}, going on from step {self.begin}")
         return self.begin
 
@@ -210,10 +213,11 @@ class Run:
         """Writes beside the file, then renames: a kill leaves the old one or the new one."""
         content["networks"] = {k: net.state_dict() for k, net in networks.items()}
         finite = [v.isfinite().all() for net in content["networks"].values() for v in net.values()]
-        check_finite(-1 if torch.stack(finite).all() else content["step"])
+        check_finite(NEVER if torch.stack(finite).all() else content["step"])
         if self.first:
             self._open()
             content |= {"script": self.script.name, "args": plain(self.args)}
+            content["sha256"] = self.sha256
             path = self.folder / name
             with open(path.with_suffix(".tmp"), "wb") as file:
                 torch.save(content, file)
@@ -223,8 +227,9 @@ class Run:
 
     def keep_last(self, step, networks, optimizer, state):
         """Saves last.pt: all that the run needs to go on, tensors and plain values."""
-        meter = sum_over_processes(self.meter.clone())
-        more = {"state": state, "meter": meter, "best": self.best}
+        more = {"state": state, "meter": reduced(self.meter.clone()), "best": self.best}
+        spent = self.spent + time.time() - self.start
+        more |= {"time": {"elapsed_s": spent}, "lists": lists(self.data)}
         self._save("last.pt", networks, step=step, optimizer=optimizer.state_dict(), **more)
 
     def keep_best(self, step, result, maps, networks):
@@ -236,8 +241,6 @@ class Run:
         if result["miou"] > self.best["miou"]:
             self.best = {"miou": result["miou"], "step": step}
             self._save("best.pt", networks, step=step)
-
-    # ---- log and progress ----
 
     def due(self, step, every):
         """Returns whether something is due: every so many steps (0: never), and at the end."""
@@ -252,8 +255,7 @@ class Run:
         values = torch.stack([v.detach().double() for v in parts.values()])
         sums = torch.cat([values.new_ones(1), values])
         self.meter = self.meter + sums if len(self.meter) else sums
-        bad = (self.bad_step < 0) & ~torch.isfinite(values).all()
-        self.bad_step = torch.where(bad, step, self.bad_step)
+        self.bad_step = self.bad_step.clamp(max=torch.where(values.isfinite().all(), NEVER, step))
         if self.first and sys.stderr.isatty():
             if self.bar is None:
                 total = self.args.total_iters
@@ -261,20 +263,22 @@ class Run:
             self.bar.update(step - self.bar.n)
         a = self.args
         if any(self.due(step, n) for n in (a.log_every, a.eval_every, a.save_every)):
-            check_finite(int(max_over_processes(self.bad_step)))
+            check_finite(int(reduced(self.bad_step.clone(), ReduceOp.MIN)))
         due = self.due(step, a.log_every)
-        count, *sums = sum_over_processes(self.meter.clone()).tolist() if due else (1,)
+        count, *sums = reduced(self.meter.clone()).tolist() if due else (1,)
         self.clock = [
-            self.clock[0] + 1,
-            self.clock[1] + waited,
-            self.clock[2] + time.time() - begin,
+            a + b for a, b in zip(self.clock, (1, waited, time.time() - begin), strict=True)
         ]
         if not due:
             return
         means = {name: s / count for name, s in zip(parts, sums, strict=True)}
         data, all_ = (round(1e3 * t / self.clock[0], 2) for t in self.clock[1:])
         self.meter, self.clock = torch.zeros_like(self.meter), [0.0, 0.0, 0.0]
-        times = {"data_ms": data, "step_ms": all_, "elapsed_s": round(time.time() - self.start, 1)}
+        times = {
+            "data_ms": data,
+            "step_ms": all_,
+            "elapsed_s": round(self.spent + time.time() - self.start, 1),
+        }
         if self.group.device.type == "cuda":
             times["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         self.log("train", step, lr=lr, **means, time=times)
@@ -311,7 +315,7 @@ class Run:
             command = [*where, "describe", "--always", "--dirty", "--abbrev=40"]
             git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         head = {"kind": "start", "script": self.script.name, "argv": sys.argv[1:], "git": git}
-        head["sha256"] = hashlib.sha256(self.script.read_bytes()).hexdigest()
+        head["sha256"] = self.sha256
         head |= {"args": plain(self.args), "lists": lists(self.data)}
         modules = {"numpy": numpy, "pillow": PIL, "torch": torch, "torchvision": torchvision}
         head["versions"] = {k: m.__version__ for k, m in modules.items()}
@@ -323,10 +327,10 @@ class Run:
     def say(self, text, step=None):
         """Prints one line from process 0, with step and ETA if step is given."""
         if step is not None:
-            left = (time.time() - self.start) / max(step - self.begin, 1)
-            left = int(left * (self.args.total_iters - step))
-            eta = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            text = f"step {step}/{self.args.total_iters}  {text}  ETA {eta}"
+            each, total = (time.time() - self.start) / (step - self.begin), self.args.total_iters
+            text = (
+                f"step {step}/{total}  {text}  ETA {timedelta(seconds=int(each * (total - step)))}"
+            )
         if self.bar is not None:
             self.bar.write(text, file=sys.stdout)
         elif self.first:
@@ -351,8 +355,8 @@ class Run:
 
 
 def check_finite(bad_step):
-    """Raises Refusal if bad_step, the first step with a number that is not finite, is not -1."""
-    if bad_step >= 0:
+    """Raises Refusal if bad_step, the first with a number that is not finite, is not NEVER."""
+    if bad_step < NEVER:
         raise Refusal(f"loss or weights not finite at step {bad_step}: nothing saved since")
 
 

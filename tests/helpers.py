@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,16 +118,18 @@ def finish(process, seconds=120):
     assert process.returncode == 0, text
 
 
-def kill_at_random(process, path, rng, longest):
-    """SIGKILLs a started process and its children up to `longest` seconds after path appears."""
-    until, delay = time.time() + 120, rng.uniform(0, longest)
-    while not path.exists():
+def kill_at_step(process, folder, step):
+    """SIGKILLs a started process and its children once its log has reached a step and it saved."""
+    until = time.time() + 120
+    while True:
+        text = (folder / "log.jsonl").read_text() if (folder / "last.pt").exists() else ""
+        steps = re.findall(r'^{"kind": "train", "step": (\d+)', text, re.M)
+        if steps and int(steps[-1]) >= step:
+            return kill(process)
         if process.poll() is not None or time.time() > until:
             kill(process)
             raise AssertionError(process.communicate()[0])
         time.sleep(0.005)
-    time.sleep(delay)
-    kill(process)
 
 
 def kill(process):
@@ -176,7 +179,8 @@ def differences(folder, other):
     wrong = []
     for name in ("last.pt", "best.pt"):
         one, two = (flat(torch.load(f / name, weights_only=True)) for f in (folder, other))
-        for key in sorted((set(one) | set(two)) - {".args.out", ".args.resume"}):
+        clock = {".args.out", ".args.resume", ".time.elapsed_s"}
+        for key in sorted((set(one) | set(two)) - clock):
             a, b = one.get(key), two.get(key)
             if torch.is_tensor(a) and torch.is_tensor(b):
                 same = a.dtype == b.dtype and a.shape == b.shape

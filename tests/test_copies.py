@@ -73,7 +73,8 @@ def differences(texts):
             )
         for node in ast.parse(text).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                source = "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+                begin = min(n.lineno for n in (node, *node.decorator_list))
+                source = "\n".join(text.splitlines()[begin - 1 : node.end_lineno])
                 if ">>> method" in source:
                     continue
                 first, other = definitions.setdefault(node.name, (name, source))

@@ -28,7 +28,7 @@ from tests.helpers import (
     finish,
     flags,
     flat,
-    kill_at_random,
+    kill_at_step,
     log,
     shrink,
     snapshot,
@@ -77,7 +77,7 @@ def test_a_run_stopped_in_any_step_and_resumed_equals_the_whole_one(
 
 
 @pytest.mark.parametrize("module, extra", METHODS)
-def test_a_run_killed_at_a_random_time_and_resumed_equals_the_whole_one(
+def test_a_run_killed_at_a_random_step_and_resumed_equals_the_whole_one(
     module, extra, tmp_path, monkeypatch
 ):
     seed = random.randrange(10_000)
@@ -88,7 +88,7 @@ def test_a_run_killed_at_a_random_time_and_resumed_equals_the_whole_one(
     extra = ["--cutmix", "--warmup-iters", "70"] if extra else []
     argv = flags(tree, tmp_path / "killed", **numbers) + extra
     process = start(module.__name__, argv)
-    kill_at_random(process, tmp_path / "killed/last.pt", random.Random(seed), 1.0)
+    kill_at_step(process, tmp_path / "killed", random.Random(seed).randint(1, 100))
     kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
     assert "done" not in kinds, f"killed too late, seed {seed}"
     train(module, argv + ["--resume"])
@@ -109,7 +109,7 @@ def test_two_processes_killed_and_resumed_equal_the_whole_run_and_each_other(tmp
     extra = ["--cutmix", "--warmup-iters", "20"]
     killed = flags(tree, tmp_path / "killed", **numbers) + extra
     process = start("mean_teacher", killed, processes=2)
-    kill_at_random(process, tmp_path / "killed/last.pt", random.Random(seed), 0.8)
+    kill_at_step(process, tmp_path / "killed", random.Random(seed).randint(1, 40))
     kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
     assert "done" not in kinds, f"killed too late, seed {seed}"
     whole = flags(tree, tmp_path / "whole", **numbers) + extra

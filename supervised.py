@@ -179,7 +179,7 @@ def u2pl_recipe(args):
     elif args.dataset == "camvid":  # the protocol camvid-small
         values |= small | dict(split="1/8", crop_size=128, batch_size=4, total_iters=600)
         values |= dict(lr=0.01, lr_head=2.0, weight_decay=1e-4)
-        values |= dict(log_every=20, eval_every=100, save_every=100, pictures_every=200)
+        values |= dict(log_every=20, eval_every=150, save_every=150, pictures_every=300)
     elif args.dataset == "cityscapes":
         values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D7]
         values |= dict(aux_weight=0.4, ohem=True)

@@ -187,9 +187,7 @@ def u2pl_recipe(args):
     """
     values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all", aux_weight=0.0, ohem=False)
     small = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16, workers=2)
-    small |= dict(
-        aspp_rates=(1, 2, 3)
-    )  # a crop of 128 has 8 x 8 cells: wider taps never learn [D8]
+    small |= dict(aspp_rates=(1, 2, 3))  # a crop of 128 has 8 cells a side: wide taps never learn
     large = dict(backbone="resnet101", stem="classic", weights="auto", output_stride=8)  # [D9]
     large |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
     large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
@@ -562,8 +560,9 @@ def evaluate(net, data, items, args, group):
     for index, (image, label) in zip(mine, loader, strict=True):
         pred = net(image[None].to(group.device))["logits"][0].argmax(0)  # protocol "whole"
         confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
-        for name, shot in zip(maps, (image, label, pred), strict=True) if index in shown else ():
-            maps[name].append(shot)
+        if index in shown:
+            for name, shot in zip(maps, (image, label, pred), strict=True):
+                maps[name].append(shot)
     net.train(training)
     return metrics.scores(distributed.reduced(confusion).cpu()), maps
 

@@ -183,9 +183,7 @@ class Run:
             if old != new:
                 raise Refusal(f"{path}: another recipe, --{flag} {old} there and {new} here")
         if saved["lists"] != lists(self.data):
-            raise Refusal(
-                f"{path}: other images, {saved['lists']} there and {lists(self.data)} here"
-            )
+            raise Refusal(f"{path}: other images ({saved['lists']}) than now ({lists(self.data)})")
         load_networks(saved, networks)
         optimizer.load_state_dict(saved["optimizer"])
         for name, value in saved["state"].items():
@@ -266,24 +264,20 @@ class Run:
             check_finite(int(reduced(self.bad_step.clone(), ReduceOp.MIN)))
         due = self.due(step, a.log_every)
         count, *sums = reduced(self.meter.clone()).tolist() if due else (1,)
-        self.clock = [
-            a + b for a, b in zip(self.clock, (1, waited, time.time() - begin), strict=True)
-        ]
+        took = (1, waited, time.time() - begin)
+        self.clock = [a + b for a, b in zip(self.clock, took, strict=True)]
         if not due:
             return
         means = {name: s / count for name, s in zip(parts, sums, strict=True)}
-        data, all_ = (round(1e3 * t / self.clock[0], 2) for t in self.clock[1:])
+        data, whole = (round(1e3 * t / self.clock[0], 2) for t in self.clock[1:])
         self.meter, self.clock = torch.zeros_like(self.meter), [0.0, 0.0, 0.0]
-        times = {
-            "data_ms": data,
-            "step_ms": all_,
-            "elapsed_s": round(self.spent + time.time() - self.start, 1),
-        }
+        elapsed = round(self.spent + time.time() - self.start, 1)
+        times = {"data_ms": data, "step_ms": whole, "elapsed_s": elapsed}
         if self.group.device.type == "cuda":
             times["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         self.log("train", step, lr=lr, **means, time=times)
         words = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        self.say(f"{words}  lr {lr:.1e}  {all_:.0f} ms", step)
+        self.say(f"{words}  lr {lr:.1e}  {whole:.0f} ms", step)
 
     def log(self, kind, step, **values):
         """Appends one line to log.jsonl; what depends on the clock belongs in values["time"]."""

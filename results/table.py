@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- table: results/table.py --write -->\n", "<!-- end of table -->\n")
 PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # page -> its logs
-SHOWN = ("cutmix", "consistency", "teacher_bn", "recipe", "schedule")  # flags worth naming
+USUAL = {"cutmix": False, "consistency": "ce", "teacher_bn": "own", "recipe": "paper"}
+USUAL |= {"schedule": "paper", "aspp_rates": [1, 2, 3]}  # flags named where they differ
 
 
 def read(path):
@@ -28,9 +29,7 @@ def row(path):
     """Returns the cells of one log's row, sort key first."""
     start, train, evals, done = read(path)
     args, script = start["args"], start["script"]
-    defaults = {"cutmix": False, "consistency": "ce", "teacher_bn": "own"}
-    defaults |= {"recipe": "paper", "schedule": "paper"}
-    flags = [f"{k} {args[k]}" for k in SHOWN if k in args and args[k] != defaults[k]]
+    flags = [f"{k} {args[k]}" for k in USUAL if args.get(k, USUAL[k]) != USUAL[k]]
     flags = ", ".join(flags).replace("cutmix True", "CutMix") or "-"
     same = hashlib.sha256((ROOT / script).read_bytes()).hexdigest() == start["sha256"]
     minutes = train[-1]["time"]["elapsed_s"] / 60

@@ -5,11 +5,16 @@ import json
 import re
 import shlex
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import mean_teacher
 import supervised
+from common import pictures
+from common.data import FACTS
 from common.run import cells, describe, parse, resolve
+from docs import draw_shapes
 from results import table
 from tests.test_copies import ROOT, SCRIPTS
 
@@ -104,6 +109,16 @@ def test_presets_printed_are_the_papers_and_resolve():
             flags = shlex.split(re.search(r"--dataset .*?(?=  )", line)[0])
             text = describe(resolve(parse(module.Args, flags), module.preset))
             assert re.search(r"^total_iters +[1-9]\d+", text, re.M), line
+
+
+def test_the_picture_of_shapes_shows_the_pictures_that_are_drawn(tmp_path):
+    palette = np.array(FACTS["shapes"]["palette"], np.uint8)
+    pictures.save_panels(tmp_path / "now.png", draw_shapes.rows(), palette, height=112)
+    now, then = (
+        np.asarray(Image.open(p), float) for p in (tmp_path / "now.png", ROOT / "docs/shapes.png")
+    )
+    assert now.shape == then.shape
+    assert abs(now - then).mean() < 2, "python docs/draw_shapes.py"  # fonts may differ
 
 
 def test_code_words_in_the_pages_exist():

@@ -33,12 +33,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
-from common.data import IGNORE, counts, load
+from common.data import IGNORE, load
 from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
 from common.weights import load_backbone
 
 # isort: split
 # >>> method: imports
+from common.data import counts
+
 # <<< method: imports
 
 # ---- 2. Recipe -------------------------------------------------------------------------------
@@ -91,7 +93,7 @@ class Args:
     weight_decay: float | None = None  # of SGD
     decay_on: Literal["all", "weights"] | None = None  # weights: not on BN and biases
     aux_weight: float | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem: bool | None = None  # supervised loss on hard pixels only
+    ohem_kept: float | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
     # evaluation
     protocol: Literal["whole"] | None = None  # whole: every image in one piece, native size
     # >>> method: args
@@ -148,8 +150,8 @@ def supervised_loss(out, label, args):
     """
     losses = []
     for logits in (out["logits"], out.get("aux")):
-        if logits is not None and args.ohem:  # 100,000 pixels on two crops of 769^2 [D1]
-            pixels = round(50_000 * args.crop_size**2 / 769**2)
+        if logits is not None and args.ohem_kept:
+            pixels = round(args.ohem_kept * args.crop_size**2)
             losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
         elif logits is not None:
             losses.append(cross_entropy(logits, label))
@@ -163,7 +165,8 @@ def u2pl_recipe(args):
     Returns ({flag: value}, passes over the unlabelled images, steps of a semi-supervised run or 0
     where the split's counts are unknown).
     """
-    values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all", aux_weight=0.0, ohem=False)
+    values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all")
+    values |= dict(aux_weight=0.0, ohem_kept=0.0)
     small = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16, workers=2)
     small |= dict(aspp_rates=(1, 2, 3))  # a crop of 128 has 8 cells a side: wide taps never learn
     large = dict(backbone="resnet101", stem="classic", weights="auto", output_stride=8)  # [D9]
@@ -180,7 +183,8 @@ def u2pl_recipe(args):
         values |= dict(log_every=20, eval_every=150, save_every=150, pictures_every=300)
     elif args.dataset == "cityscapes":
         values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D7]
-        values |= dict(aux_weight=0.4, ohem=True)
+        # 100,000 pixels of the two crops of a process [D1]
+        values |= dict(aux_weight=0.4, ohem_kept=50_000 / 769**2)
     else:  # VOC
         values |= large | dict(crop_size=513, lr=0.001, lr_head=10.0, weight_decay=1e-4)
     passes, gpus = (200, 8) if args.dataset == "cityscapes" else (80, 4)
@@ -205,6 +209,7 @@ def make_backbone(args):
     if args.stem == "deep":
 
         def unit(inputs, outputs, stride):
+            """Convolution, BN, ReLU."""
             conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
             return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
@@ -360,6 +365,7 @@ def augment(image, label, rng, crop, scales):
     warp = (-sx, 0, w - x * sx, 0, sy, y * sy) if flip else (sx, 0, x * sx, 0, sy, y * sy)
 
     def apply(picture, kernel, fill):
+        """The warped picture as an array."""
         mode = Image.Transform.AFFINE
         return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=fill))
 
@@ -374,18 +380,21 @@ def augment(image, label, rng, crop, scales):
 class Samples(Dataset):
     """Sample number -> dict of image, inside and, if masks are opened, label (int64).
 
-    A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4].
+    A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4];
+    stream "a.b" takes them in the order of stream "a", with an augmentation of its own.
     """
 
     def __init__(self, data, items, with_label, scales, stream, args):
         self.data, self.items, self.with_label, self.scales = data, items, with_label, scales
-        self.seed, self.crop = [args.seed, zlib.crc32(stream.encode())], args.crop_size
+        names = (stream.split(".")[0], stream)
+        self.order, self.warp = ([args.seed, zlib.crc32(name.encode())] for name in names)
+        self.crop = args.crop_size
 
     def __getitem__(self, number):
         lap, place = divmod(number, len(self.items))
-        order = np.random.default_rng([*self.seed, 0, lap]).permutation(len(self.items))
+        order = np.random.default_rng([*self.order, 0, lap]).permutation(len(self.items))
         image, label = self.data.read(self.items[order[place]], self.with_label)
-        rng = np.random.default_rng([*self.seed, 1, number])
+        rng = np.random.default_rng([*self.warp, 1, number])
         image, label, inside = augment(image, label, rng, self.crop, self.scales)
         sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
         return sample if label is None else sample | {"label": torch.from_numpy(label).long()}
@@ -494,7 +503,8 @@ def main(args):
     student_parallel = parallel(student, args, group)
     networks, trained = {"student": student}, [student]
 
-    def scored(step):  # the network that evaluation scores after so many steps
+    def scored(step):
+        """The network that evaluation scores after so many steps."""
         return student
 
     # <<< method: networks

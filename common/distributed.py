@@ -1,5 +1,6 @@
 """The process group: torchrun's environment if there is one, else a single process."""
 
+import contextlib
 import os
 from typing import NamedTuple
 
@@ -63,6 +64,11 @@ def reduced(tensor, op=ReduceOp.SUM):
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
+
+
+def no_sync(net):
+    """Returns a context in which backward leaves a DDP network's gradients to a later backward."""
+    return net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext()
 
 
 def from_first(value):

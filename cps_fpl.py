@@ -3,16 +3,16 @@
 
 Two networks teach each other on unlabelled images. CPS: each learns the other's likeliest class.
 FPL: a pixel has K positive classes, more where its teacher is unsure (Alg. 1), and each of their
-logits is pushed above all others (Eq. 7), with a weight (Eq. 11). Numbers without a name are FPL's
-and its supplement's. `diff supervised.py cps_fpl.py` is all that this adds.
+logits is pushed above all others (Eq. 7), with a weight (Eq. 11).
 
   Alg. 1                         cumulative_classes (n), fuzzy_positive_assignment (K)
-  Eq. (7), (9)                   fuzzy_positive_regularization
+  Eq. (7), (8), (9)              fuzzy_positive_regularization
   Eq. (11), (16)                 adaptive_weight
-  Eq. (1)                        losses in main; cross_loss is CPS's L12 + L21
-  supplement Eq. (1), (4)        negative_loss, soft_loss
+  Eq. (1), (2)                   losses in main; cross_loss is CPS's L12 + L21
+  supplement Eq. (1), (4)        negative_loss, soft_loss (its Table 4)
   supplement Tables 1-3, 5       T in preset, k_values
   Eq. (12)-(15), supp. Sec. 3    results/analysis.py
+  CPS: network, CutMix           CPSHead, toggled_mask
 
   python cps_fpl.py                                       # generated shapes, no data needed
   python cps_fpl.py --dataset camvid --split 1/8 --recipe official
@@ -121,36 +121,35 @@ def preset(args):
     """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
     # >>> method: presets
     city, voc = args.dataset == "cityscapes", args.dataset.startswith("voc")
-    backbone = args.backbone or ("resnet101" if city or voc else "resnet18")
+    backbone = args.backbone or ("resnet101" if city or voc else "resnet18")  # classic stem [D9]
     values = dict(backbone=backbone, stem="classic", output_stride=16, aspp_rates=(6, 12, 18))
     values |= dict(scales=(0.5, 0.75, 1.0, 1.5, 1.75, 2.0), decay_on="weights", aux_weight=0.0)
     values |= dict(protocol="whole", ohem_kept=0.0, batch_size=8, lr=0.0025, lr_head=1.0)  # [D10]
-    values |= dict(weights="auto", workers=4, log_every=50, eval_every=1000, save_every=500)  # [D9]
-    values |= dict(crop_size=512, weight_decay=4e-4, total_iters=39_680, pictures_every=5000)
+    values |= dict(weights="auto", workers=4, log_every=50, eval_every=1000, pictures_every=5000)
+    values |= dict(crop_size=512, weight_decay=4e-4, total_iters=39_680, save_every=500)  # [D11]
     if city:
-        values |= dict(crop_size=800, weight_decay=8e-4, total_iters=44_640)  # [D11]
-        values["ohem_kept"] = 50_000 / 800**2  # [D1]
+        values |= dict(crop_size=800, weight_decay=8e-4, total_iters=44_640, ohem_kept=5 / 64)
     elif not voc:  # this project's small protocols [D8]
         values |= dict(weights="none", workers=2, batch_size=4, lr=0.01, lr_head=2.0, split="1/8")
         values |= dict(weight_decay=1e-4, crop_size=128, total_iters=600, scales=(0.5, 2.0))
-        values |= dict(log_every=20, eval_every=150, save_every=150, pictures_every=300)
+        values |= dict(log_every=10, eval_every=150, save_every=150, pictures_every=300)
         values["aspp_rates"] = (1, 2, 3)  # a crop of 128 has 8 cells a side: wide taps never learn
     if args.dataset == "shapes":
         values |= dict(split="1/16", crop_size=64, total_iters=40, lr=0.02, scales=(0.75, 1.5))
-        values |= dict(log_every=10, eval_every=20, save_every=20, pictures_every=20)
     values["batch_size_unlabeled"] = args.batch_size or values["batch_size"]
-    values["unsup_weight"] = ((6.0, 5.0) if city else (1.5, 1.0))[args.cutmix]
-    bounds = {  # T, supplement Tables 1, 2 without and with CutMix: 1/4, 1/8, 1/16, 1/32
-        ("cityscapes", "resnet50"): ((0.90, 0.90, 0.90, 0.95), (0.85, 0.85, 0.85, 0.90)),
-        ("cityscapes", "resnet101"): ((0.90, 0.95, 0.95, 0.95), (0.85, 0.85, 0.85, 0.90)),
-        ("voc_aug", "resnet50"): ((0.90, 0.90, 0.90), (0.90, 0.90, 0.95)),
-        ("voc_aug", "resnet101"): ((0.90, 0.90, 0.95), (0.90, 0.90, 0.90)),
+    values["unsup_weight"] = 5.0 + (not args.cutmix) if city else 1.0 + 0.5 * (not args.cutmix)
+    bounds = {  # T, supplement Tables 1, 2 without and with CutMix: (1/32,) 1/16, 1/8, 1/4
+        ("cityscapes", "resnet50"): ((0.95, 0.90, 0.90, 0.90), (0.90, 0.85, 0.85, 0.85)),
+        ("cityscapes", "resnet101"): ((0.95, 0.95, 0.95, 0.90), (0.90, 0.85, 0.85, 0.85)),
+        ("voc_aug", "resnet50"): ((0.90, 0.90, 0.90), (0.95, 0.90, 0.90)),
+        ("voc_aug", "resnet101"): ((0.95, 0.90, 0.90), (0.90, 0.90, 0.90)),
     }
-    row = bounds.get((args.dataset, backbone), ((), ()))[args.cutmix]
+    row = bounds.get((args.dataset, backbone), ((), ()))[args.cutmix][::-1]
     values["T"] = dict(zip(("1/4", "1/8", "1/16", "1/32"), row, strict=False)).get(args.split, 0.9)
     few = {"92": (0.95, 0.1), "183": (0.85, 0.5), "366": (0.85, 0.5), "732": (0.85, 0.5)}  # [D12]
     if args.dataset == "voc" and args.cutmix and args.split in few:
         values["T"], values["unsup_weight"] = few[args.split]
+    # refuses a wrong T before anything is read
     cumulative_classes(torch.ones(1, 2, 1, 1), values["T"] if args.T is None else args.T)
     paper = dict(k_max=0, strict=True, mean_over="positives", balance=False)
     official = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True)
@@ -202,19 +201,20 @@ def supervised_loss(out, label, args):
 
 
 # >>> method: functions
-# Below: logits_s, logits_t (B, C, H, W) of any float type; prob_t (B, C, H, W), the teacher's (FPL:
-# or what by_rank made of it); K and results (B, H, W). The teacher gets no gradient.
+# Below: logits_s, logits_t (B, C, H, W), any float type; prob_t (B, C, H, W), the teacher's, or for
+# FPL the pair (p, order) that by_rank made of it; K, results (B, H, W). No gradient to the teacher.
 
 
-def wide(x):
+def upcast(x):
     """Returns x in float32, or in float64 if it is that already."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def by_rank(prob_t):
     """Returns (p, order): p^1 >= p^2 ... of Alg. 1 and their classes. Ties: lowest class first."""
-    done = isinstance(prob_t, tuple)  # sorted once, for several functions
-    return prob_t if done else wide(prob_t).sort(dim=1, descending=True, stable=True)
+    if isinstance(prob_t, tuple):
+        return prob_t
+    return upcast(prob_t).sort(dim=1, descending=True, stable=True)
 
 
 def cumulative_classes(prob_t, T, strict=True):
@@ -235,7 +235,7 @@ def fuzzy_positive_regularization(logits_s, prob_t, K):
 
     Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
-    order, z = by_rank(prob_t)[1], wide(logits_s)
+    (_, order), z = by_rank(prob_t), upcast(logits_s)
     first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
     Y = torch.zeros_like(first_K).scatter(1, order, first_K)
     positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # -min, Eq. (6)
@@ -248,48 +248,48 @@ def adaptive_weight(prob_t, K, kind="concave", mean_over="positives"):
 
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
-    p = by_rank(prob_t)[0]
+    p, _ = by_rank(prob_t)
     total = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]
     rest = F.pad(p, (0, 0, 0, 0, 0, 1)).gather(1, K[:, None])[:, 0]  # max over j not in Y, or 0
     mean = total / K if mean_over == "positives" else (total + rest) / (K + 1)
     gap = (mean - rest).clamp(min=0)  # below 0 by rounding only
     if kind == "concave":
         return torch.log1p(50 * gap) / torch.log1p(50 * mean)
-    return {"linear": gap / mean, "convex": gap / (mean + 4 * rest), "none": gap * 0 + 1}[kind]
+    other = {"linear": gap / mean, "convex": gap / (mean + 4 * rest), "none": torch.ones_like(gap)}
+    return other[kind]
 
 
 def fuzzy_positive_loss(
-    logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives", K=None
+    logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
 ):
-    """Returns (loss, weight) of a pixel, Eq. (7) and Eq. (11); K: None is Alg. 1's."""
-    prob_t = by_rank(F.softmax(wide(logits_t.detach()), 1))
-    if K is None:
-        K = fuzzy_positive_assignment(prob_t, T, k_max=k_max, strict=strict)
+    """Returns (loss, weight) of every pixel, Eq. (7) and Eq. (11), to be multiplied."""
+    prob_t = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+    K = fuzzy_positive_assignment(prob_t, T, k_max=k_max, strict=strict)
     loss = fuzzy_positive_regularization(logits_s, prob_t, K)
     return loss, adaptive_weight(prob_t, K, weight, mean_over)
 
 
 def soft_loss(logits_s, prob_t):
     """Supplement Eq. (4), sum_i q^i log(q^i / p^i); q = prob_t, p of the student."""
-    q = wide(prob_t)
-    return (torch.xlogy(q, q) - q * F.log_softmax(wide(logits_s), 1)).sum(1)
+    log_p = F.log_softmax(upcast(logits_s), 1)
+    return F.kl_div(log_p, upcast(prob_t), reduction="none").sum(1)
 
 
 def negative_loss(logits_s, prob_t, threshold=0.2):
-    """Supplement Eq. (1), -sum_j log(1 - p^j) over the classes with prob_t < threshold."""
-    log_p = F.log_softmax(wide(logits_s), 1)
+    """Supplement Eq. (1), -sum_j log(1 - p^j), p the student's, over classes with prob_t < 0.2."""
+    log_p = F.log_softmax(upcast(logits_s), 1)
     top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, True), True)
     others = log_p.masked_fill(top, -torch.inf)  # 1 - p^top is their sum: nothing cancels
     log_not = torch.where(top, others.logsumexp(1, True), torch.log1p(-others.exp()))
     return -(log_not * (prob_t < threshold)).sum(1)
 
 
-def k_values(prob_t, progress, args):
-    """K by --k-strategy: Alg. 1, its n, 2, 3, or 3, 2, 1 by thirds of progress (supp. Table 5)."""
+def k_values(prob_t, phase, args):
+    """K by --k-strategy: Alg. 1, its n, 2, 3, or 3, 2, 1 by thirds of training (supp. Table 5)."""
     if args.k_strategy == "n-1":
         return fuzzy_positive_assignment(prob_t, args.T, k_max=args.k_max, strict=args.strict)
     n = cumulative_classes(prob_t, args.T, args.strict)
-    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - int(3 * progress)}.get(args.k_strategy)
+    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - int(3 * phase)}.get(args.k_strategy)
     K = n if fixed is None else torch.full_like(n, fixed)
     return K.clamp(max=min(args.k_max or 10**6, by_rank(prob_t)[0].shape[1]))
 
@@ -299,53 +299,54 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def cross_loss(students, teachers, inside, progress, args):
+def cross_loss(students, teachers, inside, phase, args):
     """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns (what is minimized, parts).
 
     students, teachers: logits of both. inside: (B, H, W) bool, the pixels that count. parts: unsup,
-    the sum; balance: its cross-entropy / unsup, a factor of the loss with --balance [D16].
+    the sum; balance: its cross-entropy / unsup, a factor of FPL with --balance [D16].
     """
-    flags = {name: getattr(args, name) for name in ("k_max", "strict", "weight", "mean_over")}
     unsup, ce = 0.0, 0.0
     for logits_s, logits_t in zip(students, reversed(teachers), strict=True):
-        prob_t = F.softmax(wide(logits_t.detach()), 1)
+        prob_t = F.softmax(upcast(logits_t.detach()), 1)
         pseudo = prob_t.argmax(1).masked_fill(~inside, IGNORE)
         if args.unsup_loss == "ce":
-            unsup += cross_entropy(logits_s, pseudo)  # Eq. (2)
-        elif args.unsup_loss == "fpl":
-            K = None if args.k_strategy == "n-1" else k_values(prob_t, progress, args)
-            loss, weight = fuzzy_positive_loss(logits_s, logits_t, args.T, K=K, **flags)
-            unsup += masked_mean(weight * loss, inside)
+            loss = cross_entropy(logits_s, pseudo)  # FPL Eq. (2)
+        elif args.unsup_loss == "fpl":  # fuzzy_positive_loss, with any strategy for K
+            prob_t = by_rank(prob_t)
+            K = k_values(prob_t, phase, args)
+            weight = adaptive_weight(prob_t, K, args.weight, args.mean_over)
+            loss = masked_mean(weight * fuzzy_positive_regularization(logits_s, prob_t, K), inside)
         else:
-            loss = soft_loss if args.unsup_loss == "soft" else negative_loss
-            unsup += masked_mean(loss(logits_s, prob_t), inside)
-        ce += cross_entropy(logits_s.detach(), pseudo)
+            distance = soft_loss if args.unsup_loss == "soft" else negative_loss
+            loss = masked_mean(distance(logits_s, prob_t), inside)
+        unsup += loss
+        ce += loss.detach() if args.unsup_loss == "ce" else cross_entropy(logits_s.detach(), pseudo)
     balance = ce / unsup.detach().clamp(min=1e-12)
-    return unsup * (balance if args.balance else 1), {"unsup": unsup, "balance": balance}
+    factor = balance if args.balance and args.unsup_loss == "fpl" else 1.0
+    return unsup * factor, {"unsup": unsup.detach(), "balance": balance}
 
 
 @torch.no_grad()
-def watch(logits, mask, label, progress, args):
+def watch(logits, mask, label, phase, args):
     """Returns 0-dim means over mask, (B, H, W) bool, on every fourth pixel of every fourth row.
 
     logits: of both networks. Without label: K; K_gt_1, the share with K > 1 (Fig. 4a); weight. With
     label, (B, H, W): pseudo_acc, the likeliest class is right; coverage, the truth is a positive.
     """
-    few = (..., slice(None, None, 4), slice(None, None, 4))
-    prob_t = by_rank(F.softmax(wide(torch.cat(logits)[few]), 1))
-    K = k_values(prob_t, progress, args)
-    if label is None:
-        weight = adaptive_weight(prob_t, K, args.weight, args.mean_over)
-        maps = {"K": K, "K_gt_1": K > 1, "weight": weight}
-    else:
-        rank = (prob_t[1] == torch.cat([label, label])[:, None][few]).int().argmax(1)
+    prob_t = by_rank(F.softmax(upcast(torch.cat(logits)[..., ::4, ::4]), 1))
+    K = k_values(prob_t, phase, args)
+    weight = adaptive_weight(prob_t, K, args.weight, args.mean_over)
+    maps = {"K": K, "K_gt_1": K > 1, "weight": weight}
+    if label is not None:
+        rank = (prob_t[1] == torch.cat([label, label])[:, None, ::4, ::4]).int().argmax(1)
         maps = {"pseudo_acc": rank == 0, "coverage": rank < K}
-    return {name: masked_mean(x, torch.cat([mask, mask])[few]) for name, x in maps.items()}
+    mask = torch.cat([mask, mask])[..., ::4, ::4]
+    return {name: masked_mean(x, mask) for name, x in maps.items()}
 
 
-def toggled_mask(rng, size):
-    """CPS's CutMix: three boxes, 1/4 to 1/2 together, each toggles [D17]; (1, size, size) bool."""
-    mask = torch.zeros(1, size, size, dtype=torch.bool)
+def toggled_mask(rng, size, device="cpu"):
+    """CPS's CutMix: three boxes of 1/12 to 1/6 of the crop toggle what they cover [D17]: bool."""
+    mask = torch.zeros(1, size, size, dtype=torch.bool, device=device)
     for _ in range(3):
         area = rng.uniform(0.25, 0.5)
         tall = area ** rng.uniform()
@@ -568,7 +569,8 @@ def streams(data, args):
     # >>> method: draw
     drawn = {"labeled": (data.labeled, args.batch_size, True, args.scales)}
     partner = "unlabeled.2" if args.same_image_cutmix else "partner"  # [D18]
-    for name in (["unlabeled"] + [partner] * args.cutmix) * (args.unsup_weight > 0):
+    names = ["unlabeled", partner] if args.cutmix else ["unlabeled"]
+    for name in names if args.unsup_weight else []:
         drawn[name] = (data.unlabeled, args.batch_size_unlabeled, False, args.scales)
     return drawn
     # <<< method: draw
@@ -704,38 +706,36 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        _, *unlabeled = batch.values()
-        inside, progress, parts = batch["labeled"]["inside"], step / args.total_iters, {}
+        unlabeled = [stream for name, stream in batch.items() if name != "labeled"]
+        inside, phase, parts = batch["labeled"]["inside"], step / args.total_iters, {}
         if len(unlabeled) == 2:  # CutMix; this part first: its graph is gone before the next one
             rng = np.random.default_rng([args.seed, step])  # equal on all processes
-            masks = [toggled_mask(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
-            here = len(unlabeled[0]["image"])
-            mask = torch.stack(masks[group.rank * here : (group.rank + 1) * here]).to(group.device)
+            here, size = len(unlabeled[0]["image"]), args.crop_size
+            masks = [toggled_mask(rng, size, x_l.device) for _ in range(args.batch_size_unlabeled)]
+            mask = torch.stack(masks[group.rank * here : (group.rank + 1) * here])
             x_u = torch.where(mask, unlabeled[1]["image"], unlabeled[0]["image"])
             inside = torch.where(mask[:, 0], unlabeled[1]["inside"], unlabeled[0]["inside"])
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
-                views = [[net(u["image"])["logits"] for u in unlabeled] for net in branches]
-            teachers = [torch.where(mask, second, first) for first, second in views]
+                views = ([net(u["image"])["logits"] for u in unlabeled] for net in branches)
+                teachers = [torch.where(mask, second, first) for first, second in views]
             with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
                 students = [net(x_u)["logits"] for net in branches]
-                unsup, parts = cross_loss(students, teachers, inside, progress, args)
-                (args.unsup_weight * unsup).backward()
-        out_l = [net(x_l) for net in branches]
-        sup = loss = sum(supervised_loss(out, y_l, args) for out in out_l)
+                cross, parts = cross_loss(students, teachers, inside, phase, args)
+                (args.unsup_weight * cross).backward()
+            del students
+        logits = [net(x_l)["logits"] for net in branches]
+        sup = loss = sum(supervised_loss({"logits": z}, y_l, args) for z in logits)
         if len(unlabeled) == 1:  # without CutMix labelled images teach as well [D21]
-            out_u = [net(unlabeled[0]["image"]) for net in branches]
-            pairs = zip(out_l, out_u, strict=True)
-            teachers = [torch.cat([a["logits"], b["logits"]]) for a, b in pairs]
+            z_u = [net(unlabeled[0]["image"])["logits"] for net in branches]
+            teachers = [torch.cat(pair) for pair in zip(logits, z_u, strict=True)]
             inside = torch.cat([inside, unlabeled[0]["inside"]])
-            unsup, parts = cross_loss(teachers, teachers, inside, progress, args)
-            loss = sup + args.unsup_weight * unsup
+            cross, parts = cross_loss(teachers, teachers, inside, phase, args)
+            loss = sup + args.unsup_weight * cross
         loss.backward()
         if unlabeled:
-            loss = sup + args.unsup_weight * unsup  # what is minimized in all
-            parts |= watch(teachers, inside, None, progress, args)
-        logits = [out["logits"] for out in out_l]
-        parts = {"loss": loss, "sup": sup} | parts
-        parts |= watch(logits, y_l != IGNORE, y_l, progress, args)
+            loss = sup + args.unsup_weight * cross  # what is minimized in all
+            parts |= watch(teachers, inside, None, phase, args)
+        parts = {"loss": loss, "sup": sup} | parts | watch(logits, y_l < IGNORE, y_l, phase, args)
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
@@ -748,7 +748,7 @@ def main(args):
         if run.due(done, args.pictures_every):
             # >>> method: panels
             prob_t = F.softmax(logits[1].detach(), 1)
-            K = k_values(prob_t, progress, args)
+            K = k_values(prob_t, phase, args)
             maps = {"image": x_l, "truth": y_l, "pseudo label": prob_t.argmax(1)}
             maps |= {"K: 1, 2, 3 or more": (K - 1) / 2, "branch 1": logits[0].argmax(1)}
             maps["weight"] = adaptive_weight(prob_t, K, args.weight, args.mean_over)

@@ -389,5 +389,5 @@ def cells(script):
     for entry in json.loads((Path(__file__).parent / "papers.json").read_text()):
         for split, miou in entry["miou"].items() if entry["script"] == Path(script).stem else ():
             flags = f"--dataset {entry['dataset']} --split {split} {entry['flags']}"
-            lines.append(f"{miou:6.2f}  {flags:58} {entry['source']}")
+            lines.append(f"{miou:6.2f}  {flags:82}  {entry['source']}")
     return "\n".join(lines)

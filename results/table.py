@@ -14,8 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- table: results/table.py --write -->\n", "<!-- end of table -->\n")
 PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # page -> its logs
-USUAL = {"cutmix": False, "consistency": "ce", "teacher_bn": "own", "recipe": "paper"}
-USUAL |= {"schedule": "paper", "aspp_rates": [1, 2, 3]}  # flags named where they differ
+USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule": "paper"}
+USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}
+USUAL |= {"same_image_cutmix": False, "evaluate": "branch1"}  # flags named where they differ
+LOSSES = {"fpl": "FPL", "ce": "CPS"}  # cps_fpl.py's first word
 
 
 def read(path):
@@ -30,7 +32,12 @@ def row(path):
     start, train, evals, done = read(path)
     args, script = start["args"], start["script"]
     flags = [f"{k} {args[k]}" for k in USUAL if args.get(k, USUAL[k]) != USUAL[k]]
-    flags = ", ".join(flags).replace("cutmix True", "CutMix") or "-"
+    if args.get("unsup_weight") == 0:
+        flags.insert(0, "labels alone")
+    else:
+        flags[:0] = ["CutMix"] * args.get("cutmix", False)
+        flags[:0] = [LOSSES.get(loss, loss) for loss in [args.get("unsup_loss")] if loss]
+    flags = ", ".join(flags) or "-"
     same = hashlib.sha256((ROOT / script).read_bytes()).hexdigest() == start["sha256"]
     minutes = train[-1]["time"]["elapsed_s"] / 60
     link = path.relative_to(ROOT).as_posix() + ("" if same else ", older script")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cps_fpl
 import mean_teacher
 import supervised
 from common import pictures
@@ -18,7 +19,7 @@ from docs import draw_shapes
 from results import table
 from tests.test_copies import ROOT, SCRIPTS
 
-MODULES = {"supervised.py": supervised, "mean_teacher.py": mean_teacher}
+MODULES = {"supervised.py": supervised, "mean_teacher.py": mean_teacher, "cps_fpl.py": cps_fpl}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -147,3 +148,19 @@ def test_help_shows_every_flag_and_what_it_means(capsys):
         assert len(meanings) > 35
         for name, meaning in meanings:
             assert " ".join(meaning.split()[:4]) in text, f"{name}: {meaning}"
+
+
+def test_the_64_cells_of_fpls_tables_1_to_3_resolve_with_a_dry_run(capsys):
+    seen = []
+    for line in cells("cps_fpl.py").splitlines():
+        words, source = re.search(r"(--dataset .*?)  +(.*)", line).groups()
+        if re.match(r"FPL Table [123],", source):
+            args = resolve(parse(cps_fpl.Args, shlex.split(words) + ["--dry-run"]), cps_fpl.preset)
+            cps_fpl.main(args)
+            rows = dict(row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines())
+            assert rows["T"] in ("0.85", "0.9", "0.95"), words
+            assert rows["total_iters"] == ("44640" if args.dataset == "cityscapes" else "39680")
+            assert (rows["unsup_loss"] == "ce") == ("FPL" not in source.split(",")[1]), line
+            assert (rows["cutmix"] == "True") == ("w/o" not in source), line
+            seen.append(tuple(rows[n] for n in "dataset split backbone unsup_loss cutmix".split()))
+    assert len(seen) == len(set(seen)) == 64

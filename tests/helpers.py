@@ -1,6 +1,6 @@
 """What the tests of whole runs share: a tiny data set and network, scripts started and compared.
 
-As a program (python tests/helpers.py SCRIPT JSON) it is SCRIPT with the tiny network, called once
+As a program (python -m tests.helpers SCRIPT JSON) it is SCRIPT with the tiny network, called once
 for each list of flags in JSON; beside each --out it leaves <out>.rank<k>: a digest of the networks
 of process k at every checkpoint.
 """
@@ -32,23 +32,26 @@ from common import distributed, run  # noqa: E402
 # ---- a tiny data set, a tiny network ----
 
 
-def draw_tree(root, train=8, val=2, test=2):
-    """Draws a tree in CamVid's layout: JPEGs of 48x36 pixels, masks of blocks with ids 0 to 11."""
+def draw_tree(root, train=8, val=2, test=2, ids=12):
+    """Draws a tree in CamVid's layout: JPEGs of 48x36 pixels, masks of blocks with ids 0 to 11.
+
+    ids: how many occur; of all twelve the last is CamVid's void.
+    """
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("val", val), ("test", test)):
         for folder in (root / part, root / f"{part}annot"):
             folder.mkdir(parents=True)
         for i in range(count):
-            ids = rng.integers(0, 12, (6, 8)).astype(np.uint8).repeat(6, 0).repeat(6, 1)
+            mask = rng.integers(0, ids, (6, 8)).astype(np.uint8).repeat(6, 0).repeat(6, 1)
             noise = rng.integers(0, 40, (36, 48, 3))
-            pixels = (ids[..., None] * np.array([18, 7, 13]) + noise).astype(np.uint8)
+            pixels = (mask[..., None] * np.array([18, 7, 13]) + noise).astype(np.uint8)
             Image.fromarray(pixels).save(root / part / f"{part}{i}.jpg")
-            Image.fromarray(ids).save(root / f"{part}annot" / f"{part}{i}.png")
+            Image.fromarray(mask).save(root / f"{part}annot" / f"{part}{i}.png")
     return root
 
 
 def tiny_modules(module):
-    """Returns stand-ins for make_backbone and the head of a script: a step takes milliseconds."""
+    """Returns stand-ins for make_backbone and the heads of a script: a step takes milliseconds."""
 
     def block(inputs, outputs, stride):
         layers = [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)]
@@ -63,14 +66,20 @@ def tiny_modules(module):
         return net
 
     class Head(nn.Module):
+        dropout = 0.1
+
         def __init__(self, channels, num_classes, args):
             super().__init__()
-            self.classify = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(8, num_classes, 1))
+            self.classify = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, num_classes, 1))
 
         def forward(self, stages, size):
             return {"logits": module.upsample(self.classify(stages[3]).float(), size)}
 
-    return {"make_backbone": make_backbone, "DeepLabV3Plus": Head}
+    class HeadWithoutDropout(Head):
+        dropout = 0.0
+
+    parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadWithoutDropout}
+    return {name: part for name, part in parts.items() if hasattr(module, name)}
 
 
 def shrink(module, monkeypatch):
@@ -97,13 +106,16 @@ def train(module, argv):
     module.main(run.resolve(run.parse(module.Args, argv), module.preset))
 
 
-def start(script, *argvs, processes=1):
-    """Starts the tiny SCRIPT once for each list of flags, as a process of its own."""
+def start(script, *argvs, processes=1, program="tests.helpers"):
+    """Starts the tiny SCRIPT once for each list of flags, as a process of its own.
+
+    program: the module to start; it takes SCRIPT and JSON as this one does.
+    """
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         command += [str(processes)]
-    command += [__file__, script, json.dumps(argvs)]
+    command += ["-m", program, script, json.dumps(argvs)]
     quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen(command, cwd=ROOT, **quiet)
 
@@ -219,6 +231,18 @@ def digest(networks):
     return hashlib.sha256(bits).hexdigest()
 
 
+def in_one_group(script, calls):
+    """Makes calls, each a run of the script's main, with one process group for all of them.
+
+    torchrun's store does not take the same processes twice.
+    """
+    group = distributed.setup("cpu")
+    script.distributed.setup, script.distributed.teardown = lambda device: group, lambda: None
+    for call in calls:
+        call()
+    dist.destroy_process_group() if dist.is_initialized() else None
+
+
 if __name__ == "__main__":
     script = importlib.import_module(sys.argv[1])
     for name, value in tiny_modules(script).items():
@@ -231,9 +255,6 @@ if __name__ == "__main__":
         keep_last(self, step, networks, *rest)
 
     run.Run.keep_last = keep_last_and_digest
-    # one process group for all runs: torchrun's store does not take the same processes twice
-    group = distributed.setup("cpu")
-    script.distributed.setup, script.distributed.teardown = lambda device: group, lambda: None
-    for argv in json.loads(sys.argv[2]):
-        train(script, argv)
-    dist.destroy_process_group() if dist.is_initialized() else None
+    in_one_group(
+        script, [lambda argv=argv: train(script, argv) for argv in json.loads(sys.argv[2])]
+    )

@@ -335,6 +335,49 @@ def test_each_round_visits_each_image_once_in_an_order_of_its_own(tmp_path):
     assert visits(other, range(14)) != rounds[0] + rounds[1]
 
 
+@pytest.mark.smoke
+def test_stream_a_dot_b_takes_the_images_of_stream_a_in_crops_of_its_own(tmp_path):
+    root = camvid(tmp_path, 7)
+    args = flags(dataset="camvid", data_root=str(root), crop_size=8)
+    data = load(args)
+    names = ("unlabeled", "unlabeled.2", "unlabeled.3.4", "partner", "partner.2", "labeled")
+    order = {}
+    for name in names:
+        samples = Samples(data, data.labeled, False, (1.0,), name, args)
+        order[name] = visits(samples, range(21))  # three rounds
+        assert all(sorted(order[name][r : r + 7]) == list(range(7)) for r in (0, 7, 14))
+    assert order["unlabeled"] == order["unlabeled.2"] == order["unlabeled.3.4"]
+    assert order["partner"] == order["partner.2"]
+    assert len({tuple(order[name]) for name in ("unlabeled", "partner", "labeled")}) == 3
+    # one image only: the crops tell the streams apart
+    some = ten_shapes()
+    made = [Samples(some, some.labeled[:1], False, (0.5, 2.0), name, flags()) for name in names]
+    for i in range(len(names)):
+        for j in range(i):
+            assert sum(same(made[i][n], made[j][n]) for n in range(20)) <= 1, (names[i], names[j])
+
+
+def test_the_samples_of_a_stream_are_what_they_were():
+    """Pinned: results in results/ were made with these numbers."""
+    data, args = ten_shapes(), flags()
+    for name, seed, order in (
+        ("labeled", 0, None),
+        ("unlabeled", 3, None),
+        ("unlabeled.2", 3, "unlabeled"),
+    ):
+        samples = Samples(data, data.labeled, True, (0.5, 2.0), name, flags(seed=seed))
+        for number in (0, 9, 10, 34):
+            key = [seed, zlib.crc32((order or name).encode()), 0, number // 10]
+            place = np.random.default_rng(key).permutation(10)[number % 10]
+            image, label = data.read(data.labeled[place], True)
+            rng = np.random.default_rng([seed, zlib.crc32(name.encode()), 1, number])
+            image, label, inside = augment(image, label, rng, args.crop_size, (0.5, 2.0))
+            sample = samples[number]
+            assert np.array_equal(sample["image"], image)
+            assert np.array_equal(sample["label"], label)
+            assert np.array_equal(sample["inside"], inside)
+
+
 def test_an_image_is_augmented_anew_in_each_round():
     data = ten_shapes()
     samples = Samples(data, [Item("train-00003")], True, (0.5, 2.0), "labeled", flags())

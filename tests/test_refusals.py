@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cps_fpl
 import mean_teacher
 import supervised
 from common import Refusal, data, run
@@ -84,6 +85,20 @@ FLAGS = [  # script, flags after those of a small run, words of the line
     (supervised, ["--weights", "auto", "--stem", "deep"], ["--weights auto", "classic"]),
     (supervised, ["--data-root", "nowhere"], ["nowhere", "--data-root"]),
     (supervised, ["--labeled-list", "no.txt"], ["no.txt"]),
+    (cps_fpl, ["--k-strategy", "n-2"], ["n-2", "n-1", "fixed2", "fixed3", "step"]),
+    (cps_fpl, ["--unsup-loss", "kl"], ["kl", "fpl", "ce", "soft", "negative"]),
+    (cps_fpl, ["--weight", "cubic"], ["cubic", "concave", "linear", "convex", "none"]),
+    (cps_fpl, ["--mean-over", "all"], ["all", "positives", "positives_and_next"]),
+    (cps_fpl, ["--evaluate", "branch3"], ["branch3", "branch1", "branch2", "mean"]),
+    (cps_fpl, ["--recipe", "mine"], ["mine", "paper", "official"]),
+    (cps_fpl, ["--T", "high"], ["--T", "high"]),
+    (cps_fpl, ["--T"], ["--T"]),
+    (cps_fpl, ["--k-max", "1.5"], ["--k-max", "1.5"]),
+    (cps_fpl, ["--strict", "maybe"], ["--strict", "maybe"]),
+    (cps_fpl, ["--ohem"], ["--ohem"]),  # --ohem-kept since it is a share
+    (cps_fpl, ["--batch-size-unlabeled", "1"], ["1", "unlabeled", "two"]),
+    (cps_fpl, ["--batch-size-unlabeled", "1", "--no-cutmix"], ["1", "unlabeled", "two"]),
+    (cps_fpl, ["--batch-size", "1", "--unsup-weight", "0"], ["1", "labeled", "two"]),
 ]
 
 NUMBERS = [  # numbers that cannot be: refused before anything is read, as the rest
@@ -95,6 +110,17 @@ NUMBERS = [  # numbers that cannot be: refused before anything is read, as the r
     (supervised, ["--scales", "0.5", "0"], ["--scales", "0"]),
     (supervised, ["--eval-every", "0"], ["--eval-every", "0"]),
     (supervised, ["--save-every", "0"], ["--save-every", "0"]),
+    (supervised, ["--ohem-kept", "-0.1"], ["--ohem-kept", "-0.1"]),
+    *(
+        (cps_fpl, ["--T", T], [f"--T {T}", "between 0 and 1"])
+        for T in ("0.0", "1.0", "-0.5", "9.0")
+    ),
+    *((cps_fpl, ["--T", T], [f"--T {T}", "between 0 and 1"]) for T in ("nan", "inf")),
+    (cps_fpl, ["--T", "1.0", "--unsup-loss", "ce"], ["--T 1.0"]),
+    (cps_fpl, ["--unsup-weight", "-1"], ["--unsup-weight", "-1"]),
+    (cps_fpl, ["--unsup-weight", "nan"], ["--unsup-weight", "nan"]),
+    (cps_fpl, ["--k-max", "-1"], ["--k-max", "-1"]),
+    (cps_fpl, ["--batch-size-unlabeled", "0"], ["--batch-size-unlabeled", "0"]),
 ]
 
 
@@ -389,7 +415,10 @@ def test_a_damaged_checkpoint_is_refused(use, damage, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("use", ["--resume", "--eval-only"])
-@pytest.mark.parametrize("writer, reader", [(supervised, mean_teacher), (mean_teacher, supervised)])
+@pytest.mark.parametrize(
+    "writer, reader",
+    [(supervised, mean_teacher), (mean_teacher, supervised), (cps_fpl, mean_teacher)],
+)
 def test_a_checkpoint_of_another_script_is_refused(
     writer, reader, use, tmp_path, monkeypatch, capsys
 ):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cps_fpl
 import mean_teacher
 import supervised
 from common import Refusal, data, run
@@ -38,6 +39,7 @@ from tests.helpers import (
 
 TEACHER = ["--cutmix", "--warmup-iters", "3"]
 METHODS = [(supervised, []), (mean_teacher, TEACHER)]
+METHODS += [(cps_fpl, []), (cps_fpl, ["--no-cutmix"])]
 
 
 def stop_at(module, monkeypatch, call):
@@ -53,6 +55,23 @@ def stop_at(module, monkeypatch, call):
     monkeypatch.setattr(module, "cross_entropy", cross_entropy)
 
 
+def calls_of_steps(module, monkeypatch):
+    """Returns a list that a run fills: how often each of its steps calls cross_entropy."""
+    whole, step, calls = module.cross_entropy, run.Run.step, [0]
+
+    def cross_entropy(logits, label):
+        calls[-1] += 1
+        return whole(logits, label)
+
+    def counted(self, *parts):
+        calls.append(0)
+        step(self, *parts)
+
+    monkeypatch.setattr(module, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(run.Run, "step", counted)
+    return calls
+
+
 # ---- exact resume ----
 
 
@@ -65,8 +84,12 @@ def test_a_run_stopped_in_any_step_and_resumed_equals_the_whole_one(
     tree = draw_tree(tmp_path / "data")
     numbers = dict(iters=7, log=2, evaluate=2, save=3)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(module, flags(tree, whole, **numbers) + extra)
-    for call in range(1, 8):
+    with monkeypatch.context() as patch:
+        calls = calls_of_steps(module, patch)
+        train(module, flags(tree, whole, **numbers) + extra)
+    assert len(calls) == 8 and calls.pop() == 0
+    for step, count in enumerate(calls):  # in its first call, its second, ... and round again
+        call = sum(calls[:step]) + 1 + step % count
         argv = flags(tree, stopped, **numbers) + extra
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             stop_at(module, patch, call)
@@ -84,11 +107,12 @@ def test_a_run_killed_at_a_random_step_and_resumed_equals_the_whole_one(
     print(f"the kill's seed: {seed}")
     shrink(module, monkeypatch)
     tree = draw_tree(tmp_path / "data")
-    numbers = dict(iters=150, log=2, evaluate=50, save=3)
-    extra = ["--cutmix", "--warmup-iters", "70"] if extra else []
+    iters = 60 if module is cps_fpl else 150  # its steps are longer
+    numbers = dict(iters=iters, log=2, evaluate=50, save=3)
+    extra = [*TEACHER[:-1], "70"] if module is mean_teacher else extra
     argv = flags(tree, tmp_path / "killed", **numbers) + extra
     process = start(module.__name__, argv)
-    kill_at_step(process, tmp_path / "killed", random.Random(seed).randint(1, 100))
+    kill_at_step(process, tmp_path / "killed", random.Random(seed).randint(1, iters * 2 // 3))
     kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
     assert "done" not in kinds, f"killed too late, seed {seed}"
     train(module, argv + ["--resume"])
@@ -100,23 +124,27 @@ def whole_lines(folder):
     return (folder / "log.jsonl").read_text().rpartition("\n")[0].splitlines()
 
 
-def test_two_processes_killed_and_resumed_equal_the_whole_run_and_each_other(tmp_path):
+@pytest.mark.parametrize("module, extra", METHODS[1:3])
+def test_two_processes_killed_and_resumed_equal_the_whole_run_and_each_other(
+    module, extra, tmp_path
+):
     seed = random.randrange(10_000)
     print(f"the kill's seed: {seed}")
     tree = draw_tree(tmp_path / "data")
     # most checkpoints fall between two log lines, where each process has sums of its own
-    numbers = dict(iters=60, log=5, evaluate=60, save=6, batch=4)
-    extra = ["--cutmix", "--warmup-iters", "20"]
+    iters = 30 if module is cps_fpl else 60  # its steps are longer
+    numbers = dict(iters=iters, log=5, evaluate=60, save=6, batch=4)
+    extra = [*TEACHER[:-1], "20"] if module is mean_teacher else extra
     killed = flags(tree, tmp_path / "killed", **numbers) + extra
-    process = start("mean_teacher", killed, processes=2)
-    kill_at_step(process, tmp_path / "killed", random.Random(seed).randint(1, 40))
+    process = start(module.__name__, killed, processes=2)
+    kill_at_step(process, tmp_path / "killed", random.Random(seed).randint(1, iters * 2 // 3))
     kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
     assert "done" not in kinds, f"killed too late, seed {seed}"
     whole = flags(tree, tmp_path / "whole", **numbers) + extra
-    finish(start("mean_teacher", whole, killed + ["--resume"], processes=2))
+    finish(start(module.__name__, whole, killed + ["--resume"], processes=2))
     ranks = [(tmp_path / f"whole.rank{k}").read_text() for k in (0, 1)]
-    assert len(ranks[0].splitlines()) == 10
-    assert ranks[0] == ranks[1], "student or teacher differ between the processes"
+    assert len(ranks[0].splitlines()) == iters // 6
+    assert ranks[0] == ranks[1], "networks differ between the processes"
     assert differences(tmp_path / "whole", tmp_path / "killed") == [], seed
 
 
@@ -431,9 +459,11 @@ def test_panels_are_pictures_of_the_maps_of_a_step(module, extra, tmp_path, monk
     assert set(sizes) == {"000002-train.png", "000004-train.png", "000004-val.png"}
     assert sizes["000004-val.png"][1] == 3 * 176  # a row for each of three images
     # from step 4 on Mean Teacher shows five maps and the unlabelled batch, before it three
-    count = 5 if module is mean_teacher else 3
-    assert sizes["000002-train.png"] == (3 * 164, 2 * 176)
-    assert sizes["000004-train.png"] == (count * 164, 2 * 176)
+    counts = (3, 5 if module is mean_teacher else 3)
+    if module is cps_fpl:  # with CutMix the mixed images too, and what they are taught
+        counts = (6, 6) if extra else (8, 8)
+    assert sizes["000002-train.png"] == (counts[0] * 164, 2 * 176)
+    assert sizes["000004-train.png"] == (counts[1] * 164, 2 * 176)
 
 
 @pytest.mark.smoke

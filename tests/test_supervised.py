@@ -224,11 +224,14 @@ def outputs(seed):
     return {name: x.requires_grad_() for name, x in out.items()}, label
 
 
-@pytest.mark.parametrize("ohem", [False, True])
+U2PL = 50_000 / 769**2  # the share of a crop that U2PL's released OHEM keeps at least
+
+
+@pytest.mark.parametrize("ohem", [0.0, U2PL])
 @pytest.mark.parametrize("aux", [False, True])
 def test_supervised_loss_is_main_plus_weighted_auxiliary(ohem, aux):
     out, label = outputs(0)
-    args = Args(aux_weight=0.4 if aux else 0.0, ohem=ohem, crop_size=16)
+    args = Args(aux_weight=0.4 if aux else 0.0, ohem_kept=ohem, crop_size=16)
     out = out if aux else {"logits": out["logits"]}
     kept = 22  # 50,000 of 769^2, as a share of 16^2: 21.6
     parts = [
@@ -239,10 +242,14 @@ def test_supervised_loss_is_main_plus_weighted_auxiliary(ohem, aux):
     assert supervised_loss(out, label, args).item() == pytest.approx(expected, rel=3e-6)
 
 
-@pytest.mark.parametrize("crop, kept", [(16, 22), (32, 87), (40, 135)])
-def test_supervised_loss_scales_the_ohem_count_with_the_area_of_the_crop(crop, kept):
+CPS = 50_000 / 800**2  # CPS's
+COUNTS = [(U2PL, 16, 22), (U2PL, 32, 87), (U2PL, 40, 135), (CPS, 16, 20), (CPS, 40, 125)]
+
+
+@pytest.mark.parametrize("share, crop, kept", [*COUNTS, (0.3, 20, 120), (1e-6, 16, 1)])
+def test_supervised_loss_keeps_a_share_of_the_pixels_of_a_crop(share, crop, kept):
     out, label = outputs(1)
-    args = Args(aux_weight=0.0, ohem=True, crop_size=crop)
+    args = Args(aux_weight=0.0, ohem_kept=share, crop_size=crop)
     assert all(len(image) > 135 for image in scalar_nll(out["logits"], label))
     loss = supervised_loss({"logits": out["logits"]}, label, args)
     assert [len(p) for p in pixels_with_gradient(loss, out["logits"])] == [kept, kept]
@@ -252,7 +259,7 @@ def test_supervised_loss_keeps_the_released_count_at_the_released_crop():
     logits = torch.linspace(1, 9, 60_000).view(1, 1, 200, 300)  # p from 0.73: the count decides
     logits = torch.cat([logits, torch.zeros_like(logits)], 1).requires_grad_()
     label = torch.zeros(1, 200, 300, dtype=torch.int64)
-    args = Args(aux_weight=0.0, ohem=True, crop_size=769)
+    args = Args(aux_weight=0.0, ohem_kept=U2PL, crop_size=769)
     loss = supervised_loss({"logits": logits}, label, args)
     (kept,) = pixels_with_gradient(loss, logits)
     # 100,000 on two crops; near p = 1 some neighbours are one float32 number, and tie
@@ -263,7 +270,7 @@ def test_supervised_loss_takes_every_pixel_up_to_a_probability_of_0_7():
     logits = torch.linspace(-1, 3, 401).view(1, 1, 1, 401)  # p from 0.27 to 0.95 in steps of 1 %
     logits = torch.cat([logits, torch.zeros_like(logits)], 1).requires_grad_()
     label = torch.zeros(1, 1, 401, dtype=torch.int64)
-    args = Args(aux_weight=0.0, ohem=True, crop_size=16)
+    args = Args(aux_weight=0.0, ohem_kept=U2PL, crop_size=16)
     loss = supervised_loss({"logits": logits}, label, args)
     expected, kept = scalar_ohem(logits, label, 0.7, 22)
     assert len(kept[0]) == 185 and pixels_with_gradient(loss, logits) == kept
@@ -272,7 +279,7 @@ def test_supervised_loss_takes_every_pixel_up_to_a_probability_of_0_7():
 
 def test_supervised_loss_reaches_both_heads_in_proportion_to_their_weights():
     out, label = outputs(2)
-    args = Args(aux_weight=0.25, ohem=False, crop_size=16)
+    args = Args(aux_weight=0.25, ohem_kept=0.0, crop_size=16)
     twins = {"logits": out["logits"], "aux": out["logits"].detach().clone().requires_grad_()}
     main_grad, aux_grad = torch.autograd.grad(supervised_loss(twins, label, args), twins.values())
     assert main_grad.abs().sum() > 0
@@ -374,14 +381,14 @@ def test_the_steps_follow_the_batch_and_the_rates_do_not():
 @pytest.mark.parametrize(
     "dataset, split, values",
     [
-        ("voc", "92", (16, 513, 0.001, 10.0, 1e-4, 0.0, False)),
-        ("voc_aug", "1/8", (16, 513, 0.001, 10.0, 1e-4, 0.0, False)),
-        ("cityscapes", "1/8", (16, 769, 0.01, 1.0, 5e-4, 0.4, True)),
+        ("voc", "92", (16, 513, 0.001, 10.0, 1e-4, 0.0, 0.0)),
+        ("voc_aug", "1/8", (16, 513, 0.001, 10.0, 1e-4, 0.0, 0.0)),
+        ("cityscapes", "1/8", (16, 769, 0.01, 1.0, 5e-4, 0.4, U2PL)),
     ],
 )
 def test_the_recipes_are_the_audits(recipe, dataset, split, values):
     args = resolve(Args(dataset=dataset, split=split, recipe=recipe), preset)
-    names = "batch_size crop_size lr lr_head weight_decay aux_weight ohem".split()
+    names = "batch_size crop_size lr lr_head weight_decay aux_weight ohem_kept".split()
     assert tuple(getattr(args, name) for name in names) == values
     network = (args.backbone, args.stem, args.output_stride, args.decay_on, args.scales)
     assert network == ("resnet101", "classic", 8, "all", (0.5, 2.0))
@@ -402,15 +409,16 @@ def test_camvid_small_is_the_protocol_of_the_design():
 
 def test_an_explicit_flag_beats_recipe_and_preset():
     def recipe(_):
-        return {"lr": 1.0, "ohem": True, "aux_weight": 0.4, "split_seed": 3}
+        return {"lr": 1.0, "ohem_kept": 0.1, "aux_weight": 0.4, "split_seed": 3}
 
-    flags = dict(lr=0.5, ohem=False, aux_weight=0.0)  # falsy values are explicit too
+    flags = dict(lr=0.5, ohem_kept=0.0, aux_weight=0.0)  # falsy values are explicit too
     rest = {f: 1 for f in Args.__dataclass_fields__ if getattr(Args(), f) is None}
     args = resolve(Args(**flags), lambda a: rest | recipe(a))
-    assert (args.lr, args.ohem, args.aux_weight) == (0.5, False, 0.0)
+    assert (args.lr, args.ohem_kept, args.aux_weight) == (0.5, 0.0, 0.0)
     assert (args.batch_size, args.split_seed) == (1, 3)  # the others come from preset and recipe
-    args = resolve(Args(dataset="cityscapes", split="1/4", ohem=False, total_iters=7), preset)
-    assert (args.ohem, args.total_iters, args.aux_weight) == (False, 7, 0.4)
+    args = Args(dataset="cityscapes", split="1/4", ohem_kept=0.0, total_iters=7)
+    args = resolve(args, preset)
+    assert (args.ohem_kept, args.total_iters, args.aux_weight) == (0.0, 7, 0.4)
 
 
 def test_a_field_that_nobody_sets_is_refused_by_name():

@@ -357,8 +357,7 @@ def test_stream_a_dot_b_takes_the_images_of_stream_a_in_crops_of_its_own(tmp_pat
             assert sum(same(made[i][n], made[j][n]) for n in range(20)) <= 1, (names[i], names[j])
 
 
-def test_the_samples_of_a_stream_are_what_they_were():
-    """Pinned: results in results/ were made with these numbers."""
+def test_order_and_crops_come_from_the_seeds_of_the_runs_in_results():
     data, args = ten_shapes(), flags()
     for name, seed, order in (
         ("labeled", 0, None),

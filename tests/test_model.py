@@ -4,10 +4,12 @@ import urllib.request
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 
 from common import Refusal
+from cps_fpl import CPSHead
 from supervised import Args, DeepLabV3Plus, Network, dilate, make_backbone, upsample
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -409,3 +411,172 @@ def test_the_parameters_are_as_many_as_in_the_released_networks(classes, aux_wei
     assert all(p.requires_grad for p in net.parameters())
     if aux_weight:
         assert sum(p.numel() for p in net.head.aux.parameters()) == 2_364_947
+
+
+# ---- CPS's head ----
+
+WIDE, NARROW = [256, 512, 1024, 2048], [64, 128, 256, 512]
+
+
+def cps_head(channels=NARROW, classes=5, seed=0, **others):
+    torch.manual_seed(seed)
+    return CPSHead(channels, classes, flags(**others))
+
+
+def unsettled(head):
+    """Returns the head with random BN weights and statistics: none is 0 or 1."""
+    for module in head.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.uniform_(-0.5, 0.5)
+    return head
+
+
+def stages_of(channels, images=2, sides=(9, 5, 3, 3)):
+    return [torch.randn(images, c, s, s + 1) for c, s in zip(channels, sides, strict=True)]
+
+
+def resnet_parameters(blocks):
+    """Of a ResNet of bottlenecks, classic stem, without classifier: weights, and 2 per BN."""
+    total, inputs = 3 * 64 * 49 + 2 * 64, 64
+    for stage, count in enumerate(blocks):
+        c = 64 * 2**stage
+        for i in range(count):
+            total += inputs * c + 2 * c + 9 * c * c + 2 * c + c * 4 * c + 2 * 4 * c
+            total += inputs * 4 * c + 2 * 4 * c if i == 0 else 0  # the shortcut
+            inputs = 4 * c
+    return total
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "resnet101"])
+def test_the_parameters_of_cps_are_those_of_the_audits_table(backbone):
+    aspp = 2048 * 256 + 3 * 9 * 2048 * 256 + 2 * 1024  # no BN of its own in a branch
+    aspp += 1024 * 256 + (2048 * 256 + 2 * 256 + 256 * 256) + 2 * 256
+    decoder = 256 * 48 + 2 * 48 + (304 * 256 * 9 + 2 * 256) + (256 * 256 * 9 + 2 * 256)
+    for classes in (21, 19):
+        head = aspp + decoder + 256 * classes + classes
+        args = flags(backbone, aspp_rates=(6, 12, 18))
+        net = meta(Network, args, classes, CPSHead)
+        assert sum(p.numel() for p in net.head.parameters()) == head
+        whole = resnet_parameters(DEPTHS[backbone]) + head
+        assert sum(p.numel() for p in net.parameters()) == whole
+        assert all(p.requires_grad for p in net.parameters())
+    assert resnet_parameters(DEPTHS["resnet50"]) == 25_557_032 - 2_049_000  # torchvision's page
+
+
+def literal_head(head, stages, size, training, slope=0.01):
+    """CPS's head by torch's functions on the module's tensors, in the order of the audit."""
+
+    def norm(x, name):
+        module = head.get_submodule(name)
+        mean, var = module.running_mean.clone(), module.running_var.clone()
+        weights = (module.weight.detach(), module.bias.detach())
+        return F.batch_norm(x, mean, var, *weights, training, 0.1, 1e-5)
+
+    def weight(name):
+        return head.get_submodule(name).weight.detach()
+
+    low, _, _, high = stages
+    rates = (1, 2, 3)
+    parts = [F.conv2d(high, weight("branches.0"))]
+    for i, r in enumerate(rates, 1):
+        parts.append(F.conv2d(high, weight(f"branches.{i}"), padding=r, dilation=r))
+    x = F.leaky_relu(norm(torch.cat(parts, 1), "project.0.0"), slope)
+    x = F.conv2d(x, weight("project.1"))
+    pooled = F.conv2d(F.adaptive_avg_pool2d(high, 1), weight("pool.0"))
+    pooled = F.conv2d(F.leaky_relu(norm(pooled, "pool.1.0"), slope), weight("pool.2"))
+    x = F.leaky_relu(norm(x + pooled, "norm.0"), slope)  # added, not concatenated
+    x = F.interpolate(x, low.shape[2:], mode="bilinear", align_corners=True)
+    low = F.relu(norm(F.conv2d(low, weight("low.0")), "low.1"))
+    x = torch.cat([low, x], 1)
+    for i in (0, 1):
+        x = F.relu(norm(F.conv2d(x, weight(f"decode.{i}.0"), padding=1), f"decode.{i}.1"))
+    x = F.conv2d(x, weight("classify"), head.classify.bias.detach())
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("training", [True, False])
+def test_the_head_of_cps_is_the_literal_one(training):
+    head = unsettled(cps_head()).train(training)
+    stages = stages_of(NARROW)
+    expected = literal_head(head, stages, (33, 37), training)
+    other = literal_head(head, stages, (33, 37), training, slope=0.2)
+    with torch.no_grad():
+        logits = head([x.clone() for x in stages], (33, 37))["logits"]
+        again = head([x.clone() for x in stages], (33, 37))["logits"]
+    # the same operations in the same order; numbers of order 1
+    assert torch.allclose(logits, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(logits, other, rtol=0, atol=1e-3)  # the slope is 0.01
+    assert torch.equal(logits, again) and logits.std() > 0.1  # no dropout in training either
+    assert logits.shape == (2, 5, 33, 37)
+
+
+def test_the_head_of_cps_has_no_dropout_and_one_bias():
+    head = cps_head()
+    kinds = {type(module).__name__ for module in head.modules()}
+    assert not any("Drop" in kind for kind in kinds)
+    slopes = [m.negative_slope for m in head.modules() if isinstance(m, nn.LeakyReLU)]
+    assert slopes == [0.01] * 3
+    convs = {name: m for name, m in head.named_modules() if isinstance(m, nn.Conv2d)}
+    assert [name for name, m in convs.items() if m.bias is not None] == ["classify"]
+    assert len(convs) == 4 + 1 + 2 + 1 + 2 + 1
+    assert all(not isinstance(m, nn.BatchNorm2d) for m in head.branches.modules())
+    for m in head.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            assert (m.eps, m.momentum) == (1e-5, 0.1)
+
+
+def test_the_head_of_cps_begins_as_the_released_one():
+    head = cps_head(WIDE, 21)
+    for name, module in head.named_modules():
+        if isinstance(module, nn.Conv2d):  # Kaiming's normal distribution, fan in
+            fan_in = module.in_channels * module.kernel_size[0] ** 2
+            x = module.weight.detach().flatten()
+            # 5,376 numbers or more: 1 / sqrt(2 n) = 1 % per sigma
+            assert x.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05), name
+            assert x.abs().max() > 3 * x.std(), name  # a normal one has tails, a uniform one none
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.weight.eq(1).all() and module.bias.eq(0).all(), name
+    bias = head.classify.bias.detach()
+    assert bias.abs().max() <= 1 / 16 and bias.std() > 0.02  # torch's own: uniform in 1 / sqrt(256)
+
+
+@pytest.mark.parametrize("rates", [(6, 12, 18), (1, 2)])
+def test_cps_has_a_convolution_for_each_rate(rates):
+    head = meta(CPSHead, WIDE, 21, flags(aspp_rates=rates))
+    assert [c.dilation[0] for c in head.branches] == [1, *rates]
+    assert [c.kernel_size[0] for c in head.branches] == [1, *[3 for _ in rates]]
+    assert [c.padding[0] for c in head.branches] == [0, *rates]
+    stages = [torch.empty(2, c, 9, 9, device="meta") for c in WIDE]
+    assert head(stages, (33, 33))["logits"].shape == (2, 21, 33, 33)
+
+
+def test_cps_reads_the_first_and_the_last_stage():
+    head = unsettled(cps_head()).eval()
+    stages = [x.requires_grad_() for x in stages_of(NARROW)]
+    head(stages, (17, 19))["logits"].square().sum().backward()
+    assert [x.grad is not None for x in stages] == [True, False, False, True]
+    assert stages[0].grad.any() and stages[3].grad.any()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("amp", ["none", "bf16"])
+def test_logits_of_cps_have_the_size_of_the_input_in_float32(amp):
+    torch.manual_seed(0)
+    net = Network(flags(amp=amp), 5, CPSHead).to(memory_format=torch.channels_last)
+    seen = []
+    net.head.decode.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
+    for training in (True, False):
+        for height, width in ((33, 49), (64, 51)):
+            out = net.train(training)(photographs(2, height, width))
+            assert list(out) == ["logits"]
+            logits = out["logits"]
+            assert logits.shape == (2, 5, height, width) and logits.dtype == torch.float32
+            assert logits.isfinite().all() and logits.requires_grad
+    assert set(seen) == {torch.bfloat16 if amp == "bf16" else torch.float32}
+    logits.square().mean().backward()
+    for name, p in net.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all() and p.grad.any(), name

@@ -101,6 +101,7 @@ FLAGS = [  # script, flags after those of a small run, words of the line
     (cps_fpl, ["--batch-size", "1", "--unsup-weight", "0"], ["1", "labeled", "two"]),
 ]
 
+BOUNDS = ("0.0", "1.0", "-0.5", "9.0", "nan", "inf")
 NUMBERS = [  # numbers that cannot be: refused before anything is read, as the rest
     (supervised, ["--workers", "-1"], ["--workers", "-1"]),
     (supervised, ["--crop-size", "0"], ["--crop-size", "0"]),

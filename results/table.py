@@ -14,9 +14,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- table: results/table.py --write -->\n", "<!-- end of table -->\n")
 PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # page -> its logs
+# flags named where they differ
 USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule": "paper"}
 USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}
-USUAL |= {"same_image_cutmix": False, "evaluate": "branch1"}  # flags named where they differ
+USUAL |= {"same_image_cutmix": False, "evaluate": "branch1", "seed": 0}
+ORDER = "supervised.py mean_teacher.py cps_fpl.py ael_fpl.py u2pl.py esl.py".split()
 LOSSES = {"fpl": "FPL", "ce": "CPS"}  # cps_fpl.py's first word
 
 
@@ -42,7 +44,7 @@ def row(path):
     minutes = train[-1]["time"]["elapsed_s"] / 60
     link = path.relative_to(ROOT).as_posix() + ("" if same else ", older script")
     return (
-        (script != "supervised.py", args["split"] != "all", -start["lists"]["labeled"][0], flags),
+        (ORDER.index(script), -start["lists"]["labeled"][0], flags != "labels alone", flags),
         f"| {script} | {flags} | {args['split']} ({start['lists']['labeled'][0]}) "
         f"| {args['total_iters']} | {100 * done['last']['miou']:.2f} "
         f"| {100 * done['best']['miou']:.2f} ({done['best_step']}) "

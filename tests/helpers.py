@@ -120,7 +120,7 @@ def start(script, *argvs, processes=1, program="tests.helpers"):
     return subprocess.Popen(command, cwd=ROOT, **quiet)
 
 
-def finish(process, seconds=120):
+def finish(process, seconds=300):
     """Waits for a started process; fails with its output if it did not end well."""
     try:
         text, _ = process.communicate(timeout=seconds)
@@ -132,7 +132,7 @@ def finish(process, seconds=120):
 
 def kill_at_step(process, folder, step):
     """SIGKILLs a started process and its children once its log has reached a step and it saved."""
-    until = time.time() + 120
+    until = time.time() + 300  # a busy machine
     while True:
         text = (folder / "log.jsonl").read_text() if (folder / "last.pt").exists() else ""
         steps = re.findall(r'^{"kind": "train", "step": (\d+)', text, re.M)

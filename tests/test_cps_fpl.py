@@ -610,11 +610,11 @@ def test_flags_reach_the_parts_of_the_loss(kind, mean_over):
         assert torch.equal(weight, adaptive_weight(prob_t, K, kind, mean_over))
 
 
-@pytest.mark.parametrize("strict, K", [(True, 2), (False, 1)])
-def test_strict_reaches_the_loss(strict, K):
+@pytest.mark.parametrize("flags, K", [(dict(), 2), (dict(strict=True), 2), (dict(strict=False), 1)])
+def test_strict_reaches_the_loss_and_is_the_default(flags, K):
     logits_s = one(0.3, -0.2, 0.1, 0.4)
     logits_t = one(0.25, 0.25, 0.25, 0.25)  # V = 1/4, 1/2, 3/4, 1, all exact
-    loss, _ = fuzzy_positive_loss(logits_s, logits_t, 0.5, strict=strict)
+    loss, _ = fuzzy_positive_loss(logits_s, logits_t, 0.5, **flags)
     expected = fuzzy_positive_regularization(logits_s, logits_t, torch.full((1, 1, 1), K))
     assert torch.equal(loss, expected)
 

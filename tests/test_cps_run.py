@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import cps_fpl
 from common import Refusal, data, distributed, run
 from common.distributed import Group
+from supervised import supervised_loss
 from tests.helpers import (
     differences,
     draw_tree,
@@ -755,6 +756,11 @@ def test_every_kind_of_loss_is_finite_and_logged_as_what_is_minimized(
         assert all(math.isfinite(line[name]) and line[name] >= 0 for name in NAMES)
         assert all(line[name] <= 1 for name in ("K_gt_1", "weight", "pseudo_acc", "coverage"))
         assert 1 <= line["K"] <= 11 and line["pseudo_acc"] <= line["coverage"]
+        image, label = (step.batch["labeled"][name] for name in ("image", "label"))
+        labeled = [e["logits"] for e in step.seen if torch.equal(e["image"], image)]
+        assert len(labeled) == 2
+        sup = sum(supervised_loss({"logits": x}, label, args).item() for x in labeled)
+        assert line["sup"] == pytest.approx(sup, rel=1e-6)  # the same sums, added in float32
         factor = line["balance"] if args.balance and args.unsup_loss == "fpl" else 1
         # float32 sums and products of three numbers
         whole = line["sup"] + 0.7 * line["unsup"] * factor

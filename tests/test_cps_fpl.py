@@ -678,7 +678,7 @@ def test_a_class_is_negative_below_the_threshold_of_the_teacher_not_at_it():
     logits_s = one(0.5, -0.3, 0.2, 0.1, dtype=torch.float64)
     p = scalar_softmax([0.5, -0.3, 0.2, 0.1])
     for prob_t, threshold, negatives in (
-        ([0.25, 0.125, 0.5, 0.125], 0.25, (1, 3)),  # dyadic: 0.25 is the threshold exactly
+        ([0.25, 0.125, 0.5, 0.125], 0.5, (0, 1, 3)),  # dyadic: one is at the threshold exactly
         ([0.41, 0.19, 0.21, 0.19], 0.2, (1, 3)),
         ([0.3, 0.3, 0.2001, 0.1999], 0.2, (3,)),
         ([0.25, 0.25, 0.25, 0.25], 0.2, ()),
@@ -952,6 +952,15 @@ def test_balance_keeps_the_direction_and_takes_the_value_of_cross_entropy(flags)
     gradients = (torch.autograd.grad(x, students) for x, _ in (plain, balanced))
     for a, b in zip(*gradients, strict=True):
         assert torch.allclose(a * plain[1]["balance"], b, rtol=1e-12, atol=1e-15)
+
+
+def test_balance_takes_the_value_of_cross_entropy_where_almost_everything_is_learnt():
+    _, teachers, inside = branches(4)
+    students = [12 * (z.detach() == z.amax(1, True)).double() for z in reversed(teachers)]
+    args = fpl_args(balance=True, T=0.1), fpl_args(unsup_loss="ce")  # K = 1
+    (balanced, parts), (ce, _) = (cross_loss(students, teachers, inside, 0.0, a) for a in args)
+    assert 0 < parts["unsup"].item() < 1e-3
+    assert balanced.item() == pytest.approx(ce.item(), rel=1e-14)  # quotient and product in float64
 
 
 @pytest.mark.parametrize("loss", LOSSES[1:])

@@ -276,7 +276,6 @@ def test_the_likeliest_negative_lies_within_the_bounds_of_eq_10(classes, kind):
             assert n_ == classes or math.fsum(p[n_:]) < 1 - T + 1e-12
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("classes", [4, 5, 11, 21, 81, 200])
 def test_the_released_k_is_algorithm_1_capped_at_3(classes):
     for kind, T in itertools.product(TEACHERS, BOUNDS):
@@ -571,7 +570,6 @@ def test_the_printed_and_the_released_mean_give_the_audits_weights():
 # ---- fuzzy_positive_loss ----
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", NEAR)
 @pytest.mark.parametrize("classes", CLASSES)
 def test_loss_and_weight_come_from_the_teachers_probabilities(classes, dtype):
@@ -642,7 +640,6 @@ def test_a_network_that_teaches_itself_learns_as_a_student_alone():
 # ---- supplement Eq. (1), (4) ----
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", NEAR)
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("of, scalar", [(soft_loss, scalar_soft), (negative_loss, scalar_negative)])
@@ -723,7 +720,6 @@ def losses_of(logits_s, prob_t, K):
     )
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("classes", [2, 21, 200])
 def test_half_precision_is_widened_to_float32_before_anything_is_computed(classes, dtype):
@@ -937,7 +933,6 @@ def test_without_a_pixel_inside_loss_and_gradient_are_0(loss, balance):
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("flags", [dict(), dict(weight="none"), dict(k_strategy="fixed2")])
 def test_balance_keeps_the_direction_and_takes_the_value_of_cross_entropy(flags):
     students, teachers, inside = branches(4)
@@ -1012,7 +1007,6 @@ def test_the_cross_loss_of_half_precision_is_computed_in_float32(loss, dtype):
 # ---- watch, masked_mean ----
 
 
-@pytest.mark.smoke
 def test_the_masked_mean_is_a_mean_over_the_mask_and_0_over_nothing():
     rng = torch.Generator().manual_seed(9)
     x, mask = torch.randn(2, 6, 5, generator=rng), torch.rand(2, 6, 5, generator=rng) < 0.4
@@ -1045,7 +1039,6 @@ def rows_seen(logits, mask, label):
             yield net[b, :, y, x].tolist(), label[b, y, x].item()
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("kind", ["random", "diffuse"])
 def test_watch_averages_k_and_weight_over_every_fourth_pixel_of_both_networks(kind, strategy):
@@ -1064,7 +1057,6 @@ def test_watch_averages_k_and_weight_over_every_fourth_pixel_of_both_networks(ki
             assert got[name].shape == ()
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_watch_scores_the_likeliest_and_the_positive_classes_where_the_truth_is_known(strategy):
     logits, _, label = watched(2, 5, "diffuse")
@@ -1143,7 +1135,6 @@ def test_boxes_reach_the_borders_and_stay_inside():
         assert rows[0 if corner[2] == 0 else 31] and not rows[31 if corner[2] == 0 else 0]
 
 
-@pytest.mark.smoke
 def test_a_thousand_masks_cover_what_the_audit_measured():
     rng = np.random.default_rng(0)
     shares = [toggled_mask(rng, 100).double().mean().item() for _ in range(1000)]
@@ -1176,7 +1167,6 @@ class Constant(nn.Module):
         return {"logits": self.logits + 0 * x}
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("classes", [2, 11])
 def test_the_average_is_of_probabilities_not_of_logits(classes):
     logits = [teacher("random", classes, seed) for seed in (1, 2)]

@@ -248,7 +248,7 @@ def adaptive_weight(prob_t, K, kind="concave", mean_over="positives"):
 
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
-    p, _ = by_rank(prob_t)
+    p = by_rank(prob_t)[0].detach()
     total = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]
     rest = F.pad(p, (0, 0, 0, 0, 0, 1)).gather(1, K[:, None])[:, 0]  # max over j not in Y, or 0
     mean = total / K if mean_over == "positives" else (total + rest) / (K + 1)
@@ -272,7 +272,7 @@ def fuzzy_positive_loss(
 def soft_loss(logits_s, prob_t):
     """Supplement Eq. (4), sum_i q^i log(q^i / p^i); q = prob_t, p of the student."""
     log_p = F.log_softmax(upcast(logits_s), 1)
-    return F.kl_div(log_p, upcast(prob_t), reduction="none").sum(1)
+    return F.kl_div(log_p, upcast(prob_t.detach()), reduction="none").sum(1)
 
 
 def negative_loss(logits_s, prob_t, threshold=0.2):
@@ -281,7 +281,7 @@ def negative_loss(logits_s, prob_t, threshold=0.2):
     top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, True), True)
     others = log_p.masked_fill(top, -torch.inf)  # 1 - p^top is their sum: nothing cancels
     log_not = torch.where(top, others.logsumexp(1, True), torch.log1p(-others.exp()))
-    return -(log_not * (prob_t < threshold)).sum(1)
+    return -(log_not * (upcast(prob_t) < threshold)).sum(1)
 
 
 def k_values(prob_t, phase, args):
@@ -289,7 +289,7 @@ def k_values(prob_t, phase, args):
     if args.k_strategy == "n-1":
         return fuzzy_positive_assignment(prob_t, args.T, k_max=args.k_max, strict=args.strict)
     n = cumulative_classes(prob_t, args.T, args.strict)
-    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - int(3 * phase)}.get(args.k_strategy)
+    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - min(int(3 * phase), 2)}.get(args.k_strategy)
     K = n if fixed is None else torch.full_like(n, fixed)
     return K.clamp(max=min(args.k_max or 10**6, by_rank(prob_t)[0].shape[1]))
 

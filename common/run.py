@@ -77,7 +77,7 @@ def resolve(args, preset):
             raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
         for number in value if isinstance(value, tuple) else [value]:
             low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
-            high = 1 if name.endswith(("_prob", "_decay")) else float("inf")
+            high = 1 if name.endswith(("_prob", "_decay", "_kept")) else float("inf")
             if isinstance(number, (int, float)) and not low <= number <= high:
                 raise Refusal(f"{flag} {number}: a number from {low:g} to {high:g}")
     return args

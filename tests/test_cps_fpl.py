@@ -1341,3 +1341,21 @@ def test_an_explicit_flag_beats_either_recipe(name):
         args = flags_of("camvid", recipe=recipe, **{name: other[name]})
         rest = RELEASED if recipe == "official" else PRINTED
         assert {key: getattr(args, key) for key in rest} == rest | {name: other[name]}
+
+
+@pytest.mark.parametrize("loss", [soft_loss, negative_loss])
+def test_the_teachers_probabilities_get_no_gradient_and_count_in_float32(loss):
+    logits_s = torch.zeros(1, 3, 1, 1, requires_grad=True)
+    prob_t = torch.tensor([0.8, 0.2, 0.0]).view(1, 3, 1, 1).requires_grad_()
+    loss(logits_s, prob_t).sum().backward()
+    assert prob_t.grad is None and logits_s.grad.abs().sum() > 0
+    half = prob_t.detach().half()  # 0.2 in half precision is below 0.2
+    assert torch.equal(loss(logits_s, half), loss(logits_s, half.float()))
+
+
+def test_the_weight_gets_no_gradient_and_the_last_step_has_one_positive():
+    prob_t = torch.tensor([0.6, 0.3, 0.1]).view(1, 3, 1, 1).requires_grad_()
+    K = torch.ones(1, 1, 1, dtype=torch.int64)
+    assert not adaptive_weight(prob_t, K).requires_grad
+    args = SimpleNamespace(k_strategy="step", T=0.9, strict=True, k_max=0)
+    assert k_values(prob_t, 1.0, args).item() == 1

@@ -1,5 +1,5 @@
 # >>> method: header
-"""CPS and FPL+CPS: Fuzzy Positive Learning (arXiv:2210.08519v1, CVPR 2023) on CPS (2106.01226v2).
+"""CPS and FPL+CPS: Fuzzy Positive Learning (arXiv:2210.08519v2, CVPR 2023) on CPS (2106.01226).
 
 Two networks teach each other on unlabelled images. CPS: each learns the other's likeliest class.
 FPL: a pixel has K positive classes, more where its teacher is unsure (Alg. 1), and each of their

@@ -112,6 +112,7 @@ NUMBERS = [  # numbers that cannot be: refused before anything is read, as the r
     (supervised, ["--eval-every", "0"], ["--eval-every", "0"]),
     (supervised, ["--save-every", "0"], ["--save-every", "0"]),
     (supervised, ["--ohem-kept", "-0.1"], ["--ohem-kept", "-0.1"]),
+    (supervised, ["--ohem-kept", "5"], ["--ohem-kept", "5"]),
     *(
         (cps_fpl, ["--T", T], [f"--T {T}", "between 0 and 1"])
         for T in ("0.0", "1.0", "-0.5", "9.0")

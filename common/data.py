@@ -1,7 +1,7 @@
 """Which images there are, which of them are labelled, and how one is read. No augmentation here.
 
-The facts (classes, palettes, layouts, id tables) are in facts.json. Masks of unlabelled images are
-never opened.
+facts.json has classes, palettes, layouts and id tables; splits.json the published splits with their
+hashes. Masks of unlabelled images are never opened.
 """
 
 import hashlib
@@ -16,13 +16,15 @@ from PIL import Image
 
 from common import Refusal, shapes
 
-FACTS = json.loads((Path(__file__).parent / "facts.json").read_text())
+HERE = Path(__file__).parent
+FACTS, SPLITS = (json.loads((HERE / f"{name}.json").read_text()) for name in ("facts", "splits"))
 FACTS["voc_aug"] = FACTS["voc"]  # one folder; the labelled are drawn from 1,464 or from 10,582
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of photographs
 IGNORE = 255
 
 
 class Item(NamedTuple):
-    """One image: its key, its file and the file of its mask (the key alone if it is generated)."""
+    """One image: its key, its file and, if it will be opened, its mask (generated: key alone)."""
 
     key: str
     image: Path | None = None
@@ -32,17 +34,19 @@ class Item(NamedTuple):
 class Data:
     """A data set: name, classes, palette (C, 3) uint8; lists labeled, unlabeled, val, test."""
 
-    def __init__(self, name, labeled, unlabeled, val, test):
-        facts = FACTS[name]
-        self.name, self.classes = name, facts["classes"]
-        self.palette = np.array(facts["palette"], np.uint8)
+    def __init__(self, args, labeled, unlabeled, val, test):
+        facts, self.name = FACTS[args.dataset], args.dataset
         self.labeled, self.unlabeled, self.val, self.test = labeled, unlabeled, val, test
+        self.classes = facts.get("classes") or [f"class {i}" for i in range(args.num_classes)]
         self.num_classes = len(self.classes)
-        self.table = np.full(256, 254, np.uint8)  # value in the file -> class; 254 marks a stranger
-        self.table[: self.num_classes] = np.arange(self.num_classes)
-        self.table[IGNORE] = IGNORE
-        for value, class_id in facts.get("ids", {}).items():
-            self.table[int(value)] = class_id
+        bits = np.arange(self.num_classes)[:, None] >> np.arange(3)
+        spread = sum(((bits >> 3 * i) & 1) << (7 - i) for i in range(8))  # VOC's rule
+        self.palette = np.array(facts.get("palette", spread), np.uint8)
+        self.tables = {}  # end of a mask's name -> (256,) class of each value, 254 for a stranger
+        for end, ids in (facts.get("ids", {}) | {"": range(self.num_classes)}).items():
+            self.tables[end] = np.full(256, 254, np.uint8)
+            self.tables[end][: len(ids)] = ids
+            self.tables[end][args.ignore_index] = IGNORE
 
     def read(self, item, with_label):
         """Returns PIL (image RGB, mask L or None) of one size; mask values are in [0, C) or 255.
@@ -60,14 +64,16 @@ class Data:
         if mask.size != image.size:
             sizes = "{}x{} pixels, not {}x{}".format(*mask.size, *image.size)
             raise Refusal(f"{item.label}: {sizes} as its image {item.image}")
-        if mask.mode not in ("L", "P"):  # P: the palette index is the class, never its colour
+        if mask.mode not in ("1", "L", "P"):  # P: the palette index is the class, never its colour
             raise Refusal(f"{item.label}: mode {mask.mode}, not one 8-bit channel of class ids")
-        values = np.asarray(mask)
-        label = self.table[values]
+        values = np.asarray(mask).astype(np.uint8)
+        table = next(t for end, t in self.tables.items() if item.label.name.endswith(end))
+        label = table[values]
         if (label == 254).any():
             y, x = np.argwhere(label == 254)[0]
-            what = f"value {values[y, x]} at row {y}, column {x}"
-            raise Refusal(f"{item.label}: {what}; classes are 0 to {self.num_classes - 1} and 255")
+            *_, last = np.flatnonzero(table < 254)
+            what = f"value {values[y, x]} at row {y}, column {x}; classes are 0 to {last}, and"
+            raise Refusal(f"{item.label}: {what} {np.flatnonzero(table == IGNORE)[-1]} is ignored")
         return image, Image.fromarray(label)
 
 
@@ -82,34 +88,37 @@ def _open(path):
         raise Refusal(f"{path}: not readable as an image ({error})") from None
 
 
-def set_hash(items):
+def set_hash(keys):
     """Returns the first 8 hex digits of the sha1 of the sorted keys, one per line: names a set."""
-    return hashlib.sha1("\n".join(sorted(i.key for i in items)).encode()).hexdigest()[:8]
+    return hashlib.sha1("\n".join(sorted(keys)).encode()).hexdigest()[:8]
 
 
 def read_list(path, pattern):
-    """Returns the keys of a list file: the first match of pattern in each line's first column.
+    """Returns {key: (image, mask)} of a list file, in its order: the columns as written, or None.
 
-    Columns are split at TAB or space; CRLF, empty lines and a missing final newline are fine.
-    Raises Refusal on a line without a key, a key that comes twice, or no line at all.
+    One or two columns, split at TAB if there is one, else at spaces. Leading slashes, "None", CRLF,
+    empty lines and a missing final newline are fine. The key is what pattern finds in the first
+    column. Raises Refusal on a line without one, a key that comes twice, a path with "..", no line.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(f"{path}: not a readable list ({error})") from None
-    keys = {}
-    for number, line in enumerate(lines, 1):
-        column = re.split(r"[\t ]", line.strip())[0]
-        if not column:
+    rows = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        columns = [c.strip().lstrip("/") for c in line.split("\t" if "\t" in line else None)]
+        if not line:
             continue
-        match = re.search(pattern, column) or re.fullmatch(r"[\w.-]+", column)
-        if not match or match[0] in keys:
-            what = "twice" if match else "no image key"
-            raise Refusal(f"{path}:{number}: {what}: {line.strip()}")
-        keys[match[0]] = number
-    if not keys:
+        match = re.search(pattern, columns[0])
+        wrong = "no image key" if not match else "twice" if match[0] in rows else ""
+        wrong = "more than two columns" if len(columns) > 2 else wrong
+        wrong = "a path with .." if any(".." in Path(c).parts for c in columns) else wrong
+        if wrong:
+            raise Refusal(f"{path}:{number}: {wrong}: {line}")
+        rows[match[0]] = (columns[0], columns[-1] if columns[1:] not in ([], ["None"]) else None)
+    if not rows:
         raise Refusal(f"{path}: an empty list")
-    return list(keys)
+    return rows
 
 
 def choose(keys, split, seed):
@@ -139,79 +148,125 @@ def counts(dataset, split):
     return (labels, pool - labels) if fits else (0, 0)
 
 
+class Tree:
+    """A data set's folder in any of its known layouts. A row is (image, mask): places, or None."""
+
+    def __init__(self, name, root=""):
+        """root: "" takes the usual folder. Raises Refusal if there is none."""
+        self.name, self.facts = name, FACTS[name]
+        self.root = Path(root or self.facts.get("root", "."))
+        if not self.root.is_dir():
+            what = f"--data-root names that of {name}, see docs/data.md"
+            raise Refusal(f"{self.root}: no such folder; {what}")
+
+    def part(self, part):
+        """Returns {key: row}, sorted, of train, val or test: what is here, or a published list."""
+        if self.name == "shapes":
+            return dict.fromkeys(shapes.keys(part), (None, None))
+        pattern = self.facts["key"]
+        for place in self.facts["parts"].get(part, ()):
+            rows = {}
+            for path in self.root.glob(place):
+                match = re.search(pattern, path.relative_to(self.root).as_posix())
+                if place.endswith(".txt"):
+                    rows = read_list(path, pattern)
+                elif match and path.suffix.lower() in SUFFIXES and path.name[0] != ".":
+                    if match[0] in rows:
+                        raise Refusal(f"{path}: another image has the key {match[0]} too")
+                    rows[match[0]] = (path, None)
+            if rows:
+                return dict(sorted(rows.items()))
+        here = any((self.root / p.split("{")[0]).is_dir() for p in self.facts["image"])
+        if not here or part not in SPLITS.get(self.name, {}).get("parts", {}):
+            return {}
+        from prepare_data import fetch_list  # published lists are its business
+
+        return dict(sorted(read_list(fetch_list(self.name, "parts", part), pattern).items()))
+
+    def places(self, part, key, rows, kind):
+        """Yields where a file may be (kind 0: an image, 1: a mask): the columns of rows first.
+
+        What a list names is left out where links lead it out of the folder.
+        """
+        for row in rows:
+            if isinstance(row[kind], Path):
+                yield row[kind]
+            elif row[kind]:
+                path = self.root / row[kind]
+                if path.resolve().is_relative_to(self.root.resolve()):
+                    yield path
+        words = {"part": part, "key": key, "city": key.split("_")[0]}
+        for pattern in self.facts.get(("image", "label")[kind], ()):
+            yield self.root / pattern.format(**words)
+
+    def file(self, *place):
+        """Returns the first of the places that is a file, or None."""
+        return next((path for path in self.places(*place) if path.is_file()), None)
+
+    def items(self, part, rows, known=None, source="", masks=True):
+        """Returns the Items of rows (known: {key: row} of the folder), without masks if not asked.
+
+        Raises Refusal where a file is absent; source: the list to name then.
+        """
+        items = []
+        for key, row in rows.items():
+            both = [row, (known or rows).get(key, row)]
+            if both[1] == (None, None):  # generated
+                items.append(Item(key))
+                continue
+            files = [self.file(part, key, both, kind) for kind in ((0, 1) if masks else (0,))]
+            if None in files:
+                what = ("image", "mask")[files.index(None)]
+                tried = ", ".join(map(str, self.places(part, key, both, files.index(None))))
+                source = source or self.root
+                raise Refusal(f"{source}: {key} has no {what} here; tried {tried or 'nothing'}")
+            items.append(Item(key, *files))
+        return items
+
+
 def load(args):
     """Returns the Data that the flags name; every file that will be opened exists. Raises Refusal.
 
-    dataset, data_root ("" takes the data set's usual folder); split, split_seed as `choose`, or
-    labeled_list and unlabeled_list instead (without the second, all other images are unlabelled).
+    dataset, data_root; num_classes and ignore_index of a folder; split with split_family, or with
+    split_seed as `choose` has it; or labeled_list and unlabeled_list (without the second, all other
+    images are unlabelled). A folder's images without a mask are unlabelled whatever the split.
     """
-    name, facts = args.dataset, FACTS[args.dataset]
-    root = Path(args.data_root or facts.get("root", "."))
-    if name == "shapes":
-        found = {p: {k: Item(k) for k in shapes.keys(p)} for p in ("train", "val", "test")}
-    else:
-        if not root.is_dir():
-            raise Refusal(
-                f"{root}: no such folder; --data-root names that of {name}, see docs/data.md"
-            )
-        found = {part: _find(root, facts, part) for part in facts["parts"]}
-        if not found["val"]:
-            raise Refusal(f"{root}: nothing of {name} here ({', '.join(facts['parts']['val'])})")
-
+    own, tree = args.dataset == "folder", Tree(args.dataset, args.data_root)
+    if own and not 2 <= args.num_classes <= 254:
+        raise Refusal(f"--num-classes {args.num_classes}: how many the masks have, 2 to 254")
+    if not own and (args.num_classes or args.ignore_index != IGNORE):
+        raise Refusal("--num-classes, --ignore-index: with --dataset folder alone")
     if args.unlabeled_list and not args.labeled_list:
         raise Refusal("--unlabeled-list without --labeled-list: give both")
-    if not found["train"] and not args.labeled_list:
-        raise Refusal(f"--split of {name}: give its lists, --labeled-list and --unlabeled-list")
+    train, val, test = (tree.part(part) for part in ("train", "val", "test"))
+    if not val:
+        some = ", ".join(tree.facts["parts"]["val"])
+        raise Refusal(f"{tree.root}: nothing of {args.dataset} here ({some})")
     if args.labeled_list:
-        chosen = _listed(args.labeled_list, root, facts, "train", found["train"])
-        rest = {k: item for k, item in found["train"].items() if k not in chosen}
+        labeled = read_list(args.labeled_list, tree.facts["key"])
+        unlabeled = {key: row for key, row in train.items() if key not in labeled}
         if args.unlabeled_list:
-            rest = _listed(args.unlabeled_list, root, facts, "train", found["train"])
-        labeled, unlabeled = list(chosen.values()), list(rest.values())
+            unlabeled = read_list(args.unlabeled_list, tree.facts["key"])
+        expected = counts(args.dataset, args.split)[0] if args.split != "all" else 0
+        if expected not in (0, len(labeled)):
+            found = f"has {expected} labelled images, not {len(labeled)}"
+            raise Refusal(f"--split {args.split} {found}")
     else:
-        parts = choose(found["train"], args.split, args.split_seed)
-        labeled, unlabeled = ([found["train"][k] for k in keys] for keys in parts)
-    val, test = (list(found.get(part, {}).values()) for part in ("val", "test"))
-    expected = counts(name, args.split)[0] if args.labeled_list and args.split != "all" else 0
-    if expected and expected != len(labeled):
-        raise Refusal(f"--split {args.split} has {expected} labelled images, not {len(labeled)}")
-    leak = {*labeled, *unlabeled} & {*val, *test}
+        masked = [k for k in train if not own or tree.file("train", k, [train[k]], 1)]
+        if args.dataset in SPLITS and args.split_seed is None:
+            from prepare_data import named  # the published splits
+
+            parts = named(args, masked, list(val))
+        else:
+            parts = choose(masked, args.split, args.split_seed)
+        if len(masked) < len(train):
+            parts = (parts[0], [key for key in train if key not in {*parts[0]}])
+        labeled, unlabeled = ({key: train[key] for key in keys} for keys in parts)
+    lists = [tree.items("train", labeled, train, args.labeled_list)]
+    lists += [tree.items("train", unlabeled, train, args.unlabeled_list, masks=False)]
+    lists += [tree.items("val", val), tree.items("test", test)]
+    files = [{item.image or item.key for item in one} for one in lists]
+    leak = (files[0] | files[1]) & (files[2] | files[3])
     if leak:
-        raise Refusal(f"{len(leak)} images to train on are in val or test: {min(leak).key} ...")
-    for item in (*labeled, *val, *test):
-        if item.image is not None and not (item.label and item.label.is_file()):
-            raise Refusal(f"{item.image}: its mask {item.label} is missing")
-    return Data(name, labeled, unlabeled, val, test)
-
-
-def _find(root, facts, part):
-    """{key: Item} of one part, sorted: from a list file, or from the images in its folders."""
-    items = {}
-    for pattern in facts["parts"][part]:
-        for path in root.glob(pattern):
-            if pattern.endswith(".txt"):
-                items |= _listed(path, root, facts, part, {})
-            elif not path.name.startswith("."):
-                key = re.search(facts["key"], path.relative_to(root).as_posix())[0]
-                items[key] = _item(root, facts, part, key)
-    return dict(sorted(items.items()))
-
-
-def _listed(path, root, facts, part, known):
-    """{key: Item} of a list file, in its order; known: {key: Item} found before."""
-    keys = read_list(path, facts["key"])
-    items = {key: known.get(key) or _item(root, facts, part, key) for key in keys}
-    for key, item in items.items():
-        if item is None:
-            raise Refusal(f"{path}: names {key}, which has no image under {root}")
-    return items
-
-
-def _item(root, facts, part, key):
-    """The Item of a key, from the first image pattern that exists (None if none does)."""
-    words = {"part": part, "key": key, "city": key.split("_")[0]}
-    for pattern in facts.get("image", ()):
-        if (root / pattern.format(**words)).is_file():
-            label = root / facts["label"][0].format(**words)
-            return Item(key, root / pattern.format(**words), label)
-    return None
+        raise Refusal(f"{len(leak)} images to train on are in val or test: {min(leak)} ...")
+    return Data(args, *lists)

@@ -35,20 +35,11 @@ eval_every save_every""".split()
 NEVER = 2**62  # later than any step
 
 
-def parse(cls, argv=None, default=None):
-    """Returns cls filled from the command line; with --eval-only a checkpoint's flags stand below.
-
-    tyro's box around a wrong flag becomes a one-line Refusal.
-    """
+def cli(kind, argv=None, **more):
+    """Returns what tyro.cli makes of the flags; its box around a mistake becomes a Refusal."""
     with contextlib.redirect_stderr(io.StringIO()) as text:
         try:
-            args = tyro.cli(cls, args=argv, default=default or cls())
-            if default or not args.eval_only:
-                return args
-            saved = load_checkpoint(args.checkpoint or "--eval-only needs --checkpoint")["args"]
-            names = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
-            saved = {k: tuple(v) if isinstance(v := saved[k], list) else v for k in names}
-            return parse(cls, argv, replace(args, **saved | {"weights": "none"}))
+            return tyro.cli(kind, args=argv, **more)
         except SystemExit as stop:
             if stop.code != 2:  # --help
                 raise
@@ -56,6 +47,17 @@ def parse(cls, argv=None, default=None):
     lines = [line for line in lines if line and line[0] not in "╭╰─"]
     ends = [i for i, line in enumerate(lines) if line.startswith(("Argument help", "For full"))]
     raise Refusal(" ".join(lines[: min(ends, default=None)]).replace(" .", "."))
+
+
+def parse(cls, argv=None):
+    """Returns cls filled from the flags; with --eval-only a checkpoint's stand below them."""
+    args = cli(cls, argv)
+    if not args.eval_only:
+        return args
+    saved = load_checkpoint(args.checkpoint or "--eval-only needs --checkpoint")["args"]
+    names = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
+    saved = {k: tuple(v) if isinstance(v := saved[k], list) else v for k in names}
+    return cli(cls, argv, default=replace(args, **saved | {"weights": "none"}))
 
 
 def resolve(args, preset):
@@ -84,9 +86,14 @@ def resolve(args, preset):
 
 
 def launch(cls, preset, main):
-    """Runs main on the resolved flags; a Refusal becomes one line and exit code 2."""
+    """Runs main on the resolved flags; refusals as `refusing` has them."""
+    refusing(lambda: main(resolve(parse(cls), preset)))
+
+
+def refusing(call):
+    """Runs call(); a Refusal becomes one line and exit code 2, Ctrl-C exit code 130."""
     try:
-        return main(resolve(parse(cls), preset))
+        return call()
     except Refusal as error:
         # a loader process wraps the message in a traceback and leaves it as the last line
         line = str(error).strip().splitlines()[-1].removeprefix("common.Refusal: ")
@@ -367,8 +374,8 @@ def report(data, results, on):
 
 def lists(data):
     """Returns {list: [number of images, set hash]} of a Data."""
-    names = ("labeled", "unlabeled", "val", "test")
-    return {n: [len(getattr(data, n)), set_hash(getattr(data, n))] for n in names}
+    keys = {n: [i.key for i in getattr(data, n)] for n in ("labeled", "unlabeled", "val", "test")}
+    return {name: [len(some), set_hash(some)] for name, some in keys.items()}
 
 
 def describe(args):

@@ -1,17 +1,70 @@
 """Real data sets in: published splits, VOC with SBD, Cityscapes, CamVid, COCO; checks, statistics.
 
-python prepare_data.py splits --family cps        # the published lists, into data/splits
+  python prepare_data.py splits --family cps        # the published lists, into data/splits
+  python prepare_data.py voc                        # download, check, build SegmentationClassAug
+  python prepare_data.py cityscapes                 # what is there, what is missing, and where it is
+  python prepare_data.py coco                       # masks of 81 classes from the annotations
+  python prepare_data.py make-split --dataset camvid --labels 30 --every-class --out lists/30.txt
+  python prepare_data.py check --dataset folder --data-root DIR --num-classes 5
+  python prepare_data.py stats --dataset camvid --out camvid.png
 """
 
+import filecmp
+import functools
+import hashlib
+import http.client
+import importlib
+import io
+import json
+import math
+import os
 import re
+import shutil
+import stat
+import sys
+import tarfile
+import tempfile
+import urllib.error
 import urllib.request
-from pathlib import Path
+import uuid
+import zipfile
+import zlib
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from common import Refusal
-from common.data import FACTS, SPLITS, choose, read_list, set_hash
+from common.data import FACTS, IGNORE, SPLITS, Tree, choose, load, read_list, set_hash
+from common.run import cli, refusing
 
 LISTS = Path("data/splits")  # <data set>/<family>/<split>.txt: one key per line
 SCHEMES = ("https",)
+ARCHIVES = {  # of VOC and SBD: address, md5
+    "VOCtrainval_11-May-2012.tar": (
+        "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
+        "6cd6e144f989b92b3379bac3b3de84fd",
+    ),
+    "benchmark.tgz": (
+        "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
+        "benchmark.tgz",
+        "82b4d87ceb2ed10f6038a1cba92111cb",
+    ),
+}
+ZIPS = {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip"}
+CAMVID = {"train": 367, "val": 101, "test": 233}  # images
+SHOWN = 20  # bad files named one by one
+DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
+
+
+# ---- published lists ----
 
 
 def same_set(keys, entry):
@@ -22,6 +75,26 @@ def same_set(keys, entry):
     return "{} images, set {}, instead of {}, set {}".format(*found, *true)
 
 
+def keys_of(path, pattern):
+    """Returns the keys of a list in any format, in its order; none if the file is no such list."""
+    try:
+        return list(read_list(path, pattern))
+    except Refusal:
+        return []
+
+
+@functools.cache
+def lists_below(folder, pattern):
+    """Returns {(images, set hash): keys} of all lists below a folder. Raises Refusal without it."""
+    if not Path(folder).is_dir():
+        raise Refusal(f"--from {folder}: no such folder")
+    found = {}
+    for path in sorted(Path(folder).rglob("*.txt")):
+        keys = keys_of(path, pattern)
+        found.setdefault((len(keys), set_hash(keys)), keys)
+    return found
+
+
 def fetch_list(dataset, family, split, source=""):
     """Returns the path of a published list under data/splits; fetched first if it is not there.
 
@@ -30,8 +103,31 @@ def fetch_list(dataset, family, split, source=""):
     """
     entry, pattern = SPLITS[dataset][family][split], FACTS[dataset]["key"]
     path = LISTS / dataset / family / f"{split.replace('/', '_')}.txt"
-    if not path.is_file():
-        raise Refusal(f"{path}: python prepare_data.py splits --family {family}")
+    if path.is_file():
+        if wrong := same_set(keys_of(path, pattern), entry):
+            raise Refusal(f"{path}: {wrong}; delete it, and it is fetched again")
+        return path
+    try:
+        if "url" not in entry:  # every r-th of the sorted training images
+            pool = read_list(fetch_list(dataset, "parts", "train", source), pattern)
+            keys, _ = choose(pool, split, None)
+        elif source:
+            keys = lists_below(source, pattern).get((entry["images"], entry["set"]), [])
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                download(entry["url"], raw := Path(folder) / "list.txt")
+                keys = keys_of(raw, pattern)
+        wrong = same_set(keys, entry)
+    except Refusal as error:
+        wrong = str(error)
+    if wrong:
+        where = f"below {source}" if source else "fetched"
+        command = {"parts": "cps"}.get(family, family.rstrip("012"))
+        command = f"python prepare_data.py splits --family {command}"
+        remedy = f"{command}, with --from DIR for lists that are on disk"
+        raise Refusal(f"{path}: {where}: {wrong}; {remedy}")
+    write(path, "".join(f"{key}\n" for key in keys).encode())
+    print(f"{path}: {len(keys)} images, set {entry['set']}", flush=True)
     return path
 
 
@@ -62,3 +158,371 @@ def named(args, pool, val):
         if wrong := same_set(keys, entry):
             raise Refusal(f"{what}: {wrong}; python prepare_data.py check, or --labeled-list")
     return labeled, unlabeled
+
+
+# ---- files, downloads, archives ----
+
+
+def write(path, data):
+    """Writes bytes beside a file, then renames: it is whole or not there, whoever else writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    other = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        other.write_bytes(data)
+        os.replace(other, path)
+    finally:
+        other.unlink(missing_ok=True)
+
+
+def png(array, palette=None):
+    """Returns an (H, W) uint8 array as the bytes of a PNG: palette indices, or grey without one."""
+    picture, file = Image.fromarray(array), io.BytesIO()
+    if palette:
+        picture.putpalette(np.array(palette, np.uint8).tobytes())
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def needs(module):
+    """Returns a module that not every command needs. Raises Refusal if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise Refusal(f"{package} cannot be imported ({error}): pip install {package}") from None
+
+
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to where a request of ours may go."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        """Returns the next request. Raises Refusal if its scheme is none of SCHEMES."""
+        check_scheme(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def check_scheme(url):
+    """Raises Refusal if an address is not by one of SCHEMES."""
+    if url.partition(":")[0].lower() not in SCHEMES:
+        raise Refusal(f"{url}: nothing is fetched but by {', '.join(SCHEMES)}")
+
+
+def download(url, path, md5=""):
+    """Fetches url to path by way of path.part, which the next call goes on with if this one fails.
+
+    Raises Refusal: no network, cut off, another scheme, or not the file with this md5.
+    """
+    check_scheme(url)
+    part, total = path.with_name(path.name + ".part"), 0
+    begin = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})
+    if begin:
+        request.add_header("Range", f"bytes={begin}-")
+    try:
+        with urllib.request.build_opener(Redirect).open(request, timeout=60) as answer:
+            if not answer.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
+                begin = 0  # the whole file comes
+            total = begin + int(answer.headers.get("Content-Length") or 0)
+            bar = tqdm(total=total, initial=begin, unit="B", unit_scale=True, desc=path.name)
+            with bar if md5 else open(os.devnull), open(part, "ab" if begin else "wb") as file:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not begin:  # 416: nothing comes after the part, it is whole
+            raise Refusal(f"{url}: {error}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Refusal(f"{url}: {error}; the same command goes on from there") from None
+    if part.stat().st_size < total:
+        cut = f"cut off after {part.stat().st_size} of {total} bytes"
+        raise Refusal(f"{url}: {cut}; the same command goes on from there")
+    check_md5(part, md5)
+    os.replace(part, path)
+
+
+def check_md5(path, md5):
+    """Raises Refusal if a file is not the one with this md5 ("": any is right)."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while md5 and (block := file.read(1 << 20)):
+            digest.update(block)
+    if md5 and digest.hexdigest() != md5:
+        raise Refusal(f"{path}: md5 {digest.hexdigest()} instead of {md5}; delete it, and again")
+
+
+def archive(name, root, source):
+    """Returns the path of one of ARCHIVES, checked: in source or in root, else fetched to root.
+
+    source: a folder, and nothing is fetched; or "". Raises Refusal.
+    """
+    url, md5 = ARCHIVES[name]
+    for path in (Path(source or root) / name, root / name):
+        if path.is_file():
+            print(f"{path}: checking its md5", flush=True)
+            check_md5(path, md5)
+            return path
+    if source:
+        raise Refusal(f"--from {source}: no {name} there; it is at {url}")
+    root.mkdir(parents=True, exist_ok=True)
+    download(url, path, md5)
+    return path
+
+
+def check_name(path, name, link=False):
+    """Raises Refusal for a member of an archive that is a link or leads out of the folder."""
+    place = PureWindowsPath(name)  # takes both slashes, and C:
+    if link or place.drive or place.root or ".." in place.parts:
+        raise Refusal(f"{path}: unsafe, nothing is taken from it: {name!r} leads out of the folder")
+
+
+def members(path, folder, wanted):
+    """Yields (name, bytes) of the files of a tar or zip archive whose names a regex finds.
+
+    Every member is checked, wanted or not. Raises Refusal, naming the member, where one would lead
+    out of the folder by its name or as a link; and if the archive is damaged or cut off.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        raise Refusal(f"{path}: this Python cannot check it; 3.10.12, 3.11.4 or a later one can")
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as opened:
+                for one in opened.infolist():
+                    check_name(path, one.filename, stat.S_ISLNK(one.external_attr >> 16))
+                for one in opened.infolist():
+                    if re.search(wanted, one.filename) and not one.is_dir():
+                        yield one.filename, opened.read(one)
+        else:
+            with tarfile.open(path) as opened:
+                for one in opened:
+                    check_name(path, one.name)
+                    tarfile.data_filter(one, str(folder))  # links, devices
+                    if re.search(wanted, one.name) and one.isfile():
+                        yield one.name, opened.extractfile(one).read()
+    except tarfile.FilterError as error:
+        raise Refusal(f"{path}: unsafe, nothing more is taken from it: {error}") from None
+    except DAMAGED as error:
+        raise Refusal(f"{path}: damaged or cut off ({error}); fetch it again") from None
+
+
+def place(partial, root, tops):
+    """Moves the folders tops of partial to root, in this order, and removes partial.
+
+    Where one is there already, its files join those there; what is there stays. Raises Refusal,
+    before anything is moved, if a file there differs.
+    """
+    files = [p.relative_to(partial) for p in sorted(partial.rglob("*")) if p.is_file()]
+    for file in files:
+        there = root / file
+        if there.exists() and not filecmp.cmp(partial / file, there, shallow=False):
+            raise Refusal(f"{there}: another file than the archive's; move it away")
+    for top in tops:
+        if not (root / top).exists():
+            os.replace(partial / top, root / top)
+        for file in (f for f in files if f.parts[0] == top and (partial / f).exists()):
+            (root / file).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(partial / file, root / file)
+    shutil.rmtree(partial)
+
+
+# ---- VOC with SBD ----
+
+
+def lacking(root):
+    """Returns what a VOC folder lacks, the first thing found, or "" if it is complete.
+
+    Lists by count and set hash; image and masks of every listed key by name.
+    """
+    lists, pattern = {}, FACTS["voc"]["key"]
+    parts = SPLITS["voc"]["parts"]
+    sets = {"train": SPLITS["voc"]["cps"]["1464"], "val": parts["val"], "train_aug": parts["train"]}
+    for name, entry in sets.items():
+        path = root / f"ImageSets/Segmentation/{name}.txt"
+        lists[name] = keys_of(path, pattern)
+        if wrong := same_set(lists[name], entry):
+            return f"{path}: {wrong}"
+    path, own = root / "ImageSets/Segmentation/trainval.txt", lists["train"] + lists["val"]
+    if set(keys_of(path, pattern)) != set(own):
+        return f"{path}: not train and val together"
+    every = lists["train_aug"] + lists["val"]
+    for top, keys, end in (
+        ("JPEGImages", every, "jpg"),
+        ("SegmentationClass", own, "png"),
+        ("SegmentationClassAug", every, "png"),
+    ):
+        there = set(os.listdir(root / top)) if (root / top).is_dir() else set()
+        if missing := sorted({f"{key}.{end}" for key in keys} - there):
+            return f"{root / top}: {len(missing)} files missing, {missing[0]} first"
+    return ""
+
+
+def sbd_mask(data, name):
+    """Returns the (H, W) uint8 classes of one of SBD's .mat files. Raises Refusal."""
+    scipy_io = needs("scipy.io")
+    try:
+        mask = scipy_io.loadmat(io.BytesIO(data))["GTcls"][0, 0]["Segmentation"]
+    except Exception as error:  # a damaged file makes scipy raise nearly anything
+        line = " ".join(f"{type(error).__name__} {error}".split())
+        raise Refusal(f"{name}: not readable as a mask of SBD's ({line})") from None
+    if mask.dtype != np.uint8 or mask.ndim != 2 or mask.max() >= len(FACTS["voc"]["classes"]):
+        raise Refusal(f"{name}: {mask.dtype} of shape {mask.shape}, up to {mask.max()}: no mask")
+    return mask
+
+
+def build_voc(tar, tgz, partial):
+    """Unpacks VOC into partial and makes SegmentationClassAug and train_aug.txt. Raises Refusal.
+
+    VOC's own masks go over as they are, with their 255 on borders; all others are SBD's, which have
+    none: 8-bit palette PNGs like VOC's.
+    """
+    wanted = r"^VOCdevkit/VOC2012/((?:JPEGImages|SegmentationClass|ImageSets/Segmentation)/[^/]+)$"
+    for name, data in tqdm(members(tar, partial, wanted), desc="VOC", unit="file", disable=None):
+        path = partial / re.search(wanted, name)[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    aug, lists = partial / "SegmentationClassAug", partial / "ImageSets/Segmentation"
+    aug.mkdir(parents=True, exist_ok=True)
+    pattern, palette = FACTS["voc"]["key"], FACTS["voc"]["palette"]
+    train, val = (keys_of(lists / f"{part}.txt", pattern) for part in ("train", "val"))
+    keys = {*train, *val}
+    for key in keys:
+        own = partial / f"SegmentationClass/{key}.png"
+        if not own.is_file():
+            raise Refusal(f"{tar}: no SegmentationClass/{key}.png in it")
+        shutil.copyfile(own, aug / own.name)
+    wanted = rf"dataset/cls/({pattern})[.]mat$"
+    for name, data in tqdm(members(tgz, partial, wanted), desc="SBD", unit="file", disable=None):
+        key = re.search(wanted, name)[1]
+        if key not in keys:
+            mask, image = sbd_mask(data, f"{tgz}: {name}"), partial / f"JPEGImages/{key}.jpg"
+            if not image.is_file():
+                raise Refusal(f"{tar}: no JPEGImages/{key}.jpg in it, of which SBD has a mask")
+            with Image.open(image) as picture:
+                if picture.size != mask.shape[::-1]:
+                    raise Refusal(f"{tgz}: {name}: another size than its image's")
+            (aug / f"{key}.png").write_bytes(png(mask, palette))
+    rest = sorted({path.stem for path in aug.iterdir()} - set(val))
+    (lists / "train_aug.txt").write_text("".join(f"{key}\n" for key in rest))
+
+
+# ---- COCO ----
+
+
+def runs(segmentation):
+    """Returns the (H, W) bool region of COCO's run lengths: a list, or its compressed string."""
+    counts, size = segmentation["counts"], segmentation["size"]
+    if isinstance(counts, str):
+        values, text = [], iter(counts.encode())
+        for byte in text:  # 5 bits a character, low first; 32: more follow; 16 in the last: a sign
+            value = shift = 0
+            while True:
+                value |= (byte - 48 & 31) << shift
+                shift += 5
+                if not byte - 48 & 32:
+                    break
+                byte = next(text)
+            value -= (byte - 48 & 16) << shift - 4
+            values.append(value + values[-2] if len(values) > 2 else value)
+        counts = values
+    region = np.repeat(np.arange(len(counts)) % 2 == 1, counts)  # down the columns, 0 first
+    return region.reshape(size[1], size[0]).T
+
+
+def render(size, annotations, classes):
+    """Returns the (H, W) uint8 classes of an image; 0 where no instance is.
+
+    size: (W, H). classes: {category id: class}. A pixel is an instance's if its centre is. Crowd
+    regions lie at the bottom; of instances that overlap the smaller (COCO's area) is on top.
+    """
+    label, polygons = np.zeros(size[::-1], np.uint8), []
+    for one in sorted(annotations, key=lambda a: (-a["area"], a["id"])):
+        if isinstance(one["segmentation"], dict):
+            label[runs(one["segmentation"])] = classes[one["category_id"]]
+        else:
+            polygons += [(p, classes[one["category_id"]]) for p in one["segmentation"]]
+    canvas = Image.fromarray(label.repeat(2, 0).repeat(2, 1))
+    for corners, value in polygons:  # twice the size: pixel centres are at odd coordinates
+        if len(corners) >= 6:
+            ImageDraw.Draw(canvas).polygon([2 * c for c in corners], fill=value)
+    return np.asarray(canvas)[1::2, 1::2]
+
+
+# ---- what is on disk ----
+
+
+def inventory(name, root, expected):
+    """Prints what of a data set is in a folder; returns what is missing, a line for each.
+
+    expected: {part: number of images}.
+    """
+    tree, missing = Tree(name, root), []
+    for part, count in expected.items():
+        here = any(any(tree.root.glob(place)) for place in tree.facts["parts"][part])
+        rows = tree.part(part) if here else {}
+        files = {k: [tree.file(part, k, [row], kind) for kind in (0, 1)] for k, row in rows.items()}
+        bare = [key for key, (_, mask) in files.items() if mask is None]
+        ends = (re.search(r"label(Train)?Ids", str(mask)) for _, mask in files.values() if mask)
+        kinds = Counter(end[0] if end else "class ids" for end in ends)
+        some = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        print(f"{part}: {len(rows)} of {count} images; masks: {some or 'none'}")
+        if len(rows) != count:
+            missing.append(f"{part}: {len(rows)} of {count} images")
+        elif entry := SPLITS.get(name, {}).get("parts", {}).get(part):
+            if wrong := same_set(rows, entry):
+                missing.append(f"{part}: {wrong}")
+        if bare:
+            missing.append(f"{part}: {len(bare)} images without a mask, {bare[0]} first")
+    return missing
+
+
+def survey(data, items, masks, title):
+    """Yields (item, size, histogram, error) of every item, opened with its mask if masks.
+
+    size: (W, H). histogram: (256,) pixels of each class, or None. error: "" or why it is bad.
+    """
+
+    def one(item):
+        """Returns the row of one item; runs in a thread."""
+        try:
+            image, label = data.read(item, masks)
+        except Refusal as error:
+            return item, None, None, str(error)
+        tally = np.bincount(np.asarray(label).ravel(), minlength=256) if masks else None
+        return item, image.size, tally, ""
+
+    with ThreadPoolExecutor() as pool:
+        yield from tqdm(pool.map(one, items), title, len(items), unit="file", disable=None)
+
+
+def frequencies(data, items, title):
+    """Returns (2, 256) int64: pixels of each class, images it is in. Raises Refusal if one is bad."""
+    total = np.zeros((2, 256), np.int64)
+    for _, _, tally, error in survey(data, items, True, title):
+        if error:
+            raise Refusal(error)
+        total += tally, tally > 0
+    return total
+
+
+def with_every_class(order, present, count):
+    """Returns count of the keys in order, the first ones, changed until every class occurs in them.
+
+    present: {key: set of classes}. While classes are missing, the first key with most of them comes
+    in, and the last without which no class is lost goes out: that always ends well if count is at
+    least the number of classes. Raises Refusal, naming the missing classes, if none can go.
+    """
+    chosen, every = list(order[:count]), set().union(*present.values())
+    while missing := every.difference(*[()], *[present[k] for k in chosen]):
+        best = max(order, key=lambda k: len(present[k] & missing))  # the first of equals
+        tally = Counter(c for k in [*chosen, best] for c in present[k])
+        spare = [k for k in chosen if all(tally[c] > 1 for c in present[k])]
+        if not spare:
+            some = ", ".join(map(str, sorted(missing)))
+            raise Refusal(f"{count} images are too few for every class; without: {some}")
+        chosen.remove(spare[-1])
+        chosen.append(best)
+    return chosen
+
+
+# ---- commands ----
+
+From = Annotated[str, tyro.conf.arg(name="from")]

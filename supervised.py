@@ -70,18 +70,22 @@ class Args:
     pictures_every: int | None = None  # steps between panels; 0: none
     tensorboard: bool = False  # TensorBoard events too, if it is installed
     # data
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes"] = "shapes"
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
     split_seed: int | None = None  # None: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+    num_classes: int = 0  # of --dataset folder
+    ignore_index: int = 255  # of --dataset folder: the value in a mask that is no class
     crop_size: int | None = None  # pixels, square
     scales: tuple[float, ...] | None = None  # random scale: two values a range, more a choice
     # network
     backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
-    stem: Literal["classic", "deep"] | None = None  # one 7x7 convolution, or three 3x3
-    weights: str | None = None  # of the backbone: none (random), auto (torchvision's) or a file
+    stem: Literal["classic", "deep", "v1c"] | None = None  # 7x7; three 3x3, released; narrow
+    weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
+    init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # of the backbone's last stage
     aspp_rates: tuple[int, ...] | None = None  # dilations of ASPP's 3x3 convolutions, in cells
     # optimization
@@ -95,7 +99,7 @@ class Args:
     aux_weight: float | None = None  # of the auxiliary head's loss; 0: no such head
     ohem_kept: float | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
     # evaluation
-    protocol: Literal["whole"] | None = None  # whole: every image in one piece, native size
+    protocol: Literal["whole", "slide"] | None = None  # an image in one piece, or in windows
     # >>> method: args
     schedule: Literal["paper", "matched"] = "paper"  # passes over the labels, or MT's steps
     # <<< method: args
@@ -165,14 +169,14 @@ def u2pl_recipe(args):
     Returns ({flag: value}, passes over the unlabelled images, steps of a semi-supervised run or 0
     where the split's counts are unknown).
     """
-    values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all")
+    values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all", split_family="u2pl")
     values |= dict(aux_weight=0.0, ohem_kept=0.0)
     small = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16, workers=2)
     small |= dict(aspp_rates=(1, 2, 3))  # a crop of 128 has 8 cells a side: wide taps never learn
-    large = dict(backbone="resnet101", stem="classic", weights="auto", output_stride=8)  # [D9]
+    large = dict(backbone="resnet101", stem="v1c", weights="auto", output_stride=8)  # [D9]
     large |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
     large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
-    large |= dict(pictures_every=5000, workers=4)
+    large |= dict(pictures_every=5000, workers=4, protocol="slide")
     if args.dataset == "shapes":
         values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=120)
         values |= dict(lr=0.02, lr_head=2.0, weight_decay=1e-4, scales=(0.75, 1.5))
@@ -187,6 +191,9 @@ def u2pl_recipe(args):
         values |= dict(aux_weight=0.4, ohem_kept=50_000 / 769**2)
     else:  # VOC
         values |= large | dict(crop_size=513, lr=0.001, lr_head=10.0, weight_decay=1e-4)
+    if args.dataset == "folder":  # VOC's recipe, with what fits any images
+        values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
+        values |= dict(total_iters=20_000)
     passes, gpus = (200, 8) if args.dataset == "cityscapes" else (80, 4)
     # each process drops its last batch: floor(ceil(unlabelled / GPUs) / images per GPU)
     here = max((args.batch_size or values["batch_size"]) // gpus, 1)
@@ -201,21 +208,22 @@ def u2pl_recipe(args):
 def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
 
-    The deep stem is three 3x3 convolutions of 64, 64 and 128 channels. At output stride 16 (8) the
-    blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid 1, 2, 4 [D6].
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
+    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
     """
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
-    if args.stem == "deep":
+    if args.stem != "classic":
+        wide, last = (64, 128) if args.stem == "deep" else (32, 64)
 
         def unit(inputs, outputs, stride):
             """Convolution, BN, ReLU."""
             conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
             return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
 
-        last = nn.Conv2d(64, 128, 3, 1, 1, bias=False)
-        net.conv1 = nn.Sequential(*unit(3, 64, 2), *unit(64, 64, 1), last)
-        net.bn1, net.inplanes = nn.BatchNorm2d(128), 128
+        third = nn.Conv2d(wide, last, 3, 1, 1, bias=False)
+        net.conv1 = nn.Sequential(*unit(3, wide, 2), *unit(wide, wide, 1), third)
+        net.bn1, net.inplanes = nn.BatchNorm2d(last), last
         net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
         for module in (*net.conv1.modules(), *net.layer1.modules()):
             if isinstance(module, nn.Conv2d):
@@ -443,6 +451,28 @@ class Images(Dataset):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
 
 
+def predict(net, image, args, num_classes):
+    """Returns the logits (C, H, W) of one image, (3, H, W) uint8, by the protocol of args.
+
+    whole: in one piece. slide: summed over square windows of crop_size, 2/3 of it apart, the last
+    shifted inside; an image smaller than a window stands in the middle of the mean colour.
+    """
+    if args.protocol == "whole":
+        return net(image[None])["logits"][0]
+    (h, w), n, step = image.shape[1:], args.crop_size, -(-2 * args.crop_size // 3)
+    top, left, down, right = max(n - h, 0) // 2, max(n - w, 0) // 2, max(h - n, 0), max(w - n, 0)
+    mean = image.new_tensor([round(m) for m in MEAN])
+    canvas = mean[:, None, None].repeat(1, down + n, right + n)
+    canvas[:, top : top + h, left : left + w] = image
+    logits = torch.zeros(num_classes, *canvas.shape[1:], device=image.device)
+    for y in range(0, down + step, step):
+        for x in range(0, right + step, step):
+            y0, x0 = min(y, down), min(x, right)
+            window = (slice(None), slice(y0, y0 + n), slice(x0, x0 + n))
+            logits[window] += net(canvas[window][None])["logits"][0]
+    return logits[:, top : top + h, left : left + w]
+
+
 @torch.no_grad()
 def evaluate(net, data, items, args, group):
     """Returns (scores of net in eval mode over items, panels of the first images).
@@ -460,11 +490,10 @@ def evaluate(net, data, items, args, group):
         num_workers=args.workers,
         generator=torch.Generator(),
     )
-    shape = (data.num_classes, data.num_classes)
-    confusion = torch.zeros(shape, dtype=torch.int64, device=group.device)
+    confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
     for index, (image, label) in zip(mine, loader, strict=True):
-        pred = net(image[None].to(group.device))["logits"][0].argmax(0)  # protocol "whole"
+        pred = predict(net, image.to(group.device), args, data.num_classes).argmax(0)
         confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
         if index in shown:
             for name, shot in zip(maps, (image, label, pred), strict=True):

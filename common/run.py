@@ -31,7 +31,7 @@ from common.distributed import Group, ReduceOp, from_first, reduced, share
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 log_every save_every pictures_every tensorboard""".split()
 POSITIVE = """batch_size batch_size_unlabeled total_iters crop_size scales aspp_rates lr log_every
-eval_every save_every""".split()
+eval_every save_every T""".split()
 NEVER = 2**62  # later than any step
 
 
@@ -80,6 +80,7 @@ def resolve(args, preset):
         for number in value if isinstance(value, tuple) else [value]:
             low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
             high = 1 if name.endswith(("_prob", "_decay", "_kept")) else float("inf")
+            high = 1 - 1e-9 if name == "T" else high
             if isinstance(number, (int, float)) and not low <= number <= high:
                 raise Refusal(f"{flag} {number}: a number from {low:g} to {high:g}")
     return args
@@ -142,6 +143,24 @@ def load_networks(saved, networks):
     return saved["step"]
 
 
+def load_init(path, networks):
+    """Starts networks from a checkpoint of any of these scripts; returns in words what was taken.
+
+    Each takes the network of its name, or else the first; a head that does not fit stays random.
+    """
+    saved, words = load_checkpoint(path), []
+    for name, net in networks.items():
+        source = name if name in saved["networks"] else next(iter(saved["networks"]))
+        old, own = saved["networks"][source], net.state_dict()
+        shapes = ({k: v.shape for k, v in s.items() if k.startswith("head.")} for s in (old, own))
+        head = next(shapes) == next(shapes)
+        part = old if head else {k: v for k, v in old.items() if not k.startswith("head.")}
+        rest = {k: v for k, v in own.items() if k.startswith("head.")}
+        load_networks(saved | {"networks": {name: rest | part}}, {name: net})
+        words.append(f"{name} from its {source}" + ", head random" * (not head))
+    return f"{path}, step {saved['step']}: {'; '.join(words)}"
+
+
 class Run:
     """One run folder. Only process 0 writes; the folder appears with the first line of the log."""
 
@@ -182,7 +201,8 @@ class Run:
         path = self.folder / "last.pt"
         if not self.args.resume or not path.exists():
             self._cut_log(-1)
-            self.say(f"run folder: {self.folder}, starting from zero")
+            what = load_init(self.args.init, networks) if self.args.init else "zero"
+            self.say(f"run folder: {self.folder}, starting from {what}")
             return 0
         saved, mine = load_checkpoint(path, self.script), plain(self.args)
         for name in sorted((set(mine) | set(saved["args"])) - set(NO_NUMBER)):

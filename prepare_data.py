@@ -10,9 +10,6 @@ python prepare_data.py stats --dataset camvid --out camvid.png
 """
 
 import filecmp
-import functools
-import hashlib
-import http.client
 import importlib
 import io
 import json
@@ -23,10 +20,6 @@ import shutil
 import stat
 import sys
 import tarfile
-import tempfile
-import urllib.error
-import urllib.request
-import uuid
 import zipfile
 import zlib
 from collections import Counter, defaultdict
@@ -42,11 +35,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common import Refusal
-from common.data import FACTS, IGNORE, SPLITS, Tree, choose, load, read_list, set_hash
+from common.data import FACTS, IGNORE, SPLITS, load, set_hash
 from common.run import cli, refusing
+from sources import LISTS, Tree, check_md5, download, fetch_list, keys_of, same_set, write
 
-LISTS = Path("data/splits")  # <data set>/<family>/<split>.txt: one key per line
-SCHEMES = ("https",)
 ARCHIVES = {  # of VOC and SBD: address, md5
     "VOCtrainval_11-May-2012.tar": (
         "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
@@ -59,119 +51,13 @@ ARCHIVES = {  # of VOC and SBD: address, md5
     ),
 }
 ZIPS = {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip"}
+VOC = ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets")  # lists last
 CAMVID = {"train": 367, "val": 101, "test": 233}  # images
 SHOWN = 20  # bad files named one by one
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
-# ---- published lists ----
-
-
-def same_set(keys, entry):
-    """Returns "" if keys are the published set, else what differs."""
-    found, true = (len(keys), set_hash(keys)), (entry["images"], entry["set"])
-    if found == true:
-        return ""
-    return "{} images, set {}, instead of {}, set {}".format(*found, *true)
-
-
-def keys_of(path, pattern):
-    """Returns the keys of a list in any format, in its order; none if the file is no such list."""
-    try:
-        return list(read_list(path, pattern))
-    except Refusal:
-        return []
-
-
-@functools.cache
-def lists_below(folder, pattern):
-    """Returns {(images, set hash): keys} of all lists below a folder. Raises Refusal without it."""
-    if not Path(folder).is_dir():
-        raise Refusal(f"--from {folder}: no such folder")
-    found = {}
-    for path in sorted(Path(folder).rglob("*.txt")):
-        keys = keys_of(path, pattern)
-        found.setdefault((len(keys), set_hash(keys)), keys)
-    return found
-
-
-def fetch_list(dataset, family, split, source=""):
-    """Returns the path of a published list under data/splits; fetched first if it is not there.
-
-    family: "parts" (split: train or val) or a family of splits. source: a folder with lists in any
-    format, searched for one with the right set, instead of the network. Raises Refusal.
-    """
-    entry, pattern = SPLITS[dataset][family][split], FACTS[dataset]["key"]
-    path = LISTS / dataset / family / f"{split.replace('/', '_')}.txt"
-    if path.is_file():
-        if wrong := same_set(keys_of(path, pattern), entry):
-            raise Refusal(f"{path}: {wrong}; delete it, and it is fetched again")
-        return path
-    try:
-        if "url" not in entry:  # every r-th of the sorted training images
-            pool = read_list(fetch_list(dataset, "parts", "train", source), pattern)
-            keys, _ = choose(pool, split, None)
-        elif source:
-            keys = lists_below(source, pattern).get((entry["images"], entry["set"]), [])
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                download(entry["url"], raw := Path(folder) / "list.txt")
-                keys = keys_of(raw, pattern)
-        wrong = same_set(keys, entry)
-    except Refusal as error:
-        wrong = str(error)
-    if wrong:
-        where = f"below {source}" if source else "fetched"
-        command = {"parts": "cps"}.get(family, family.rstrip("012"))
-        command = f"python prepare_data.py splits --family {command}"
-        remedy = f"{command}, with --from DIR for lists that are on disk"
-        raise Refusal(f"{path}: {where}: {wrong}; {remedy}")
-    write(path, "".join(f"{key}\n" for key in keys).encode())
-    print(f"{path}: {len(keys)} images, set {entry['set']}", flush=True)
-    return path
-
-
-def named(args, pool, val):
-    """Returns (labelled, unlabelled) keys of --split in its --split-family; every set is checked.
-
-    pool, val: the keys of the training images and of val that are here. Raises Refusal where a set
-    is not the published one.
-    """
-    splits, what = SPLITS[args.dataset], f"--split {args.split} of {args.dataset}"
-    family, pool = splits[args.split_family], sorted(pool)
-    if args.split not in ("all", *family):
-        names = ", ".join(["all", *family])
-        some = f"{args.split_family} has {names}; else --split-seed (1/r) or --labeled-list"
-        raise Refusal(f"{what}: {some}")
-    sets = [(pool, splits["parts"]["train"]), (val, splits["parts"]["val"])]
-    labeled, unlabeled = choose(pool, "all", None)
-    if args.split != "all":
-        entry = family[args.split]
-        if "url" in entry:
-            path = fetch_list(args.dataset, args.split_family, args.split)
-            labeled = list(read_list(path, FACTS[args.dataset]["key"]))
-        else:
-            labeled, _ = choose(pool, args.split, None)
-        unlabeled = sorted(set(pool) - set(labeled))
-        sets.append((labeled, entry))
-    for keys, entry in sets:
-        if wrong := same_set(keys, entry):
-            raise Refusal(f"{what}: {wrong}; python prepare_data.py check, or --labeled-list")
-    return labeled, unlabeled
-
-
 # ---- files, downloads, archives ----
-
-
-def write(path, data):
-    """Writes bytes beside a file, then renames: it is whole or not there, whoever else writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    other = path.with_name(f".{uuid.uuid4().hex}")
-    try:
-        other.write_bytes(data)
-        os.replace(other, path)
-    finally:
-        other.unlink(missing_ok=True)
 
 
 def png(array, palette=None):
@@ -190,64 +76,6 @@ def needs(module):
     except ImportError as error:
         package = module.split(".")[0]
         raise Refusal(f"{package} cannot be imported ({error}): pip install {package}") from None
-
-
-class Redirect(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only to where a request of ours may go."""
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        """Returns the next request. Raises Refusal if its scheme is none of SCHEMES."""
-        check_scheme(newurl)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def check_scheme(url):
-    """Raises Refusal if an address is not by one of SCHEMES."""
-    if url.partition(":")[0].lower() not in SCHEMES:
-        raise Refusal(f"{url}: nothing is fetched but by {', '.join(SCHEMES)}")
-
-
-def download(url, path, md5=""):
-    """Fetches url to path by way of path.part, which the next call goes on with if this one fails.
-
-    Raises Refusal: no network, cut off, another scheme, or not the file with this md5.
-    """
-    check_scheme(url)
-    part, total = path.with_name(path.name + ".part"), 0
-    begin = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})
-    if begin:
-        request.add_header("Range", f"bytes={begin}-")
-    try:
-        with urllib.request.build_opener(Redirect).open(request, timeout=60) as answer:
-            if not answer.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
-                begin = 0  # the whole file comes
-            total = begin + int(answer.headers.get("Content-Length") or 0)
-            bar = tqdm(total=total, initial=begin, unit="B", unit_scale=True, desc=path.name)
-            with bar if md5 else open(os.devnull), open(part, "ab" if begin else "wb") as file:
-                while block := answer.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not begin:  # 416: nothing comes after the part, it is whole
-            raise Refusal(f"{url}: {error}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise Refusal(f"{url}: {error}; the same command goes on from there") from None
-    if part.stat().st_size < total:
-        cut = f"cut off after {part.stat().st_size} of {total} bytes"
-        raise Refusal(f"{url}: {cut}; the same command goes on from there")
-    check_md5(part, md5)
-    os.replace(part, path)
-
-
-def check_md5(path, md5):
-    """Raises Refusal if a file is not the one with this md5 ("": any is right)."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while md5 and (block := file.read(1 << 20)):
-            digest.update(block)
-    if md5 and digest.hexdigest() != md5:
-        raise Refusal(f"{path}: md5 {digest.hexdigest()} instead of {md5}; delete it, and again")
 
 
 def archive(name, root, source):
@@ -301,7 +129,17 @@ def members(path, folder, wanted):
     except tarfile.FilterError as error:
         raise Refusal(f"{path}: unsafe, nothing more is taken from it: {error}") from None
     except DAMAGED as error:
-        raise Refusal(f"{path}: damaged or cut off ({error}); fetch it again") from None
+        line = " ".join(str(error).split())  # tarfile's may be several
+        raise Refusal(f"{path}: damaged or cut off ({line}); fetch it again") from None
+
+
+def unpack(path, folder, wanted):
+    """Makes folder anew, of the files of an archive that a regex finds, at its first group."""
+    shutil.rmtree(folder, ignore_errors=not folder.exists())  # of a call that was killed
+    for name, data in tqdm(members(path, folder, wanted), path.name, unit="file", disable=None):
+        file = folder / re.search(wanted, name)[1]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
 
 
 def place(partial, root, tops):
@@ -332,8 +170,7 @@ def lacking(root):
 
     Lists by count and set hash; image and masks of every listed key by name.
     """
-    lists, pattern = {}, FACTS["voc"]["key"]
-    parts = SPLITS["voc"]["parts"]
+    lists, pattern, parts = {}, FACTS["voc"]["key"], SPLITS["voc"]["parts"]
     sets = {"train": SPLITS["voc"]["cps"]["1464"], "val": parts["val"], "train_aug": parts["train"]}
     for name, entry in sets.items():
         path = root / f"ImageSets/Segmentation/{name}.txt"
@@ -363,8 +200,10 @@ def sbd_mask(data, name):
     except Exception as error:  # a damaged file makes scipy raise nearly anything
         line = " ".join(f"{type(error).__name__} {error}".split())
         raise Refusal(f"{name}: not readable as a mask of SBD's ({line})") from None
-    if mask.dtype != np.uint8 or mask.ndim != 2 or mask.max() >= len(FACTS["voc"]["classes"]):
-        raise Refusal(f"{name}: {mask.dtype} of shape {mask.shape}, up to {mask.max()}: no mask")
+    if mask.dtype != np.uint8 or mask.ndim != 2 or (mask >= len(FACTS["voc"]["classes"])).any():
+        raise Refusal(
+            f"{name}: {mask.dtype} of shape {mask.shape}: not a mask, or not of 21 classes"
+        )
     return mask
 
 
@@ -375,10 +214,7 @@ def build_voc(tar, tgz, partial):
     none: 8-bit palette PNGs like VOC's.
     """
     wanted = r"^VOCdevkit/VOC2012/((?:JPEGImages|SegmentationClass|ImageSets/Segmentation)/[^/]+)$"
-    for name, data in tqdm(members(tar, partial, wanted), desc="VOC", unit="file", disable=None):
-        path = partial / re.search(wanted, name)[1]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+    unpack(tar, partial, wanted)
     aug, lists = partial / "SegmentationClassAug", partial / "ImageSets/Segmentation"
     aug.mkdir(parents=True, exist_ok=True)
     pattern, palette = FACTS["voc"]["key"], FACTS["voc"]["palette"]
@@ -390,7 +226,7 @@ def build_voc(tar, tgz, partial):
             raise Refusal(f"{tar}: no SegmentationClass/{key}.png in it")
         shutil.copyfile(own, aug / own.name)
     wanted = rf"dataset/cls/({pattern})[.]mat$"
-    for name, data in tqdm(members(tgz, partial, wanted), desc="SBD", unit="file", disable=None):
+    for name, data in tqdm(members(tgz, partial, wanted), tgz.name, unit="file", disable=None):
         key = re.search(wanted, name)[1]
         if key not in keys:
             mask, image = sbd_mask(data, f"{tgz}: {name}"), partial / f"JPEGImages/{key}.jpg"
@@ -444,7 +280,7 @@ def inventory(name, root, expected, where):
         rows = tree.part(part) if here else {}
         files = {k: [tree.file(part, k, [row], kind) for kind in (0, 1)] for k, row in rows.items()}
         bare = [key for key, (_, mask) in files.items() if mask is None]
-        ends = (re.search(r"label(Train)?Ids", str(mask)) for _, mask in files.values() if mask)
+        ends = (re.search(r"label(Train)?Ids", mask.name) for _, mask in files.values() if mask)
         kinds = Counter(end[0] if end else "class ids" for end in ends)
         some = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
         print(f"{part}: {len(rows)} of {count} images; masks: {some or 'none'}")
@@ -519,18 +355,16 @@ class Splits:
         """Fetches what is not there. Raises Refusal at the end with all that --from lacks."""
         wrong = []
         for dataset in SPLITS if self.dataset == "all" else [self.dataset]:
-            for family in ("parts", *SPLITS[dataset]):
-                known = SPLITS[dataset][family] if family.startswith(("parts", self.family)) else ()
-                for split in known:
-                    try:
-                        fetch_list(dataset, family, split, self.source)
-                    except Refusal as error:
-                        if not self.source:
-                            raise
-                        wrong.append(str(error))
-        for line in wrong:
-            print(line, file=sys.stderr)
+            families = [f for f in SPLITS[dataset] if f.startswith(("parts", self.family))]
+            for family, split in ((f, s) for f in families for s in SPLITS[dataset][f]):
+                try:
+                    fetch_list(dataset, family, split, self.source)
+                except Refusal as error:
+                    if not self.source:  # the next would wait for the same network
+                        raise
+                    wrong.append(str(error))
         if wrong:
+            print(*wrong, sep="\n", file=sys.stderr)
             raise Refusal(f"--from {self.source}: {len(wrong)} lists not made, named above")
         print(f"{LISTS}: all lists of {self.family} are there")
 
@@ -544,21 +378,17 @@ class Voc:
 
     def run(self):
         """Builds beside the folder's content, checks, moves in. Raises Refusal."""
-        root = Path(self.root)
-        partial = root / ".partial-voc"  # of a call that was killed
-        if partial.exists():
-            shutil.rmtree(partial)
+        root, partial = Path(self.root), Path(self.root) / ".partial-voc"
         if not lacking(root):
+            shutil.rmtree(partial, ignore_errors=not partial.exists())  # of a call that was killed
             print(f"{root}: complete")
             return
-        print(f"{root}: needs 3.4 GB for two archives, kept, and 2.2 GB for the folders")
+        print(f"{root}: needs 3.4 GB for two archives, kept, and about 2 GB for the folders")
         files = [archive(name, root, self.source) for name in ARCHIVES]
         build_voc(*files, partial)
         if wrong := lacking(partial):
             raise Refusal(f"{wrong}; {root} is as it was")
-        place(
-            partial, root, ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets")
-        )
+        place(partial, root, VOC)
         if wrong := lacking(root):
             raise Refusal(wrong)
         print(f"{root}: complete; the archives are no longer needed")
@@ -574,16 +404,10 @@ class Cityscapes:
         """Raises Refusal if something is missing."""
         root = Path(self.root)
         for top, name in ZIPS.items():
-            partial = root / f".partial-{top}"
-            if partial.exists():
-                shutil.rmtree(partial)
-            if (root / name).is_file() and not (root / top).exists():
-                print(
-                    f"{root / name}: unpacking; needs {(root / name).stat().st_size / 1e9:.1f} GB"
-                )
-                for file, data in tqdm(members(root / name, partial, f"^{top}/"), disable=None):
-                    (partial / file).parent.mkdir(parents=True, exist_ok=True)
-                    (partial / file).write_bytes(data)
+            path, partial = root / name, root / f".partial-{top}"
+            if path.is_file() and not (root / top).exists():
+                print(f"{path}: unpacked to {path.stat().st_size / 1e9:.1f} GB", flush=True)
+                unpack(path, partial, f"^({top}/.+)")
                 place(partial, root, [top])
         parts = SPLITS["cityscapes"]["parts"].items()
         where = f"{' and '.join(ZIPS.values())}, by login from https://www.cityscapes-dataset.com"
@@ -610,31 +434,30 @@ class Coco:
 
     def run(self):
         """Renders the masks that are not there, writes train.txt and val.txt. Raises Refusal."""
-        root = Path(self.root)
+        root, where = Path(self.root), "from https://cocodataset.org"
         for part in ("train", "val"):
             path = root / f"annotations/instances_{part}2017.json"
+            groups, lines = defaultdict(list), []
             try:
                 content = json.loads(path.read_bytes())
-                ids = sorted(category["id"] for category in content["categories"])
-                groups, lines = defaultdict(list), []
                 for one in content["annotations"]:
                     groups[one["image_id"]].append(one)
+                ids = sorted(category["id"] for category in content["categories"])
+                classes = dict(zip(ids, range(1, 81), strict=True))
                 images = sorted(content["images"], key=lambda image: image["id"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise Refusal(f"{path}: {error!r}; from https://cocodataset.org") from None
-            if len(ids) != 80:
-                raise Refusal(f"{path}: {len(ids)} categories, not 80")
-            classes = {category: i for i, category in enumerate(ids, 1)}
-            for image in tqdm(images, f"{part}2017", unit="file", disable=None):
-                photo, mask = f"{part}2017/{image['file_name']}", f"masks/{image['id']:012}.png"
-                if not (root / photo).is_file():
-                    raise Refusal(f"{root / photo}: no such file; from https://cocodataset.org")
-                if not (root / mask).is_file():
-                    size = image["width"], image["height"]
-                    write(root / mask, png(render(size, groups[image["id"]], classes)))
-                lines.append(f"{photo} {mask}\n")
+                for image in tqdm(images, f"{part}2017", unit="file", disable=None):
+                    photo, mask = f"{part}2017/{image['file_name']}", f"masks/{image['id']:012}.png"
+                    if not (root / photo).is_file():
+                        raise Refusal(f"{root / photo}: no such file; {where}")
+                    if not (root / mask).is_file():
+                        size = image["width"], image["height"]
+                        write(root / mask, png(render(size, groups[image["id"]], classes)))
+                    lines.append(f"{photo} {mask}\n")
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise Refusal(f"{path}: not as COCO has it ({error!r}); {where}") from None
             write(root / f"{part}.txt", "".join(lines).encode())
             print(f"{root / part}.txt: {len(lines)} images")
+        print(f"next: --dataset folder --data-root {root} --num-classes 81")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -662,7 +485,7 @@ class MakeSplit(Source):
         out, ratio = Path(self.out), re.fullmatch(r"1/([1-9]\d*)", self.share)
         if out.exists():
             raise Refusal(f"--out {out} exists: give another")
-        if bool(self.labels) == bool(ratio):
+        if bool(self.labels) == bool(self.share) or (self.share and not ratio):
             raise Refusal("--labels N or --share 1/r: give one of them")
         lists = {"split_family": "", "labeled_list": "", "unlabeled_list": ""}
         data = load(SimpleNamespace(**vars(self), split="all", split_seed=0, **lists))
@@ -683,11 +506,12 @@ class MakeSplit(Source):
             both = ((items[key].image, items[key].label) for key in lines)
             lines = ["\t".join(str(p.relative_to(root)) for p in pair) for pair in both]
         write(out, "".join(f"{line}\n" for line in lines).encode())
-        if set(read_list(out, FACTS[self.dataset]["key"])) != set(chosen):
+        if set(keys_of(out, FACTS[self.dataset]["key"])) != set(chosen):
             out.unlink()
             raise Refusal(f"{self.dataset}: names that a list cannot hold")
         print(f"{out}: {count} of {len(items)} images, set {set_hash(chosen)}")
-        print(f"next: --dataset {self.dataset} --labeled-list {out}")
+        root = f" --data-root {self.data_root}" if self.data_root else ""
+        print(f"next: --dataset {self.dataset}{root} --labeled-list {out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -702,26 +526,31 @@ class Check(Source):
 
     def run(self):
         """Prints what there is. Raises Refusal at the end if a file is bad."""
-        data, bad, opened = load(self), [], set()
+        data, bad, opened, never = load(self), [], set(), ()
         for name in ("labeled", "unlabeled", "val", "test"):
             items, masks = getattr(data, name), name != "unlabeled"
-            if todo := [item for item in items if item.key not in opened]:  # labelled ones are done
-                sizes, tallies, errors = survey(data, todo, masks, name)
-                opened |= {item.key for item in todo}
-                bad += errors
-                small, *_, large = sorted(sizes * 2, key=math.prod) or [(0, 0)] * 2
-                found = f"{len(items)} images, set {set_hash(item.key for item in items)}, "
-                found += "{}x{} to {}x{} pixels".format(*small, *large)
-                values = np.flatnonzero(tallies[:, :IGNORE].any(0))
-                labels = f", classes {values[0]} to {values[-1]}" if len(values) else ""
-                print(f"{name}: {found}{labels}", flush=True)
+            todo = [item for item in items if (item.image or item.key) not in opened]
+            if not todo:  # split all: the unlabelled are the labelled
+                continue
+            opened |= {item.image or item.key for item in todo}
+            sizes, tallies, errors = survey(data, todo, masks, name)
+            bad += errors
+            line = f"{name}: {len(items)} images, set {set_hash(item.key for item in items)}"
+            if sizes:
+                ends = min(sizes, key=math.prod), max(sizes, key=math.prod)
+                line += ", {}x{} to {}x{} pixels".format(*ends[0], *ends[1])
+            total = tallies.sum(0)
+            if len(values := np.flatnonzero(total[:IGNORE])):
+                line += f", classes {values[0]} to {values[-1]}"
+            if masks:
+                line += f", {100 * total[IGNORE] / max(total.sum(), 1):.2f} % ignored"
+            print(line)
             if name == "labeled":
-                never = np.flatnonzero(~tallies.any(0)[: data.num_classes])
+                never = np.flatnonzero(total[: data.num_classes] == 0)
         for i in never:
             print(f"warning: class {i} ({data.classes[i]}) is in no labelled mask")
-        for line in bad[:SHOWN]:
-            print(line, file=sys.stderr)
         if bad:
+            print(*bad[:SHOWN], sep="\n", file=sys.stderr)
             raise Refusal(f"{len(bad)} bad files, the first {min(SHOWN, len(bad))} named above")
         print("every file can be read")
 
@@ -747,11 +576,9 @@ class Stats(Check):
                 raise Refusal(errors[0])
             tallies = tallies[:, [*range(data.num_classes), IGNORE]]
             pixels, images = tallies.sum(0), (tallies > 0).sum(0)
-            total = np.full(
-                len(names), max(pixels[:-1].sum(), 1)
-            )  # classes: of what is not ignored
-            total[-1] = max(pixels.sum(), 1)
-            shares[name] = 100 * pixels / total
+            total = np.full(len(names), pixels[:-1].sum())  # of classes: what is not ignored
+            total[-1] = pixels.sum()
+            shares[name] = 100 * pixels / np.maximum(total, 1)
             table.append([f"{name + ' %':>12}", *(f"{share:12.3f}" for share in shares[name])])
             table.append([f"{'images':>8}", *(f"{n:8}" for n in images)])
         print("\n".join("".join(row) for row in zip(*table, strict=True)))
@@ -774,8 +601,12 @@ def main(argv=None):
     try:
         cli(commands, argv).run()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr, flush=True)
+        print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # no permission, no space
+        raise Refusal(f"{error}") from None
+    finally:
+        sys.stdout.flush()  # a refusal ends the process without it
 
 
 if __name__ == "__main__":

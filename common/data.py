@@ -19,7 +19,7 @@ from common import Refusal, shapes
 HERE = Path(__file__).parent
 FACTS, SPLITS = (json.loads((HERE / f"{name}.json").read_text()) for name in ("facts", "splits"))
 FACTS["voc_aug"] = FACTS["voc"]  # one folder; the labelled are drawn from 1,464 or from 10,582
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of photographs
+PARTS = ("train", "val", "test")
 IGNORE = 255
 
 
@@ -41,7 +41,7 @@ class Data:
         self.num_classes = len(self.classes)
         bits = np.arange(self.num_classes)[:, None] >> np.arange(3)
         spread = sum(((bits >> 3 * i) & 1) << (7 - i) for i in range(8))  # VOC's rule
-        self.palette = np.array(facts.get("palette", spread), np.uint8)
+        self.palette = np.array(facts.get("palette") or spread, np.uint8)
         self.tables = {}  # end of a mask's name -> (256,) class of each value, 254 for a stranger
         for end, ids in (facts.get("ids", {}) | {"": range(self.num_classes)}).items():
             self.tables[end] = np.full(256, 254, np.uint8)
@@ -57,7 +57,10 @@ class Data:
         if item.image is None:
             image, label = shapes.draw(item.key)
             return image, label if with_label else None
-        image = _open(item.image).convert("RGB")
+        image = _open(item.image)
+        if image.mode[0] in "IF":  # PIL would clip them to white
+            raise Refusal(f"{item.image}: mode {image.mode}, not 8 bits a channel")
+        image = image.convert("RGB")
         if not with_label:
             return image, None
         mask = _open(item.label)
@@ -93,34 +96,6 @@ def set_hash(keys):
     return hashlib.sha1("\n".join(sorted(keys)).encode()).hexdigest()[:8]
 
 
-def read_list(path, pattern):
-    """Returns {key: (image, mask)} of a list file, in its order: the columns as written, or None.
-
-    One or two columns, split at TAB if there is one, else at spaces. Leading slashes, "None", CRLF,
-    empty lines and a missing final newline are fine. The key is what pattern finds in the first
-    column. Raises Refusal on a line without one, a key that comes twice, a path with "..", no line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"{path}: not a readable list ({error})") from None
-    rows = {}
-    for number, line in enumerate(map(str.strip, lines), 1):
-        columns = [c.strip().lstrip("/") for c in line.split("\t" if "\t" in line else None)]
-        if not line:
-            continue
-        match = re.search(pattern, columns[0])
-        wrong = "no image key" if not match else "twice" if match[0] in rows else ""
-        wrong = "more than two columns" if len(columns) > 2 else wrong
-        wrong = "a path with .." if any(".." in Path(c).parts for c in columns) else wrong
-        if wrong:
-            raise Refusal(f"{path}:{number}: {wrong}: {line}")
-        rows[match[0]] = (columns[0], columns[-1] if columns[1:] not in ([], ["None"]) else None)
-    if not rows:
-        raise Refusal(f"{path}: an empty list")
-    return rows
-
-
 def choose(keys, split, seed):
     """Returns (labelled, unlabelled) keys: all, or every r-th of the sorted ones and the rest.
 
@@ -148,82 +123,6 @@ def counts(dataset, split):
     return (labels, pool - labels) if fits else (0, 0)
 
 
-class Tree:
-    """A data set's folder in any of its known layouts. A row is (image, mask): places, or None."""
-
-    def __init__(self, name, root=""):
-        """root: "" takes the usual folder. Raises Refusal if there is none."""
-        self.name, self.facts = name, FACTS[name]
-        self.root = Path(root or self.facts.get("root", "."))
-        if not self.root.is_dir():
-            what = f"--data-root names that of {name}, see docs/data.md"
-            raise Refusal(f"{self.root}: no such folder; {what}")
-
-    def part(self, part):
-        """Returns {key: row}, sorted, of train, val or test: what is here, or a published list."""
-        if self.name == "shapes":
-            return dict.fromkeys(shapes.keys(part), (None, None))
-        pattern = self.facts["key"]
-        for place in self.facts["parts"].get(part, ()):
-            rows = {}
-            for path in self.root.glob(place):
-                match = re.search(pattern, path.relative_to(self.root).as_posix())
-                if place.endswith(".txt"):
-                    rows = read_list(path, pattern)
-                elif match and path.suffix.lower() in SUFFIXES and path.name[0] != ".":
-                    if match[0] in rows:
-                        raise Refusal(f"{path}: another image has the key {match[0]} too")
-                    rows[match[0]] = (path, None)
-            if rows:
-                return dict(sorted(rows.items()))
-        here = any((self.root / p.split("{")[0]).is_dir() for p in self.facts["image"])
-        if not here or part not in SPLITS.get(self.name, {}).get("parts", {}):
-            return {}
-        from prepare_data import fetch_list  # published lists are its business
-
-        return dict(sorted(read_list(fetch_list(self.name, "parts", part), pattern).items()))
-
-    def places(self, part, key, rows, kind):
-        """Yields where a file may be (kind 0: an image, 1: a mask): the columns of rows first.
-
-        What a list names is left out where links lead it out of the folder.
-        """
-        for row in rows:
-            if isinstance(row[kind], Path):
-                yield row[kind]
-            elif row[kind]:
-                path = self.root / row[kind]
-                if path.resolve().is_relative_to(self.root.resolve()):
-                    yield path
-        words = {"part": part, "key": key, "city": key.split("_")[0]}
-        for pattern in self.facts.get(("image", "label")[kind], ()):
-            yield self.root / pattern.format(**words)
-
-    def file(self, *place):
-        """Returns the first of the places that is a file, or None."""
-        return next((path for path in self.places(*place) if path.is_file()), None)
-
-    def items(self, part, rows, known=None, source="", masks=True):
-        """Returns the Items of rows (known: {key: row} of the folder), without masks if not asked.
-
-        Raises Refusal where a file is absent; source: the list to name then.
-        """
-        items = []
-        for key, row in rows.items():
-            both = [row, (known or rows).get(key, row)]
-            if both[1] == (None, None):  # generated
-                items.append(Item(key))
-                continue
-            files = [self.file(part, key, both, kind) for kind in ((0, 1) if masks else (0,))]
-            if None in files:
-                what = ("image", "mask")[files.index(None)]
-                tried = ", ".join(map(str, self.places(part, key, both, files.index(None))))
-                source = source or self.root
-                raise Refusal(f"{source}: {key} has no {what} here; tried {tried or 'nothing'}")
-            items.append(Item(key, *files))
-        return items
-
-
 def load(args):
     """Returns the Data that the flags name; every file that will be opened exists. Raises Refusal.
 
@@ -231,14 +130,18 @@ def load(args):
     split_seed as `choose` has it; or labeled_list and unlabeled_list (without the second, all other
     images are unlabelled). A folder's images without a mask are unlabelled whatever the split.
     """
+    from sources import Tree, named, read_list  # they need this module
+
     own, tree = args.dataset == "folder", Tree(args.dataset, args.data_root)
     if own and not 2 <= args.num_classes <= 254:
         raise Refusal(f"--num-classes {args.num_classes}: how many the masks have, 2 to 254")
+    if not 0 <= args.ignore_index <= 255:
+        raise Refusal(f"--ignore-index {args.ignore_index}: a value of a mask, 0 to 255")
     if not own and (args.num_classes or args.ignore_index != IGNORE):
         raise Refusal("--num-classes, --ignore-index: with --dataset folder alone")
     if args.unlabeled_list and not args.labeled_list:
         raise Refusal("--unlabeled-list without --labeled-list: give both")
-    train, val, test = (tree.part(part) for part in ("train", "val", "test"))
+    train, val, test = (tree.part(part, not args.unlabeled_list) for part in PARTS)
     if not val:
         some = ", ".join(tree.facts["parts"]["val"])
         raise Refusal(f"{tree.root}: nothing of {args.dataset} here ({some})")
@@ -247,20 +150,19 @@ def load(args):
         unlabeled = {key: row for key, row in train.items() if key not in labeled}
         if args.unlabeled_list:
             unlabeled = read_list(args.unlabeled_list, tree.facts["key"])
-        expected = counts(args.dataset, args.split)[0] if args.split != "all" else 0
-        if expected not in (0, len(labeled)):
+        entry = SPLITS.get(args.dataset, {}).get(args.split_family, {}).get(args.split, {})
+        expected = entry.get("images") or counts(args.dataset, args.split)[0]
+        if args.split != "all" and expected not in (0, len(labeled)):
             found = f"has {expected} labelled images, not {len(labeled)}"
             raise Refusal(f"--split {args.split} {found}")
     else:
         masked = [k for k in train if not own or tree.file("train", k, [train[k]], 1)]
         if args.dataset in SPLITS and args.split_seed is None:
-            from prepare_data import named  # the published splits
-
             parts = named(args, masked, list(val))
         else:
             parts = choose(masked, args.split, args.split_seed)
         if len(masked) < len(train):
-            parts = (parts[0], [key for key in train if key not in {*parts[0]}])
+            parts = (parts[0], sorted(set(train) - set(parts[0])))
         labeled, unlabeled = ({key: train[key] for key in keys} for keys in parts)
     lists = [tree.items("train", labeled, train, args.labeled_list)]
     lists += [tree.items("train", unlabeled, train, args.unlabeled_list, masks=False)]

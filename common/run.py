@@ -96,6 +96,7 @@ def refusing(call):
     try:
         return call()
     except Refusal as error:
+        sys.stdout.flush()
         # a loader process wraps the message in a traceback and leaves it as the last line
         line = str(error).strip().splitlines()[-1].removeprefix("common.Refusal: ")
         # before the process group exists, every process refuses alike: one of them says it

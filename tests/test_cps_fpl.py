@@ -929,8 +929,20 @@ def test_without_a_pixel_inside_loss_and_gradient_are_0(loss, balance):
     args = fpl_args(unsup_loss=loss, balance=balance)
     value, parts = cross_loss(students, teachers, torch.zeros_like(inside), 0.0, args)
     gradients = torch.autograd.grad(value, students)
-    assert value.item() == parts["unsup"].item() == parts["balance"].item() == 0
+    assert value.item() == parts["unsup"].item() == 0
+    assert parts["balance"].item() == 1  # there is nothing to rescale
     assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+def test_balance_is_1_where_the_loss_is_exactly_0_and_its_cross_entropy_is_not():
+    students, teachers, inside = branches(4)
+    for kind in ("none", "concave"):  # every class is positive: Eq. (7) has no negative
+        args = fpl_args(k_strategy="n", T=1 - 1e-12, weight=kind, balance=True)
+        value, parts = cross_loss(students, teachers, inside, 0.0, args)
+        ce, _ = cross_loss(students, teachers, inside, 0.0, fpl_args(unsup_loss="ce"))
+        assert ce.item() > 0.1 and value.item() == parts["unsup"].item() == 0
+        assert parts["balance"].item() == 1 and parts["balance"].shape == ()
+        assert not any(g.any() for g in torch.autograd.grad(value, students))
 
 
 @pytest.mark.parametrize("flags", [dict(), dict(weight="none"), dict(k_strategy="fixed2")])

@@ -11,12 +11,14 @@ from PIL import Image
 
 import cps_fpl
 import mean_teacher
+import prepare_data
 import supervised
 from common import pictures
 from common.data import FACTS
 from common.run import cells, describe, parse, resolve
 from docs import draw_shapes
 from results import table
+from tests import helpers
 from tests.test_copies import ROOT, SCRIPTS
 
 MODULES = {"supervised.py": supervised, "mean_teacher.py": mean_teacher, "cps_fpl.py": cps_fpl}
@@ -164,3 +166,55 @@ def test_the_64_cells_of_fpls_tables_1_to_3_resolve_with_a_dry_run(capsys):
             assert (rows["cutmix"] == "True") == ("w/o" not in source), line
             seen.append(tuple(rows[n] for n in "dataset split backbone unsup_loss cutmix".split()))
     assert len(seen) == len(set(seen)) == 64
+
+
+def draw_own_images(root, classes, ignore):
+    """Draws 8 training images, 5 with masks, and 3 of val: odd sizes, four modes, holes in masks."""
+    rng = np.random.default_rng(classes)
+    modes = (("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png"))
+    for part, count in (("train", 8), ("val", 3)):
+        for i in range(count):
+            h, w = rng.integers(21, 60, 2)
+            mask = rng.integers(0, classes, (h // 6 + 1, w // 6 + 1)).repeat(6, 0).repeat(6, 1)
+            mask = mask[:h, :w].astype(np.uint8)
+            picture = np.stack([mask * 40, mask * 90, mask * 7], 2).astype(np.uint8)
+            mode, suffix = modes[i % 4]
+            if part == "train" or classes > 2:  # where classes are two, val has 1-bit masks
+                mask[: h // 3, : w // 3] = ignore
+            masked, save = Image.fromarray(mask), part == "val" or i < 5
+            if part == "val" and classes == 2:
+                masked = Image.fromarray(mask * 255).convert("1", dither=Image.Dither.NONE)
+            for folder in ("images", "masks"):
+                (root / folder / part / "more").mkdir(parents=True, exist_ok=True)
+            name = f"{part}/more/{i} b" if i == 1 else f"{part}/{i}"
+            Image.fromarray(picture).convert(mode).save(root / f"images/{name}.{suffix}")
+            masked.save(root / f"masks/{name}.png") if save else None
+
+
+@pytest.mark.parametrize("classes, ignore", [(2, 255), (4, 255), (12, 12), (81, 200), (4, 0)])
+def test_your_own_images_in_ten_lines(classes, ignore, tmp_path, monkeypatch, capsys):
+    page = (ROOT / "docs/data.md").read_text().split("## Your own images in ten lines")[1]
+    block = [line[4:] for line in page.split("\n## ")[0].splitlines() if line.startswith("    ")]
+    assert 5 <= len(block) <= 10
+    monkeypatch.chdir(tmp_path)
+    helpers.shrink(cps_fpl, monkeypatch)
+    draw_own_images(tmp_path / "my", classes, ignore)
+    small = "--backbone resnet18 --weights none --crop-size 32 --total-iters 2 --batch-size 2 "
+    small += "--workers 0 --log-every 1 --save-every 2 --device cpu --out runs/my"
+    own, done = ["--ignore-index", str(ignore)], []
+    for words in (line.split() for line in block if line.startswith("python ")):
+        argv = [str(classes) if w == "4" else w for w in words[2:]] + own
+        if words[1] == "prepare_data.py":
+            prepare_data.main(argv)
+            done.append(argv[0])
+        else:
+            helpers.train(cps_fpl, argv + small.split())
+            done.append("dry run" if "--dry-run" in argv else "run")
+    assert done == ["check", "stats", "dry run", "run"]
+    text = capsys.readouterr().out
+    assert "every file can be read" in text
+    start, *_, last = helpers.log(tmp_path / "runs/my")
+    assert [start["lists"][n][0] for n in ("labeled", "unlabeled", "val")] == [5, 3, 3]
+    assert len(last["last"]["iou"]) == classes
+    with Image.open("classes.png") as chart:
+        assert min(chart.size) > 100 and len(np.unique(chart.convert("L"))) > 10

@@ -145,7 +145,8 @@ class Oracle(torch.nn.Module):
 
 def test_evaluation_scores_every_image_once_and_gives_the_mode_back():
     items = [Item(key) for key in shapes.keys("val")[:6]]
-    data, net = Data("shapes", [], [], items, []), Oracle()
+    args = SimpleNamespace(dataset="shapes", num_classes=0, ignore_index=255)
+    data, net = Data(args, [], [], items, []), Oracle()
     total = np.zeros((7, 7), np.int64)
     for item in items:
         image, label = shapes.draw(item.key)
@@ -153,7 +154,7 @@ def test_evaluation_scores_every_image_once_and_gives_the_mode_back():
         total += np.array(count(red, torch.from_numpy(np.array(label)), 7))
     for training in (True, False):
         net.train(training)
-        args, cpu = SimpleNamespace(workers=0), torch.device("cpu")
+        args, cpu = SimpleNamespace(workers=0, protocol="whole"), torch.device("cpu")
         result, rows = evaluate(net, data, items, args, Group(0, 1, cpu))
         assert net.training is training
         assert result["miou"] == pytest.approx(float(exact_mean(total.tolist())), abs=1e-12)

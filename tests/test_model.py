@@ -1,6 +1,11 @@
 """The network: torchvision's weights and features, strides, dilations, sizes, parameters."""
 
+import hashlib
+import os
+import shutil
 import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from common import Refusal
+from common import Refusal, weights
 from cps_fpl import CPSHead
 from supervised import Args, DeepLabV3Plus, Network, dilate, make_backbone, upsample
 
@@ -114,6 +119,180 @@ def test_a_file_of_another_backbone_or_stem_is_refused(tmp_path):
         make_backbone(flags(stem="deep", weights=path))
 
 
+def stem_file(path, stem, backbone="resnet18", seed=0):
+    """Saves a random network with a stem; returns its state and the file."""
+    torch.manual_seed(seed)
+    state = make_backbone(flags(backbone, stem)).state_dict()
+    for value in state.values():  # as after a training: no statistic is 0 or 1
+        value.uniform_(0.5, 1.5) if value.is_floating_point() else value.fill_(7)
+    torch.save(state, path)
+    return state, str(path)
+
+
+STYLES = {  # names of a deep stem's parts in files: ours, OpenMMLab's
+    "conv1.0.": "stem.0.",
+    "conv1.1.": "stem.1.",
+    "conv1.3.": "stem.3.",
+    "conv1.4.": "stem.4.",
+    "conv1.6.": "stem.6.",
+    "bn1.": "stem.7.",
+}
+
+
+def as_openmmlab(state):
+    """Returns a state under OpenMMLab's names; everything behind the stem keeps its own."""
+    renamed = {}
+    for name, value in state.items():
+        old = next((old for old in STYLES if name.startswith(old)), "")
+        renamed[STYLES.get(old, "") + name[len(old) :]] = value
+    assert not any(name.startswith(("conv1", "bn1")) for name in renamed)
+    return renamed
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("style", ["conv1", "stem", "nested conv1", "nested stem"])
+@pytest.mark.parametrize("stem", ["v1c", "deep"])
+def test_deep_stems_load_bit_for_bit_from_files_in_every_style(stem, style, tmp_path):
+    state, _ = stem_file(tmp_path / "a.pth", stem)
+    content = as_openmmlab(state) if style.endswith("stem") else dict(state)
+    content |= {"fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    if style.startswith("nested"):
+        content = {"state_dict": content, "meta": {"epoch": 100}}
+    torch.save(content, tmp_path / "b.pth")
+    torch.manual_seed(1)
+    loaded = make_backbone(flags(stem=stem, weights=str(tmp_path / "b.pth"))).state_dict()
+    assert set(loaded) == set(state)
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_a_nested_file_of_torchvisions_loads_too(tmp_path):
+    net, path = torchvision_file(tmp_path, "resnet18")
+    torch.save({"state_dict": net.state_dict()}, path)
+    loaded = make_backbone(flags(weights=path)).state_dict()
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in loaded.items())
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("stem", ["classic", "deep", "v1c"])
+def test_a_file_of_another_stem_is_refused_and_its_flag_named(stem, tmp_path):
+    for other in {"classic", "deep", "v1c"} - {stem}:
+        state, path = stem_file(tmp_path / "w.pth", other)
+        if other == "v1c":  # as it is published
+            torch.save({"state_dict": as_openmmlab(state)}, path)
+        with pytest.raises(Refusal) as refusal:
+            make_backbone(flags(stem=stem, weights=path))
+        line = str(refusal.value)
+        assert "w.pth" in line and "do not fit resnet18" in line and "\n" not in line
+        assert line.endswith(f"; is it --stem {other}?)"), line
+
+
+def test_a_file_of_the_right_stem_and_another_backbone_names_no_stem(tmp_path):
+    for stem in ("classic", "deep", "v1c"):
+        _, path = stem_file(tmp_path / "w.pth", stem)
+        with pytest.raises(Refusal, match="do not fit resnet50") as refusal:
+            make_backbone(flags("resnet50", stem, weights=path))
+        assert "--stem" not in str(refusal.value)
+
+
+# ---- weights that are fetched ----
+
+
+@pytest.fixture
+def auto(tmp_path, monkeypatch):
+    """Returns a function that publishes a drawn file as the weights of a stem, in tmp_path.
+
+    auto(stem, backbone, cut, prefix) -> (state, the file as it lies there, the cached file).
+    """
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    (tmp_path / "served").mkdir()
+
+    def publish(stem, backbone="resnet18", cut=False, prefix=None):
+        state, path = stem_file(tmp_path / "drawn.pth", stem, backbone)
+        if stem != "classic":  # as OpenMMLab's files are
+            torch.save({"state_dict": as_openmmlab(state), "meta": {}}, path)
+        content = (tmp_path / "drawn.pth").read_bytes()
+        prefix = prefix or hashlib.sha256(content).hexdigest()[:8]
+        name = f"{backbone}-{prefix}.pth" if stem == "classic" else f"{backbone}_v1c-{prefix}.pth"
+        source = tmp_path / "served" / name
+        source.write_bytes(content[: len(content) // 2] if cut else content)
+        enum = SimpleNamespace(IMAGENET1K_V1=SimpleNamespace(url=source.as_uri()))
+        monkeypatch.setattr(torchvision.models, "get_model_weights", {backbone: enum}.get)
+        monkeypatch.setattr(weights, "V1C", (tmp_path / "served").as_uri() + "/")
+        monkeypatch.setattr(weights, "NAMES", {backbone: prefix})
+        return state, source, tmp_path / "home/hub/checkpoints" / name
+
+    return publish
+
+
+@pytest.mark.parametrize("stem", ["v1c", "classic"])
+def test_weights_auto_are_fetched_once_and_cached(stem, auto):
+    state, source, cached = auto(stem)
+    for present in (True, False):
+        torch.manual_seed(1)
+        loaded = make_backbone(flags(stem=stem, weights="auto")).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in state.items())
+        assert cached.is_file() and source.exists() == present
+        source.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("stem", ["v1c", "classic"])
+@pytest.mark.parametrize("harm", ["another file", "cut off"])
+def test_weights_auto_with_another_hash_are_refused_and_not_kept(stem, harm, auto):
+    _, source, cached = auto(stem, cut=harm == "cut off", prefix="0" * 8 if harm[0] == "a" else "")
+    with pytest.raises(Refusal) as refusal:
+        make_backbone(flags(stem=stem, weights="auto"))
+    line = str(refusal.value)
+    assert source.name in line and "invalid hash" in line and "\n" not in line
+    assert "--weights FILE" in line and "--weights none" in line
+    assert not cached.exists()
+
+
+def test_a_cached_file_that_was_cut_off_is_refused_in_one_line(auto):
+    _, source, cached = auto("v1c")
+    make_backbone(flags(stem="v1c", weights="auto"))
+    cached.write_bytes(cached.read_bytes()[:1000])
+    with pytest.raises(Refusal, match="no readable state dict") as refusal:
+        make_backbone(flags(stem="v1c", weights="auto"))
+    assert source.name in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_weights_auto_with_the_wide_stem_name_the_one_that_can_be_fetched(auto):
+    auto("v1c")
+    with pytest.raises(Refusal, match="is it --stem v1c") as refusal:
+        make_backbone(flags(stem="deep", weights="auto"))
+    assert "\n" not in str(refusal.value)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("way", ["file", "auto"])
+def test_no_code_in_a_file_of_weights_is_run(way, auto, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = str(tmp_path / "evil.pth")
+    if way == "auto":
+        torch.save({"conv1.weight": Evil()}, path)
+        prefix = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+        path = auto("v1c", prefix=prefix)[1]
+        shutil.copy(tmp_path / "evil.pth", path)
+    else:
+        torch.save({"conv1.weight": Evil()}, path)
+    with pytest.raises(Refusal, match="no readable state dict") as refusal:
+        make_backbone(flags(stem="v1c", weights="auto" if way == "auto" else path))
+    assert "invalid hash" not in str(refusal.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_every_backbone_has_a_file_and_the_beginning_of_its_hash():
+    # OpenMMLab's names, as its model zoo has them: mmcv/model_zoo/open_mmlab.json
+    published = {"resnet18": "b5776b93", "resnet50": "2cccc1ad", "resnet101": "e67eebb6"}
+    assert weights.NAMES == published == {name: published[name] for name in DEPTHS}
+    assert weights.V1C == "https://download.openmmlab.com/pretrain/third_party/"
+
+
 def test_a_file_without_the_batch_counters_is_taken(tmp_path):
     net, path = torchvision_file(tmp_path, "resnet18")
     old = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
@@ -132,7 +311,14 @@ def test_a_file_that_is_no_state_dict_is_refused(tmp_path):
             make_backbone(flags(weights=str(tmp_path / name)))
 
 
-def test_weights_auto_without_a_network_name_the_url_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "stem, url",
+    [
+        ("classic", "https://download.pytorch.org/models/resnet18-"),
+        ("v1c", "https://download.openmmlab.com/pretrain/third_party/resnet18_v1c-b5776b93.pth"),
+    ],
+)
+def test_weights_auto_without_a_network_name_the_url_in_one_line(stem, url, tmp_path):
     # every request goes to a port of this machine where nothing listens
     closed = urllib.request.ProxyHandler({"https": "http://127.0.0.1:9"})
     folder = torch.hub.get_dir()
@@ -140,22 +326,17 @@ def test_weights_auto_without_a_network_name_the_url_in_one_line(tmp_path):
     urllib.request.install_opener(urllib.request.build_opener(closed))
     try:
         with pytest.raises(Refusal) as refusal:
-            make_backbone(flags(weights="auto"))
+            make_backbone(flags(stem=stem, weights="auto"))
     finally:
         urllib.request.install_opener(None)
         torch.hub.set_dir(folder)
     message = str(refusal.value)
-    assert "https://download.pytorch.org/models/resnet18-" in message and "\n" not in message
+    assert url in message and "\n" not in message
     assert "--weights FILE" in message and "--weights none" in message
 
 
-def test_weights_auto_are_refused_for_the_deep_stem():
-    with pytest.raises(Refusal, match="classic stem"):
-        make_backbone(flags(stem="deep", weights="auto"))
-
-
 def test_random_weights_are_a_function_of_the_seed():
-    for stem in ("classic", "deep"):
+    for stem in ("classic", "deep", "v1c"):
         states = []
         for seed in (0, 0, 1):
             torch.manual_seed(seed)
@@ -166,13 +347,14 @@ def test_random_weights_are_a_function_of_the_seed():
                 assert not torch.equal(states[0][name], states[2][name])
 
 
-def test_the_deep_stem_starts_as_torchvisions_convolutions_do():
+@pytest.mark.parametrize("stem", ["deep", "v1c"])
+def test_deep_stems_start_as_torchvisions_convolutions_do(stem):
     torch.manual_seed(0)
-    net = make_backbone(flags("resnet50", stem="deep"))
+    net = make_backbone(flags("resnet50", stem=stem))
     for name, module in net.named_modules():
         if isinstance(module, nn.Conv2d):  # Kaiming's normal distribution, fan out
             expected = (2 / (module.out_channels * module.kernel_size[0] ** 2)) ** 0.5
-            # 1,728 numbers in the smallest kernel: 1 / sqrt(2 n) = 1.7 % per sigma
+            # 864 numbers in the smallest kernel: 1 / sqrt(2 n) = 2.4 % per sigma
             assert module.weight.std().item() == pytest.approx(expected, rel=0.08), name
         elif isinstance(module, nn.BatchNorm2d):
             assert module.weight.eq(1).all() and module.bias.eq(0).all(), name
@@ -237,7 +419,8 @@ SIDES = {
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("stride", [16, 8])
-@pytest.mark.parametrize("backbone, stem", [("resnet18", "classic"), ("resnet50", "deep")])
+@pytest.mark.parametrize("stem", ["classic", "deep", "v1c"])
+@pytest.mark.parametrize("backbone", DEPTHS)
 def test_the_stages_have_the_sizes_of_their_strides(backbone, stem, stride):
     net = meta(make_backbone, flags(backbone, stem, stride=stride))
     wide = 1 if backbone == "resnet18" else 4
@@ -248,12 +431,64 @@ def test_the_stages_have_the_sizes_of_their_strides(backbone, stem, stride):
             assert [tuple(stage.shape) for stage in stages] == expected
 
 
+def literal(backbone, stem):
+    """torchvision's ResNet with a deep stem put in front of it, written out."""
+    a, b, c = {"deep": (64, 64, 128), "v1c": (32, 32, 64)}[stem]
+    net = getattr(torchvision.models, backbone)(weights=None)
+    net.conv1 = nn.Sequential(
+        nn.Conv2d(3, a, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(a),
+        nn.ReLU(),
+        nn.Conv2d(a, b, 3, stride=1, padding=1, bias=False),
+        nn.BatchNorm2d(b),
+        nn.ReLU(),
+        nn.Conv2d(b, c, 3, stride=1, padding=1, bias=False),
+    )
+    net.bn1, first = nn.BatchNorm2d(c), net.layer1[0]
+    if c == 128:  # the first block takes 128 channels, by a shortcut
+        if backbone == "resnet18":
+            first.conv1 = nn.Conv2d(128, 64, 3, padding=1, bias=False)
+            shortcut = nn.Conv2d(128, 64, 1, bias=False)
+            first.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(64))
+        else:
+            first.conv1 = nn.Conv2d(128, 64, 1, bias=False)
+            first.downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
+    del net.fc
+    return net
+
+
+@pytest.mark.parametrize("stem", ["deep", "v1c"])
+@pytest.mark.parametrize("backbone", DEPTHS)
+def test_deep_stems_have_the_tensors_of_a_literal_construction(backbone, stem):
+    mine, theirs = meta(make_backbone, flags(backbone, stem)), meta(literal, backbone, stem)
+    shapes = ({k: tuple(v.shape) for k, v in net.state_dict().items()} for net in (mine, theirs))
+    assert next(shapes) == next(shapes)
+    if stem == "v1c":  # the classic stem's 64 channels: nothing behind it changes
+        classic = meta(make_backbone, flags(backbone, "classic"))
+        behind = sum(p.numel() for n, p in classic.named_parameters() if n.startswith("layer"))
+        own = 27 * 32 + 2 * 32 + 9 * 32 * 32 + 2 * 32 + 9 * 32 * 64 + 2 * 64
+        assert sum(p.numel() for p in mine.parameters()) == behind + own
+        if backbone == "resnet50":
+            assert behind + own == 25_557_032 - 2_049_000 - 9_408 - 128 + own == 23_527_264
+
+
+@pytest.mark.parametrize("stem", ["deep", "v1c"])
+def test_a_deep_stem_computes_what_a_literal_construction_does(stem, tmp_path):
+    _, path = stem_file(tmp_path / "w.pth", stem)
+    mine, theirs = make_backbone(flags(stem=stem, weights=path)).eval(), literal("resnet18", stem)
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    x = torch.randn(2, 3, 65, 97)
+    with torch.no_grad():
+        pairs = list(zip(features(mine, x), features(theirs.eval(), x), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs[:3])  # behind them the dilation
+
+
 LAYER3 = {16: lambda n: [1] * n, 8: lambda n: [1] + [2] * (n - 1)}
 LAYER4 = {16: [2, 4, 8], 8: [4, 8, 16]}
 
 
 @pytest.mark.parametrize("stride", [16, 8])
-@pytest.mark.parametrize("stem", ["classic", "deep"])
+@pytest.mark.parametrize("stem", ["classic", "deep", "v1c"])
 @pytest.mark.parametrize("backbone", DEPTHS)
 def test_strides_dilations_and_paddings_of_every_convolution(backbone, stem, stride):
     net = meta(make_backbone, flags(backbone, stem, stride=stride))
@@ -277,8 +512,10 @@ def test_strides_dilations_and_paddings_of_every_convolution(backbone, stem, str
                 assert conv.dilation == ((d, d) if wide else (1, 1)), where
                 assert conv.padding == ((d, d) if wide else (0, 0)), where
     stem_convs = [m for m in net.conv1.modules() if isinstance(m, nn.Conv2d)]
-    assert [m.stride[0] for m in stem_convs] == ([2, 1, 1] if stem == "deep" else [2])
-    assert [m.kernel_size[0] for m in stem_convs] == ([3, 3, 3] if stem == "deep" else [7])
+    assert [m.stride for m in stem_convs] == [(2, 2)] + [(1, 1)] * (2 * (stem != "classic"))
+    kernels = [(m.kernel_size, m.padding, m.dilation) for m in stem_convs]
+    small, wide = ((3, 3), (1, 1), (1, 1)), ((7, 7), (3, 3), (1, 1))
+    assert kernels == ([wide] if stem == "classic" else [small] * 3)
 
 
 @pytest.mark.parametrize("rates", [(12, 24, 36), (1, 2)])

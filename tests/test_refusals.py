@@ -82,7 +82,14 @@ FLAGS = [  # script, flags after those of a small run, words of the line
     (supervised, ["--eval-only"], ["--eval-only", "--checkpoint"]),
     (supervised, ["--eval-only", "--checkpoint", "no.pt"], ["no.pt"]),
     (supervised, ["--weights", "no.pth"], ["--weights", "no.pth"]),
-    (supervised, ["--weights", "auto", "--stem", "deep"], ["--weights auto", "classic"]),
+    (supervised, ["--stem", "wide"], ["wide", "classic", "deep", "v1c"]),
+    (cps_fpl, ["--protocol", "windows"], ["windows", "whole", "slide"]),
+    (mean_teacher, ["--split-family", "st"], ["st", "cps", "u2pl", "cac0", "cac1", "cac2"]),
+    (supervised, ["--num-classes", "11"], ["--num-classes", "folder"]),
+    (supervised, ["--ignore-index", "0"], ["--ignore-index", "folder"]),
+    (supervised, ["--dataset", "folder"], ["--num-classes 0", "2 to 254"]),
+    (cps_fpl, ["--dataset", "folder", "--num-classes", "255"], ["--num-classes 255", "2 to 254"]),
+    (supervised, ["--init", "no.pt"], ["no.pt", "no such"]),
     (supervised, ["--data-root", "nowhere"], ["nowhere", "--data-root"]),
     (supervised, ["--labeled-list", "no.txt"], ["no.txt"]),
     (cps_fpl, ["--k-strategy", "n-2"], ["n-2", "n-1", "fixed2", "fixed3", "step"]),
@@ -113,11 +120,7 @@ NUMBERS = [  # numbers that cannot be: refused before anything is read, as the r
     (supervised, ["--save-every", "0"], ["--save-every", "0"]),
     (supervised, ["--ohem-kept", "-0.1"], ["--ohem-kept", "-0.1"]),
     (supervised, ["--ohem-kept", "5"], ["--ohem-kept", "5"]),
-    *(
-        (cps_fpl, ["--T", T], [f"--T {T}", "between 0 and 1"])
-        for T in ("0.0", "1.0", "-0.5", "9.0")
-    ),
-    *((cps_fpl, ["--T", T], [f"--T {T}", "between 0 and 1"]) for T in ("nan", "inf")),
+    *((cps_fpl, ["--T", T], [f"--T {T}: a number from"]) for T in BOUNDS),
     (cps_fpl, ["--T", "1.0", "--unsup-loss", "ce"], ["--T 1.0"]),
     (cps_fpl, ["--unsup-weight", "-1"], ["--unsup-weight", "-1"]),
     (cps_fpl, ["--unsup-weight", "nan"], ["--unsup-weight", "nan"]),
@@ -217,8 +220,18 @@ DAMAGES = [  # name, damage to the tree, flags, words of the line
         [],
         ["train0.png", "17", "row 30", "column 7"],
     ),
-    ("labelled image without mask", without("trainannot/train0.png"), [], ["train0", "missing"]),
-    ("validation mask missing", without("valannot/val1.png"), [], ["valannot/val1.png", "missing"]),
+    (
+        "labelled image without mask",
+        without("trainannot/train0.png"),
+        [],
+        ["train0 has no mask", "trainannot/train0.png"],
+    ),
+    (
+        "validation mask missing",
+        without("valannot/val1.png"),
+        [],
+        ["val1 has no mask", "valannot/val1.png"],
+    ),
     ("empty list", text("list.txt", b"\n  \r\n"), LIST, ["list.txt", "empty"]),
     ("list of an absent file", text("list.txt", b"train0\ntrain99\n"), LIST, ["list", "train99"]),
     (
@@ -472,6 +485,8 @@ def test_eval_only_with_a_flag_that_does_not_fit_the_checkpoint_is_refused(
             path = cityscapes.parent / part / f"{name}_{end}.png"
             path.parent.mkdir(parents=True)
             Image.new("L", (48, 36)).save(path)
+    (tmp_path / "one.txt").write_text("a_000000_000000\n")
+    argv += ["--labeled-list", "one.txt", "--unlabeled-list", "one.txt"]
     argv += ["--data-root", "cityscapes", "--split", "all", "--device", "cpu", "--workers", "0"]
     refused(supervised, argv, ["out/last.pt"], tmp_path, monkeypatch, capsys)
 
@@ -483,6 +498,41 @@ def test_an_existing_folder_is_refused_before_a_step_is_made(tmp_path, monkeypat
     (tmp_path / "out/notes.txt").write_text("mine")
     words = ["out exists", "--resume", "--out"]
     refused(supervised, flags("data", "out"), words, tmp_path, monkeypatch, capsys)
+
+
+def another_backbone(path):
+    saved = torch.load(path, weights_only=True)
+    weight = saved["networks"]["student"]["backbone.conv1.weight"]
+    saved["networks"]["student"]["backbone.conv1.weight"] = weight[:4]
+    torch.save(saved, path)
+
+
+def without_a_layer(path):
+    saved = torch.load(path, weights_only=True)
+    del saved["networks"]["student"]["backbone.layer4.0.weight"]
+    torch.save(saved, path)
+
+
+INITS = [  # damage to the file, words of the line
+    *((damage, ["damaged"]) for damage in (half, noise, nothing, other_content, evil_zip)),
+    (Path.unlink, ["no such checkpoint"]),
+    (another_backbone, ["does not fit", "backbone.conv1.weight"]),
+    (without_a_layer, ["does not fit", "backbone.layer4.0.weight"]),
+]
+
+
+@pytest.mark.parametrize("damage, words", INITS)
+def test_a_file_to_start_from_is_refused_if_it_is_damaged_or_does_not_fit(
+    damage, words, tmp_path, monkeypatch, capsys
+):
+    shrink(supervised, monkeypatch), shrink(mean_teacher, monkeypatch)
+    draw_tree(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    train(supervised, flags("data", "first", iters=2))
+    damage(tmp_path / "first/last.pt")
+    argv = flags("data", "out") + ["--init", "first/last.pt"]
+    words = ["first/last.pt", *words]
+    refused(mean_teacher, argv, words, tmp_path, monkeypatch, capsys)
 
 
 # ---- as a process ----

@@ -330,6 +330,207 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step_and_never_saved(
     assert all(line.get("step", 0) <= 2 for line in log(tmp_path / "run"))
 
 
+# ---- a start from the networks of another run ----
+
+SCRIPTS = {"supervised": supervised, "mean_teacher": mean_teacher, "cps_fpl": cps_fpl}
+SOURCES = {  # writer and reader: for each network of the reader the one that it starts from
+    ("supervised", "supervised"): {"student": "student"},
+    ("supervised", "mean_teacher"): {"student": "student", "teacher": "student"},
+    ("supervised", "cps_fpl"): {"branch1": "student", "branch2": "student"},
+    ("mean_teacher", "supervised"): {"student": "student"},
+    ("mean_teacher", "mean_teacher"): {"student": "student", "teacher": "teacher"},
+    ("mean_teacher", "cps_fpl"): {"branch1": "student", "branch2": "student"},
+    ("cps_fpl", "supervised"): {"student": "branch1"},
+    ("cps_fpl", "mean_teacher"): {"student": "branch1", "teacher": "branch1"},
+    ("cps_fpl", "cps_fpl"): {"branch1": "branch1", "branch2": "branch2"},
+}
+CUTMIX = {mean_teacher: ["--cutmix", "--warmup-iters", "0"]}
+
+
+def small(module, patch):
+    """Gives a script its tiny network, CPS a head with other tensors than the others have."""
+    shrink(module, patch)
+    if module is cps_fpl:
+
+        class Other(module.CPSHead):
+            def __init__(self, channels, num_classes, args):
+                super().__init__(channels, num_classes, args)
+                self.norm = torch.nn.BatchNorm2d(num_classes)
+
+        patch.setattr(module, "CPSHead", Other)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A tree, and the folder of a run of each script on it: <script>/last.pt, best.pt."""
+    folder = tmp_path_factory.mktemp("written")
+    draw_tree(folder / "data")
+    for name, module in SCRIPTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            small(module, patch)
+            argv = flags(folder / "data", folder / name, evaluate=3, save=8)
+            train(module, argv + CUTMIX.get(module, []) + ["--lr", "0.1"])
+    return folder
+
+
+def begun(module, argv, monkeypatch):
+    """Returns the networks of a run as its first step finds them."""
+    found, restore = {}, run.Run.restore
+
+    def restored(self, networks, *rest):
+        step = restore(self, networks, *rest)
+        states = {name: net.state_dict() for name, net in networks.items()}
+        found.update({k: {n: v.clone() for n, v in s.items()} for k, s in states.items()})
+        assert step == 0
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run.Run, "restore", restored)
+        train(module, argv)
+    return found
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("file", ["last.pt", "best.pt"])
+@pytest.mark.parametrize("writer, reader", SOURCES)
+def test_a_run_starts_from_the_networks_of_another(
+    writer, reader, file, written, tmp_path, monkeypatch, capsys
+):
+    module, path = SCRIPTS[reader], written / writer / file
+    small(module, monkeypatch)
+    argv = flags(written / "data", tmp_path / "run") + CUTMIX.get(module, [])
+    own = begun(module, argv, monkeypatch)
+    assert "starting from zero" in capsys.readouterr().out
+    mine = begun(module, argv + ["--init", str(path)], monkeypatch)
+    saved = torch.load(path, weights_only=True)
+    fits = (writer == "cps_fpl") == (reader == "cps_fpl")
+    assert set(mine) == set(own) == set(SOURCES[writer, reader])
+    words = []
+    for name, source in SOURCES[writer, reader].items():
+        words.append(f"{name} from its {source}" + ("" if fits else ", head random"))
+        assert set(mine[name]) == set(own[name])
+        for key, value in mine[name].items():
+            given = saved["networks"][source] if fits or key.startswith("backbone.") else own[name]
+            assert torch.equal(value, given[key]), (name, key)
+        changed = [k for k, v in mine[name].items() if not torch.equal(v, own[name][k])]
+        assert {k.split(".")[0] for k in changed} == (
+            {"backbone", "head"} if fits else {"backbone"}
+        )
+    step = saved["step"]
+    assert step == 8 if file == "last.pt" else step in (3, 6, 8)
+    line = f"run folder: {tmp_path}/run, starting from {path}, step {step}: {'; '.join(words)}\n"
+    assert line in capsys.readouterr().out
+    if reader == "cps_fpl" and writer != reader:  # alike but for the heads: they can disagree
+        one, two = mine["branch1"], mine["branch2"]
+        assert all(torch.equal(one[k], two[k]) for k in one if k.startswith("backbone."))
+        assert not torch.equal(one["head.classify.1.weight"], two["head.classify.1.weight"])
+
+
+@pytest.mark.parametrize("module, extra", METHODS[1:3])
+def test_a_run_from_a_checkpoint_trains_and_says_so_in_its_log(
+    module, extra, written, tmp_path, monkeypatch
+):
+    small(module, monkeypatch)
+    path, runs = str(written / "supervised/best.pt"), {}
+    for name, init in (("zero", []), ("init", ["--init", path]), ("again", ["--init", path])):
+        train(module, flags(written / "data", tmp_path / name) + extra + init)
+        runs[name] = log(tmp_path / name)
+    assert runs["init"][0]["args"]["init"] == path and runs["zero"][0]["args"]["init"] == ""
+    assert runs["init"][1]["loss"] != runs["zero"][1]["loss"]
+    assert differences(tmp_path / "init", tmp_path / "again") == []
+    saved = torch.load(tmp_path / "init/last.pt", weights_only=True)
+    assert saved["args"]["init"] == path
+    # only the networks come from there: steps, momenta and the best score are the run's own
+    assert saved["step"] == 8 and runs["init"][1]["step"] == 2
+
+
+@pytest.mark.parametrize("module, extra", METHODS[1:3])
+def test_a_run_from_a_checkpoint_resumed_equals_the_whole_one(
+    module, extra, written, tmp_path, monkeypatch, capsys
+):
+    small(module, monkeypatch)
+    path = shutil.copy(written / "mean_teacher/last.pt", tmp_path / "start.pt")
+    numbers = dict(iters=6, log=1, evaluate=3, save=2)
+    extra = extra + ["--init", str(path)]
+    train(module, flags(written / "data", tmp_path / "whole", **numbers) + extra)
+    argv = flags(written / "data", tmp_path / "run", **numbers) + extra
+    with monkeypatch.context() as patch:
+        calls = calls_of_steps(module, patch)
+        train(module, flags(written / "data", tmp_path / "count", **numbers) + extra)
+    for stopped, words in ((1, f"starting from {path}, step 8: "), (4, "going on from step 4\n")):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            stop_at(module, patch, sum(calls[:stopped]) + 1)
+            train(module, argv)
+        assert (tmp_path / "run/last.pt").exists() == (stopped == 4)
+        if stopped == 4:
+            path.unlink()  # not needed any more
+        capsys.readouterr()
+        train(module, argv + ["--resume"])
+        assert words in capsys.readouterr().out
+        assert differences(tmp_path / "whole", tmp_path / "run") == []
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_run_is_not_resumed_from_another_start(written, tmp_path, monkeypatch):
+    shrink(supervised, monkeypatch)
+    argv = flags(written / "data", tmp_path / "run")
+    train(supervised, argv)
+    start_ = ["--init", str(written / "supervised/last.pt")]
+    with pytest.raises(Refusal, match="another recipe, --init  there and .*last.pt here"):
+        train(supervised, argv + ["--resume"] + start_)
+
+
+def test_eval_only_does_not_need_the_file_that_a_run_began_with(
+    written, tmp_path, monkeypatch, capsys
+):
+    shrink(supervised, monkeypatch)
+    path = shutil.copy(written / "supervised/last.pt", tmp_path / "start.pt")
+    argv = flags(written / "data", tmp_path / "run") + ["--init", str(path)]
+    train(supervised, argv)
+    path.unlink()
+    score = f"{100 * log(tmp_path / 'run')[-1]['last']['miou']:.2f}"
+    argv = ["--eval-only", "--checkpoint", str(tmp_path / "run/last.pt"), "--eval-on", "test"]
+    for more in ([], ["--init", "no.pt"]):
+        capsys.readouterr()
+        train(supervised, argv + more)
+        printed = capsys.readouterr().out
+        assert re.search(r"^mIoU +([\d.]+)$", printed, re.M)[1] == score
+        assert "starting from" not in printed
+
+
+def network(module, head, classes=3, **others):
+    """Returns a real network: resnet18 with CPS's head or U2PL's."""
+    names = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16)
+    args = module.Args(**names | dict(aux_weight=0.0, aspp_rates=(1, 2)) | others)
+    return module.Network(args, classes, getattr(module, head))
+
+
+def test_a_head_of_another_method_or_other_classes_stays_random(tmp_path):
+    source = network(mean_teacher, "DeepLabV3Plus")
+    path, saved = tmp_path / "best.pt", {"student": source.state_dict()}
+    content = {"script": "mean_teacher.py", "step": 7, "args": {}, "networks": saved}
+    torch.save(content, path)
+    for module, head, others, fits in (
+        (supervised, "DeepLabV3Plus", {}, True),
+        (supervised, "DeepLabV3Plus", dict(classes=4), False),
+        (supervised, "DeepLabV3Plus", dict(aux_weight=0.4), False),
+        (cps_fpl, "CPSHead", {}, False),
+    ):
+        net = network(module, head, **others)
+        own = {k: v.clone() for k, v in net.state_dict().items()}
+        words = run.load_init(str(path), {"net": net})
+        end = "" if fits else ", head random"
+        assert words == f"{path}, step 7: net from its student{end}"
+        for key, value in net.state_dict().items():
+            given = saved["student"] if fits or key.startswith("backbone.") else own
+            assert torch.equal(value, given[key]), key
+    for others in (dict(stem="v1c"), dict(backbone="resnet50")):
+        with pytest.raises(Refusal) as refusal:
+            run.load_init(str(path), {"net": network(supervised, "DeepLabV3Plus", **others)})
+        line = str(refusal.value)
+        assert line.startswith(f"{path}: does not fit these flags (") and "\n" not in line
+
+
 # ---- evaluation ----
 
 
@@ -360,6 +561,30 @@ def test_eval_only_needs_no_flag_but_the_checkpoint(tmp_path, monkeypatch, capsy
     assert f"--eval-only --checkpoint {tmp_path}/run/best.pt" in capsys.readouterr().out
     train(supervised, ["--eval-only", "--checkpoint", f"{tmp_path}/run/best.pt"])
     assert "mIoU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module, extra", METHODS[:3])
+def test_eval_only_takes_another_protocol_than_the_run_had(
+    module, extra, tmp_path, monkeypatch, capsys
+):
+    shrink(module, monkeypatch)
+    tree, out = draw_tree(tmp_path / "data"), tmp_path / "run"
+    train(module, flags(tree, out) + extra)
+    assert log(out)[0]["args"]["protocol"] == "whole"
+    seen, calls, report, predict = [], [], module.report, module.predict
+
+    def watched(net, image, args, num_classes):
+        calls.append((args.protocol, args.crop_size))
+        return predict(net, image, args, num_classes)
+
+    monkeypatch.setattr(module, "report", lambda *a: seen.append(a[1]["step 8"]) or report(*a))
+    monkeypatch.setattr(module, "predict", watched)
+    argv = ["--eval-only", "--checkpoint", str(out / "last.pt"), "--eval-on", "test"]
+    for more in ([], ["--protocol", "slide"], ["--protocol", "slide", "--crop-size", "48"]):
+        train(module, argv + more)
+    assert calls[::2] == [("whole", 32), ("slide", 32), ("slide", 48)] == calls[1::2]
+    assert seen[0] == log(out)[-1]["last"]
+    assert capsys.readouterr().out.count("mIoU of a constant") == 4
 
 
 def test_the_score_is_that_of_one_confusion_matrix_over_all_images(tmp_path, monkeypatch):

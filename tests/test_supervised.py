@@ -391,7 +391,7 @@ def test_the_recipes_are_the_audits(recipe, dataset, split, values):
     names = "batch_size crop_size lr lr_head weight_decay aux_weight ohem_kept".split()
     assert tuple(getattr(args, name) for name in names) == values
     network = (args.backbone, args.stem, args.output_stride, args.decay_on, args.scales)
-    assert network == ("resnet101", "classic", 8, "all", (0.5, 2.0))
+    assert network == ("resnet101", "v1c", 8, "all", (0.5, 2.0))
     assert args.aspp_rates == (12, 24, 36)
 
 

@@ -1,0 +1,302 @@
+"""Where data sets lie: the layouts on disk, and the published lists, fetched on first use.
+
+common/data.py knows what a data set is and reads it; prepare_data.py has the commands.
+"""
+
+import functools
+import hashlib
+import http.client
+import os
+import re
+import tempfile
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+from tqdm import tqdm
+
+from common import Refusal, shapes
+from common.data import FACTS, SPLITS, Item, choose, set_hash
+
+LISTS = Path("data/splits")  # <data set>/<family>/<split>.txt: one key per line
+SCHEMES = ("https",)
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of photographs
+
+
+def read_list(path, pattern):
+    """Returns {key: (image, mask)} of a list file, in its order: the columns as written, or None.
+
+    One or two columns, split at TAB if there is one, else at spaces. Leading slashes, "None", CRLF,
+    empty lines and a missing final newline are fine. The key is what pattern finds in the first
+    column. Raises Refusal on a line without one, a key that comes twice, a path with "..", no line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path}: not a readable list ({error})") from None
+    rows = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        columns = [c.strip().lstrip("/") for c in line.split("\t" if "\t" in line else None)]
+        if not line:
+            continue
+        match = re.search(pattern, columns[0])
+        wrong = "no image key" if not match else "twice" if match[0] in rows else ""
+        wrong = "more than two columns" if len(columns) > 2 else wrong
+        wrong = "a path with .." if any(".." in Path(c).parts for c in columns) else wrong
+        wrong = "a NUL" if "\0" in line else wrong
+        if wrong:
+            raise Refusal(f"{path}:{number}: {wrong}: {line}")
+        rows[match[0]] = (columns[0], columns[-1] if columns[1:] not in ([], ["None"]) else None)
+    if not rows:
+        raise Refusal(f"{path}: an empty list")
+    return rows
+
+
+class Tree:
+    """A data set's folder in any of its known layouts. A row is (image, mask): places, or None."""
+
+    def __init__(self, name, root=""):
+        """root: "" takes the usual folder. Raises Refusal if there is none."""
+        self.name, self.facts = name, FACTS[name]
+        self.root = Path(root or self.facts.get("root", "."))
+        if not self.root.is_dir():
+            what = f"--data-root names that of {name}, see docs/data.md"
+            raise Refusal(f"{self.root}: no such folder; {what}")
+
+    def part(self, part, fetch=True):
+        """Returns {key: row}, sorted, of train, val or test: what is here, or a published list."""
+        if self.name == "shapes":
+            return dict.fromkeys(shapes.keys(part), (None, None))
+        pattern = self.facts["key"]
+        for place in self.facts["parts"].get(part, ()):
+            rows = {}
+            for path in self.root.glob(place):
+                match = re.search(pattern, path.relative_to(self.root).as_posix())
+                if place.endswith(".txt"):
+                    listed = read_list(path, pattern).items()  # its own: may follow links
+                    rows = {k: tuple(c and self.root / c for c in row) for k, row in listed}
+                elif match and path.suffix.lower() in SUFFIXES and path.name[0] != ".":
+                    if match[0] in rows:
+                        raise Refusal(f"{path}: another image has the key {match[0]} too")
+                    rows[match[0]] = (path, None)
+            if rows:
+                return dict(sorted(rows.items()))
+        here = any((self.root / p.split("{")[0]).is_dir() for p in self.facts["image"])
+        if not here or part not in SPLITS.get(self.name, {}).get("parts", {}):
+            return {}
+        if part == "train" and not fetch:  # lists name all that is wanted
+            return {}
+        return dict(sorted(read_list(fetch_list(self.name, "parts", part), pattern).items()))
+
+    def places(self, part, key, rows, kind):
+        """Yields where a file may be (kind 0: an image, 1: a mask): the columns of rows first.
+
+        What a list names is left out where links lead it out of the folder.
+        """
+        for row in rows:
+            if isinstance(row[kind], Path):
+                yield row[kind]
+            elif row[kind]:
+                path = self.root / row[kind]
+                if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
+                    yield path
+        words = {"part": part, "key": key, "city": key.split("_")[0]}
+        for pattern in self.facts.get(("image", "label")[kind], ()):
+            yield self.root / pattern.format(**words)
+
+    def file(self, *place):
+        """Returns the first of the places that is a file, or None."""
+        return next((path for path in self.places(*place) if os.path.isfile(path)), None)
+
+    def items(self, part, rows, known=None, source="", masks=True):
+        """Returns the Items of rows (known: {key: row} of the folder), without masks if not asked.
+
+        Raises Refusal where a file is absent; source: the list to name then.
+        """
+        items = []
+        for key, row in rows.items():
+            both = [row, (known or rows).get(key, row)]
+            if both[1] == (None, None):  # generated
+                items.append(Item(key))
+                continue
+            files = [self.file(part, key, both, kind) for kind in ((0, 1) if masks else (0,))]
+            if None in files:
+                what = ("image", "mask")[files.index(None)]
+                tried = ", ".join(map(str, self.places(part, key, both, files.index(None))))
+                source = source or self.root
+                raise Refusal(f"{source}: {key} has no {what} here; tried {tried or 'nothing'}")
+            items.append(Item(key, *files))
+        return items
+
+
+def named(args, pool, val):
+    """Returns (labelled, unlabelled) keys of --split in its --split-family; every set is checked.
+
+    pool, val: the keys of the training images and of val that are here. Raises Refusal where a set
+    is not the published one.
+    """
+    splits, what = SPLITS[args.dataset], f"--split {args.split} of {args.dataset}"
+    family, pool = splits[args.split_family], sorted(pool)
+    if args.split not in ("all", *family):
+        names = ", ".join(["all", *family])
+        some = f"{args.split_family} has {names}; else --split-seed (1/r) or --labeled-list"
+        raise Refusal(f"{what}: {some}")
+    parts = splits["parts"]
+    sets = [("training", pool, parts["train"]), ("val", val, parts["val"])]
+    labeled, unlabeled = choose(pool, "all", None)
+    if args.split != "all":
+        entry = family[args.split]
+        if "url" in entry:
+            path = fetch_list(args.dataset, args.split_family, args.split)
+            labeled = list(read_list(path, FACTS[args.dataset]["key"]))
+        else:
+            labeled, _ = choose(pool, args.split, None)
+        unlabeled = sorted(set(pool) - set(labeled))
+        sets.append(("labelled", labeled, entry))
+    for name, keys, entry in sets:
+        if wrong := same_set(keys, entry):
+            raise Refusal(
+                f"{what}: {name} {wrong}; python prepare_data.py check, or --labeled-list"
+            )
+    return labeled, unlabeled
+
+
+def same_set(keys, entry):
+    """Returns "" if keys are the published set, else what differs."""
+    found, true = (len(keys), set_hash(keys)), (entry["images"], entry["set"])
+    if found == true:
+        return ""
+    return "{} images, set {}, instead of {}, set {}".format(*found, *true)
+
+
+def keys_of(path, pattern):
+    """Returns the keys of a list in any format, in its order; none if the file is no such list."""
+    try:
+        return list(read_list(path, pattern))
+    except Refusal:
+        return []
+
+
+@functools.cache
+def lists_below(folder, pattern, every=1):
+    """Returns {(images, set hash): keys} of all lists below a folder; every: so many apart.
+
+    Raises Refusal if there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise Refusal(f"--from {folder}: no such folder")
+    found = {}
+    for path in sorted(Path(folder).rglob("*.txt")):
+        keys = keys_of(path, pattern)[::every]
+        found.setdefault((len(keys), set_hash(keys)), keys)
+    return found
+
+
+def fetch_list(dataset, family, split, source=""):
+    """Returns the path of a published list under data/splits; fetched first if it is not there.
+
+    family: "parts" (split: train or val) or a family of splits. source: a folder with lists in any
+    format, searched for one with the right set, instead of the network. Raises Refusal.
+    """
+    entry, pattern = SPLITS[dataset][family][split], FACTS[dataset]["key"]
+    path = LISTS / dataset / family / f"{split.replace('/', '_')}.txt"
+    if path.is_file():
+        if wrong := same_set(keys_of(path, pattern), entry):
+            raise Refusal(f"{path}: {wrong}; delete it, and it is fetched again")
+        return path
+    if "url" not in entry:  # every r-th of the sorted training images
+        pool = fetch_list(dataset, "parts", "train", source)
+        keys, _ = choose(read_list(pool, pattern), split, None)
+        wrong = same_set(keys, entry)
+    elif source:
+        sets = lists_below(source, pattern, entry.get("every", 1))
+        keys = sets.get((entry["images"], entry["set"]))
+        wrong = "" if keys else f"no list of this set below {source}"
+    else:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                download(entry["url"], raw := Path(folder) / "list.txt")
+                keys = keys_of(raw, pattern)[:: entry.get("every", 1)]
+            if wrong := same_set(keys, entry):
+                wrong = f"{entry['url']}: {wrong}"
+        except Refusal as error:
+            wrong = str(error)
+    if wrong:
+        command = {"parts": "cps"}.get(family, family.rstrip("012"))
+        command = f"python prepare_data.py splits --family {command}"
+        raise Refusal(f"{path}: {wrong}; {command}, with --from DIR where the lists are on disk")
+    write(path, "".join(f"{key}\n" for key in keys).encode())
+    print(f"{path}: {len(keys)} images, set {entry['set']}", flush=True)
+    return path
+
+
+def write(path, data):
+    """Writes a file beside its place, then renames: it is whole or absent, whoever else writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    other = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        other.write_bytes(data)
+        os.replace(other, path)
+    finally:
+        other.unlink(missing_ok=True)
+
+
+def check_scheme(url):
+    """Raises Refusal if an address is not by one of SCHEMES."""
+    if url.partition(":")[0].lower() not in SCHEMES:
+        raise Refusal(f"{url}: nothing is fetched but by {', '.join(SCHEMES)}")
+
+
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to where a request of ours may go."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        """Returns the next request. Raises Refusal if its scheme is none of SCHEMES."""
+        check_scheme(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def download(url, path, md5=""):
+    """Fetches url to path by way of path.part, which the next call goes on with if this one fails.
+
+    Raises Refusal: no network, cut off, another scheme, or not the file with this md5.
+    """
+    check_scheme(url)
+    part, total = path.with_name(path.name + ".part"), 0
+    again = "; the same command goes on from there" if md5 else ""  # not for lists
+    begin = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})
+    if begin:
+        request.add_header("Range", f"bytes={begin}-")
+    try:
+        with urllib.request.build_opener(Redirect).open(request, timeout=60) as answer:
+            if not answer.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
+                begin = 0  # the whole file comes
+            total = begin + int(answer.headers.get("Content-Length") or 0)
+            quiet = None if md5 else True  # lists are small
+            bar = tqdm(total=total, initial=begin, unit="B", unit_scale=True, disable=quiet)
+            with bar, open(part, "ab" if begin else "wb") as file:
+                while block := answer.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not begin:  # 416: nothing comes after the part, it is whole
+            raise Refusal(f"{url}: {error}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Refusal(f"{url}: {error}{again}") from None
+    if part.stat().st_size < total:
+        cut = f"cut off after {part.stat().st_size} of {total} bytes"
+        raise Refusal(f"{url}: {cut}{again}")
+    check_md5(part, md5)
+    os.replace(part, path)
+
+
+def check_md5(path, md5):
+    """Raises Refusal if a file is not the one with this md5 ("": any is right)."""
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while md5 and (block := file.read(1 << 20)):
+            digest.update(block)
+    if md5 and digest.hexdigest() != md5:
+        raise Refusal(f"{path}: md5 {digest.hexdigest()} instead of {md5}; delete it and run again")

@@ -227,7 +227,8 @@ def fetch_list(dataset, family, split, source=""):
         command = f"python prepare_data.py splits --family {command}"
         raise Refusal(f"{path}: {wrong}; {command}, with --from DIR where the lists are on disk")
     write(path, "".join(f"{key}\n" for key in keys).encode())
-    print(f"{path}: {len(keys)} images, set {entry['set']}", flush=True)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {len(keys)} images, set {entry['set']}", flush=True)
     return path
 
 

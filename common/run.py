@@ -66,7 +66,7 @@ def resolve(args, preset):
     preset: function of args to a dict. Raises Refusal for a field that nothing sets, and for a
     number out of range.
     """
-    values = preset(args)
+    values = preset(args) | ({"weights": "none"} if args.init else {})
     ratio, lr = (args.batch_size or 0) / values.get("batch_size", 1), values.get("lr")
     if args.lr is None and lr and ratio not in (0, 1) and os.environ.get("RANK", "0") == "0":
         print(f"--lr {lr:g} is kept; the linear rule would have {lr * ratio:g} for this batch")
@@ -80,7 +80,7 @@ def resolve(args, preset):
         for number in value if isinstance(value, tuple) else [value]:
             low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
             high = 1 if name.endswith(("_prob", "_decay", "_kept")) else float("inf")
-            high = 1 - 1e-9 if name == "T" else high
+            high = 0.9999 if name == "T" else high
             if isinstance(number, (int, float)) and not low <= number <= high:
                 raise Refusal(f"{flag} {number}: a number from {low:g} to {high:g}")
     return args
@@ -122,7 +122,8 @@ def load_checkpoint(path, script=None):
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        by = (saved["script"], saved["step"], saved["args"], saved["networks"])[0]
+        by = (saved["script"], saved["step"], saved["args"])[0]
+        dict(next(iter(saved["networks"].values())))
     except FileNotFoundError:
         raise Refusal(f"{path}: no such checkpoint") from None
     except Exception as error:
@@ -201,8 +202,8 @@ class Run:
         """
         path = self.folder / "last.pt"
         if not self.args.resume or not path.exists():
-            self._cut_log(-1)
             what = load_init(self.args.init, networks) if self.args.init else "zero"
+            self._cut_log(-1)
             self.say(f"run folder: {self.folder}, starting from {what}")
             return 0
         saved, mine = load_checkpoint(path, self.script), plain(self.args)

@@ -42,7 +42,7 @@ def load_backbone(resnet, weights, backbone, stem):
     bad = {k for k in set(state) ^ set(mine) if not k.endswith(counter)}
     bad |= {k for k in set(state) & set(mine) if getattr(state[k], "shape", 0) != mine[k].shape}
     if bad:
-        first = getattr(state.get("conv1.0.weight"), "shape", [0])[0]
+        first = (*getattr(state.get("conv1.0.weight"), "shape", ()), 0)[0]
         other = {64: "deep", 32: "v1c"}.get(first, "classic")
         some = ", ".join(sorted(bad)[:3]) + f"; is it --stem {other}?" * (other != stem)
         raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({some})")

@@ -39,9 +39,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
-from common.data import IGNORE, load
+from common.data import IGNORE
 from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
 from common.weights import load_backbone
+from sources import load
 
 # isort: split
 # >>> method: imports
@@ -564,8 +565,7 @@ def predict(net, image, args, num_classes):
         return net(image[None])["logits"][0]
     (h, w), n, step = image.shape[1:], args.crop_size, -(-2 * args.crop_size // 3)
     top, left, down, right = max(n - h, 0) // 2, max(n - w, 0) // 2, max(h - n, 0), max(w - n, 0)
-    mean = image.new_tensor([round(m) for m in MEAN])
-    canvas = mean[:, None, None].repeat(1, down + n, right + n)
+    canvas = image.new_tensor([[[round(m)]] for m in MEAN]).repeat(1, down + n, right + n)
     canvas[:, top : top + h, left : left + w] = image
     logits = torch.zeros(num_classes, *canvas.shape[1:], device=image.device)
     for y in range(0, down + step, step):
@@ -623,7 +623,7 @@ def make_optimizer(trained, args):
 def main(args):
     """Trains, or does what --eval-only, --dry-run or --list-presets ask; args as resolved."""
     if args.list_presets or args.dry_run:
-        return print(cells(__file__) if args.list_presets else describe(args))
+        return print(cells(__file__) if args.list_presets else describe(args, load))
     group = distributed.setup(args.device)
     torch.use_deterministic_algorithms(args.deterministic)
     data = load(args)

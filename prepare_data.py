@@ -35,9 +35,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from common import Refusal
-from common.data import FACTS, IGNORE, SPLITS, load, set_hash
+from common.data import FACTS, IGNORE, SPLITS, set_hash
 from common.run import cli, refusing
-from sources import LISTS, Tree, check_md5, download, fetch_list, keys_of, same_set, write
+from sources import LISTS, Tree, check_md5, download, fetch_list, keys_of, load, same_set, write
 
 ARCHIVES = {  # of VOC and SBD: address, md5
     "VOCtrainval_11-May-2012.tar": (
@@ -174,6 +174,8 @@ def lacking(root):
     sets = {"train": SPLITS["voc"]["cps"]["1464"], "val": parts["val"], "train_aug": parts["train"]}
     for name, entry in sets.items():
         path = root / f"ImageSets/Segmentation/{name}.txt"
+        if name == "train_aug" and not path.is_file():  # MMSegmentation's name of it
+            path = path.with_name("trainaug.txt")
         lists[name] = keys_of(path, pattern)
         if wrong := same_set(lists[name], entry):
             return f"{path}: {wrong}"
@@ -246,8 +248,9 @@ def build_voc(tar, tgz, partial):
 def render(size, annotations, classes):
     """Returns the (H, W) uint8 classes of an image; 0 where no instance is.
 
-    size: (W, H). classes: {category id: class}. A pixel is an instance's if its centre is. Crowd
-    regions lie at the bottom; of instances that overlap the smaller (COCO's area) is on top.
+    size: (W, H). classes: {category id: class}. A pixel is an instance's if its centre is, to a
+    quarter of a pixel. Crowd regions lie at the bottom; of instances that overlap the smaller
+    (COCO's area) is on top.
     """
     label, polygons = np.zeros(size[::-1], np.uint8), []
     for one in sorted(annotations, key=lambda a: (-a["area"], a["id"])):
@@ -257,11 +260,11 @@ def render(size, annotations, classes):
             label[region.reshape(label.shape[::-1]).T] = classes[one["category_id"]]
         else:
             polygons += [(p, classes[one["category_id"]]) for p in one["segmentation"]]
-    canvas = Image.fromarray(label.repeat(2, 0).repeat(2, 1))
-    for corners, value in polygons:  # twice the size: pixel centres are at odd coordinates
+    canvas = Image.fromarray(label.repeat(4, 0).repeat(4, 1))  # PIL draws outlines too: finer
+    for corners, value in polygons:
         if len(corners) >= 6:
-            ImageDraw.Draw(canvas).polygon([2 * c for c in corners], fill=value)
-    return np.asarray(canvas)[1::2, 1::2]
+            ImageDraw.Draw(canvas).polygon([4 * c for c in corners], fill=value)
+    return np.asarray(canvas)[2::4, 2::4]
 
 
 # ---- what is on disk ----
@@ -302,6 +305,9 @@ def survey(data, items, masks, title):
     sizes: (W, H) of each that can be read. tallies: (N, 256) pixels of each class, 0 in a bad one.
     errors: a line for each bad one.
     """
+
+    if not items:
+        return [], np.zeros((0, 256), np.int64), []
 
     def one(item):
         """Returns size, tally and error of one item."""
@@ -373,18 +379,21 @@ class Splits:
 class Voc:
     """VOC 2012 with SBD: two archives of 3.4 GB fetched and checked, 10,582 + 1,449 masks made."""
 
-    root: str = FACTS["voc"]["root"]  # the folder to make; what is there already stays
+    root: str = FACTS["voc"]["root"]  # the folder to make, or that of a VOCdevkit; both stay
     source: From = ""  # folder with both archives, in place of the network
 
     def run(self):
         """Builds beside the folder's content, checks, moves in. Raises Refusal."""
-        root, partial = Path(self.root), Path(self.root) / ".partial-voc"
+        top = root = Path(self.root)
+        if (top / "VOCdevkit/VOC2012").is_dir() and not (top / "JPEGImages").is_dir():
+            root = top / "VOCdevkit/VOC2012"
+        partial = root / ".partial-voc"
         if not lacking(root):
             shutil.rmtree(partial, ignore_errors=not partial.exists())  # of a call that was killed
             print(f"{root}: complete")
             return
         print(f"{root}: needs 3.4 GB for two archives, kept, and about 2 GB for the folders")
-        files = [archive(name, root, self.source) for name in ARCHIVES]
+        files = [archive(name, top, self.source) for name in ARCHIVES]
         build_voc(*files, partial)
         if wrong := lacking(partial):
             raise Refusal(f"{wrong}; {root} is as it was")
@@ -438,6 +447,8 @@ class Coco:
         for part in ("train", "val"):
             path = root / f"annotations/instances_{part}2017.json"
             groups, lines = defaultdict(list), []
+            if not path.is_file():
+                raise Refusal(f"{path}: no such file; {where}")
             try:
                 content = json.loads(path.read_bytes())
                 for one in content["annotations"]:
@@ -453,7 +464,7 @@ class Coco:
                         size = image["width"], image["height"]
                         write(root / mask, png(render(size, groups[image["id"]], classes)))
                     lines.append(f"{photo} {mask}\n")
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise Refusal(f"{path}: not as COCO has it ({error!r}); {where}") from None
             write(root / f"{part}.txt", "".join(lines).encode())
             print(f"{root / part}.txt: {len(lines)} images")

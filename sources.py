@@ -1,11 +1,12 @@
-"""Where data sets lie: the layouts on disk, and the published lists, fetched on first use.
+"""Which images there are and which are labelled: layouts on disk, lists, published splits.
 
-common/data.py knows what a data set is and reads it; prepare_data.py has the commands.
+common/data.py says what a data set is and reads an image; prepare_data.py has the commands.
 """
 
 import functools
 import hashlib
 import http.client
+import math
 import os
 import re
 import tempfile
@@ -14,13 +15,15 @@ import urllib.request
 import uuid
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from common import Refusal, shapes
-from common.data import FACTS, SPLITS, Item, choose, set_hash
+from common.data import FACTS, IGNORE, SPLITS, Data, Item, counts, set_hash
 
 LISTS = Path("data/splits")  # <data set>/<family>/<split>.txt: one key per line
 SCHEMES = ("https",)
+MADE = "; python prepare_data.py voc makes SegmentationClassAug"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of photographs
 
 
@@ -53,6 +56,75 @@ def read_list(path, pattern):
     return rows
 
 
+def load(args):
+    """Returns the Data that the flags name; every file that will be opened exists. Raises Refusal.
+
+    dataset, data_root; num_classes and ignore_index of a folder; which images are labelled as
+    `training` has it (with eval_only none are looked for). All lists are sorted: a set gives one
+    stream of samples, in whatever order it came.
+    """
+    own, tree = args.dataset == "folder", Tree(args.dataset, args.data_root)
+    if own and not 2 <= args.num_classes <= 254:
+        raise Refusal(f"--num-classes {args.num_classes}: how many the masks have, 2 to 254")
+    if not own and (args.num_classes or args.ignore_index != IGNORE):
+        raise Refusal("--num-classes, --ignore-index: with --dataset folder alone")
+    if not 0 <= args.ignore_index <= 255:
+        raise Refusal(f"--ignore-index {args.ignore_index}: a value of a mask, 0 to 255")
+    held = {part: tree.part(part) for part in ("val", "test")}
+    scored = getattr(args, "eval_only", False) and args.eval_on
+    for part in {"val", scored or "val"}:
+        if not held[part]:
+            where = ", ".join(tree.facts["parts"].get(part, ["it has no such part"]))
+            raise Refusal(f"{tree.root}: no {part} of {args.dataset} here ({where})")
+    if published(args):
+        known_set(f"val of {args.dataset}", held["val"], SPLITS[args.dataset]["parts"]["val"])
+    lists = [tree.items(part, rows) for part, rows in held.items()]
+    if scored:
+        return Data(args, [], [], *lists)
+    labeled, unlabeled, train = training(args, tree)
+    first = tree.items("train", labeled, train, args.labeled_list)
+    lists[:0] = first, tree.items("train", unlabeled, train, args.unlabeled_list, masks=False)
+    files = [{item.image or item.key for item in one} for one in lists]
+    leak = (files[0] | files[1]) & (files[2] | files[3])
+    if leak:
+        raise Refusal(f"{len(leak)} images to train on are in val or test: {min(leak)} ...")
+    return Data(args, *lists)
+
+
+def training(args, tree):
+    """Returns (labelled, unlabelled, all training rows) of a Tree, by the flags. Raises Refusal.
+
+    split with split_family, or with split_seed as `choose` has it; or labeled_list and
+    unlabeled_list: without the second all other images are unlabelled. A folder's images without a
+    mask are unlabelled whatever the split.
+    """
+    if args.unlabeled_list and not args.labeled_list:
+        raise Refusal("--unlabeled-list without --labeled-list: give both")
+    train = tree.part("train", fetch=not args.unlabeled_list)
+    if args.labeled_list:
+        labeled = read_list(args.labeled_list, tree.facts["key"])
+        unlabeled = {key: row for key, row in train.items() if key not in labeled}
+        if args.unlabeled_list:
+            unlabeled = read_list(args.unlabeled_list, tree.facts["key"])
+        what = f"--labeled-list {args.labeled_list} with --split {args.split}"
+        entry = SPLITS.get(args.dataset, {}).get(args.split_family, {}).get(args.split)
+        if entry:
+            known_set(what, labeled, entry, "leave --split out, or give another --split-family")
+        count = counts(args.dataset, args.split)[0] if args.split != "all" else 0
+        if not entry and count not in (0, len(labeled)):
+            raise Refusal(f"{what}: {len(labeled)} images, not {count}; leave --split out")
+        return labeled, unlabeled, train
+    optional = args.dataset == "folder"
+    masked = [k for k in train if not optional or tree.file("train", k, [train[k]], 1)]
+    if published(args):
+        labeled, unlabeled = named(args, masked)
+    else:
+        labeled, unlabeled = choose(masked, args.split, args.split_seed)
+    if len(masked) < len(train):
+        unlabeled = train if args.split == "all" else set(train) - set(labeled)
+    return *({key: train[key] for key in keys} for keys in (labeled, unlabeled)), train
+
+
 class Tree:
     """A data set's folder in any of its known layouts. A row is (image, mask): places, or None."""
 
@@ -60,6 +132,7 @@ class Tree:
         """root: "" takes the usual folder. Raises Refusal if there is none."""
         self.name, self.facts = name, FACTS[name]
         self.root = Path(root or self.facts.get("root", "."))
+        self.real = os.path.realpath(self.root)
         if not self.root.is_dir():
             what = f"--data-root names that of {name}, see docs/data.md"
             raise Refusal(f"{self.root}: no such folder; {what}")
@@ -74,8 +147,7 @@ class Tree:
             for path in self.root.glob(place):
                 match = re.search(pattern, path.relative_to(self.root).as_posix())
                 if place.endswith(".txt"):
-                    listed = read_list(path, pattern).items()  # its own: may follow links
-                    rows = {k: tuple(c and self.root / c for c in row) for k, row in listed}
+                    rows = read_list(path, pattern)
                 elif match and path.suffix.lower() in SUFFIXES and path.name[0] != ".":
                     if match[0] in rows:
                         raise Refusal(f"{path}: another image has the key {match[0]} too")
@@ -99,7 +171,7 @@ class Tree:
                 yield row[kind]
             elif row[kind]:
                 path = self.root / row[kind]
-                if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root)):
+                if Path(os.path.realpath(path)).is_relative_to(self.real):
                     yield path
         words = {"part": part, "key": key, "city": key.split("_")[0]}
         for pattern in self.facts.get(("image", "label")[kind], ()):
@@ -115,7 +187,7 @@ class Tree:
         Raises Refusal where a file is absent; source: the list to name then.
         """
         items = []
-        for key, row in rows.items():
+        for key, row in sorted(rows.items()):
             both = [row, (known or rows).get(key, row)]
             if both[1] == (None, None):  # generated
                 items.append(Item(key))
@@ -123,18 +195,41 @@ class Tree:
             files = [self.file(part, key, both, kind) for kind in ((0, 1) if masks else (0,))]
             if None in files:
                 what = ("image", "mask")[files.index(None)]
-                tried = ", ".join(map(str, self.places(part, key, both, files.index(None))))
-                source = source or self.root
-                raise Refusal(f"{source}: {key} has no {what} here; tried {tried or 'nothing'}")
+                tried = dict.fromkeys(map(str, self.places(part, key, both, files.index(None))))
+                tried = ", ".join(tried) or "nothing: its list names no place inside the folder"
+                tried += MADE * (what == "mask" and self.name.startswith("voc"))
+                raise Refusal(f"{source or self.root}: {key} has no {what} here; tried {tried}")
             items.append(Item(key, *files))
         return items
 
 
-def named(args, pool, val):
-    """Returns (labelled, unlabelled) keys of --split in its --split-family; every set is checked.
+def choose(keys, split, seed):
+    """Returns (labelled, unlabelled) keys: all, or every r-th of the sorted ones and the rest.
 
-    pool, val: the keys of the training images and of val that are here. Raises Refusal where a set
-    is not the published one.
+    split: "all" or "1/r". seed: None, or that of a random subset of ceil(n / r) keys, nested in r.
+    """
+    keys = sorted(keys)
+    if split == "all":
+        return keys, keys
+    match = re.fullmatch(r"1/([1-9]\d*)", split)
+    if not match or not 2 <= int(match[1]) <= len(keys):
+        raise Refusal(f"--split {split}: all, or 1/r with r from 2 to {len(keys)}")
+    r = int(match[1])
+    order = np.random.default_rng(seed).permutation(keys)[: math.ceil(len(keys) / r)]
+    chosen = set(keys[::r] if seed is None else order.tolist())
+    return [k for k in keys if k in chosen], [k for k in keys if k not in chosen]
+
+
+def published(args):
+    """Returns whether --split is meant to name one of the published sets."""
+    return args.dataset in SPLITS and args.split_seed is None and not args.labeled_list
+
+
+def named(args, pool):
+    """Returns (labelled, unlabelled) keys of --split in its --split-family.
+
+    pool: the keys of the training images that are here. Raises Refusal where that set or the
+    labelled one is not the published one.
     """
     splits, what = SPLITS[args.dataset], f"--split {args.split} of {args.dataset}"
     family, pool = splits[args.split_family], sorted(pool)
@@ -142,24 +237,24 @@ def named(args, pool, val):
         names = ", ".join(["all", *family])
         some = f"{args.split_family} has {names}; else --split-seed (1/r) or --labeled-list"
         raise Refusal(f"{what}: {some}")
-    parts = splits["parts"]
-    sets = [("training", pool, parts["train"]), ("val", val, parts["val"])]
-    labeled, unlabeled = choose(pool, "all", None)
-    if args.split != "all":
-        entry = family[args.split]
-        if "url" in entry:
-            path = fetch_list(args.dataset, args.split_family, args.split)
-            labeled = list(read_list(path, FACTS[args.dataset]["key"]))
-        else:
-            labeled, _ = choose(pool, args.split, None)
-        unlabeled = sorted(set(pool) - set(labeled))
-        sets.append(("labelled", labeled, entry))
-    for name, keys, entry in sets:
-        if wrong := same_set(keys, entry):
-            raise Refusal(
-                f"{what}: {name} {wrong}; python prepare_data.py check, or --labeled-list"
-            )
-    return labeled, unlabeled
+    known_set(f"{what}, training images", pool, splits["parts"]["train"])
+    if args.split == "all":
+        return pool, pool
+    entry = family[args.split]
+    if "url" in entry:
+        path = fetch_list(args.dataset, args.split_family, args.split)
+        labeled = list(read_list(path, FACTS[args.dataset]["key"]))
+    else:
+        labeled, _ = choose(pool, args.split, None)
+    known_set(f"{what}, labelled images", labeled, entry)
+    return labeled, sorted(set(pool) - set(labeled))
+
+
+def known_set(what, keys, entry, remedy=""):
+    """Raises Refusal if keys are not the published set."""
+    if wrong := same_set(keys, entry):
+        remedy = remedy or "python prepare_data.py check, or --labeled-list"
+        raise Refusal(f"{what}: {wrong}; {remedy}")
 
 
 def same_set(keys, entry):
@@ -222,11 +317,15 @@ def fetch_list(dataset, family, split, source=""):
                 wrong = f"{entry['url']}: {wrong}"
         except Refusal as error:
             wrong = str(error)
+    if not wrong:
+        try:
+            write(path, "".join(f"{key}\n" for key in keys).encode())
+        except OSError as error:
+            wrong = str(error)
     if wrong:
         command = {"parts": "cps"}.get(family, family.rstrip("012"))
         command = f"python prepare_data.py splits --family {command}"
         raise Refusal(f"{path}: {wrong}; {command}, with --from DIR where the lists are on disk")
-    write(path, "".join(f"{key}\n" for key in keys).encode())
     if os.environ.get("RANK", "0") == "0":
         print(f"{path}: {len(keys)} images, set {entry['set']}", flush=True)
     return path

@@ -25,7 +25,7 @@ import tyro
 from tqdm import tqdm
 
 from common import Refusal, pictures
-from common.data import load, set_hash
+from common.data import set_hash
 from common.distributed import Group, ReduceOp, from_first, reduced, share
 
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
@@ -148,14 +148,17 @@ def load_networks(saved, networks):
 def load_init(path, networks):
     """Starts networks from a checkpoint of any of these scripts; returns in words what was taken.
 
-    Each takes the network of its name, or else the first; a head that does not fit stays random.
+    Each takes the network of its name, or else the first. A head that does not fit stays random; so
+    does that of a second branch which would equal the first: such a pair never disagrees.
     """
-    saved, words = load_checkpoint(path), []
+    saved, words, taken = load_checkpoint(path), [], set()
     for name, net in networks.items():
         source = name if name in saved["networks"] else next(iter(saved["networks"]))
+        twin = source in taken and name.startswith("branch")
+        taken.add(source)
         old, own = saved["networks"][source], net.state_dict()
         shapes = ({k: v.shape for k, v in s.items() if k.startswith("head.")} for s in (old, own))
-        head = next(shapes) == next(shapes)
+        head = next(shapes) == next(shapes) and not twin
         part = old if head else {k: v for k, v in old.items() if not k.startswith("head.")}
         rest = {k: v for k, v in own.items() if k.startswith("head.")}
         load_networks(saved | {"networks": {name: rest | part}}, {name: net})
@@ -400,8 +403,8 @@ def lists(data):
     return {name: [len(some), set_hash(some)] for name, some in keys.items()}
 
 
-def describe(args):
-    """Returns what --dry-run prints: the resolved recipe, images per process, the files found."""
+def describe(args, load):
+    """Returns what --dry-run prints: the resolved recipe, images per process, what load finds."""
     rows = [(k, v) for k, v in plain(args).items() if v not in ("", None)]
     group = Group(0, int(os.environ.get("WORLD_SIZE", 1)), None)
     rows.append(("labelled per process", share(args.batch_size, group, "labelled")))

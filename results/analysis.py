@@ -25,9 +25,10 @@ if str(ROOT) not in sys.path:
 
 import cps_fpl  # noqa: E402
 from common import Refusal, distributed  # noqa: E402
-from common.data import IGNORE, load  # noqa: E402
+from common.data import IGNORE  # noqa: E402
 from common.run import NO_NUMBER, load_checkpoint, load_networks, parse, resolve  # noqa: E402
 from cps_fpl import by_rank, upcast  # noqa: E402
+from sources import load  # noqa: E402
 
 # ---- gradients and scores ----
 

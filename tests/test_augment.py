@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from common import Refusal, shapes
-from common.data import Data, Item, load
+from common.data import Data, Item
 from common.distributed import Group
 from mean_teacher import streams as mean_teacher_streams
+from sources import load
 from supervised import Samples, augment, open_stream
 
 COLOURS = [(10, 200, 30), (90, 40, 250), (170, 120, 0), (250, 240, 110)]  # none near the mean

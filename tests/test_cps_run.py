@@ -24,6 +24,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import cps_fpl
+import sources
 from common import Refusal, data, distributed, run
 from common.distributed import Group
 from supervised import supervised_loss
@@ -669,7 +670,7 @@ def test_the_mean_brings_both_networks_into_eval_mode_and_back(tree, tmp_path, m
     shrink(cps_fpl, monkeypatch)
     argv = flags(tree, tmp_path / "run")
     args = run.resolve(run.parse(cps_fpl.Args, argv), cps_fpl.preset)
-    images, modes = data.load(args), []
+    images, modes = sources.load(args), []
     nets = [cps_fpl.Network(args, 11, cps_fpl.CPSHead) for _ in (1, 2)]
     for net in nets:
         net.register_forward_hook(lambda module, *_: modes.append(module.training))
@@ -861,7 +862,7 @@ def test_a_batch_that_does_not_divide_or_is_one_image_is_refused(partner, tree, 
     extra += ["--same-image-cutmix"] if partner == "unlabeled.2" else []
     argv = flags(tree, tmp_path / "run", batch=8) + extra
     args = run.resolve(run.parse(cps_fpl.Args, argv), cps_fpl.preset)
-    images, cpu = data.load(args), torch.device("cpu")
+    images, cpu = sources.load(args), torch.device("cpu")
     assert list(cps_fpl.streams(images, args)) == ["labeled", "unlabeled", partner]
     for name in ("unlabeled", partner):
         for world, words in ((4, "divide over 4 processes"), (6, "plain BN needs two")):

@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,8 @@ import torch
 from PIL import Image
 
 from common import Refusal, shapes
-from common.data import FACTS, SPLITS, choose, counts, load, set_hash
-from sources import read_list
+from common.data import FACTS, SPLITS, counts, set_hash
+from sources import choose, load, read_list
 from supervised import Images
 
 NAMES = [f"0001TP_{number:06d}" for number in range(6690, 6690 + 30 * 5, 30)]
@@ -145,12 +146,25 @@ def test_a_list_is_read_in_every_form(tmp_path, kind):
     assert keys_of(data.labeled) == [A, B] and keys_of(data.unlabeled) == NAMES[2:]
 
 
-def test_the_order_of_a_list_is_kept(tmp_path):
+def test_a_list_is_read_in_its_order_and_loaded_in_that_of_its_keys(tmp_path):
     (tmp_path / "list.txt").write_text(f"{NAMES[3]}\n{NAMES[0]}\n{NAMES[2]}\n")
     pattern = FACTS["camvid"]["key"]
     assert list(read_list(tmp_path / "list.txt", pattern)) == [NAMES[3], NAMES[0], NAMES[2]]
-    data = load(flags(camvid(tmp_path / "data"), labeled_list=str(tmp_path / "list.txt")))
-    assert keys_of(data.labeled) == [NAMES[3], NAMES[0], NAMES[2]]
+    root, one = camvid(tmp_path / "data"), dict(labeled_list=str(tmp_path / "list.txt"))
+    data = load(flags(root, **one, unlabeled_list=str(tmp_path / "list.txt")))
+    assert keys_of(data.labeled) == [NAMES[0], NAMES[2], NAMES[3]] == keys_of(data.unlabeled)
+    assert keys_of(load(flags(root, **one)).unlabeled) == [NAMES[1], NAMES[4]]
+
+
+def test_to_score_a_checkpoint_only_what_is_scored_must_be_there(tmp_path):
+    root = camvid(tmp_path)
+    shutil.rmtree(root / "train")
+    data = load(flags(root, eval_only=True, eval_on="test"))
+    assert (len(data.labeled), len(data.val), len(data.test)) == (0, 2, 1)
+    shutil.rmtree(root / "test")
+    load(flags(root, eval_only=True, eval_on="val"))
+    line = refusal(load, flags(root, eval_only=True, eval_on="test"))
+    assert line.startswith(f"{root}: no test of camvid here")
 
 
 @pytest.mark.parametrize(
@@ -246,11 +260,11 @@ def test_a_list_that_names_an_absent_image_is_refused_with_file_and_key(tmp_path
 def test_a_list_of_generated_pictures_is_read_too(tmp_path):
     (tmp_path / "l.txt").write_text("train-00007\ntrain-00003\n")
     data = load(flags("", dataset="shapes", labeled_list=str(tmp_path / "l.txt")))
-    assert keys_of(data.labeled) == ["train-00007", "train-00003"]
+    assert keys_of(data.labeled) == ["train-00003", "train-00007"]
     assert len(data.unlabeled) == 318
     assert not set(keys_of(data.labeled)) & set(keys_of(data.unlabeled))
     assert (len(data.val), len(data.test)) == (64, 64)
-    assert data.read(data.labeled[0], True)[1].tobytes() == shapes.draw("train-00007")[1].tobytes()
+    assert data.read(data.labeled[0], True)[1].tobytes() == shapes.draw("train-00003")[1].tobytes()
     assert data.read(data.unlabeled[0], False)[1] is None
     (tmp_path / "l.txt").write_text("val-00007\n")
     line = refusal(load, flags("", dataset="shapes", labeled_list=str(tmp_path / "l.txt")))
@@ -319,14 +333,15 @@ def test_counts_are_those_of_the_papers():
     assert labels("voc", classic) == [92, 183, 366, 732, 1464]
     assert counts("voc", "92") == (92, 10490) and counts("voc_aug", "1/2") == (5291, 5291)
     assert counts("cityscapes", "1/16") == (186, 2789)
-    assert counts("voc_aug", "662") == (662, 9920) and counts("voc_aug", "1464") == (1464, 9118)
+    assert counts("cityscapes", "1/32") == (93, 2882) and counts("voc", "1464") == (1464, 9118)
+    assert counts("cityscapes", "1/3") == (992, 1983)  # with --split-seed
     assert counts("voc", "all") == (10582, 10582) and counts("cityscapes", "all") == (2975, 2975)
 
 
 def test_counts_of_what_is_unknown_are_zero():
     for name, split in (
         *(("cityscapes", split) for split in (None, "", "list", "1/0", "0", "x/2", "1/x", "-3")),
-        *(("voc", split) for split in ("1/16", "1/2", "1465", "10582")),
+        *(("voc", split) for split in ("1/1", "1465", "10582")),
         *(("voc_aug", "10582"), ("cityscapes", "2975"), ("folder", "1/2"), ("folder", "all")),
         ("camvid", "1/8"),
         ("camvid", "all"),
@@ -371,7 +386,7 @@ def test_the_published_splits_are_those_found_in_the_lists_of_the_projects():
             (size[0], train),
             (size[1], val),
         )
-        assert FACTS[name]["pool"] == size[0]
+        assert counts(name, "all") == (size[0], size[0])
     found = {
         (name, family, split): (entry["images"], entry["set"])
         for name, families in SPLITS.items()
@@ -427,7 +442,7 @@ def test_every_released_list_has_the_count_and_the_hash_of_its_set(released):
                     continue  # generated, or of a project without lists here
                 ends = [p for p in released if p.startswith(folder)]
                 path, *others = [p for p in ends if entry["url"].endswith(p[len(folder) :])]
-                keys = released[path][1]
+                keys = released[path][1][:: entry.get("every", 1)]
                 assert not others and len(keys) == entry["images"], path
                 by_hand = hashlib.sha1("\n".join(sorted(keys)).encode()).hexdigest()[:8]
                 assert by_hand == set_hash(keys) == entry["set"], (name, family, split)

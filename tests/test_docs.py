@@ -18,6 +18,7 @@ from common.data import FACTS
 from common.run import cells, describe, parse, resolve
 from docs import draw_shapes
 from results import table
+from sources import load
 from tests import helpers
 from tests.test_copies import ROOT, SCRIPTS
 
@@ -110,7 +111,7 @@ def test_presets_printed_are_the_papers_and_resolve():
         assert len(lines) == sum(len(e["miou"]) for e in mine) > 12
         for line in lines:
             flags = shlex.split(re.search(r"--dataset .*?(?=  )", line)[0])
-            text = describe(resolve(parse(module.Args, flags), module.preset))
+            text = describe(resolve(parse(module.Args, flags), module.preset), load)
             assert re.search(r"^total_iters +[1-9]\d+", text, re.M), line
 
 
@@ -169,7 +170,7 @@ def test_the_64_cells_of_fpls_tables_1_to_3_resolve_with_a_dry_run(capsys):
 
 
 def draw_own_images(root, classes, ignore):
-    """Draws 8 training images, 5 with masks, and 3 of val: odd sizes, four modes, holes in masks."""
+    """Draws 8 training images, 5 with masks, and 3 of val: odd sizes, 4 modes, holes in masks."""
     rng = np.random.default_rng(classes)
     modes = (("RGB", "jpg"), ("RGBA", "png"), ("L", "png"), ("P", "png"))
     for part, count in (("train", 8), ("val", 3)):
@@ -214,7 +215,7 @@ def test_your_own_images_in_ten_lines(classes, ignore, tmp_path, monkeypatch, ca
     text = capsys.readouterr().out
     assert "every file can be read" in text
     start, *_, last = helpers.log(tmp_path / "runs/my")
-    assert [start["lists"][n][0] for n in ("labeled", "unlabeled", "val")] == [5, 3, 3]
+    assert [start["lists"][n][0] for n in ("labeled", "unlabeled", "val")] == [5, 8, 3]
     assert len(last["last"]["iou"]) == classes
     with Image.open("classes.png") as chart:
         assert min(chart.size) > 100 and len(np.unique(chart.convert("L"))) > 10

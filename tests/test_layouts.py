@@ -3,6 +3,8 @@
 import hashlib
 import os
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,9 @@ import pytest
 from PIL import Image
 from test_data import flags, keys_of, refusal
 
-from common.data import FACTS, SPLITS, Item, load
-from sources import SUFFIXES
+import sources
+from common.data import FACTS, SPLITS, Item
+from sources import SUFFIXES, load
 
 KEYS = {
     "voc": {
@@ -210,13 +213,13 @@ def test_every_layout_is_read_with_the_lists_of_every_project(
             (tmp_path / file).write_bytes(text.encode())
         lists = dict(labeled_list=str(tmp_path / "l.txt"), unlabeled_list=str(tmp_path / "u.txt"))
         data = load(flags(root, dataset=name, **lists))
-        columns = [pattern.format(**words(key)).split()[1:] for key in chosen]
+        columns = [pattern.format(**words(key)).split()[1:] for key in sorted(chosen)]
         columns = [column[0].lstrip("/") if column else None for column in columns]
-        both = zip(chosen, columns, strict=True)
+        both = zip(sorted(chosen), columns, strict=True)  # the order of a list does not matter
         labeled = [expected(root, files, layout, key, "train", column) for key, column in both]
         assert data.labeled == labeled, form
         assert [item[:2] for item in data.unlabeled] == [
-            expected(root, files, layout, key, "train")[:2] for key in rest
+            expected(root, files, layout, key, "train")[:2] for key in sorted(rest)
         ]
         assert all(item.label is None for item in data.unlabeled)
         assert data.test == []
@@ -265,7 +268,7 @@ def test_without_a_root_the_usual_folder_is_taken():
 def test_a_column_that_names_a_file_comes_before_what_the_layout_has(tmp_path):
     root = tmp_path / "tree"
     draw(root, "voc, official")
-    fine, other = "2008_000008", "2007_000032"
+    other, fine = "2007_000032", "2008_000008"
     copy = picture(root / "copies/one.jpg", "RGB", (9, 9, 9))
     lines = [
         f"JPEGImages/{fine}.jpg SegmentationClass/{fine}.png",
@@ -275,11 +278,11 @@ def test_a_column_that_names_a_file_comes_before_what_the_layout_has(tmp_path):
     (tmp_path / "l.txt").write_text("\n".join(lines[:2]))
     one = dict(dataset="voc", labeled_list=str(tmp_path / "l.txt"))
     masks = [item.label for item in load(flags(root, **one)).labeled]
-    ends = (f"SegmentationClass/{fine}.png", f"SegmentationClassAug/{other}.png")
+    ends = (f"SegmentationClassAug/{other}.png", f"SegmentationClass/{fine}.png")
     assert masks == [root / end for end in ends]
     (tmp_path / "l.txt").write_text(f"{fine}\n{other}")
     masks = [item.label for item in load(flags(root, **one)).labeled]
-    assert masks == [root / f"SegmentationClassAug/{key}.png" for key in (fine, other)]
+    assert masks == [root / f"SegmentationClassAug/{key}.png" for key in (other, fine)]
     (tmp_path / "l.txt").write_text(lines[2])  # an image without a key
     assert "no image key" in refusal(load, flags(root, **one))
     copy.rename(root / f"copies/{other}.jpg")
@@ -413,7 +416,7 @@ def test_every_split_of_every_family_is_the_list_that_lies_there(tmp_path, monke
             chosen = keys[:: int(split.split("/")[1])]
             monkeypatch.setitem(SPLITS[dataset][family], split, entry(chosen))
         data = load(flags(root, dataset=dataset, split=split, split_family=family))
-        assert keys_of(data.labeled) == chosen, (family, split)
+        assert keys_of(data.labeled) == sorted(chosen), (family, split)
         assert keys_of(data.unlabeled) == [key for key in keys if key not in chosen]
         more = SPLITS[dataset][family][split] | {"images": len(chosen) + 1}
         monkeypatch.setitem(SPLITS[dataset][family], split, more)
@@ -531,33 +534,31 @@ def test_a_seed_draws_from_what_is_there_whatever_is_published(tmp_path, monkeyp
     assert len(load(flags(root, dataset="voc_aug", split_seed=0)).labeled) == 39  # of all
 
 
-def test_a_list_must_have_as_many_images_as_its_split_says(tmp_path, monkeypatch):
+def test_a_list_must_be_the_set_that_its_split_names(tmp_path, monkeypatch):
     root, path = tmp_path / "tree", tmp_path / "l.txt"
     keys = many(monkeypatch, root, "voc_aug")
-    monkeypatch.setitem(FACTS["voc"], "pool", 40)
-    for split, count in (("1/16", 3), ("1/8", 5), ("1/4", 10)):
-        monkeypatch.setitem(SPLITS["voc_aug"]["u2pl"], split, entry(keys[:count]))
+    for split, some in (("1/16", keys[3:6]), ("1/8", keys[3:8]), ("1/4", keys[:5])):
+        monkeypatch.setitem(SPLITS["voc_aug"]["u2pl"], split, entry(some))
     one = dict(dataset="voc_aug", labeled_list=str(path), split_family="u2pl")
     path.write_text("\n".join(keys[3:8]))
-    for split in ("1/8", "5", "all", "mine", "1/0", ""):  # the last ones say nothing
+    for split in ("1/8", "list", "all", "mine", "1/0", ""):  # the last ones say nothing
         data = load(flags(root, split=split, **one))
         assert keys_of(data.labeled) == keys[3:8]
         assert keys_of(data.unlabeled) == keys[:3] + keys[8:]
-    for split, count in (("1/4", 10), ("1/16", 3), ("6", 6)):
+    for split, what in (("1/4", entry(keys[:5])["set"]), ("1/16", "3"), ("1/20", "2")):
         line = refusal(load, flags(root, split=split, **one))
-        assert f"--split {split} has {count} labelled images, not 5" in line
+        assert f"--split {split}: 5 images" in line and what in line and "leave --split" in line
 
 
 def test_a_list_of_a_family_with_a_count_of_its_own_goes_with_its_split(tmp_path, monkeypatch):
     root, path = tmp_path / "tree", tmp_path / "l.txt"
     keys = many(monkeypatch, root, "voc_aug")
-    monkeypatch.setitem(FACTS["voc"], "pool", 40)
     monkeypatch.setitem(SPLITS["voc_aug"]["cac0"], "1/4", entry(keys[:9]))  # as 2645 of 10,582
     monkeypatch.setitem(SPLITS["voc_aug"]["cps"], "1/4", entry(keys[:10]))
     path.write_text("\n".join(keys[:9]))
     one = dict(dataset="voc_aug", labeled_list=str(path), split="1/4")
     assert keys_of(load(flags(root, split_family="cac0", **one)).labeled) == keys[:9]
-    assert "has 10" in refusal(load, flags(root, split_family="cps", **one))
+    assert "instead of 10" in refusal(load, flags(root, split_family="cps", **one))
 
 
 # ---- a folder of one's own ----
@@ -625,7 +626,8 @@ def test_images_without_a_mask_are_unlabelled_whatever_the_split(tmp_path):
         (root / f"masks/train/{name}.png").unlink()
     masked, bare = names[1::2], names[::2]
     data = load(own(root))
-    assert keys_of(data.labeled) == masked and keys_of(data.unlabeled) == bare
+    assert keys_of(data.labeled) == masked and keys_of(data.unlabeled) == names
+    assert all(item.label is None for item in data.unlabeled)
     data = load(own(root, split="1/2"))
     assert keys_of(data.labeled) == masked[::2]
     assert keys_of(data.unlabeled) == [name for name in names if name not in masked[::2]]
@@ -654,7 +656,8 @@ def test_lists_of_ones_own_name_images_and_masks_anywhere_in_the_folder(tmp_path
     (root / "val.txt").write_text(tab.format("x4"))
     data = load(own(root))
     keys = ["photos here/x 1", "photos here/x2"]
-    assert keys_of(data.labeled) == keys and keys_of(data.unlabeled) == ["photos here/sub/x3"]
+    assert keys_of(data.labeled) == keys
+    assert keys_of(data.unlabeled) == sorted(["photos here/sub/x3", *keys])
     assert keys_of(data.val) == ["photos here/x4"] and data.test == []
     first = root / "photos here/x 1.JPG", root / "labels/of x 1.png"
     assert data.labeled[0][1:] == first
@@ -687,7 +690,7 @@ def test_lists_of_a_folder_in_the_layout_may_be_bare_or_paths(tmp_path):
         for form in FORMS.values():
             (tmp_path / "l.txt").write_bytes(form(lines).encode())
             data = load(own(root, labeled_list=str(tmp_path / "l.txt")))
-            assert keys_of(data.labeled) == keys
+            assert keys_of(data.labeled) == sorted(keys)
             others = [key for key in ("a", "b c", "d", "one/a") if key not in keys]
             assert keys_of(data.unlabeled) == others
     assert data.labeled[0].label == root / "masks/train/d.png"  # as the list has it
@@ -881,9 +884,93 @@ def test_the_folders_of_ones_own_data_may_be_links_to_another_disk(tmp_path, lis
         names = sorted(path.name for path in (disk / "images" / part).iterdir())
         text = "".join(f"images/{part}/{name}\tmasks/{part}/{name}\n" for name in names)
         (root / f"{part}.txt").write_text(text)
+    if lists:  # what a list names is followed by links no more than anywhere else
+        assert "no place inside the folder" in refusal(load, own(root))
+        return
     data = load(own(root))
     assert keys_of(data.labeled) == ["a", "b", "c", "d"] and keys_of(data.val) == ["v 0", "v1"]
     assert data.labeled[0][1:] == (root / "images/train/a.png", root / "masks/train/a.png")
     (tmp_path / "l.txt").write_text("images/train/b.png\tmasks/train/b.png\nd")
     data = load(own(root, labeled_list=str(tmp_path / "l.txt")))
     assert keys_of(data.labeled) == ["b", "d"] and keys_of(data.unlabeled) == ["a", "c"]
+
+
+def grey_png(path, values, bits):
+    """Writes an 8-bit-less grey PNG by hand, which PIL cannot: values (H, W), bits 1, 2, 4 or 8."""
+    values = np.asarray(values, np.uint8)
+    planes = np.unpackbits(values[..., None], 2)[..., 8 - bits :].reshape(len(values), -1)
+    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in planes)
+    head = struct.pack(">IIBBBBB", values.shape[1], len(values), bits, 0, 0, 0, 0)
+    text = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        text += struct.pack(">I", len(data)) + kind + data
+        text += struct.pack(">I", zlib.crc32(kind + data))
+    path.write_bytes(text)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_a_grey_mask_of_two_or_four_bits_is_refused_and_never_rescaled(tmp_path, bits):
+    root = folder(tmp_path)
+    values = np.arange(48).reshape(6, 8) % 2
+    grey_png(root / "masks/train/a.png", values, bits)
+    data = load(own(root, num_classes=81))
+    if bits in (2, 4):
+        assert "2 or 4 bits" in refusal(data.read, data.labeled[0], True)
+    else:
+        assert (np.asarray(data.read(data.labeled[0], True)[1]) == values).all()
+    grey_png(root / "images/train/a.png", values, bits)  # a photograph is rescaled, as it should be
+    image, _ = data.read(data.unlabeled[0], False)
+    assert image.getpixel((1, 0)) == (255 // (2**bits - 1),) * 3
+
+
+def test_the_order_of_a_list_does_not_change_the_data(tmp_path):
+    root, lists = folder(tmp_path / "tree"), []
+    for i, keys in enumerate((["d", "a", "c"], ["a", "c", "d"])):
+        (tmp_path / f"{i}.txt").write_text("\n".join(keys))
+        lists.append(load(own(root, labeled_list=str(tmp_path / f"{i}.txt"))))
+    assert lists[0].labeled == lists[1].labeled and lists[0].unlabeled == lists[1].unlabeled
+    assert keys_of(lists[0].labeled) == ["a", "c", "d"]
+
+
+def test_cityscapes_lists_of_test_and_coarse_images_are_read_in_the_official_tree(tmp_path):
+    root = tmp_path / "tree"
+    draw(root, "cityscapes, official")
+    for part, key in (("test", "berlin_000354_000019"), ("train_extra", "ulm_000001_000002")):
+        place = f"{part}/{key.split('_')[0]}/{key}"
+        picture(root / f"leftImg8bit/{place}_leftImg8bit.png", "RGB", 1)
+    picture(root / "gtCoarse/train_extra/ulm/ulm_000001_000002_gtCoarse_labelIds.png", "L", 26)
+    extra = "ulm_000001_000002"
+    (tmp_path / "l.txt").write_text(
+        f"/images/train_extra/{extra}.png\t/segmentation/train_extra/{extra}_gtCoarse.png"
+    )
+    test = "berlin_000354_000019"
+    (tmp_path / "u.txt").write_text(
+        f"/images/test/{test}.png\t/segmentation/test/{test}_gtFine.png"
+    )
+    lists = dict(labeled_list=str(tmp_path / "l.txt"), unlabeled_list=str(tmp_path / "u.txt"))
+    data = load(flags(root, dataset="cityscapes", **lists))
+    assert keys_of(data.labeled) == [extra] and keys_of(data.unlabeled) == [test]
+    assert (np.asarray(data.read(data.labeled[0], True)[1]) == 13).all()  # car
+
+
+def test_missing_masks_of_voc_say_how_they_are_made(tmp_path, monkeypatch):
+    root = tmp_path / "tree"
+    draw(root, "voc, official")
+    publish_parts(monkeypatch, "voc")
+    for path in (root / "SegmentationClassAug").iterdir():
+        path.unlink()
+    line = refusal(load, flags(root, dataset="voc"))
+    assert "python prepare_data.py voc" in line
+    tried = line.partition("tried ")[2].split(";")[0].split(", ")
+    assert len(tried) == len(set(tried))
+
+
+def test_a_folder_for_lists_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch):
+    keys = KEYS["voc"]["train"]
+    raw = tmp_path / "raw.txt"
+    raw.write_text("\n".join(keys))
+    monkeypatch.setattr(sources, "SCHEMES", ("file",))
+    monkeypatch.setitem(SPLITS["voc"]["u2pl"], "92", entry(keys, url=raw.as_uri()))
+    Path("data").write_text("a file where the folder should be")
+    line = refusal(sources.fetch_list, "voc", "u2pl", "92")
+    assert "python prepare_data.py splits --family u2pl" in line

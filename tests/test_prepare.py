@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -26,9 +27,9 @@ from scipy.io import savemat
 import prepare_data
 import sources
 from common import Refusal
-from common.data import FACTS, choose, load
+from common.data import FACTS
 from prepare_data import SPLITS, fetch_list, main, members, same_set
-from sources import read_list
+from sources import choose, load, read_list
 from tests.helpers import ROOT, draw_tree, snapshot
 
 
@@ -1106,3 +1107,32 @@ def test_ctrl_c_and_what_cannot_be_written_are_said_in_a_line(monkeypatch, capsy
     with pytest.raises(SystemExit) as end:
         command("voc")
     assert end.value.code == 130 and "goes on" in capsys.readouterr().err
+
+
+def test_stats_of_a_list_without_images_are_empty_and_no_crash(capsys, tmp_path):
+    for part, masked in (("train", False), ("val", True)):
+        for folder in ("images", "masks") if masked else ("images",):
+            (tmp_path / f"own/{folder}/{part}").mkdir(parents=True)
+            mode = "RGB" if folder == "images" else "L"
+            Image.new(mode, (6, 5), 1).save(tmp_path / f"own/{folder}/{part}/a.png")
+    command("stats --dataset folder --num-classes 2 --data-root", tmp_path / "own")
+    rows = capsys.readouterr().out.splitlines()
+    (row,) = [line.split() for line in rows if line.startswith("class 1")]
+    assert row[2:] == ["0.000", "0", "100.000", "1"]
+
+
+def test_voc_is_completed_inside_a_devkit_that_is_unpacked_already(voc):
+    command("voc")
+    shutil.move("data/voc", "whole")
+    nested = Path("data/voc/VOCdevkit/VOC2012")
+    nested.parent.mkdir(parents=True)
+    shutil.move("whole", nested)
+    for name in prepare_data.ARCHIVES:
+        shutil.move(nested / name, f"data/voc/{name}") if (nested / name).exists() else None
+    before = snapshot(nested)
+    shutil.rmtree(nested / "SegmentationClassAug")
+    command("voc")
+    assert snapshot(nested) == before and not Path("data/voc/JPEGImages").exists()
+    lists = nested / "ImageSets/Segmentation"
+    os.replace(lists / "train_aug.txt", lists / "trainaug.txt")  # MMSegmentation's name
+    assert prepare_data.lacking(nested) == ""

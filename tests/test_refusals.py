@@ -17,8 +17,9 @@ from PIL import Image
 
 import cps_fpl
 import mean_teacher
+import sources
 import supervised
-from common import Refusal, data, run
+from common import Refusal, run
 from common.distributed import Group
 from tests.helpers import ROOT, draw_tree, flags, shrink, snapshot, train
 
@@ -268,7 +269,7 @@ def test_damage_that_a_loader_process_meets_is_refused_alike(
 def test_an_image_cut_at_any_byte_is_read_or_refused_and_nothing_else(tmp_path):
     tree = draw_tree(tmp_path / "data", train=2, val=1, test=0)
     args = run.resolve(run.parse(supervised.Args, flags(tree, "out")), supervised.preset)
-    images = data.load(run.replace(args, split="all"))
+    images = sources.load(run.replace(args, split="all"))
     for path in (tree / "train/train0.jpg", tree / "trainannot/train0.png"):
         whole, kept = path.read_bytes(), 0
         for size in range(0, len(whole), 3):
@@ -318,7 +319,7 @@ def test_damage_found_late_leaves_the_run_folder_whole(workers, tmp_path, monkey
 def test_a_batch_that_does_not_divide_over_the_processes_is_refused(tmp_path, monkeypatch):
     argv = flags(draw_tree(tmp_path / "data"), "out") + ["--batch-size", "6"]
     args = run.resolve(run.parse(mean_teacher.Args, argv), mean_teacher.preset)
-    images, cpu = data.load(args), torch.device("cpu")
+    images, cpu = sources.load(args), torch.device("cpu")
     for name in ("labeled", "unlabeled"):
         with pytest.raises(Refusal, match=rf"^6 {name} .*\b4 processes"):
             mean_teacher.open_stream(name, images, args, Group(0, 4, cpu), 0)

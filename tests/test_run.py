@@ -21,8 +21,9 @@ from PIL import Image
 
 import cps_fpl
 import mean_teacher
+import sources
 import supervised
-from common import Refusal, data, run
+from common import Refusal, run
 from tests.helpers import (
     differences,
     draw_tree,
@@ -531,6 +532,21 @@ def test_a_head_of_another_method_or_other_classes_stays_random(tmp_path):
         assert line.startswith(f"{path}: does not fit these flags (") and "\n" not in line
 
 
+def test_a_second_branch_never_starts_as_the_twin_of_the_first(tmp_path):
+    source = network(supervised, "DeepLabV3Plus").state_dict()
+    content = {"script": "supervised.py", "step": 7, "args": {}, "networks": {"student": source}}
+    torch.save(content, tmp_path / "best.pt")
+    for names, heads in ((("branch1", "branch2"), 1), (("student", "teacher"), 2)):
+        nets = {name: network(supervised, "DeepLabV3Plus") for name in names}
+        words = run.load_init(str(tmp_path / "best.pt"), nets)
+        weight = "head.classify.6.weight"
+        weight = weight if weight in source else [k for k in source if "head" in k][-1]
+        same = [torch.equal(net.state_dict()[weight], source[weight]) for net in nets.values()]
+        assert sum(same) == heads == 2 - words.count("head random"), words
+        key = "backbone.conv1.weight"
+        assert all(torch.equal(net.state_dict()[key], source[key]) for net in nets.values())
+
+
 # ---- evaluation ----
 
 
@@ -592,7 +608,7 @@ def test_the_score_is_that_of_one_confusion_matrix_over_all_images(tmp_path, mon
     tree, out = draw_tree(tmp_path / "data", val=3), tmp_path / "run"
     train(supervised, flags(tree, out, iters=2))
     args = run.resolve(run.parse(supervised.Args, flags(tree, out, iters=2)), supervised.preset)
-    images = data.load(args)
+    images = sources.load(args)
     net = supervised.Network(args, images.num_classes, supervised.DeepLabV3Plus).eval()
     net.load_state_dict(torch.load(out / "last.pt", weights_only=True)["networks"]["student"])
     confusion = torch.zeros(11, 11, dtype=torch.int64)
@@ -665,7 +681,7 @@ def test_a_process_that_is_not_the_first_ends_well_with_tensorboard(tmp_path, mo
     argv = flags(draw_tree(tmp_path / "data"), tmp_path / "run") + ["--tensorboard"]
     args = run.resolve(run.parse(supervised.Args, argv), supervised.preset)
     second = supervised.distributed.Group(1, 2, torch.device("cpu"))
-    run.Run(args, supervised.__file__, second, data.load(args)).finish({}, "test")
+    run.Run(args, supervised.__file__, second, sources.load(args)).finish({}, "test")
     assert not (tmp_path / "run").exists()
 
 

@@ -594,6 +594,7 @@ class Stats(Check):
             table.append([f"{'images':>8}", *(f"{n:8}" for n in images)])
         print("\n".join("".join(row) for row in zip(*table, strict=True)))
         if self.out:
+            figure.set_figheight(max(4, 0.25 * len(names)))  # inches: every name is legible
             axes, file = figure.subplots(), io.BytesIO()
             for i, (name, share) in enumerate(shares.items()):
                 axes.barh(np.arange(len(names)) + 0.4 * i, share, 0.4, label=name)

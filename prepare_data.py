@@ -600,6 +600,7 @@ class Stats(Check):
                 axes.barh(np.arange(len(names)) + 0.4 * i, share, 0.4, label=name)
             axes.set_yticks(np.arange(len(names)) + 0.2, names)
             axes.set_xlabel("% of pixels")
+            axes.margins(y=0.01)
             axes.invert_yaxis()
             axes.legend()
             figure.savefig(file, format="png")

@@ -17,7 +17,7 @@ PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # p
 # flags named where they differ
 USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule": "paper"}
 USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}
-USUAL |= {"same_image_cutmix": False, "evaluate": "branch1", "seed": 0}
+USUAL |= {"same_image_cutmix": False, "evaluate": "branch1", "seed": 0, "stem": "classic"}
 ORDER = "supervised.py mean_teacher.py cps_fpl.py ael_fpl.py u2pl.py esl.py".split()
 LOSSES = {"fpl": "FPL", "ce": "CPS"}  # cps_fpl.py's first word
 

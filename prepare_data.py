@@ -359,6 +359,8 @@ class Splits:
 
     def run(self):
         """Fetches what is not there. Raises Refusal at the end with all that --from lacks."""
+        if self.source and not Path(self.source).is_dir():
+            raise Refusal(f"--from {self.source}: no such folder")
         wrong = []
         for dataset in SPLITS if self.dataset == "all" else [self.dataset]:
             families = [f for f in SPLITS[dataset] if f.startswith(("parts", self.family))]

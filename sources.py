@@ -275,12 +275,7 @@ def keys_of(path, pattern):
 
 @functools.cache
 def lists_below(folder, pattern, every=1):
-    """Returns {(images, set hash): keys} of all lists below a folder; every: so many apart.
-
-    Raises Refusal if there is no such folder.
-    """
-    if not Path(folder).is_dir():
-        raise Refusal(f"--from {folder}: no such folder")
+    """Returns {(images, set hash): keys} of all lists below a folder; every: so many apart."""
     found = {}
     for path in sorted(Path(folder).rglob("*.txt")):
         keys = keys_of(path, pattern)[::every]

@@ -506,6 +506,8 @@ class MakeSplit(Source):
         count = math.ceil(len(items) / int(ratio[1])) if ratio else self.labels
         if not 1 <= count <= len(items):
             raise Refusal(f"--labels {count}: 1 to {len(items)}, the training images with masks")
+        if self.seed < 0:
+            raise Refusal(f"--seed {self.seed}: a number from 0")
         order = np.random.default_rng(self.seed).permutation(sorted(items)).tolist()
         chosen = order[:count]
         if self.every_class:
@@ -524,6 +526,8 @@ class MakeSplit(Source):
             raise Refusal(f"{self.dataset}: names that a list cannot hold")
         print(f"{out}: {count} of {len(items)} images, set {set_hash(chosen)}")
         root = f" --data-root {self.data_root}" if self.data_root else ""
+        if self.num_classes:
+            root += f" --num-classes {self.num_classes} --ignore-index {self.ignore_index}"
         print(f"next: --dataset {self.dataset}{root} --labeled-list {out}")
 
 

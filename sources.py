@@ -70,13 +70,13 @@ def load(args):
         raise Refusal("--num-classes, --ignore-index: with --dataset folder alone")
     if not 0 <= args.ignore_index <= 255:
         raise Refusal(f"--ignore-index {args.ignore_index}: a value of a mask, 0 to 255")
-    held = {part: tree.part(part) for part in ("val", "test")}
     scored = getattr(args, "eval_only", False) and args.eval_on
-    for part in {"val", scored or "val"}:
-        if not held[part]:
-            where = ", ".join(tree.facts["parts"].get(part, ["it has no such part"]))
-            raise Refusal(f"{tree.root}: no {part} of {args.dataset} here ({where})")
-    if published(args):
+    held = {p: tree.part(p) if scored in (False, p) else {} for p in ("val", "test")}
+    part = scored or "val"
+    if not held[part]:
+        where = ", ".join(tree.facts["parts"].get(part, ["it has no such part"]))
+        raise Refusal(f"{tree.root}: no {part} of {args.dataset} here ({where})")
+    if published(args) and part == "val":
         known_set(f"val of {args.dataset}", held["val"], SPLITS[args.dataset]["parts"]["val"])
     lists = [tree.items(part, rows) for part, rows in held.items()]
     if scored:
@@ -87,7 +87,7 @@ def load(args):
     files = [{item.image or item.key for item in one} for one in lists]
     leak = (files[0] | files[1]) & (files[2] | files[3])
     if leak:
-        raise Refusal(f"{len(leak)} images to train on are in val or test: {min(leak)} ...")
+        raise Refusal(f"{len(leak)} images to train on are in val or test, {min(leak)} first")
     return Data(args, *lists)
 
 
@@ -115,7 +115,13 @@ def training(args, tree):
             raise Refusal(f"{what}: {len(labeled)} images, not {count}; leave --split out")
         return labeled, unlabeled, train
     optional = args.dataset == "folder"
-    masked = [k for k in train if not optional or tree.file("train", k, [train[k]], 1)]
+    masked = [
+        key  # a mask that a list names must be there, one that only might be there need not
+        for key, row in train.items()
+        if not optional or row[1] or tree.file("train", key, [row], 1)
+    ]
+    if not masked:
+        raise Refusal(f"{tree.root}: no image to train on with a mask; see docs/data.md")
     if published(args):
         labeled, unlabeled = named(args, masked)
     else:
@@ -145,10 +151,11 @@ class Tree:
         for place in self.facts["parts"].get(part, ()):
             rows = {}
             for path in self.root.glob(place):
-                match = re.search(pattern, path.relative_to(self.root).as_posix())
+                inside = path.relative_to(self.root).as_posix()
+                match = re.search(pattern, inside)
                 if place.endswith(".txt"):
                     rows = read_list(path, pattern)
-                elif match and path.suffix.lower() in SUFFIXES and path.name[0] != ".":
+                elif match and path.suffix.lower() in SUFFIXES and "/." not in f"/{inside}":
                     if match[0] in rows:
                         raise Refusal(f"{path}: another image has the key {match[0]} too")
                     rows[match[0]] = (path, None)
@@ -196,7 +203,7 @@ class Tree:
             if None in files:
                 what = ("image", "mask")[files.index(None)]
                 tried = dict.fromkeys(map(str, self.places(part, key, both, files.index(None))))
-                tried = ", ".join(tried) or "nothing: its list names no place inside the folder"
+                tried = ", ".join(tried) or "nothing: a link leads what its list names out of here"
                 tried += MADE * (what == "mask" and self.name.startswith("voc"))
                 raise Refusal(f"{source or self.root}: {key} has no {what} here; tried {tried}")
             items.append(Item(key, *files))
@@ -211,6 +218,8 @@ def choose(keys, split, seed):
     keys = sorted(keys)
     if split == "all":
         return keys, keys
+    if seed is not None and seed < 0:
+        raise Refusal(f"--split-seed {seed}: a number from 0")
     match = re.fullmatch(r"1/([1-9]\d*)", split)
     if not match or not 2 <= int(match[1]) <= len(keys):
         raise Refusal(f"--split {split}: all, or 1/r with r from 2 to {len(keys)}")
@@ -253,7 +262,7 @@ def named(args, pool):
 def known_set(what, keys, entry, remedy=""):
     """Raises Refusal if keys are not the published set."""
     if wrong := same_set(keys, entry):
-        remedy = remedy or "python prepare_data.py check, or --labeled-list"
+        remedy = remedy or "--labeled-list or --split-seed take what is here"
         raise Refusal(f"{what}: {wrong}; {remedy}")
 
 

@@ -52,6 +52,8 @@ def cli(kind, argv=None, **more):
 def parse(cls, argv=None):
     """Returns cls filled from the flags; with --eval-only a checkpoint's stand below them."""
     args = cli(cls, argv)
+    if not args.eval_only and (args.checkpoint or args.eval_on != "val"):
+        raise Refusal("--checkpoint, --eval-on: with --eval-only; --init starts from a checkpoint")
     if not args.eval_only:
         return args
     saved = load_checkpoint(args.checkpoint or "--eval-only needs --checkpoint")["args"]
@@ -66,13 +68,13 @@ def resolve(args, preset):
     preset: function of args to a dict. Raises Refusal for a field that nothing sets, and for a
     number out of range.
     """
+    if args.labeled_list and args.split is None:
+        args = replace(args, split="list")
     values = preset(args) | ({"weights": "none"} if args.init else {})
     ratio, lr = (args.batch_size or 0) / values.get("batch_size", 1), values.get("lr")
     if args.lr is None and lr and ratio not in (0, 1) and os.environ.get("RANK", "0") == "0":
         print(f"--lr {lr:g} is kept; the linear rule would have {lr * ratio:g} for this batch")
     args = replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
-    if args.labeled_list and args.split is None:
-        args = replace(args, split="list")
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         if value is None and name != "split_seed" and not args.list_presets:
@@ -210,6 +212,8 @@ class Run:
             self.say(f"run folder: {self.folder}, starting from {what}")
             return 0
         saved, mine = load_checkpoint(path, self.script), plain(self.args)
+        if "optimizer" not in saved:
+            raise Refusal(f"{path}: a best.pt, which holds no optimizer; --init starts from it")
         for name in sorted((set(mine) | set(saved["args"])) - set(NO_NUMBER)):
             old, new, flag = saved["args"].get(name), mine.get(name), name.replace("_", "-")
             if old != new:

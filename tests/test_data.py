@@ -160,7 +160,7 @@ def test_to_score_a_checkpoint_only_what_is_scored_must_be_there(tmp_path):
     root = camvid(tmp_path)
     shutil.rmtree(root / "train")
     data = load(flags(root, eval_only=True, eval_on="test"))
-    assert (len(data.labeled), len(data.val), len(data.test)) == (0, 2, 1)
+    assert (len(data.labeled), len(data.val), len(data.test)) == (0, 0, 1)
     shutil.rmtree(root / "test")
     load(flags(root, eval_only=True, eval_on="val"))
     line = refusal(load, flags(root, eval_only=True, eval_on="test"))

@@ -885,7 +885,7 @@ def test_the_folders_of_ones_own_data_may_be_links_to_another_disk(tmp_path, lis
         text = "".join(f"images/{part}/{name}\tmasks/{part}/{name}\n" for name in names)
         (root / f"{part}.txt").write_text(text)
     if lists:  # what a list names is followed by links no more than anywhere else
-        assert "no place inside the folder" in refusal(load, own(root))
+        assert "a link leads what its list names" in refusal(load, own(root))
         return
     data = load(own(root))
     assert keys_of(data.labeled) == ["a", "b", "c", "d"] and keys_of(data.val) == ["v 0", "v1"]
@@ -974,3 +974,19 @@ def test_a_folder_for_lists_that_cannot_be_written_is_refused_in_one_line(tmp_pa
     Path("data").write_text("a file where the folder should be")
     line = refusal(sources.fetch_list, "voc", "u2pl", "92")
     assert "python prepare_data.py splits --family u2pl" in line
+
+
+def test_a_mask_that_a_list_of_ones_own_names_must_be_there(tmp_path):
+    root = folder(tmp_path)
+    lines = ["images/train/a.png masks/train/a.png", "images/train/b.png typo/b.png"]
+    (root / "train.txt").write_text("\n".join(lines))
+    (root / "masks/train/b.png").unlink()
+    assert "b has no mask here" in refusal(load, own(root))
+    (root / "train.txt").write_text("\n".join([lines[0], "images/train/b.png"]))
+    assert keys_of(load(own(root)).labeled) == ["a"]
+
+
+def test_what_lies_in_hidden_folders_is_no_image(tmp_path):
+    root = folder(tmp_path)
+    picture(root / "images/train/.ipynb_checkpoints/a-checkpoint.png", "RGB", 1)
+    assert keys_of(load(own(root)).unlabeled) == ["a", "b", "c", "d"]

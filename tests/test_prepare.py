@@ -1109,16 +1109,16 @@ def test_ctrl_c_and_what_cannot_be_written_are_said_in_a_line(monkeypatch, capsy
     assert end.value.code == 130 and "goes on" in capsys.readouterr().err
 
 
-def test_stats_of_a_list_without_images_are_empty_and_no_crash(capsys, tmp_path):
+def test_a_folder_whose_training_images_have_no_masks_is_refused_by_every_command(tmp_path):
     for part, masked in (("train", False), ("val", True)):
         for folder in ("images", "masks") if masked else ("images",):
             (tmp_path / f"own/{folder}/{part}").mkdir(parents=True)
             mode = "RGB" if folder == "images" else "L"
             Image.new(mode, (6, 5), 1).save(tmp_path / f"own/{folder}/{part}/a.png")
-    command("stats --dataset folder --num-classes 2 --data-root", tmp_path / "own")
-    rows = capsys.readouterr().out.splitlines()
-    (row,) = [line.split() for line in rows if line.startswith("class 1")]
-    assert row[2:] == ["0.000", "0", "100.000", "1"]
+    for words in ("check", "stats", "make-split --labels 1 --out l.txt"):
+        line = f"{words} --dataset folder --num-classes 2 --data-root {tmp_path / 'own'}"
+        assert "no image to train on with a mask" in refusal(command, line)
+    assert prepare_data.survey(None, [], True, "none")[1].shape == (0, 256)
 
 
 def test_voc_is_completed_inside_a_devkit_that_is_unpacked_already(voc):

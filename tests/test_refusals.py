@@ -558,3 +558,26 @@ def test_a_refusal_is_one_line_on_stderr_and_exit_code_2(case, tmp_path):
     assert done.returncode == 2
     (tmp_path / "stderr").unlink()
     assert snapshot(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [["--checkpoint", "last.pt"], ["--eval-on", "test"]])
+def test_flags_of_scoring_are_refused_where_nothing_is_scored(words):
+    with pytest.raises(Refusal, match="with --eval-only"):
+        run.parse(supervised.Args, words)
+
+
+def test_a_run_by_list_is_not_named_by_a_split(tmp_path):
+    (tmp_path / "l.txt").write_text("train0\n")
+    words = ["--dataset", "camvid", "--labeled-list", str(tmp_path / "l.txt")]
+    for module in (supervised, mean_teacher, cps_fpl):
+        args = run.resolve(run.parse(module.Args, words), module.preset)
+        assert (args.split, args.total_iters) == ("list", 600)
+
+
+def test_a_best_checkpoint_in_place_of_the_last_one_is_refused(tmp_path, monkeypatch):
+    tree, out = draw_tree(tmp_path / "data"), tmp_path / "run"
+    shrink(supervised, monkeypatch)
+    train(supervised, flags(tree, out, iters=2, evaluate=2, save=2))
+    (out / "last.pt").write_bytes((out / "best.pt").read_bytes())
+    with pytest.raises(Refusal, match="--init starts from it"):
+        train(supervised, [*flags(tree, out, iters=2, evaluate=2, save=2), "--resume"])

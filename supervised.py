@@ -29,7 +29,6 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
@@ -316,8 +315,7 @@ class Network(nn.Module):
         super().__init__()
         self.amp = args.amp == "bf16"
         self.backbone = make_backbone(args)
-        wide = 1 if args.backbone == "resnet18" else 4
-        channels = [wide * c for c in (64, 128, 256, 512)]
+        channels = [(1 if args.backbone == "resnet18" else 4) * c for c in (64, 128, 256, 512)]
         self.head = head(channels, num_classes, args)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
@@ -344,7 +342,7 @@ def parallel(net, args, group):
     """Returns net as training calls it: in DDP with several processes, compiled if asked."""
     if group.world > 1:
         ids = [group.device.index] if group.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=ids)
+        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
         net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
     return torch.compile(net) if args.compile else net
 
@@ -378,12 +376,11 @@ def augment(image, label, rng, crop, scales):
         mode = Image.Transform.AFFINE
         return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=fill))
 
-    fill = tuple(round(m) for m in MEAN)
-    pixels = apply(image, Image.Resampling.BILINEAR, fill).transpose(2, 0, 1)
+    pixels = apply(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
     columns, rows = np.arange(x, x + crop), np.arange(y, y + crop)
     inside = np.outer((0 <= rows) & (rows < nh), (0 <= columns) & (columns < nw))
     label = label and apply(label, Image.Resampling.NEAREST, IGNORE)
-    return np.ascontiguousarray(pixels), label, inside
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), label, inside
 
 
 class Samples(Dataset):
@@ -394,15 +391,22 @@ class Samples(Dataset):
     """
 
     def __init__(self, data, items, with_label, scales, stream, args):
-        self.data, self.items, self.with_label, self.scales = data, items, with_label, scales
+        self.data, self.items, self.with_label = data, items, with_label
+        self.crop, self.scales = args.crop_size, scales
         names = (stream.split(".")[0], stream)
         self.order, self.warp = ([args.seed, zlib.crc32(name.encode())] for name in names)
-        self.crop = args.crop_size
+
+    def which(self, number):
+        """Returns the index of the item that sample `number` shows."""
+        lap, place = divmod(number, len(self.items))
+        return np.random.default_rng([*self.order, 0, lap]).permutation(len(self.items))[place]
 
     def __getitem__(self, number):
-        lap, place = divmod(number, len(self.items))
-        order = np.random.default_rng([*self.order, 0, lap]).permutation(len(self.items))
-        image, label = self.data.read(self.items[order[place]], self.with_label)
+        return self.sample(self.which(number), number)
+
+    def sample(self, index, number):
+        """Returns the item of this index as sample `number` would show it."""
+        image, label = self.data.read(self.items[index], self.with_label)
         rng = np.random.default_rng([*self.warp, 1, number])
         image, label, inside = augment(image, label, rng, self.crop, self.scales)
         sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
@@ -443,9 +447,6 @@ class Images(Dataset):
 
     def __init__(self, data, items):
         self.data, self.items = data, items
-
-    def __len__(self):
-        return len(self.items)
 
     def __getitem__(self, index):
         image, label = self.data.read(self.items[index], True)
@@ -556,7 +557,7 @@ def main(args):
         begin = time.time()
         torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + group.rank)  # dropout
         batch = {name: next(b) for name, b in batches.items()}
-        waited = time.time() - begin
+        spent = {"data": time.time() - begin}  # seconds
         for stream in batch.values():
             for key, tensor in stream.items():
                 stream[key] = tensor.to(group.device, non_blocking=True)
@@ -575,10 +576,9 @@ def main(args):
         # >>> method: after-step
         # <<< method: after-step
         if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
-            for net in networks.values():
-                distributed.copy_buffers(net)
+            distributed.copy_buffers(*networks.values())
         done = step + 1
-        run.step(done, parts, args.lr * decay, begin, waited)
+        run.step(done, parts, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
             maps = {"image": x_l, "label": y_l, "prediction": out["logits"].argmax(1)}

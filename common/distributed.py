@@ -66,6 +66,16 @@ def reduced(tensor, op=ReduceOp.SUM):
     return tensor
 
 
+def to_host(*tensors):
+    """Returns tensors on the CPU, moved as one copy of their bytes: one wait for the device.
+
+    Those of more bytes per element first.
+    """
+    packed = torch.cat([x.contiguous().flatten().view(torch.uint8) for x in tensors]).cpu()
+    parts = packed.split([x.nbytes for x in tensors])
+    return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
 def no_sync(net):
     """Returns a context in which backward leaves a DDP network's gradients to a later backward."""
     return net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext()
@@ -79,7 +89,7 @@ def from_first(value):
     return box[0]
 
 
-def copy_buffers(module):
+def copy_buffers(*modules):
     """Copies the buffers of process 0 (running statistics of plain BN) to all processes."""
-    for buffer in module.buffers():
+    for buffer in (buffer for module in modules for buffer in module.buffers()):
         dist.broadcast(buffer, src=0)

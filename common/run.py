@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets devi
 log_every save_every pictures_every tensorboard""".split()
 POSITIVE = """batch_size batch_size_unlabeled total_iters crop_size scales aspp_rates lr log_every
 eval_every save_every T""".split()
+SHARES = ("_prob", "_decay", "_kept", "_momentum", "_area", "threshold")  # at most 1
 NEVER = 2**62  # later than any step
 
 
@@ -81,7 +83,7 @@ def resolve(args, preset):
             raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
         for number in value if isinstance(value, tuple) else [value]:
             low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
-            high = 1 if name.endswith(("_prob", "_decay", "_kept")) else float("inf")
+            high = 1 if name.endswith(SHARES) else float("inf")
             high = 0.9999 if name == "T" else high
             if isinstance(number, (int, float)) and not low <= number <= high:
                 raise Refusal(f"{flag} {number}: a number from {low:g} to {high:g}")
@@ -182,7 +184,7 @@ class Run:
         self.start, self.spent = time.time(), 0.0  # now, and seconds before a resume
         self.bar, self.board, self.file = None, None, None
         self.meter = torch.zeros(0, device=group.device)  # steps and sums since the last line
-        self.clock = [0.0, 0.0, 0.0]  # steps, seconds for data, seconds in all, likewise
+        self.clock = Counter()  # steps, and seconds for data and all, likewise
         self.bad_step = torch.full((), NEVER, dtype=torch.int64, device=group.device)
         self.best = {"miou": -1.0, "step": 0}
         self.folder = Path(from_first(self._folder()))
@@ -280,11 +282,12 @@ class Run:
         """Returns whether something is due: every so many steps (0: never), and at the end."""
         return bool(every) and (step % every == 0 or step == self.args.total_iters)
 
-    def step(self, step, parts, lr, begin, waited):
+    def step(self, step, parts, lr, begin, spent):
         """Takes the loss parts of one step ({name: 0-dim tensor}) and writes a line when it is due.
 
-        lr: of this step. begin: when it began. waited: seconds for data. Never waits for the device
-        but when something is due; then raises Refusal if a loss was not finite, naming the step.
+        lr: of this step. begin: when it began. spent: {part: seconds of it}. Never waits for the
+        device but when something is due; then raises Refusal if a loss was not finite, naming the
+        step.
         """
         values = torch.stack([v.detach().double() for v in parts.values()])
         sums = torch.cat([values.new_ones(1), values])
@@ -300,20 +303,19 @@ class Run:
             check_finite(int(reduced(self.bad_step.clone(), ReduceOp.MIN)))
         due = self.due(step, a.log_every)
         count, *sums = reduced(self.meter.clone()).tolist() if due else (1,)
-        took = (1, waited, time.time() - begin)
-        self.clock = [a + b for a, b in zip(self.clock, took, strict=True)]
+        self.clock.update(spent, step=time.time() - begin, steps=1)
         if not due:
             return
         means = {name: s / count for name, s in zip(parts, sums, strict=True)}
-        data, whole = (round(1e3 * t / self.clock[0], 2) for t in self.clock[1:])
-        self.meter, self.clock = torch.zeros_like(self.meter), [0.0, 0.0, 0.0]
-        elapsed = round(self.spent + time.time() - self.start, 1)
-        times = {"data_ms": data, "step_ms": whole, "elapsed_s": elapsed}
+        steps = self.clock.pop("steps")
+        times = {f"{name}_ms": round(1e3 * t / steps, 2) for name, t in self.clock.items()}
+        times["elapsed_s"] = round(self.spent + time.time() - self.start, 1)
+        self.meter, self.clock = torch.zeros_like(self.meter), Counter()
         if self.group.device.type == "cuda":
             times["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
         self.log("train", step, lr=lr, **means, time=times)
         words = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        self.say(f"{words}  lr {lr:.1e}  {whole:.0f} ms", step)
+        self.say(f"{words}  lr {lr:.1e}  {times['step_ms']:.0f} ms", step)
 
     def log(self, kind, step, **values):
         """Appends one line to log.jsonl; what depends on the clock belongs in values["time"]."""

@@ -1,0 +1,938 @@
+# >>> method: header
+"""AEL and FPL+AEL: Adaptive Equalization Learning (2110.05474), FPL (arXiv:2210.08519v2) on it.
+
+A student learns from labels and from a mean teacher's pseudo labels. AEL keeps a bank of how sure
+the student is of each class and shows it more of what it knows badly: regions by CutMix, labelled
+pixels by Copy-Paste, pixels in the loss. FPL replaces the loss with one pseudo label by its own.
+
+  FPL Alg. 1, Eq. (7)-(9), (11)   cumulative_classes to fuzzy_positive_loss, text of cps_fpl.py
+  AEL Eq. (1)                     supervised_loss + unsup_weight * consistency_loss
+  AEL Eq. (4), (7)                class_confidence, update_confidence
+  AEL Eq. (9)                     sampling_probability, draw_classes
+  AEL CutMix, Copy-Paste          draw_partners, partner_mask, presence; copy_paste
+  AEL Eq. (12), (13)              consistency_loss, pixel_weight, equalization_rate
+
+  python ael_fpl.py                                       # generated shapes, no data needed
+  python ael_fpl.py --dataset camvid --split 1/8 --unsup-loss ce
+  torchrun --nproc_per_node 8 ael_fpl.py --dataset cityscapes --split 1/16 --T 0.9
+
+Measured: the table in README.md. Papers, released code and this script: docs/ael_fpl.md.
+"""
+# <<< method: header
+
+# ---- 1. Imports ------------------------------------------------------------------------------
+
+import time
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from common import Refusal, distributed, metrics
+from common.data import IGNORE
+from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
+from common.weights import load_backbone
+from sources import load
+
+# isort: split
+# >>> method: imports
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+
+from scipy import ndimage
+
+# <<< method: imports
+
+# ---- 2. Recipe -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Every flag. None: the preset of data set, split, backbone and recipe decides."""
+
+    # run
+    out: str = ""  # run folder; left out: runs/<script>-<dataset>-<split>-s<seed>
+    seed: int = 0  # of weights, sample stream and augmentation
+    resume: bool = False  # go on from last.pt in the run folder (from zero if there is none)
+    eval_only: bool = False  # score --checkpoint on the --eval-on images, and stop
+    checkpoint: str = ""  # a last.pt or best.pt, for --eval-only
+    eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
+    dry_run: bool = False  # print the resolved recipe and the files found, and stop
+    list_presets: bool = False  # print the papers' cells with their mIoU, and stop
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    workers: int | None = None  # loader processes per stream and training process
+    amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
+    compile: bool = False  # torch.compile the networks that train
+    deterministic: bool = False  # deterministic operations only
+    log_every: int | None = None  # steps
+    eval_every: int | None = None  # steps
+    save_every: int | None = None  # steps between checkpoints
+    pictures_every: int | None = None  # steps between panels; 0: none
+    tensorboard: bool = False  # TensorBoard events too, if it is installed
+    # data
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    data_root: str = ""  # folder of the data set; left out: data/<dataset>
+    split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    split_seed: int | None = None  # None: every r-th image; a number: a random subset
+    labeled_list: str = ""  # file of labelled images, in place of --split
+    unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+    num_classes: int = 0  # of --dataset folder
+    ignore_index: int = 255  # of --dataset folder: the value in a mask that is no class
+    crop_size: int | None = None  # pixels, square
+    scales: tuple[float, ...] | None = None  # random scale: two values a range, more a choice
+    # network
+    backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
+    stem: Literal["classic", "deep", "v1c"] | None = None  # 7x7; three 3x3, released; narrow
+    weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
+    init: str = ""  # a last.pt or best.pt of any of these scripts to start from
+    output_stride: Literal[8, 16] | None = None  # of the backbone's last stage
+    aspp_rates: tuple[int, ...] | None = None  # dilations of ASPP's 3x3 convolutions, in cells
+    # optimization
+    recipe: Literal["paper", "official"] = "paper"  # as printed, or as the released code computes
+    batch_size: int | None = None  # labelled images per step, over all processes
+    total_iters: int | None = None  # optimizer steps
+    lr: float | None = None  # of the backbone; decays as (1 - step / total)^0.9
+    lr_head: float | None = None  # of the head, as a multiple of --lr
+    weight_decay: float | None = None  # of SGD
+    decay_on: Literal["all", "weights"] | None = None  # weights: not on BN and biases
+    aux_weight: float | None = None  # of the auxiliary head's loss; 0: no such head
+    ohem_kept: float | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    # evaluation
+    protocol: Literal["whole", "slide"] | None = None  # an image in one piece, or in windows
+    # >>> method: args
+    batch_size_unlabeled: int | None = None  # mixed images per step, over all processes
+    unsup_loss: Literal["fpl", "ce"] = "fpl"  # ce: AEL
+    unsup_weight: float = 1.0  # of the consistency losses
+    consistency_on: Literal["mixed", "all"] | None = None  # all: on labelled images too [D17]
+    T: float | None = None  # upper bound of the cumulative probability, in (0, 1)
+    k_max: int | None = None  # K at most; 0: no cap
+    strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
+    weight: Literal["concave", "linear", "convex", "none"] = "concave"  # FPL Eq. (11), (16)
+    mean_over: Literal["positives", "positives_and_next"] | None = None  # the mean in that weight
+    balance: bool | None = None  # rescale FPL's loss to the value of cross-entropy
+    threshold: float | None = None  # no loss where the teacher is less confident
+    gamma: float = 2.0  # dynamic re-weighting: exponent of the teacher's confidence
+    beta: float = 1.0  # equalization sampling: exponent of its rate
+    pooled: int | None = None  # labelled images pooled in Eq. (4), and in Eq. (12) on them
+    bank_momentum: float | None = None  # of the confidence bank, Eq. (7)
+    skip_absent: bool = False  # a class that is not there leaves the bank as it is; or counts 0
+    region_area: float | None = None  # adaptive CutMix: share of the crop of a region that is cut
+    bank_area: float | None = None  # share of a crop that makes a class present in the image bank
+    paste_draws: int | None = None  # adaptive Copy-Paste: classes drawn in a step; 0: none
+    paste_prob: float | None = None  # of pasting onto a labelled image
+    paste_power: float | None = None  # classes ~ softmax((1 - conf)^power)
+    paste_not: tuple[int, ...] | None = None  # classes that are never pasted
+    paste_scales: tuple[float, ...] = (0.1, 2.0)  # random scale of what is pasted
+    teacher_mode: Literal["train", "eval"] = "train"  # eval: no dropout, BN averaged as the weights
+    ema_decay: float = 0.99  # of the teacher's moving average
+    # <<< method: args
+
+
+def preset(args):
+    """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
+    # >>> method: presets
+    city, voc = args.dataset == "cityscapes", args.dataset.startswith("voc")
+    values = dict(backbone="resnet101", stem="v1c", output_stride=8, protocol="slide")  # [D9]
+    values |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
+    values |= dict(scales=(0.5, 2.0), weights="auto", workers=4, split_family="cps", decay_on="all")
+    values |= dict(log_every=50, eval_every=1000, save_every=500, pictures_every=5000)
+    values |= dict(batch_size=16, batch_size_unlabeled=8, lr=0.00125, lr_head=10.0)  # [D10]
+    values |= dict(weight_decay=8e-4, aux_weight=0.4, pooled=2, bank_momentum=0.999)
+    values |= dict(crop_size=513, total_iters=39_680, ohem_kept=50_000 / 513**2)  # [D11]
+    never = {"cityscapes": (0, 1, 2, 8, 10), "camvid": (0, 1, 3, 4, 5), "folder": ()}  # [D20]
+    values["paste_not"], streets = never.get(args.dataset, (0,)), city or args.dataset == "camvid"
+    values["region_area"], values["bank_area"] = (0.005, 0.01) if streets else (0.03, 0.03)
+    if city:
+        values |= dict(crop_size=769, total_iters=18_000, ohem_kept=50_000 / 769**2)
+    elif not voc:
+        values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
+    if args.dataset in ("camvid", "shapes"):  # this project's small protocols [D8]
+        values |= dict(weights="none", workers=2, batch_size=4, lr=0.01, lr_head=2.0, split="1/8")
+        values |= dict(batch_size_unlabeled=args.batch_size or 4, weight_decay=1e-4, crop_size=128)
+        values |= dict(log_every=10, eval_every=150, save_every=150, pictures_every=300)
+        values |= dict(backbone="resnet18", aspp_rates=(1, 2, 3), aux_weight=0.0, ohem_kept=0.0)
+        values |= dict(total_iters=600, output_stride=16, bank_momentum=0.97)
+    if args.dataset == "shapes":
+        values |= dict(split="1/16", crop_size=64, total_iters=80, lr=0.02, scales=(0.75, 1.5))
+    bounds = {  # T, FPL supplement Tables 1, 2: 1/4, 1/8, 1/16 (, 1/32)
+        ("cityscapes", "resnet50"): (0.90, 0.90, 0.95, 0.95),
+        ("cityscapes", "resnet101"): (0.85, 0.85, 0.90, 0.90),
+        ("voc_aug", "resnet50"): (0.95, 0.95, 0.95),
+        ("voc_aug", "resnet101"): (0.90, 0.90, 0.95),
+    }
+    row = bounds.get((args.dataset, args.backbone or values["backbone"]), ())
+    values["T"] = dict(zip(("1/4", "1/8", "1/16", "1/32"), row, strict=False)).get(args.split, 0.9)
+    paper = dict(k_max=0, strict=True, mean_over="positives", balance=False, threshold=0.0)
+    paper |= dict(consistency_on="mixed", paste_draws=3, paste_prob=1.0, paste_power=1.0)
+    official = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True)
+    official |= dict(threshold=0.7 if voc and args.unsup_loss == "ce" else 0.0)  # [D18]
+    official |= dict(paste_draws=1 if voc else 3, paste_prob=0.5, paste_power=0.5)  # [D19]
+    recipes = {"paper": paper, "official": official | dict(consistency_on="all")}
+    return values | recipes[args.recipe]
+    # <<< method: presets
+
+
+# ---- 3. Method -------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, label):
+    """U2PL Eq. (2): mean of -log p_label over the pixels with label != 255; 0 if there is none.
+
+    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(logits, label, threshold, min_kept):
+    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
+
+    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
+    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
+    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
+    valid = (label != IGNORE).flatten(1)
+    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
+    rank = min(max(min_kept, 1), p.shape[1])
+    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
+    kept = valid & (p <= limit)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+def supervised_loss(out, label, args):
+    """U2PL L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary's.
+
+    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
+    """
+    losses = []
+    for logits in (out["logits"], out.get("aux")):
+        if logits is not None and args.ohem_kept:
+            pixels = round(args.ohem_kept * args.crop_size**2)
+            losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
+        elif logits is not None:
+            losses.append(cross_entropy(logits, label))
+    return losses[0] + (args.aux_weight * losses[1] if len(losses) > 1 else 0.0)
+
+
+# >>> method: functions
+# Below: logits_s, logits_t (B, C, H, W), any float type; prob_t (B, C, H, W), the teacher's, or for
+# FPL the pair (p, order) that by_rank made of it; K, results (B, H, W). No gradient to the teacher.
+
+
+def upcast(x):
+    """Returns x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def by_rank(prob_t):
+    """Returns (p, order): p^1 >= p^2 ... of Alg. 1 and their classes. Ties: lowest class first."""
+    if isinstance(prob_t, tuple):
+        return prob_t
+    return upcast(prob_t).sort(dim=1, descending=True, stable=True)
+
+
+def cumulative_classes(prob_t, T, strict=True):
+    """Alg. 1, n: the fewest likeliest classes with V^n > T, or >= T [D14]; int64, C if none are."""
+    if not 0 < T < 1:
+        raise Refusal(f"--T {T}: a cumulative probability between 0 and 1")
+    V = by_rank(prob_t)[0].cumsum(1)
+    return ((V <= T if strict else V < T).sum(1) + 1).clamp(max=V.shape[1])
+
+
+def fuzzy_positive_assignment(prob_t, T, *, k_max=0, strict=True):
+    """Alg. 1: K = max(n - 1, 1) positive classes, int64; k_max caps it, 0 does not [D13]."""
+    return (cumulative_classes(prob_t, T, strict) - 1).clamp(min=1, max=k_max or None)
+
+
+def fuzzy_positive_regularization(logits_s, prob_t, K):
+    """Eq. (7), log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
+
+    Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
+    """
+    (_, order), z = by_rank(prob_t), upcast(logits_s)
+    first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
+    Y = torch.zeros_like(first_K).scatter(1, order, first_K)
+    positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # -min, Eq. (6)
+    negatives = z.masked_fill(Y, -torch.inf).logsumexp(1)  # max
+    return F.softplus(positives + negatives)
+
+
+def adaptive_weight(prob_t, K, kind="concave", mean_over="positives"):
+    """Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
+
+    mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
+    """
+    p = by_rank(prob_t)[0].detach()
+    total = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]
+    rest = F.pad(p, (0, 0, 0, 0, 0, 1)).gather(1, K[:, None])[:, 0]  # max over j not in Y, or 0
+    mean = total / K if mean_over == "positives" else (total + rest) / (K + 1)
+    gap = (mean - rest).clamp(min=0)  # below 0 by rounding only
+    if kind == "concave":
+        return torch.log1p(50 * gap) / torch.log1p(50 * mean)
+    other = {"linear": gap / mean, "convex": gap / (mean + 4 * rest), "none": torch.ones_like(gap)}
+    return other[kind]
+
+
+def fuzzy_positive_loss(
+    logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
+):
+    """Returns (loss, weight) of every pixel, Eq. (7) and Eq. (11), to be multiplied."""
+    prob_t = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+    K = fuzzy_positive_assignment(prob_t, T, k_max=k_max, strict=strict)
+    loss = fuzzy_positive_regularization(logits_s, prob_t, K)
+    return loss, adaptive_weight(prob_t, K, weight, mean_over)
+
+
+def class_confidence(prob, label, pooled, skip_absent=False):
+    """AEL Eq. (4): the mean probability of the true class, per class, summed over groups.
+
+    prob: (B, C, H, W), detached. label: (B, H, W) int64 in [0, C) or 255. The pixels of `pooled`
+    images are one group [D21]; a group without the class counts with 0 [D22], or with skip_absent
+    not at all. Returns (2, C): the sum of the groups' means, and how many groups count.
+    """
+    hit = label[:, None] == torch.arange(prob.shape[1], device=prob.device).view(-1, 1, 1)
+    total = torch.where(hit, upcast(prob), 0.0).sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
+    pixels = hit.sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
+    counted = pixels > 0 if skip_absent else torch.ones_like(pixels)
+    return torch.stack([(total / pixels.clamp(min=1)).sum(0), counted.sum(0).to(total.dtype)])
+
+
+def update_confidence(bank, sums, momentum):
+    """AEL Eq. (7): bank (C,) <- momentum * bank + (1 - momentum) * mean confidence, in [0, 1].
+
+    sums: class_confidence, of all processes. A class that no group counts stays as it is.
+    """
+    new = momentum * bank + (1 - momentum) * sums[0] / sums[1].clamp(min=1)
+    return torch.where(sums[1] > 0, new, bank)
+
+
+def sampling_probability(bank, allowed=None, power=1.0):
+    """AEL Eq. (9): softmax((1 - bank)^power) over allowed classes, (C,) bool; 0 for the others."""
+    score = (1 - torch.as_tensor(bank).double()).clamp(min=0) ** power
+    return (score if allowed is None else score.masked_fill(~allowed, -torch.inf)).softmax(0)
+
+
+def draw_classes(prob, u):
+    """Draws classes from prob (C,): where its running sum passes u, float64 in [0, 1); int64."""
+    total = prob.double().cumsum(0)
+    return torch.searchsorted(total, u * total[-1], right=True).clamp(max=len(prob) - 1)
+
+
+def draw_partners(bank, present, count, rng):
+    """AEL's adaptive CutMix: draws (count, 2) int64, classes by Eq. (9) and images that show them.
+
+    present: (C, N) bool, the teacher last saw class c in unlabelled image n; any image if nowhere.
+    """
+    if not present.shape[1]:
+        raise Refusal("no unlabelled images to draw a partner from")
+    classes = draw_classes(sampling_probability(bank), torch.from_numpy(rng.random(count)))
+    pairs = []
+    for c in classes.tolist():
+        images = present[c].nonzero()[:, 0].tolist() or range(present.shape[1])
+        pairs.append((c, images[rng.integers(len(images))]))
+    return torch.tensor(pairs)
+
+
+def half_area_box(rng, size):
+    """A random box of half the area of a square crop, its height log-uniform: top, left, h, w."""
+    tall = 0.5 ** rng.random()
+    h, w = round(size * tall), round(size * 0.5 / tall)
+    return int(rng.integers(size - h + 1)), int(rng.integers(size - w + 1)), h, w
+
+
+def component_box(seen, c, area, size, rng):
+    """The tight box of a connected component of class c (8 neighbours): top, left, h, w, in pixels.
+
+    seen: (h, w) uint8 array, the teacher's class of every 4th pixel each way [D23], 255 outside the
+    image. Components above `area`, a share of the crop, are equally likely; None without one.
+    """
+    labels, _ = ndimage.label(seen == c, np.ones((3, 3)))
+    large = np.flatnonzero(np.bincount(labels.ravel())[1:] > area * seen.size)
+    if not len(large):
+        return None
+    rows, columns = ndimage.find_objects(labels)[rng.choice(large)]
+    top, left = 4 * rows.start, 4 * columns.start
+    return top, left, min(4 * rows.stop, size) - top, min(4 * columns.stop, size) - left
+
+
+def partner_mask(seen, classes, rngs, area, size):
+    """AEL's adaptive CutMix: where mixed images show their partners, (B, size, size) bool.
+
+    seen (B, h, w), area, size: as component_box takes them; without a component a box of half the
+    crop. classes, rngs: one per image. Returns also the number of components.
+    """
+    mask, regions = torch.zeros(len(seen), size, size, dtype=torch.bool), 0
+    for one, of, c, rng in zip(mask, seen, classes, rngs, strict=True):
+        box = component_box(of, c, area, size, rng)
+        regions += box is not None
+        top, left, h, w = box or half_area_box(rng, size)
+        one[top : top + h, left : left + w] = True
+    return mask, regions
+
+
+def presence(seen, num_classes, area):
+    """Which classes cover at least `area`, a share of the crop: (B, C) bool; seen: (B, h, w)."""
+    classes = torch.arange(num_classes, device=seen.device).view(-1, 1, 1)
+    return (seen[:, None] == classes).sum((2, 3)) >= area * seen[0].numel()
+
+
+def copy_paste(base, source, drawn, chosen):
+    """AEL's adaptive Copy-Paste: in chosen images, (B,) bool, pixels of drawn classes cover base.
+
+    base, source: dicts of image, label, inside (B, ..., H, W). drawn: class ids, (n,) int64.
+    """
+    alpha = torch.isin(source["label"], drawn) & chosen.view(-1, 1, 1)
+    masks = {"image": alpha[:, None], "label": alpha, "inside": alpha}
+    return {key: torch.where(mask, source[key], base[key]) for key, mask in masks.items()}
+
+
+def equalization_rate(bank, beta=1.0):
+    """AEL's equalization sampling: s = ((1 - conf) / max(1 - conf))^beta, (C,) in [0, 1]."""
+    gap = (1 - bank).clamp(min=0)
+    return (gap / gap.max().clamp(min=1e-12)) ** beta
+
+
+def pixel_weight(conf_t, logits_s, rate, u, gamma):
+    """AEL Eq. (13): conf_t^gamma, and 0 for a pixel that equalization sampling leaves out.
+
+    conf_t: (B, H, W), the teacher's. Kept with the rate of the class that the student predicts
+    [D24]: where u, uniform in [0, 1), is at least 1 - rate. Detached.
+    """
+    return conf_t**gamma * (u >= 1 - rate[logits_s.detach().argmax(1)])
+
+
+def masked_mean(x, mask):
+    """Mean of x over the pixels where mask is True; 0 over none."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
+    """AEL Eq. (12): sum of weight * loss over sum of weight, per `pooled` images, then averaged.
+
+    The loss is cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's. Where the
+    teacher is below the threshold it is 0, the weight remains [D18]. Returns (what is minimized,
+    parts): unsup, before the balance [D16]; balance; kept by sampling; conf_t; K_gt_1, at stride 4.
+    """
+    prob_t = F.softmax(upcast(logits_t.detach()), 1)
+    conf_t, pseudo = prob_t.amax(1), prob_t.argmax(1)
+    loss = ce = F.cross_entropy(upcast(logits_s), pseudo, reduction="none")
+    alg_1 = dict(k_max=args.k_max, strict=args.strict)
+    if args.unsup_loss == "fpl":
+        how = dict(weight=args.weight, mean_over=args.mean_over)
+        loss = torch.mul(*fuzzy_positive_loss(logits_s, logits_t, args.T, **alg_1, **how))
+    weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
+    certain, plain = conf_t >= args.threshold, loss.detach() * inside
+    sums = torch.stack([weight * loss * certain, weight, ce.detach() * inside, plain])
+    top, bottom, ce, plain = sums.sum((2, 3)).unflatten(1, (-1, pooled)).sum(2)
+    unsup, balance = top / bottom.clamp(min=1e-12), ce / plain.clamp(min=1e-12)
+    balance = balance.where(plain > 0, 1.0)
+    parts = {"unsup": unsup.mean().detach(), "balance": balance.mean()}
+    parts |= {"kept": masked_mean(weight > 0, inside), "conf_t": masked_mean(conf_t, inside)}
+    K = fuzzy_positive_assignment(prob_t[..., ::4, ::4], args.T, **alg_1)
+    parts["K_gt_1"] = masked_mean(K > 1, inside[..., ::4, ::4])
+    return (unsup * balance if args.balance else unsup).mean(), parts
+
+
+def ema_decay(count, decay):
+    """min(1 - 1 / (count + 1), decay) [D12]: the first update (count 0) copies the student."""
+    return min(1 - 1 / (count + 1), decay)
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, decay, buffers):
+    """U2PL Sec. 3.1: theta_t <- decay theta_t + (1 - decay) theta_s, in place.
+
+    buffers: "average" does the same to BN's running statistics, "own" leaves the teacher its own.
+    """
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    if buffers == "average":
+        pairs += zip(teacher.buffers(), student.buffers(), strict=True)
+    pairs = [(t, s) for t, s in pairs if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+# <<< method: functions
+
+# ---- 4. Model --------------------------------------------------------------------------------
+
+
+def make_backbone(args):
+    """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
+
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
+    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
+    """
+    net = torchvision.models.get_model(args.backbone, weights=None)
+    del net.fc, net.avgpool
+    if args.stem != "classic":
+        wide, last = (64, 128) if args.stem == "deep" else (32, 64)
+
+        def unit(inputs, outputs, stride):
+            """Convolution, BN, ReLU."""
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+        third = nn.Conv2d(wide, last, 3, 1, 1, bias=False)
+        net.conv1 = nn.Sequential(*unit(3, wide, 2), *unit(wide, wide, 1), third)
+        net.bn1, net.inplanes = nn.BatchNorm2d(last), last
+        net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+        for module in (*net.conv1.modules(), *net.layer1.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    load_backbone(net, args.weights, args.backbone, args.stem)
+    base = 32 // args.output_stride
+    if base == 4:
+        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
+    dilate(net.layer4, [base, 2 * base, 4 * base][: len(net.layer4)])
+    return net
+
+
+def dilate(stage, dilations):
+    """Takes the stride out of a ResNet stage; the 3x3 convolutions of each block get a dilation."""
+    for block, d in zip(stage, dilations, strict=True):
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (d, d)
+
+
+# >>> method: head
+class DeepLabV3Plus(nn.Module):
+    """The head of U2PL's released code: ASPP, low-level branch of 256 channels, two 3x3 blocks.
+
+    forward: stages (list of four (B, c, h, w) features, strides 4 to output_stride), size (H, W) ->
+    dict of logits (B, C, H, W) and, with --aux-weight, the auxiliary head's; both float32.
+    """
+
+    def __init__(self, channels, num_classes, args):
+        super().__init__()
+        branches = [conv_bn_relu(channels[3], 256, 1)]
+        branches += [conv_bn_relu(channels[3], 256, 3, dilation=r) for r in args.aspp_rates]
+        self.branches = nn.ModuleList(branches)
+        self.pool = conv_bn_relu(channels[3], 256, 1)
+        wide = 256 * (len(branches) + 1)
+        self.project = nn.Sequential(conv_bn_relu(wide, 256, 3), nn.Dropout2d(0.1))
+        self.low = conv_bn_relu(channels[0], 256, 1, bias=True)
+        self.classify = two_blocks(512, num_classes)
+        self.aux = None
+        if args.aux_weight:
+            block = conv_bn_relu(channels[2], 256, 3, bias=True)
+            self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
+
+    def fuse(self, stages):
+        """Low-level and ASPP features at stride 4: (B, 512, H/4, W/4)."""
+        low, high = self.low(stages[0]), stages[3]
+        pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
+        aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
+        return torch.cat([low, upsample(aspp, low.shape[2:])], 1)
+
+    def forward(self, stages, size):
+        out = {"logits": upsample(self.classify(self.fuse(stages)).float(), size)}
+        if self.aux is not None:
+            out["aux"] = upsample(self.aux(stages[2]).float(), size)
+        return out
+
+
+def two_blocks(inputs, outputs):
+    """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
+    layers = []
+    for i in (inputs, 256):
+        layers += [conv_bn_relu(i, 256, 3, bias=True), nn.Dropout2d(0.1)]
+    return nn.Sequential(*layers, nn.Conv2d(256, outputs, 1))
+
+
+# <<< method: head
+
+
+def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
+    """Returns convolution (same size), BN, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def upsample(x, size):
+    """Bilinear with align_corners=True, as all released networks do."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
+
+
+class Network(nn.Module):
+    """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict."""
+
+    def __init__(self, args, num_classes, head):
+        super().__init__()
+        self.amp = args.amp == "bf16"
+        self.backbone = make_backbone(args)
+        channels = [(1 if args.backbone == "resnet18" else 4) * c for c in (64, 128, 256, 512)]
+        self.head = head(channels, num_classes, args)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        net, stages = self.backbone, []
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            h = net.maxpool(net.relu(net.bn1(net.conv1(h))))
+            for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+                h = stage(h)
+                stages.append(h)
+            return self.head(stages, x.shape[2:])
+
+
+def build(args, num_classes, head, group):
+    """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
+    net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
+    sync = group.world > 1 and group.device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
+
+
+def parallel(net, args, group):
+    """Returns net as training calls it: in DDP with several processes, compiled if asked."""
+    if group.world > 1:
+        ids = [group.device.index] if group.device.type == "cuda" else None
+        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
+    return torch.compile(net) if args.compile else net
+
+
+# ---- 5. Data and augmentation ----------------------------------------------------------------
+
+
+def augment(image, label, rng, crop, scales):
+    """Random scale, flip and crop in one warp; a result that is too small is padded around.
+
+    image: PIL RGB. label: PIL L or None. crop: pixels. scales: two values are a range whose halves
+    below and above 1 are equally likely, more are a choice. Returns (3, crop, crop) uint8,
+    (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel: bilinear without antialiasing,
+    as all released code [D3], nearest for the label. Padding: mean colour, 255 [D2], inside False.
+    """
+    (w, h), low, high = image.size, scales[0], scales[-1]
+    if len(scales) != 2:
+        scale = float(rng.choice(scales))
+    elif low < 1 < high:
+        scale = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    else:
+        scale = rng.uniform(low, high)
+    nw, nh = max(int(w * scale), 1), max(int(h * scale), 1)  # the whole image after scaling
+    flip = rng.random() < 0.5
+    x, y = ((n - crop) // 2 if n < crop else int(rng.integers(n - crop + 1)) for n in (nw, nh))
+    sx, sy = w / nw, h / nh
+    warp = (-sx, 0, w - x * sx, 0, sy, y * sy) if flip else (sx, 0, x * sx, 0, sy, y * sy)
+
+    def apply(picture, kernel, fill):
+        """The warped picture as an array."""
+        mode = Image.Transform.AFFINE
+        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=fill))
+
+    pixels = apply(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
+    columns, rows = np.arange(x, x + crop), np.arange(y, y + crop)
+    inside = np.outer((0 <= rows) & (rows < nh), (0 <= columns) & (columns < nw))
+    label = label and apply(label, Image.Resampling.NEAREST, IGNORE)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), label, inside
+
+
+class Samples(Dataset):
+    """Sample number -> dict of image, inside and, if masks are opened, label (int64).
+
+    A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4];
+    stream "a.b" takes them in the order of stream "a", with an augmentation of its own.
+    """
+
+    def __init__(self, data, items, with_label, scales, stream, args):
+        self.data, self.items, self.with_label = data, items, with_label
+        self.crop, self.scales = args.crop_size, scales
+        names = (stream.split(".")[0], stream)
+        self.order, self.warp = ([args.seed, zlib.crc32(name.encode())] for name in names)
+
+    def which(self, number):
+        """Returns the index of the item that sample `number` shows."""
+        lap, place = divmod(number, len(self.items))
+        return np.random.default_rng([*self.order, 0, lap]).permutation(len(self.items))[place]
+
+    def __getitem__(self, number):
+        return self.sample(self.which(number), number)
+
+    def sample(self, index, number):
+        """Returns the item of this index as sample `number` would show it."""
+        image, label = self.data.read(self.items[index], self.with_label)
+        rng = np.random.default_rng([*self.warp, 1, number])
+        image, label, inside = augment(image, label, rng, self.crop, self.scales)
+        sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
+        return sample if label is None else sample | {"label": torch.from_numpy(label).long()}
+
+
+def streams(data, args):
+    """Returns {name: (items, images per step over all processes, open the masks?, scales)}."""
+    # >>> method: draw
+    return {
+        "labeled": (data.labeled, args.batch_size, True, args.scales),
+        "paste": (data.labeled, args.batch_size, True, args.paste_scales),
+        "unlabeled": (data.unlabeled, args.batch_size_unlabeled, False, args.scales),
+    }
+    # <<< method: draw
+
+
+def open_stream(name, data, args, group, start):
+    """Returns an iterator over this process's batches of a stream, from step start to the end."""
+    items, batch, with_label, scales = streams(data, args)[name]
+    here = distributed.share(batch, group, name)
+    if not items:
+        raise Refusal(f"no {name} images in --split {args.split} of {args.dataset}")
+    if here < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{here} {name} image per process: plain BN needs two, enlarge the batch")
+    first = [step * batch + group.rank * here for step in range(start, args.total_iters)]
+    loader = DataLoader(
+        Samples(data, items, with_label, scales, name, args),
+        batch_sampler=[range(n, n + here) for n in first],
+        num_workers=args.workers,
+        pin_memory=group.device.type == "cuda",
+        generator=torch.Generator(),  # its own: the global one stays a function of the step
+    )
+    return iter(loader)
+
+
+# ---- 6. Evaluation ---------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
+
+    def __init__(self, data, items):
+        self.data, self.items = data, items
+
+    def __getitem__(self, index):
+        image, label = self.data.read(self.items[index], True)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
+
+
+def predict(net, image, args, num_classes):
+    """Returns the logits (C, H, W) of one image, (3, H, W) uint8, by the protocol of args.
+
+    whole: in one piece. slide: summed over square windows of crop_size, 2/3 of it apart, the last
+    shifted inside; an image smaller than a window stands in the middle of the mean colour.
+    """
+    if args.protocol == "whole":
+        return net(image[None])["logits"][0]
+    (h, w), n, step = image.shape[1:], args.crop_size, -(-2 * args.crop_size // 3)
+    top, left, down, right = max(n - h, 0) // 2, max(n - w, 0) // 2, max(h - n, 0), max(w - n, 0)
+    canvas = image.new_tensor([[[round(m)]] for m in MEAN]).repeat(1, down + n, right + n)
+    canvas[:, top : top + h, left : left + w] = image
+    logits = torch.zeros(num_classes, *canvas.shape[1:], device=image.device)
+    for y in range(0, down + step, step):
+        for x in range(0, right + step, step):
+            y0, x0 = min(y, down), min(x, right)
+            window = (slice(None), slice(y0, y0 + n), slice(x0, x0 + n))
+            logits[window] += net(canvas[window][None])["logits"][0]
+    return logits[:, top : top + h, left : left + w]
+
+
+@torch.no_grad()
+def evaluate(net, data, items, args, group):
+    """Returns (scores of net in eval mode over items, panels of the first images).
+
+    One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
+    """
+    training = net.training
+    net.eval()
+    mine = range(group.rank, len(items), group.world)
+    shown = mine[:: max(len(mine) // 4, 1)][:4]
+    loader = DataLoader(
+        Images(data, items),
+        sampler=mine,
+        batch_size=None,
+        num_workers=args.workers,
+        generator=torch.Generator(),
+    )
+    confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
+    maps = {"image": [], "label": [], "prediction": []}
+    for index, (image, label) in zip(mine, loader, strict=True):
+        pred = predict(net, image.to(group.device), args, data.num_classes).argmax(0)
+        confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
+        if index in shown:
+            for name, shot in zip(maps, (image, label, pred), strict=True):
+                maps[name].append(shot)
+    net.train(training)
+    return metrics.scores(distributed.reduced(confusion).cpu()), maps
+
+
+# ---- 7. Training -----------------------------------------------------------------------------
+
+
+def make_optimizer(trained, args):
+    """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
+    groups = []
+    for part, scale in (("backbone", 1.0), ("head", args.lr_head)):
+        params = [p for net in trained for p in getattr(net, part).parameters()]
+        for vector in (False, True):  # BN and biases are vectors, all other weights are not
+            decay = 0.0 if vector and args.decay_on == "weights" else args.weight_decay
+            some = [p for p in params if (p.ndim == 1) == vector]
+            groups.append({"params": some, "scale": scale, "weight_decay": decay})
+    return torch.optim.SGD(groups, args.lr, momentum=0.9)
+
+
+def main(args):
+    """Trains, or does what --eval-only, --dry-run or --list-presets ask; args as resolved."""
+    if args.list_presets or args.dry_run:
+        return print(cells(__file__) if args.list_presets else describe(args, load))
+    group = distributed.setup(args.device)
+    torch.use_deterministic_algorithms(args.deterministic)
+    data = load(args)
+
+    # -- networks --
+    torch.manual_seed(args.seed)
+    # >>> method: networks
+    student = build(args, data.num_classes, DeepLabV3Plus, group)
+    student_parallel = parallel(student, args, group)
+    teacher = deepcopy(student).requires_grad_(False)  # never in DDP [D25]
+    teacher.train(args.teacher_mode == "train")
+    networks, trained = {"student": student, "teacher": teacher}, [student]
+
+    def scored(step):
+        """The network that evaluation scores."""
+        return teacher
+
+    # <<< method: networks
+    if args.eval_only:
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
+        if group.rank == 0:
+            print(report(data, {f"step {step}": result}, args.eval_on))
+        return distributed.teardown()
+    optimizer = make_optimizer(trained, args)
+    # >>> method: state
+    C, B = data.num_classes, args.batch_size_unlabeled
+    here, here_l = B // group.world, args.batch_size // group.world
+    mine = slice(group.rank * here, (group.rank + 1) * here)
+    allowed = torch.tensor([c not in args.paste_not for c in range(C)], device=group.device)
+    if not allowed.any():
+        raise Refusal("--paste-not leaves no class; --paste-draws 0 pastes nothing")
+    if here_l % args.pooled:
+        raise Refusal(f"--pooled {args.pooled}: {here_l} labelled images per process do not divide")
+    rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
+    state = {"confidence": torch.from_numpy(rng.random(C, np.float32)).to(group.device)}  # [D26]
+    state["present"] = torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
+    draws = [draw_partners(rng.random(C), state["present"], B, rng) for _ in range(4)]  # four ahead
+    state["draws"], pool, loads = torch.stack(draws), ThreadPoolExecutor(4), {}
+    whose = (data, data.unlabeled, False, args.scales)
+    unlabeled, partner = (Samples(*whose, name, args) for name in ("unlabeled", "partner"))
+    # <<< method: state
+    run = Run(args, __file__, group, data)
+    start = run.restore(networks, optimizer, state)
+    batches = {name: open_stream(name, data, args, group, start) for name in streams(data, args)}
+
+    # -- steps --
+    for step in range(start, args.total_iters):
+        begin = time.time()
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + group.rank)  # dropout
+        batch = {name: next(b) for name, b in batches.items()}
+        spent = {"data": time.time() - begin}  # seconds
+        for stream in batch.values():
+            for key, tensor in stream.items():
+                stream[key] = tensor.to(group.device, non_blocking=True)
+        x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
+        decay = (1 - step / args.total_iters) ** 0.9  # poly
+        for params in optimizer.param_groups:
+            params["lr"] = args.lr * params["scale"] * decay
+        optimizer.zero_grad(set_to_none=True)
+        # >>> method: losses
+        # labelled images with Copy-Paste; draws from rng are equal on all processes
+        tick, rng = time.time(), np.random.default_rng([args.seed, step])
+        for later, draws in enumerate(state["draws"][:, mine, 1].tolist(), step):
+            if later not in loads:
+                numbers = range(later * B + mine.start, later * B + mine.stop)
+                loads[later] = pool.map(partner.sample, draws, numbers)
+        first, loaded = batch["unlabeled"], list(loads.pop(step))
+        second = {key: torch.stack([one[key] for one in loaded]).to(group.device) for key in first}
+        prob = sampling_probability(state["confidence"], allowed, args.paste_power)
+        drawn = draw_classes(prob, torch.from_numpy(rng.random(args.paste_draws)).to(prob.device))
+        coins = torch.from_numpy(rng.random((group.world, here_l))[group.rank]).to(prob.device)
+        labeled = copy_paste(batch["labeled"], batch["paste"], drawn, coins < args.paste_prob)
+        spent["bank"] = time.time() - tick
+        x_l, y_l = labeled["image"], labeled["label"]
+        out = student_parallel(x_l)
+        sup = supervised_loss(out, y_l, args)
+        with torch.no_grad():  # the teacher sees the clean views
+            logits_t = teacher(x_l)["logits"] if args.consistency_on == "all" else None
+            views = teacher(torch.cat([first["image"], second["image"]]))["logits"]
+            # image bank, draws, boxes: on the CPU, after the one wait for the device in a step
+            tick = time.time()
+            inside = torch.cat([first["inside"], second["inside"]])[..., ::4, ::4]
+            seen = views[..., ::4, ::4].argmax(1).masked_fill(~inside, IGNORE).byte()
+            shown = seen.new_zeros(group.world, 2, here, C)
+            shown[group.rank] = presence(seen, C, args.bank_area).unflatten(0, (2, here))
+            shown = distributed.reduced(shown).transpose(0, 1).flatten(0, 2)  # of all processes
+            bank, shown, seen = distributed.to_host(state["confidence"], shown, seen[here:])
+            classes, images = state["draws"][0].unbind(1)
+            draws = draw_partners(bank, state["present"], B, rng)
+            state["draws"] = torch.cat([state["draws"][1:], draws[None]])
+            images = [*(unlabeled.which(step * B + i) for i in range(B)), *images.tolist()]
+            for image, row in zip(images, shown, strict=True):
+                state["present"][:, image] = row
+            regions = seen.numpy(), classes[mine].tolist(), rng.spawn(B)[mine]
+            mask, count = partner_mask(*regions, args.region_area, args.crop_size)
+            prob = F.softmax(out["logits"], 1)
+            sums = distributed.reduced(class_confidence(prob, y_l, args.pooled, args.skip_absent))
+            state["confidence"] = update_confidence(state["confidence"], sums, args.bank_momentum)
+            rate = equalization_rate(state["confidence"], args.beta)
+            spent["bank"] += time.time() - tick
+        mask = mask.to(group.device)
+        x_u = torch.where(mask[:, None], second["image"], first["image"])
+        inside = torch.where(mask, second["inside"], first["inside"])
+        mixed_t = torch.where(mask[:, None], views[here:], views[:here])
+        logits_s = student_parallel(x_u)["logits"]
+        unsup, parts = consistency_loss(logits_s, mixed_t, inside, rate, 1, args)
+        if args.consistency_on == "all":
+            pairs = out["logits"], logits_t, labeled["inside"]
+            more, parts_l = consistency_loss(*pairs, rate, args.pooled, args)
+            unsup, parts["unsup_l"] = unsup + more, parts_l["unsup"]
+        loss = sup + args.unsup_weight * unsup
+        loss.backward()
+        parts = {"loss": loss, "sup": sup} | parts | {"bank": state["confidence"].mean()}
+        parts["regions"] = torch.full_like(loss, count / here)
+        # <<< method: losses
+        optimizer.step()
+        # >>> method: after-step
+        buffers = "own" if args.teacher_mode == "train" else "average"
+        update_teacher(teacher, student, ema_decay(step, args.ema_decay), buffers)
+        # <<< method: after-step
+        if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
+            distributed.copy_buffers(*networks.values())
+        done = step + 1
+        run.step(done, parts, args.lr * decay, begin, spent)
+        if run.due(done, args.pictures_every):
+            # >>> method: panels
+            conf_t = F.softmax(mixed_t, 1).amax(1)
+            weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma)
+            maps = {"labelled, pasted": x_l, "label": y_l, "mixed": x_u, "box": mask}
+            maps |= {"pseudo label": mixed_t.argmax(1), "weight": weight * inside}
+            maps["student"] = logits_s.argmax(1)
+            # <<< method: panels
+            run.panels(f"{done:06d}-train", maps)
+        if run.due(done, args.eval_every):
+            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+        if run.due(done, args.save_every):
+            run.keep_last(done, networks, optimizer, state)
+
+    # -- last and best --
+    on = "test" if data.test else "val"
+    results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
+    best = load_networks(load_checkpoint(run.folder / "best.pt", __file__), networks)
+    results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
+    run.finish(results, on)
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    launch(Args, preset, main)

@@ -146,13 +146,12 @@ def preset(args):
     values |= dict(log_every=50, eval_every=1000, save_every=500, pictures_every=5000)
     values |= dict(batch_size=16, batch_size_unlabeled=8, lr=0.00125, lr_head=10.0)  # [D10]
     values |= dict(weight_decay=8e-4, aux_weight=0.4, pooled=2, bank_momentum=0.999)
-    values |= dict(crop_size=513, total_iters=39_680, ohem_kept=50_000 / 513**2)  # [D11]
+    crop, steps = (769, 18_000) if city else (513, 39_680)  # [D11]
+    values |= dict(crop_size=crop, total_iters=steps, ohem_kept=50_000 / crop**2)  # [D1]
     never = {"cityscapes": (0, 1, 2, 8, 10), "camvid": (0, 1, 3, 4, 5), "folder": ()}  # [D20]
     values["paste_not"], streets = never.get(args.dataset, (0,)), city or args.dataset == "camvid"
     values["region_area"], values["bank_area"] = (0.005, 0.01) if streets else (0.03, 0.03)
-    if city:
-        values |= dict(crop_size=769, total_iters=18_000, ohem_kept=50_000 / 769**2)
-    elif not voc:
+    if not city and not voc:
         values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
     if args.dataset in ("camvid", "shapes"):  # this project's small protocols [D8]
         values |= dict(weights="none", workers=2, batch_size=4, lr=0.01, lr_head=2.0, split="1/8")
@@ -425,10 +424,9 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
     prob_t = F.softmax(upcast(logits_t.detach()), 1)
     conf_t, pseudo = prob_t.amax(1), prob_t.argmax(1)
     loss = ce = F.cross_entropy(upcast(logits_s), pseudo, reduction="none")
-    alg_1 = dict(k_max=args.k_max, strict=args.strict)
     if args.unsup_loss == "fpl":
-        how = dict(weight=args.weight, mean_over=args.mean_over)
-        loss = torch.mul(*fuzzy_positive_loss(logits_s, logits_t, args.T, **alg_1, **how))
+        how = dict(strict=args.strict, weight=args.weight, mean_over=args.mean_over)
+        loss = torch.mul(*fuzzy_positive_loss(logits_s, logits_t, args.T, k_max=args.k_max, **how))
     weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
     certain, plain = conf_t >= args.threshold, loss.detach() * inside
     sums = torch.stack([weight * loss * certain, weight, ce.detach() * inside, plain])
@@ -437,8 +435,9 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
     balance = balance.where(plain > 0, 1.0)
     parts = {"unsup": unsup.mean().detach(), "balance": balance.mean()}
     parts |= {"kept": masked_mean(weight > 0, inside), "conf_t": masked_mean(conf_t, inside)}
-    K = fuzzy_positive_assignment(prob_t[..., ::4, ::4], args.T, **alg_1)
-    parts["K_gt_1"] = masked_mean(K > 1, inside[..., ::4, ::4])
+    few, inside = prob_t[..., ::4, ::4], inside[..., ::4, ::4]
+    K = fuzzy_positive_assignment(few, args.T, k_max=args.k_max, strict=args.strict)
+    parts["K_gt_1"] = masked_mean(K > 1, inside)
     return (unsup * balance if args.balance else unsup).mean(), parts
 
 
@@ -795,8 +794,7 @@ def main(args):
     # >>> method: networks
     student = build(args, data.num_classes, DeepLabV3Plus, group)
     student_parallel = parallel(student, args, group)
-    teacher = deepcopy(student).requires_grad_(False)  # never in DDP [D25]
-    teacher.train(args.teacher_mode == "train")
+    teacher = deepcopy(student).requires_grad_(False).train(args.teacher_mode == "train")  # [D25]
     networks, trained = {"student": student, "teacher": teacher}, [student]
 
     def scored(step):
@@ -847,19 +845,20 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        # labelled images with Copy-Paste; draws from rng are equal on all processes
-        tick, rng = time.time(), np.random.default_rng([args.seed, step])
+        t0, rng = time.time(), np.random.default_rng([args.seed, step])  # equal on all processes
         for later, draws in enumerate(state["draws"][:, mine, 1].tolist(), step):
             if later not in loads:
                 numbers = range(later * B + mine.start, later * B + mine.stop)
                 loads[later] = pool.map(partner.sample, draws, numbers)
         first, loaded = batch["unlabeled"], list(loads.pop(step))
-        second = {key: torch.stack([one[key] for one in loaded]).to(group.device) for key in first}
+        second = {key: torch.stack([one[key] for one in loaded]) for key in first}
+        second = {key: distributed.to_device(x, group) for key, x in second.items()}
+        u = distributed.to_device(rng.random(args.paste_draws + args.batch_size), group)
+        drawn, coins = u.split([args.paste_draws, args.batch_size])
         prob = sampling_probability(state["confidence"], allowed, args.paste_power)
-        drawn = draw_classes(prob, torch.from_numpy(rng.random(args.paste_draws)).to(prob.device))
-        coins = torch.from_numpy(rng.random((group.world, here_l))[group.rank]).to(prob.device)
-        labeled = copy_paste(batch["labeled"], batch["paste"], drawn, coins < args.paste_prob)
-        spent["bank"] = time.time() - tick
+        chosen = coins.view(group.world, here_l)[group.rank] < args.paste_prob
+        labeled = copy_paste(batch["labeled"], batch["paste"], draw_classes(prob, drawn), chosen)
+        spent["bank"] = time.time() - t0
         x_l, y_l = labeled["image"], labeled["label"]
         out = student_parallel(x_l)
         sup = supervised_loss(out, y_l, args)
@@ -867,8 +866,7 @@ def main(args):
             logits_t = teacher(x_l)["logits"] if args.consistency_on == "all" else None
             views = teacher(torch.cat([first["image"], second["image"]]))["logits"]
             # image bank, draws, boxes: on the CPU, after the one wait for the device in a step
-            tick = time.time()
-            inside = torch.cat([first["inside"], second["inside"]])[..., ::4, ::4]
+            t0, inside = time.time(), torch.cat([first["inside"], second["inside"]])[..., ::4, ::4]
             seen = views[..., ::4, ::4].argmax(1).masked_fill(~inside, IGNORE).byte()
             shown = seen.new_zeros(group.world, 2, here, C)
             shown[group.rank] = presence(seen, C, args.bank_area).unflatten(0, (2, here))
@@ -886,8 +884,8 @@ def main(args):
             sums = distributed.reduced(class_confidence(prob, y_l, args.pooled, args.skip_absent))
             state["confidence"] = update_confidence(state["confidence"], sums, args.bank_momentum)
             rate = equalization_rate(state["confidence"], args.beta)
-            spent["bank"] += time.time() - tick
-        mask = mask.to(group.device)
+            spent["bank"] += time.time() - t0
+        mask = distributed.to_device(mask, group)
         x_u = torch.where(mask[:, None], second["image"], first["image"])
         inside = torch.where(mask, second["inside"], first["inside"])
         mixed_t = torch.where(mask[:, None], views[here:], views[:here])

@@ -76,6 +76,12 @@ def to_host(*tensors):
     return [part.view(x.dtype).view(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
+def to_device(array, group):
+    """Returns an array or tensor of the CPU on the device, without waiting for the device."""
+    tensor, cuda = torch.as_tensor(array), group.device.type == "cuda"
+    return (tensor.pin_memory() if cuda else tensor).to(group.device, non_blocking=True)
+
+
 def no_sync(net):
     """Returns a context in which backward leaves a DDP network's gradients to a later backward."""
     return net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext()

@@ -150,7 +150,7 @@ def preset(args):
     values |= dict(crop_size=crop, total_iters=steps, ohem_kept=50_000 / crop**2)  # [D1]
     never = {"cityscapes": (0, 1, 2, 8, 10), "camvid": (0, 1, 3, 4, 5), "folder": ()}  # [D20]
     values["paste_not"], streets = never.get(args.dataset, (0,)), city or args.dataset == "camvid"
-    values["region_area"], values["bank_area"] = (0.005, 0.01) if streets else (0.03, 0.03)
+    values |= dict(region_area=0.005 if streets else 0.03, bank_area=0.01 if streets else 0.03)
     if not city and not voc:
         values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
     if args.dataset in ("camvid", "shapes"):  # this project's small protocols [D8]
@@ -821,10 +821,9 @@ def main(args):
     rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
     state = {"confidence": torch.from_numpy(rng.random(C, np.float32)).to(group.device)}  # [D26]
     state["present"] = torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
-    draws = [draw_partners(rng.random(C), state["present"], B, rng) for _ in range(4)]  # four ahead
+    draws = [draw_partners(rng.random(C), state["present"], B, rng) for _ in range(4)]  # [D27]
     state["draws"], pool, loads = torch.stack(draws), ThreadPoolExecutor(4), {}
-    whose = (data, data.unlabeled, False, args.scales)
-    unlabeled, partner = (Samples(*whose, name, args) for name in ("unlabeled", "partner"))
+    partner = Samples(data, data.unlabeled, False, args.scales, "unlabeled.partner", args)
     # <<< method: state
     run = Run(args, __file__, group, data)
     start = run.restore(networks, optimizer, state)
@@ -875,7 +874,7 @@ def main(args):
             classes, images = state["draws"][0].unbind(1)
             draws = draw_partners(bank, state["present"], B, rng)
             state["draws"] = torch.cat([state["draws"][1:], draws[None]])
-            images = [*(unlabeled.which(step * B + i) for i in range(B)), *images.tolist()]
+            images = [*(partner.which(step * B + i) for i in range(B)), *images.tolist()]
             for image, row in zip(images, shown, strict=True):
                 state["present"][:, image] = row
             regions = seen.numpy(), classes[mine].tolist(), rng.spawn(B)[mine]

@@ -16,7 +16,7 @@ pixels by Copy-Paste, pixels in the loss. FPL replaces the loss with one pseudo 
   python ael_fpl.py --dataset camvid --split 1/8 --unsup-loss ce
   torchrun --nproc_per_node 8 ael_fpl.py --dataset cityscapes --split 1/16 --T 0.9
 
-Measured: the table in README.md. Papers, released code and this script: docs/ael_fpl.md.
+Measured: the table in README.md. Papers, released code [D30] and this script: docs/ael_fpl.md.
 """
 # <<< method: header
 
@@ -115,7 +115,7 @@ class Args:
     T: float | None = None  # upper bound of the cumulative probability, in (0, 1)
     k_max: int | None = None  # K at most; 0: no cap
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
-    weight: Literal["concave", "linear", "convex", "none"] = "concave"  # FPL Eq. (11), (16)
+    weight: Literal["concave", "linear", "convex", "none"] = "concave"  # FPL Eq. (11), (16) [D33]
     mean_over: Literal["positives", "positives_and_next"] | None = None  # the mean in that weight
     balance: bool | None = None  # rescale FPL's loss to the value of cross-entropy
     threshold: float | None = None  # no loss where the teacher is less confident
@@ -142,15 +142,15 @@ def preset(args):
     city, voc = args.dataset == "cityscapes", args.dataset.startswith("voc")
     values = dict(backbone="resnet101", stem="v1c", output_stride=8, protocol="slide")  # [D9]
     values |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
-    values |= dict(scales=(0.5, 2.0), weights="auto", workers=4, split_family="cps", decay_on="all")
+    values |= dict(scales=(0.5, 2.0), weights="auto", workers=4, split_family="cps")  # [D32]
     values |= dict(log_every=50, eval_every=1000, save_every=500, pictures_every=5000)
     values |= dict(batch_size=16, batch_size_unlabeled=8, lr=0.00125, lr_head=10.0)  # [D10]
-    values |= dict(weight_decay=8e-4, aux_weight=0.4, pooled=2, bank_momentum=0.999)
+    values |= dict(weight_decay=8e-4, decay_on="all", aux_weight=0.4, bank_momentum=0.999)
     crop, steps = (769, 18_000) if city else (513, 39_680)  # [D11]
-    values |= dict(crop_size=crop, total_iters=steps, ohem_kept=50_000 / crop**2)  # [D1]
+    values |= dict(crop_size=crop, total_iters=steps, pooled=2, ohem_kept=50_000 / crop**2)
     never = {"cityscapes": (0, 1, 2, 8, 10), "camvid": (0, 1, 3, 4, 5), "folder": ()}  # [D20]
-    values["paste_not"], streets = never.get(args.dataset, (0,)), city or args.dataset == "camvid"
-    values |= dict(region_area=0.005 if streets else 0.03, bank_area=0.01 if streets else 0.03)
+    values["paste_not"], road = never.get(args.dataset, (0,)), city or args.dataset == "camvid"
+    values["region_area"], values["bank_area"] = (0.005, 0.01) if road else (0.03, 0.03)  # [D31]
     if not city and not voc:
         values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
     if args.dataset in ("camvid", "shapes"):  # this project's small protocols [D8]
@@ -677,7 +677,7 @@ def streams(data, args):
     # >>> method: draw
     return {
         "labeled": (data.labeled, args.batch_size, True, args.scales),
-        "paste": (data.labeled, args.batch_size, True, args.paste_scales),
+        "paste": (data.labeled, args.batch_size, True, args.paste_scales),  # [D28]
         "unlabeled": (data.unlabeled, args.batch_size_unlabeled, False, args.scales),
     }
     # <<< method: draw
@@ -844,7 +844,7 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        t0, rng = time.time(), np.random.default_rng([args.seed, step])  # equal on all processes
+        t0, rng = time.time(), np.random.default_rng([args.seed, step])  # equal everywhere [D29]
         for later, draws in enumerate(state["draws"][:, mine, 1].tolist(), step):
             if later not in loads:
                 numbers = range(later * B + mine.start, later * B + mine.stop)

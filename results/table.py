@@ -17,9 +17,13 @@ PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # p
 # flags named where they differ
 USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule": "paper"}
 USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}
+USUAL |= {"teacher_mode": "train", "skip_absent": False}
 USUAL |= {"same_image_cutmix": False, "evaluate": "branch1", "seed": 0, "stem": "classic"}
 ORDER = "supervised.py mean_teacher.py cps_fpl.py ael_fpl.py u2pl.py esl.py".split()
-LOSSES = {"fpl": "FPL", "ce": "CPS"}  # cps_fpl.py's first word
+LOSSES = {  # the first word of a row
+    "cps_fpl.py": {"fpl": "FPL", "ce": "CPS"},
+    "ael_fpl.py": {"fpl": "FPL+AEL", "ce": "AEL"},
+}
 
 
 def read(path):
@@ -38,7 +42,7 @@ def row(path):
         flags.insert(0, "labels alone")
     else:
         flags[:0] = ["CutMix"] * args.get("cutmix", False)
-        flags[:0] = [LOSSES.get(loss, loss) for loss in [args.get("unsup_loss")] if loss]
+        flags[:0] = [LOSSES[script].get(loss, loss) for loss in [args.get("unsup_loss")] if loss]
     flags = ", ".join(flags) or "-"
     same = hashlib.sha256((ROOT / script).read_bytes()).hexdigest() == start["sha256"]
     minutes = train[-1]["time"]["elapsed_s"] / 60

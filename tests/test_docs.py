@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ael_fpl
 import cps_fpl
 import mean_teacher
 import prepare_data
@@ -23,6 +24,7 @@ from tests import helpers
 from tests.test_copies import ROOT, SCRIPTS
 
 MODULES = {"supervised.py": supervised, "mean_teacher.py": mean_teacher, "cps_fpl.py": cps_fpl}
+MODULES["ael_fpl.py"] = ael_fpl
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

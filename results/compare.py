@@ -1,0 +1,109 @@
+"""Per-class IoU of two runs in the layout of FPL supplement Table 6, the hardest class first.
+
+    python results/compare.py A B [--rows] [--score best]   # run folders or logs; A: the baseline
+
+IoU in per cent with two decimals; improvements in points, between the numbers as printed. Hard is
+what A scores low, so noise in A alone makes hard classes rise and easy ones fall.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from common import Refusal  # noqa: E402
+from common.data import FACTS  # noqa: E402
+from common.run import cli, refusing  # noqa: E402
+from results.table import read  # noqa: E402
+
+
+def load(path, score):
+    """Returns name, facts, classes, iou (None: absent), miou of a run. Raises Refusal."""
+    file = Path(path, "log.jsonl") if Path(path).is_dir() else Path(path)
+    try:
+        start, *_, done = read(file)
+        args, on, scores = start["args"], done["on"], (*done[score]["iou"], done[score]["miou"])
+        *iou, miou = (v if v is None else round(100 * v, 2) for v in scores)
+        classes = FACTS[args["dataset"]].get("classes") or [f"class {i}" for i in range(len(iou))]
+        if len(classes) != len(iou):
+            raise ValueError(f"{len(iou)} classes, {args['dataset']} has {len(classes)}")
+        sets = {k: f"{count} images, set {key}" for k, (count, key) in start["lists"].items()}
+        facts = {"data set": args["dataset"], "classes": len(iou), "scored on": f"{on}, {sets[on]}"}
+        facts |= {"labelled": sets["labeled"], "seed": args["seed"], "steps": args["total_iters"]}
+        name = file.resolve().parent.name if file.name == "log.jsonl" else file.stem
+        return SimpleNamespace(name=name, facts=facts, classes=classes, iou=iou, miou=miou)
+    except IndexError:
+        raise Refusal(f"{file}: no line of kind done: let the run finish") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise Refusal(f"{file}: not the log of a finished run ({why})") from None
+
+
+def hardest_first(a, b):
+    """Returns (classes by ascending a, ties by index; classes that are None in a or in b)."""
+    absent = [i for i, pair in enumerate(zip(a, b, strict=True)) if None in pair]
+    return sorted(set(range(len(a))) - set(absent), key=lambda i: (a[i], i)), absent
+
+
+def cells(names, classes, a, b, mious):
+    """Returns Table 6 as rows of text, one per class, mIoU last; a, b: per cent per class."""
+    present, absent = hardest_first(a, b)
+    if {a.count(None), b.count(None)} != {len(absent)}:  # one lacks more: over what both have
+        mious = [round(sum(v[i] for i in present) / max(len(present), 1), 2) for v in (a, b)]
+    rows = [*((classes[i], a[i], b[i]) for i in present), ("mIoU", *mious)]
+    rows = [(name, f"{x:.2f}", f"{y:.2f}", f"{y - x:+.2f}") for name, x, y in rows]
+    rows[-1:-1] = [(classes[i], *["absent"] * 3) for i in absent]
+    return [("Class", *names, "Improvement"), *rows]
+
+
+def markdown(rows):
+    """Returns rows of text as a Markdown table with padded cells; the first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * (width - 1) + ":" for width in widths], *rows[1:]]
+    return "\n".join(f"| {' | '.join(map(str.rjust, row, widths))} |" for row in rows)
+
+
+def summary(a, b):
+    """Returns in numbers what supplement Sec. 4.2 claims; hard: the lower half of a, floored."""
+    gains = [round(b[i] - a[i], 2) for i in hardest_first(a, b)[0]]
+    half, n = len(gains) // 2, len(gains)
+    hard, easy = (sum(g) / max(len(g), 1) for g in (gains[:half], gains[half:]))
+    text = f"{sum(g > 0 for g in gains)} of {n} classes rise, {sum(g < 0 for g in gains)} fall; "
+    return text + f"on average {hard:+.2f} in the {half} hardest, {easy:+.2f} in {n - half} others"
+
+
+@dataclass(frozen=True)
+class Args:
+    """Per-class IoU of two runs, the hardest class first, as in FPL supplement Table 6."""
+
+    a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="A")]  # the baseline
+    b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="B")]  # run folders or logs
+    score: Literal["last", "best"] = "last"  # of the last step, or of the best one on val
+    rows: bool = False  # a row per class, not a column
+
+
+def main(argv=None):
+    """Prints table, summary and what else differs between the two runs. Raises Refusal."""
+    args = cli(Args, argv)
+    a, b = load(args.a, args.score), load(args.b, args.score)
+    unlike = {k: f"{k} {v} against {b.facts[k]}" for k, v in a.facts.items() if v != b.facts[k]}
+    words = "; ".join(unlike.values())
+    if set(unlike) - {"labelled", "seed", "steps"}:
+        raise Refusal(f"{args.a}, {args.b}: {words}: nothing to compare")
+    names = (a.name, b.name) if a.name != b.name else (args.a, args.b)
+    rows = cells(names, a.classes, a.iou, b.iou, (a.miou, b.miou))
+    print(markdown(rows if args.rows else list(zip(*rows, strict=True))))
+    print(f"\n{args.score} step, {a.facts['scored on']}; one seed each\n{summary(a.iou, b.iou)}")
+    if words:
+        print(f"warning: {words}: the improvement is not that of the method alone")
+
+
+if __name__ == "__main__":
+    refusing(main)

@@ -342,7 +342,7 @@ def draw_partners(bank, present, count, rng):
 
 
 def half_area_box(rng, size):
-    """A random box of half the area of a square crop, its height log-uniform: top, left, h, w."""
+    """A random box of half a square crop of size pixels, height log-uniform: top, left, h, w."""
     tall = 0.5 ** rng.random()
     h, w = round(size * tall), round(size * 0.5 / tall)
     return int(rng.integers(size - h + 1)), int(rng.integers(size - w + 1)), h, w
@@ -387,15 +387,15 @@ def presence(seen, num_classes, area):
 def copy_paste(base, source, drawn, chosen):
     """AEL's adaptive Copy-Paste: in chosen images, (B,) bool, pixels of drawn classes cover base.
 
-    base, source: dicts of image, label, inside (B, ..., H, W). drawn: class ids, (n,) int64.
+    base, source: dicts of image, label, inside (B, ..., H, W). drawn: their class ids, (B, n).
     """
-    alpha = torch.isin(source["label"], drawn) & chosen.view(-1, 1, 1)
+    alpha = (source["label"][:, None] == drawn[..., None, None]).any(1) & chosen.view(-1, 1, 1)
     masks = {"image": alpha[:, None], "label": alpha, "inside": alpha}
     return {key: torch.where(mask, source[key], base[key]) for key, mask in masks.items()}
 
 
 def equalization_rate(bank, beta=1.0):
-    """AEL's equalization sampling: s = ((1 - conf) / max(1 - conf))^beta, (C,) in [0, 1]."""
+    """AEL's equalization sampling: s = ((1 - bank) / max(1 - bank))^beta, (C,) in [0, 1]."""
     gap = (1 - bank).clamp(min=0)
     return (gap / gap.max().clamp(min=1e-12)) ** beta
 
@@ -814,15 +814,15 @@ def main(args):
     here, here_l = B // group.world, args.batch_size // group.world
     mine = slice(group.rank * here, (group.rank + 1) * here)
     allowed = torch.tensor([c not in args.paste_not for c in range(C)], device=group.device)
-    if not allowed.any():
-        raise Refusal("--paste-not leaves no class; --paste-draws 0 pastes nothing")
+    if args.paste_draws and not allowed.any() or max(args.paste_not, default=0) >= C:
+        raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")
     if here_l % args.pooled:
         raise Refusal(f"--pooled {args.pooled}: {here_l} labelled images per process do not divide")
     rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
-    state = {"confidence": torch.from_numpy(rng.random(C, np.float32)).to(group.device)}  # [D26]
-    state["present"] = torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
-    draws = [draw_partners(rng.random(C), state["present"], B, rng) for _ in range(4)]  # [D27]
-    state["draws"], pool, loads = torch.stack(draws), ThreadPoolExecutor(4), {}
+    bank, empty = rng.random(C, np.float32), torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
+    draws = torch.stack([draw_partners(bank, empty, B, rng) for _ in range(4)])  # [D26] [D27]
+    state = {"confidence": distributed.to_device(bank, group), "present": empty, "draws": draws}
+    pool, loads = ThreadPoolExecutor(4), {}
     partner = Samples(data, data.unlabeled, False, args.scales, "unlabeled.partner", args)
     # <<< method: state
     run = Run(args, __file__, group, data)
@@ -846,17 +846,17 @@ def main(args):
         # >>> method: losses
         t0, rng = time.time(), np.random.default_rng([args.seed, step])  # equal everywhere [D29]
         for later, draws in enumerate(state["draws"][:, mine, 1].tolist(), step):
-            if later not in loads:
+            if later not in loads and later < args.total_iters:
                 numbers = range(later * B + mine.start, later * B + mine.stop)
                 loads[later] = pool.map(partner.sample, draws, numbers)
         first, loaded = batch["unlabeled"], list(loads.pop(step))
         second = {key: torch.stack([one[key] for one in loaded]) for key in first}
         second = {key: distributed.to_device(x, group) for key, x in second.items()}
-        u = distributed.to_device(rng.random(args.paste_draws + args.batch_size), group)
-        drawn, coins = u.split([args.paste_draws, args.batch_size])
+        u = rng.random((group.world, here_l, args.paste_draws + 1))[group.rank]
+        u = distributed.to_device(u, group)
         prob = sampling_probability(state["confidence"], allowed, args.paste_power)
-        chosen = coins.view(group.world, here_l)[group.rank] < args.paste_prob
-        labeled = copy_paste(batch["labeled"], batch["paste"], draw_classes(prob, drawn), chosen)
+        drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
+        labeled = copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
         spent["bank"] = time.time() - t0
         x_l, y_l = labeled["image"], labeled["label"]
         out = student_parallel(x_l)
@@ -879,8 +879,8 @@ def main(args):
                 state["present"][:, image] = row
             regions = seen.numpy(), classes[mine].tolist(), rng.spawn(B)[mine]
             mask, count = partner_mask(*regions, args.region_area, args.crop_size)
-            prob = F.softmax(out["logits"], 1)
-            sums = distributed.reduced(class_confidence(prob, y_l, args.pooled, args.skip_absent))
+            sums = class_confidence(out["logits"].softmax(1), y_l, args.pooled, args.skip_absent)
+            sums = distributed.reduced(sums)
             state["confidence"] = update_confidence(state["confidence"], sums, args.bank_momentum)
             rate = equalization_rate(state["confidence"], args.beta)
             spent["bank"] += time.time() - t0

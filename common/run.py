@@ -32,7 +32,7 @@ from common.distributed import Group, ReduceOp, from_first, reduced, share
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 log_every save_every pictures_every tensorboard""".split()
 POSITIVE = """batch_size batch_size_unlabeled total_iters crop_size scales aspp_rates lr log_every
-eval_every save_every T""".split()
+eval_every save_every T pooled paste_scales""".split()
 SHARES = ("_prob", "_decay", "_kept", "_momentum", "_area", "threshold")  # at most 1
 NEVER = 2**62  # later than any step
 
@@ -81,6 +81,8 @@ def resolve(args, preset):
         flag = "--" + name.replace("_", "-")
         if value is None and name != "split_seed" and not args.list_presets:
             raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
+        if name.endswith("scales") and (not value or list(value) != sorted(value)):
+            raise Refusal(f"{flag} {value}: one number or more, rising")
         for number in value if isinstance(value, tuple) else [value]:
             low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
             high = 1 if name.endswith(SHARES) else float("inf")

@@ -171,6 +171,21 @@ def test_the_64_cells_of_fpls_tables_1_to_3_resolve_with_a_dry_run(capsys):
     assert len(seen) == len(set(seen)) == 64
 
 
+def test_the_28_cells_of_fpls_tables_1_and_2_on_ael_resolve_with_a_dry_run(capsys):
+    seen = []
+    for line in cells("ael_fpl.py").splitlines():
+        words, source = re.search(r"(--dataset .*?)  +(.*)", line).groups()
+        args = resolve(parse(ael_fpl.Args, shlex.split(words) + ["--dry-run"]), ael_fpl.preset)
+        ael_fpl.main(args)
+        rows = dict(row.split(maxsplit=1) for row in capsys.readouterr().out.splitlines())
+        assert rows["T"] in ("0.85", "0.9", "0.95"), words
+        assert rows["total_iters"] == ("18000" if args.dataset == "cityscapes" else "39680")
+        assert (rows["unsup_loss"] == "fpl") == ("FPL+AEL" in source), line
+        assert rows["batch_size"] == "16" and rows["batch_size_unlabeled"] == "8"
+        seen.append(tuple(rows[n] for n in "dataset split backbone unsup_loss".split()))
+    assert len(seen) == len(set(seen)) == 28
+
+
 def draw_own_images(root, classes, ignore):
     """Draws 8 training images, 5 with masks, and 3 of val: odd sizes, 4 modes, holes in masks."""
     rng = np.random.default_rng(classes)

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ael_fpl
 import cps_fpl
 import mean_teacher
 import prepare_data
@@ -27,6 +28,7 @@ from common import Refusal, run
 from tests.helpers import ROOT, draw_tree, flags, log, shrink, train
 
 SCRIPTS = {"supervised": supervised, "mean_teacher": mean_teacher, "cps_fpl": cps_fpl}
+SCRIPTS["ael_fpl"] = ael_fpl
 
 # ---- presets ----
 
@@ -51,9 +53,11 @@ CPS = [
     ("camvid", ("1/8", "1/2", "all"), SMALL, 128, "1/8"),
     ("shapes", ("1/16", "all"), SMALL, 64, "1/16"),
 ]
+AEL = [(*row[:3], dict.get({512: 513, 800: 769}, row[3], row[3]), row[4]) for row in CPS]
 PRESETS = [
     *((name, "u2pl", *row) for name in ("supervised", "mean_teacher") for row in U2PL),
     *(("cps_fpl", "cps", *row) for row in CPS),
+    *(("ael_fpl", "cps", *row) for row in AEL),
 ]
 
 
@@ -73,7 +77,7 @@ def test_network_evaluation_and_family_of_every_data_set(
         assert (args.crop_size, args.split_family, args.split) == (crop, family, split)
         assert (args.init, args.num_classes, args.ignore_index) == ("", 0, 255)
         if dataset == "folder":
-            assert args.total_iters == (39_680 if name == "cps_fpl" else 20_000)
+            assert args.total_iters == (39_680 if name.endswith("fpl") else 20_000)
     if default:
         assert resolved(script, dataset=dataset).split == default
     else:
@@ -97,8 +101,10 @@ def test_a_folder_of_ones_own_needs_no_flag_but_its_classes(name):
         assert matched.total_iters == 20_000
     if name == "cps_fpl":
         assert (args.T, args.unsup_weight, args.ohem_kept) == (0.9, 1.0, 0.0)
-    rates = (0.0025, 1.0) if name == "cps_fpl" else (0.001, 10.0)  # VOC's
-    assert (args.lr, args.lr_head) == rates
+    if name == "ael_fpl":
+        assert (args.T, args.paste_not, args.region_area, args.aux_weight) == (0.9, (), 0.03, 0.4)
+    rates = {"cps_fpl": (0.0025, 1.0), "ael_fpl": (0.00125, 10.0)}  # VOC's
+    assert (args.lr, args.lr_head) == rates.get(name, (0.001, 10.0))
 
 
 def draw_folder(root, count=8, classes=5):

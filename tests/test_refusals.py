@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ael_fpl
 import cps_fpl
 import mean_teacher
 import sources
@@ -124,6 +125,25 @@ NUMBERS = [  # numbers that cannot be: refused before anything is read, as the r
     *((cps_fpl, ["--T", T], [f"--T {T}: a number from"]) for T in BOUNDS),
     (cps_fpl, ["--T", "1.0", "--unsup-loss", "ce"], ["--T 1.0"]),
     (cps_fpl, ["--unsup-weight", "-1"], ["--unsup-weight", "-1"]),
+    (ael_fpl, ["--unsup-loss", "soft"], ["soft", "fpl", "ce"]),
+    (ael_fpl, ["--consistency-on", "labelled"], ["labelled", "mixed", "all"]),
+    (ael_fpl, ["--teacher-mode", "frozen"], ["frozen", "train", "eval"]),
+    (ael_fpl, ["--pooled", "3"], ["--pooled 3", "2 labelled images"]),
+    (ael_fpl, ["--pooled", "0"], ["--pooled 0"]),
+    (ael_fpl, ["--paste-not", *map(str, range(11))], ["--paste-not", "0 to 10", "--paste-draws 0"]),
+    (ael_fpl, ["--paste-not", "2", "11"], ["--paste-not", "0 to 10"]),
+    (ael_fpl, ["--paste-scales", "2.0", "0.1"], ["--paste-scales (2.0, 0.1)", "rising"]),
+    (ael_fpl, ["--paste-scales"], ["--paste-scales ()", "rising"]),
+    (ael_fpl, ["--paste-scales", "0", "1"], ["--paste-scales 0.0"]),
+    (supervised, ["--scales", "2.0", "0.5"], ["--scales (2.0, 0.5)", "rising"]),
+    (ael_fpl, ["--paste-not", "-1"], ["--paste-not"]),
+    (ael_fpl, ["--paste-draws", "-1"], ["--paste-draws -1"]),
+    (ael_fpl, ["--paste-prob", "1.5"], ["--paste-prob 1.5", "to 1"]),
+    (ael_fpl, ["--bank-momentum", "2"], ["--bank-momentum 2.0", "to 1"]),
+    (ael_fpl, ["--region-area", "5"], ["--region-area 5.0", "to 1"]),
+    (ael_fpl, ["--threshold", "70"], ["--threshold 70.0", "to 1"]),
+    (ael_fpl, ["--batch-size-unlabeled", "1"], ["1", "unlabeled", "two"]),
+    (ael_fpl, ["--T", "1.0"], ["--T 1.0"]),
     (cps_fpl, ["--unsup-weight", "nan"], ["--unsup-weight", "nan"]),
     (cps_fpl, ["--k-max", "-1"], ["--k-max", "-1"]),
     (cps_fpl, ["--batch-size-unlabeled", "0"], ["--batch-size-unlabeled", "0"]),
@@ -569,7 +589,7 @@ def test_flags_of_scoring_are_refused_where_nothing_is_scored(words):
 def test_a_run_by_list_is_not_named_by_a_split(tmp_path):
     (tmp_path / "l.txt").write_text("train0\n")
     words = ["--dataset", "camvid", "--labeled-list", str(tmp_path / "l.txt")]
-    for module in (supervised, mean_teacher, cps_fpl):
+    for module in (supervised, mean_teacher, cps_fpl, ael_fpl):
         args = run.resolve(run.parse(module.Args, words), module.preset)
         assert (args.split, args.total_iters) == ("list", 600)
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ael_fpl
 import cps_fpl
 import mean_teacher
 import sources
@@ -334,6 +335,7 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step_and_never_saved(
 # ---- a start from the networks of another run ----
 
 SCRIPTS = {"supervised": supervised, "mean_teacher": mean_teacher, "cps_fpl": cps_fpl}
+SCRIPTS["ael_fpl"] = ael_fpl
 SOURCES = {  # writer and reader: for each network of the reader the one that it starts from
     ("supervised", "supervised"): {"student": "student"},
     ("supervised", "mean_teacher"): {"student": "student", "teacher": "student"},
@@ -341,6 +343,11 @@ SOURCES = {  # writer and reader: for each network of the reader the one that it
     ("mean_teacher", "supervised"): {"student": "student"},
     ("mean_teacher", "mean_teacher"): {"student": "student", "teacher": "teacher"},
     ("mean_teacher", "cps_fpl"): {"branch1": "student", "branch2": "student"},
+    ("supervised", "ael_fpl"): {"student": "student", "teacher": "student"},
+    ("mean_teacher", "ael_fpl"): {"student": "student", "teacher": "teacher"},
+    ("ael_fpl", "mean_teacher"): {"student": "student", "teacher": "teacher"},
+    ("ael_fpl", "cps_fpl"): {"branch1": "student", "branch2": "student"},
+    ("cps_fpl", "ael_fpl"): {"student": "branch1", "teacher": "branch1"},
     ("cps_fpl", "supervised"): {"student": "branch1"},
     ("cps_fpl", "mean_teacher"): {"student": "branch1", "teacher": "branch1"},
     ("cps_fpl", "cps_fpl"): {"branch1": "branch1", "branch2": "branch2"},

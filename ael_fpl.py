@@ -421,8 +421,8 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
     teacher is below the threshold it is 0, the weight remains [D18]. Returns (what is minimized,
     parts): unsup, before the balance [D16]; balance; kept by sampling; conf_t; K_gt_1, at stride 4.
     """
-    prob_t = F.softmax(upcast(logits_t.detach()), 1)
-    conf_t, pseudo = prob_t.amax(1), prob_t.argmax(1)
+    prob = F.softmax(upcast(logits_t.detach()), 1)
+    conf_t, pseudo = prob.amax(1), prob.argmax(1)
     loss = ce = F.cross_entropy(upcast(logits_s), pseudo, reduction="none")
     if args.unsup_loss == "fpl":
         how = dict(strict=args.strict, weight=args.weight, mean_over=args.mean_over)
@@ -435,9 +435,8 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
     balance = balance.where(plain > 0, 1.0)
     parts = {"unsup": unsup.mean().detach(), "balance": balance.mean()}
     parts |= {"kept": masked_mean(weight > 0, inside), "conf_t": masked_mean(conf_t, inside)}
-    few, inside = prob_t[..., ::4, ::4], inside[..., ::4, ::4]
-    K = fuzzy_positive_assignment(few, args.T, k_max=args.k_max, strict=args.strict)
-    parts["K_gt_1"] = masked_mean(K > 1, inside)
+    K = fuzzy_positive_assignment(prob[..., ::4, ::4], args.T, k_max=args.k_max, strict=args.strict)
+    parts["K_gt_1"] = masked_mean(K > 1, inside[..., ::4, ::4])
     return (unsup * balance if args.balance else unsup).mean(), parts
 
 
@@ -864,13 +863,12 @@ def main(args):
         with torch.no_grad():  # the teacher sees the clean views
             logits_t = teacher(x_l)["logits"] if args.consistency_on == "all" else None
             views = teacher(torch.cat([first["image"], second["image"]]))["logits"]
-            # image bank, draws, boxes: on the CPU, after the one wait for the device in a step
             t0, inside = time.time(), torch.cat([first["inside"], second["inside"]])[..., ::4, ::4]
             seen = views[..., ::4, ::4].argmax(1).masked_fill(~inside, IGNORE).byte()
             shown = seen.new_zeros(group.world, 2, here, C)
             shown[group.rank] = presence(seen, C, args.bank_area).unflatten(0, (2, here))
             shown = distributed.reduced(shown).transpose(0, 1).flatten(0, 2)  # of all processes
-            bank, shown, seen = distributed.to_host(state["confidence"], shown, seen[here:])
+            bank, shown, seen = distributed.to_host(state["confidence"], shown, seen[here:])  # sync
             classes, images = state["draws"][0].unbind(1)
             draws = draw_partners(bank, state["present"], B, rng)
             state["draws"] = torch.cat([state["draws"][1:], draws[None]])
@@ -903,6 +901,8 @@ def main(args):
         # >>> method: after-step
         buffers = "own" if args.teacher_mode == "train" else "average"
         update_teacher(teacher, student, ema_decay(step, args.ema_decay), buffers)
+        if run.due(step + 1, args.eval_every):  # its loaders fork: no thread may be at work
+            loads = {later: list(samples) for later, samples in loads.items()}
         # <<< method: after-step
         if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
             distributed.copy_buffers(*networks.values())

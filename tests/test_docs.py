@@ -2,8 +2,13 @@
 
 import dataclasses
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +20,11 @@ import mean_teacher
 import prepare_data
 import supervised
 from common import pictures
-from common.data import FACTS
+from common.data import FACTS, set_hash
 from common.run import cells, describe, parse, resolve
 from docs import draw_shapes
 from results import table
-from sources import load
+from sources import load, read_list
 from tests import helpers
 from tests.test_copies import ROOT, SCRIPTS
 
@@ -184,6 +189,25 @@ def test_the_28_cells_of_fpls_tables_1_and_2_on_ael_resolve_with_a_dry_run(capsy
         assert rows["batch_size"] == "16" and rows["batch_size_unlabeled"] == "8"
         seen.append(tuple(rows[n] for n in "dataset split backbone unsup_loss".split()))
     assert len(seen) == len(set(seen)) == 28
+
+
+def test_the_printed_command_draws_the_sets_that_fpl_had_on_ael(tmp_path):
+    """docs/ael_fpl.md: seed 1 on the train.txt of CPS's repository, and the hashes of four sets."""
+    folder = Path(os.environ.get("SPLITS", "")) / "cps/city/config_new"
+    if not os.environ.get("SPLITS"):
+        pytest.skip("SPLITS names no folder of published lists")
+    page = (ROOT / "docs/ael_fpl.md").read_text()
+    (line,) = re.findall(r"^    (python -c .*) > ael_1_16\.txt$", page, re.M)
+    shutil.copy(folder / "train.txt", tmp_path)
+    hashes = re.search(r"Seed 1 gives the sets (.*?);", page, re.S)[1]
+    for key, count in re.findall(r"(\w{8}) \((\d+)\)", hashes):
+        words = [w.replace("186", count) for w in shlex.split(line)]
+        words[0] = sys.executable
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+        (tmp_path / "l.txt").write_text(done.stdout)
+        rows = read_list(tmp_path / "l.txt", FACTS["cityscapes"]["key"])
+        assert (len(rows), set_hash(rows)) == (int(count), key)
+    assert hashes.count("(") == 4
 
 
 def draw_own_images(root, classes, ignore):

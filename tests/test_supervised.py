@@ -413,7 +413,7 @@ def test_an_explicit_flag_beats_recipe_and_preset():
 
     flags = dict(lr=0.5, ohem_kept=0.0, aux_weight=0.0)  # falsy values are explicit too
     rest = {f: 1 for f in Args.__dataclass_fields__ if getattr(Args(), f) is None}
-    args = resolve(Args(**flags), lambda a: rest | recipe(a))
+    args = resolve(Args(**flags), lambda a: rest | {"scales": (1.0,)} | recipe(a))
     assert (args.lr, args.ohem_kept, args.aux_weight) == (0.5, 0.0, 0.0)
     assert (args.batch_size, args.split_seed) == (1, 3)  # the others come from preset and recipe
     args = Args(dataset="cityscapes", split="1/4", ohem_kept=0.0, total_iters=7)

@@ -66,6 +66,15 @@ def reduced(tensor, op=ReduceOp.SUM):
     return tensor
 
 
+def gathered(tensor):
+    """Returns the tensors of all processes, of one shape, in the order of ranks: (world, ...)."""
+    if not dist.is_initialized():
+        return tensor[None]
+    every = tensor.new_empty(dist.get_world_size(), *tensor.shape)
+    dist.all_gather(list(every.unbind()), tensor.contiguous())
+    return every
+
+
 def to_host(*tensors):
     """Returns tensors on the CPU, moved as one copy of their bytes: one wait for the device.
 

@@ -32,8 +32,8 @@ from common.distributed import Group, ReduceOp, from_first, reduced, share
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 log_every save_every pictures_every tensorboard""".split()
 POSITIVE = """batch_size batch_size_unlabeled total_iters crop_size scales aspp_rates lr log_every
-eval_every save_every T pooled paste_scales""".split()
-SHARES = ("_prob", "_decay", "_kept", "_momentum", "_area", "threshold")  # at most 1
+eval_every save_every T pooled paste_scales epochs tau anchors negatives keys bank_sizes""".split()
+SHARES = tuple("_prob _decay _kept _momentum _area threshold alpha_0 delta_p".split())  # at most 1
 NEVER = 2**62  # later than any step
 
 

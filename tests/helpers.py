@@ -78,7 +78,18 @@ def tiny_modules(module):
     class HeadWithoutDropout(Head):
         dropout = 0.0
 
+    class HeadWithFeatures(Head):
+        def __init__(self, channels, num_classes, args):
+            super().__init__(channels, num_classes, args)
+            self.represent = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, 6, 1))
+
+        def forward(self, stages, size):
+            coarse = self.classify(stages[0]).float()
+            out = {"logits": module.upsample(coarse, size), "coarse": coarse}
+            return out | ({"rep": self.represent(stages[0])} if self.training else {})
+
     parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadWithoutDropout}
+    parts["U2PLHead"] = HeadWithFeatures
     return {name: part for name, part in parts.items() if hasattr(module, name)}
 
 

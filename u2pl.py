@@ -1,0 +1,932 @@
+# >>> method: header
+"""U2PL (arXiv:2203.03884v2): semi-supervised segmentation with unreliable pseudo labels.
+
+The pixels a mean teacher is sure of teach the student their class. The others say what they are
+not: in a bank for each class they are the negatives of a contrastive (L_c) or a binary loss (L_b).
+
+  Eq. (1), (2), (3)    supervised_loss + unsup_weight * cross_entropy + contrast_weight * L_c
+  Eq. (5)-(8)          entropy, quantiles, reliable_labels, unreliable_share, unsup_weight
+  Eq. (9)-(11), (12)   anchor_masks, centers
+  Eq. (13)-(16)        class_ranks, candidates, negative_masks
+  Memory bank          draw_keys, push_keys
+  Eq. (4), (A1)        negative_cosines, contrastive_loss, binary_loss, unreliable_loss
+
+  python u2pl.py                                          # generated shapes, no data needed
+  python u2pl.py --dataset camvid --split 1/8 --unreliable-loss binary
+  torchrun --nproc_per_node 8 u2pl.py --dataset cityscapes --split 1/4
+
+This is the paper's L_c; no recipe is the released one, of which three defects interact [D16].
+Measured: the table in README.md. Paper, released code and this script: docs/u2pl.md.
+"""
+# <<< method: header
+
+# ---- 1. Imports ------------------------------------------------------------------------------
+
+import time
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from common import Refusal, distributed, metrics
+from common.data import IGNORE
+from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
+from common.weights import load_backbone
+from sources import load
+
+# isort: split
+# >>> method: imports
+from copy import deepcopy
+
+from torch.utils.checkpoint import checkpoint
+
+from common.data import counts
+
+# <<< method: imports
+
+# ---- 2. Recipe -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Every flag. None: the preset of data set, split, backbone and recipe decides."""
+
+    # run
+    out: str = ""  # run folder; left out: runs/<script>-<dataset>-<split>-s<seed>
+    seed: int = 0  # of weights, sample stream and augmentation
+    resume: bool = False  # go on from last.pt in the run folder (from zero if there is none)
+    eval_only: bool = False  # score --checkpoint on the --eval-on images, and stop
+    checkpoint: str = ""  # a last.pt or best.pt, for --eval-only
+    eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
+    dry_run: bool = False  # print the resolved recipe and the files found, and stop
+    list_presets: bool = False  # print the papers' cells with their mIoU, and stop
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    workers: int | None = None  # loader processes per stream and training process
+    amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
+    compile: bool = False  # torch.compile the networks that train
+    deterministic: bool = False  # deterministic operations only
+    log_every: int | None = None  # steps
+    eval_every: int | None = None  # steps
+    save_every: int | None = None  # steps between checkpoints
+    pictures_every: int | None = None  # steps between panels; 0: none
+    tensorboard: bool = False  # TensorBoard events too, if it is installed
+    # data
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    data_root: str = ""  # folder of the data set; left out: data/<dataset>
+    split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    split_seed: int | None = None  # None: every r-th image; a number: a random subset
+    labeled_list: str = ""  # file of labelled images, in place of --split
+    unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+    num_classes: int = 0  # of --dataset folder
+    ignore_index: int = 255  # of --dataset folder: the value in a mask that is no class
+    crop_size: int | None = None  # pixels, square
+    scales: tuple[float, ...] | None = None  # random scale: two values a range, more a choice
+    # network
+    backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
+    stem: Literal["classic", "deep", "v1c"] | None = None  # 7x7; three 3x3, released; narrow
+    weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
+    init: str = ""  # a last.pt or best.pt of any of these scripts to start from
+    output_stride: Literal[8, 16] | None = None  # of the backbone's last stage
+    aspp_rates: tuple[int, ...] | None = None  # dilations of ASPP's 3x3 convolutions, in cells
+    # optimization
+    recipe: Literal["paper", "official"] = "paper"  # as printed, or as the released code computes
+    batch_size: int | None = None  # labelled images per step, over all processes
+    total_iters: int | None = None  # optimizer steps
+    lr: float | None = None  # of the backbone; decays as (1 - step / total)^0.9
+    lr_head: float | None = None  # of the head, as a multiple of --lr
+    weight_decay: float | None = None  # of SGD
+    decay_on: Literal["all", "weights"] | None = None  # weights: not on BN and biases
+    aux_weight: float | None = None  # of the auxiliary head's loss; 0: no such head
+    ohem_kept: float | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    # evaluation
+    protocol: Literal["whole", "slide"] | None = None  # an image in one piece, or in windows
+    # >>> method: args
+    batch_size_unlabeled: int | None = None  # unlabelled images per step, over all processes
+    epochs: int | None = None  # E: the schedule of Eq. (7) has so many stairs
+    alpha_0: float = 0.2  # share of unreliable pixels at the start
+    dpa: bool = True  # Eq. (7), dynamic partition adjustment: that share falls to 0; no: it stays
+    eta: float = 1.0  # of L_u, times 1 / share of pixels kept, Eq. (8)
+    unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"  # L_c, L_b or neither
+    contrast_weight: float | None = None  # lambda_c, of that loss
+    anchors: int | None = None  # M, per class and process
+    negatives: int | None = None  # N, per anchor
+    negatives_from: Literal["unreliable", "reliable", "all"] = "unreliable"  # pixels, by entropy
+    ranks: tuple[int, int] = (3, 20)  # r_l and r_h, of a class among a pixel's, from 0
+    delta_p: float = 0.3  # probability of its class that an anchor has more than
+    tau: float = 0.5  # temperature
+    bank: bool = True  # Q_c, category-wise memory; no: the negatives of this step alone
+    bank_sizes: tuple[int, int] | None = None  # keys in Q_0 and in any other Q_c
+    bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of the keys
+    keys: int = 512  # that enter Q_c at most, per step and process
+    warmup_iters: int | None = None  # steps on labels alone; the teacher starts as a copy after it
+    ema_decay: float = 0.99  # of the teacher's moving average
+    cutmix: bool = True  # mix the student's unlabelled images in pairs
+    cutmix_prob: float = 0.5  # probability of mixing in a step
+    # <<< method: args
+
+
+def preset(args):
+    """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
+    # >>> method: presets
+    values, passes, semi_iters = u2pl_recipe(args)
+    city, small = args.dataset == "cityscapes", args.dataset in ("shapes", "camvid")  # [D8]
+    values |= dict(total_iters=semi_iters) if semi_iters else {}
+    batch, total = values["batch_size"], args.total_iters or values.get("total_iters", 0)
+    values |= dict(batch_size_unlabeled=args.batch_size or batch, epochs=passes)
+    # App. A: 1 pass of VOC's 80, 20 of Cityscapes' 200; the small protocols take a tenth
+    values["warmup_iters"] = total // (passes if args.dataset.startswith("voc") else 10)
+    values["bank_sizes"] = (5_000, 3_000) if small else (50_000, 30_000)  # App. A
+    paper = dict(anchors=50, negatives=256, contrast_weight=0.1)  # Table A1 [D17]
+    official = dict(anchors=256, negatives=50, contrast_weight=0.125 if city else 0.25)  # [D18]
+    official |= dict(warmup_iters=0) if city else {}  # [D19]
+    return values | {"paper": paper, "official": official}[args.recipe]
+    # <<< method: presets
+
+
+# ---- 3. Method -------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, label):
+    """U2PL Eq. (2): mean of -log p_label over the pixels with label != 255; 0 if there is none.
+
+    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(logits, label, threshold, min_kept):
+    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
+
+    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
+    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
+    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
+    valid = (label != IGNORE).flatten(1)
+    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
+    rank = min(max(min_kept, 1), p.shape[1])
+    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
+    kept = valid & (p <= limit)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+def supervised_loss(out, label, args):
+    """U2PL L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary's.
+
+    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
+    """
+    losses = []
+    for logits in (out["logits"], out.get("aux")):
+        if logits is not None and args.ohem_kept:
+            pixels = round(args.ohem_kept * args.crop_size**2)
+            losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
+        elif logits is not None:
+            losses.append(cross_entropy(logits, label))
+    return losses[0] + (args.aux_weight * losses[1] if len(losses) > 1 else 0.0)
+
+
+# >>> method: functions
+def u2pl_recipe(args):
+    """U2PL Sec. 4.1, its released configurations, and this project's two small protocols [D8].
+
+    Returns ({flag: value}, passes over the unlabelled images, steps of a semi-supervised run or 0
+    where the split's counts are unknown).
+    """
+    values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all", split_family="u2pl")
+    values |= dict(aux_weight=0.0, ohem_kept=0.0)
+    small = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16, workers=2)
+    small |= dict(aspp_rates=(1, 2, 3))  # a crop of 128 has 8 cells a side: wide taps never learn
+    large = dict(backbone="resnet101", stem="v1c", weights="auto", output_stride=8)  # [D9]
+    large |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
+    large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
+    large |= dict(pictures_every=5000, workers=4, protocol="slide")
+    if args.dataset == "shapes":
+        values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=120)
+        values |= dict(lr=0.02, lr_head=2.0, weight_decay=1e-4, scales=(0.75, 1.5))
+        values |= dict(log_every=20, eval_every=60, save_every=60, pictures_every=60)
+    elif args.dataset == "camvid":  # the protocol camvid-small
+        values |= small | dict(split="1/8", crop_size=128, batch_size=4, total_iters=600)
+        values |= dict(lr=0.01, lr_head=2.0, weight_decay=1e-4)
+        values |= dict(log_every=20, eval_every=150, save_every=150, pictures_every=300)
+    elif args.dataset == "cityscapes":
+        values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D7]
+        # 100,000 pixels of the two crops of a process [D1]
+        values |= dict(aux_weight=0.4, ohem_kept=50_000 / 769**2)
+    else:  # VOC
+        values |= large | dict(crop_size=513, lr=0.001, lr_head=10.0, weight_decay=1e-4)
+    if args.dataset == "folder":  # VOC's recipe, with what fits any images
+        values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
+        values |= dict(total_iters=20_000)
+    passes, gpus = (200, 8) if args.dataset == "cityscapes" else (80, 4)
+    # each process drops its last batch: floor(ceil(unlabelled / GPUs) / images per GPU)
+    here = max((args.batch_size or values["batch_size"]) // gpus, 1)
+    return values, passes, passes * (-(-counts(args.dataset, args.split)[1] // gpus) // here)
+
+
+# Below, P = B h w pixels are those of a process's labelled and then unlabelled images at stride 4:
+# prob (P, C), label (P,), rep (P, D), masks (C, P) bool. No gradient to what is the teacher's.
+# u: numbers in [0, 1), float64, from which all is drawn.
+
+
+def upcast(x):
+    """Returns x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def entropy(prob):
+    """Eq. (5): H = -sum_c p(c) log p(c). prob: (B, C, H, W). Returns (B, H, W), in [0, log C]."""
+    return torch.special.entr(upcast(prob)).sum(1)  # 0 log 0 is 0
+
+
+def quantiles(H, inside, *shares):
+    """gamma_t of Eq. (6): np.percentile(H, 100 q) of the pixels inside [D20], for q in shares.
+
+    H: (B, H, W). inside: the same, bool. Scalars, made without a wait; inf if nothing is inside.
+    """
+    H = H.masked_fill(~inside, torch.inf).flatten().sort().values
+    place = torch.stack([q * (inside.sum() - 1).clamp(min=0).double() for q in shares])
+    low, high = H[place.floor().long()], H[place.ceil().long()]
+    return torch.where(low < high, low + (high - low) * (place - place.floor()), low).to(H.dtype)
+
+
+def reliable_labels(pseudo, H, gamma):
+    """Eq. (6): the pseudo label where H < gamma, else 255. All (B, H, W), int64."""
+    return torch.where(H < gamma, pseudo, IGNORE)
+
+
+def unreliable_share(step, args):
+    """Eq. (7): alpha_t = alpha_0 (1 - t / E), t = floor(E step / total); alpha_0 with --no-dpa."""
+    return args.alpha_0 * (1 - args.dpa * (args.epochs * step // args.total_iters) / args.epochs)
+
+
+def unsup_weight(label, inside, eta):
+    """Eq. (8): lambda_u = eta * pixels inside / pixels with a label. label, inside: (B, H, W)."""
+    return eta * inside.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def pixels(x):
+    """Returns (B, c, h, w) as (B h w, c): a view, if x is in channels-last memory."""
+    return x.movedim(1, -1).flatten(0, 2)
+
+
+def nearest(x, size):
+    """Returns (B, H, W) of any type as (B h w,): of a size (h, w), row floor(i H / h) ... [D21]."""
+    (h, w), (H, W) = size, x.shape[1:]
+    rows, columns = (torch.arange(n, device=x.device) * m // n for n, m in ((h, H), (w, W)))
+    return x[:, rows[:, None], columns].flatten()
+
+
+def anchor_masks(prob, label, delta_p):
+    """Eq. (9)-(11): A_c, pixels of label c, 255 where unreliable [D22], with p(c) > delta_p."""
+    return (label == torch.arange(prob.shape[1], device=label.device)[:, None]) & (prob.T > delta_p)
+
+
+def centers(rep_t, masks):
+    """Eq. (12): z_c^+ = mean of the teacher's features over A_c [D23]. (C, D); 0 over nothing."""
+    rep_t = upcast(rep_t)
+    return masks.to(rep_t.dtype) @ rep_t / masks.sum(1, True).clamp(min=1)
+
+
+def class_ranks(prob):
+    """O_ij(c): 0 for the likeliest class of a pixel to C - 1. (C, P) int16. Ties: lowest first."""
+    order = prob.argsort(dim=1, descending=True, stable=True)
+    rank = torch.arange(prob.shape[1], dtype=torch.int16, device=prob.device).expand_as(order)
+    return torch.empty_like(order, dtype=torch.int16).scatter_(1, order, rank).T.contiguous()
+
+
+def candidates(H, inside, gamma, lower, which):
+    """Eq. (15), H > gamma_t; Table 4: H < lower, the reliable; or all. All (B, H, W), bool."""
+    return inside & {"unreliable": H > gamma, "reliable": H < lower, "all": inside}[which]
+
+
+def negative_masks(rank, label, unreliable, r_l, r_h):
+    """Eq. (13)-(16): N_c, pixels that are probably not c [D24]. (C, P).
+
+    rank: O. unreliable: bool, the candidates among the last pixels, those of unlabelled images.
+    """
+    c = torch.arange(len(rank), device=label.device)[:, None]
+    y, last = label[: len(label) - len(unreliable)], rank[:, -len(unreliable) :]
+    n_l = (y != c) & (y != IGNORE) & (rank[:, : len(y)] < r_l)  # Eq. (14)
+    return torch.cat([n_l, unreliable & (r_l <= last) & (last < r_h)], 1)  # Eq. (15)
+
+
+def nth(masks, n):
+    """Returns which pixel is the n-th, from 0, of its mask; n: (C, K). Some pixel, if none is."""
+    total = masks.cumsum(1, dtype=torch.int32)
+    return torch.searchsorted(total, n.int() + 1).clamp(max=masks.shape[1] - 1)
+
+
+@torch.no_grad()
+def draw_keys(rep_t, masks, u):
+    """At most K keys of each N_c, no pixel twice [D25]: unit features, and 1 if real, or else 0.
+
+    u: (C, K + 1). Returns (C, K, D + 1). Of more than K pixels it draws one from each of K parts,
+    as equal as whole numbers can be, of a circle that begins anywhere: all have the same chance.
+    """
+    count, j = masks.sum(1, True), torch.arange(u.shape[1], device=u.device)
+    border, start = j * count // j[-1], (u[:, :1] * count).long()
+    part = border[:, :-1] + (u[:, 1:] * border.diff(dim=1)).long()
+    drawn = torch.where(count > j[-1], (start + part) % count.clamp(min=1), j[:-1])
+    keys = F.normalize(upcast(rep_t[nth(masks, drawn)]), dim=2)
+    return torch.cat([keys, (j[:-1] < count).to(keys.dtype)[..., None]], 2)
+
+
+@torch.no_grad()
+def push_keys(bank, pushed, sizes, offered):
+    """Category-wise FIFO queues Q_c, in place: rings of sizes (C,) one after another in a tensor.
+
+    bank: (sum of sizes + 1, D); the last row takes what is no key, and stays 0. pushed: (C,) int64,
+    keys ever. offered: (C, K, D + 1) as draw_keys has them, oldest first.
+    """
+    keys, real = offered[..., :-1].to(bank.dtype), offered[..., -1] > 0
+    number = real.cumsum(1)  # 1, 2, ... for keys
+    kept = real & (number > number[:, -1:] - sizes[:, None])  # the newest, if a ring is too small
+    place = (pushed[:, None] + number - 1) % sizes[:, None] + (sizes.cumsum(0) - sizes)[:, None]
+    place = torch.where(kept, place, len(bank) - 1)
+    bank.index_copy_(0, place.flatten(), keys.flatten(0, 1))
+    bank[-1] = 0
+    pushed += number[:, -1]
+
+
+def negative_cosines(z, bank, index):
+    """<z_ci, z_cij^->, (C, M, N): the gradient goes to z, unit features (C, M, D).
+
+    index: rows of the bank, (C, M, N). They are fetched for 1024 pairs of a class at a time, and
+    again in backward: a step never holds all of them.
+    """
+
+    def fetch(z, index):
+        """Cosines of some anchors."""
+        rows = bank.index_select(0, index.flatten()).to(z.dtype).view(*index.shape, -1)
+        return (rows @ z[..., None])[..., 0]
+
+    some, how = max(1024 // index.shape[2], 1), dict(use_reentrant=False, preserve_rng_state=False)
+    parts = zip(z.split(some, 1), index.split(some, 1), strict=True)
+    return torch.cat([checkpoint(fetch, a, i, **how) for a, i in parts], 1)
+
+
+def contrastive_loss(positive, negative, tau):
+    """Eq. (4) of each class: (C,). positive: (C, M), negative: (C, M, N), cosines."""
+    scores = torch.cat([positive[..., None], negative], 2) / tau
+    return (scores.logsumexp(2) - scores[..., 0]).mean(1)
+
+
+def binary_loss(positive, negative, tau):
+    """Eq. (A1) of each class, as contrastive_loss: each negative against the positive alone."""
+    return F.softplus((negative - positive[..., None]) / tau).mean((1, 2))
+
+
+def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
+    """L_c or L_b: the mean over the classes with an anchor and a key [D26]; which, (C,) bool.
+
+    masks: A_c. bank, pushed, sizes: Q_c. u: (C, M + M N), for anchors and their negatives, both
+    drawn with replacement. The gradient goes to rep_s alone.
+    """
+    u, v = u[:, : args.anchors], u[:, args.anchors :].unflatten(1, (args.anchors, args.negatives))
+    drawn, filled = nth(masks, (u * masks.sum(1, True)).long()), torch.minimum(pushed, sizes)
+    rows = (sizes.cumsum(0) - sizes)[:, None, None] + (v * filled[:, None, None]).long()
+    z = F.normalize(upcast(rep_s[drawn]), dim=2)
+    positive = (z * F.normalize(centers(rep_t, masks), dim=1)[:, None]).sum(2)
+    each = contrastive_loss if args.unreliable_loss == "contrastive" else binary_loss
+    loss, counted = each(positive, negative_cosines(z, bank, rows), args.tau), masks.any(1)
+    counted &= filled > 0
+    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp(min=1), counted
+
+
+def ema_decay(count, decay):
+    """min(1 - 1 / (count + 1), decay) [D12]: the first update (count 0) copies the student."""
+    return min(1 - 1 / (count + 1), decay)
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, decay, buffers):
+    """U2PL Sec. 3.1: theta_t <- decay theta_t + (1 - decay) theta_s, in place.
+
+    buffers: "average" does the same to BN's running statistics, "own" leaves the teacher its own.
+    """
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    if buffers == "average":
+        pairs += zip(teacher.buffers(), student.buffers(), strict=True)
+    pairs = [(t, s) for t, s in pairs if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+def cutmix_box(rng, size):
+    """A random box of half the area of a square crop, each side longer than half of it [D13].
+
+    Returns (top, left, height, width) in pixels, inside the crop.
+    """
+    width = int(rng.integers(size // 2 + 1, size))
+    height = round(size * size / 2 / width)
+    top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
+    return int(top), int(left), height, width
+
+
+def cutmix(boxes, *maps):
+    """Returns the maps mixed in pairs: inside its box an image shows its partner, (2k, 2k + 1).
+
+    boxes: one (top, left, height, width) per image. maps: tensors (B, ..., H, W), B even, all mixed
+    alike, so that image, teacher's probabilities and inside stay together.
+    """
+    mixed = []
+    for x in maps:
+        partner = x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        mixed.append(x.clone())
+        for i, (top, left, height, width) in enumerate(boxes):
+            box = (i, ..., slice(top, top + height), slice(left, left + width))
+            mixed[-1][box] = partner[box]
+    return mixed
+
+
+# <<< method: functions
+
+# ---- 4. Model --------------------------------------------------------------------------------
+
+
+def make_backbone(args):
+    """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
+
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
+    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
+    """
+    net = torchvision.models.get_model(args.backbone, weights=None)
+    del net.fc, net.avgpool
+    if args.stem != "classic":
+        wide, last = (64, 128) if args.stem == "deep" else (32, 64)
+
+        def unit(inputs, outputs, stride):
+            """Convolution, BN, ReLU."""
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+        third = nn.Conv2d(wide, last, 3, 1, 1, bias=False)
+        net.conv1 = nn.Sequential(*unit(3, wide, 2), *unit(wide, wide, 1), third)
+        net.bn1, net.inplanes = nn.BatchNorm2d(last), last
+        net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+        for module in (*net.conv1.modules(), *net.layer1.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    load_backbone(net, args.weights, args.backbone, args.stem)
+    base = 32 // args.output_stride
+    if base == 4:
+        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
+    dilate(net.layer4, [base, 2 * base, 4 * base][: len(net.layer4)])
+    return net
+
+
+def dilate(stage, dilations):
+    """Takes the stride out of a ResNet stage; the 3x3 convolutions of each block get a dilation."""
+    for block, d in zip(stage, dilations, strict=True):
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (d, d)
+
+
+# >>> method: head
+class DeepLabV3Plus(nn.Module):
+    """The head of U2PL's released code: ASPP, low-level branch of 256 channels, two 3x3 blocks.
+
+    forward: stages (list of four (B, c, h, w) features, strides 4 to output_stride), size (H, W) ->
+    dict of logits (B, C, H, W) and, with --aux-weight, the auxiliary head's; both float32.
+    """
+
+    def __init__(self, channels, num_classes, args):
+        super().__init__()
+        branches = [conv_bn_relu(channels[3], 256, 1)]
+        branches += [conv_bn_relu(channels[3], 256, 3, dilation=r) for r in args.aspp_rates]
+        self.branches = nn.ModuleList(branches)
+        self.pool = conv_bn_relu(channels[3], 256, 1)
+        wide = 256 * (len(branches) + 1)
+        self.project = nn.Sequential(conv_bn_relu(wide, 256, 3), nn.Dropout2d(0.1))
+        self.low = conv_bn_relu(channels[0], 256, 1, bias=True)
+        self.classify = two_blocks(512, num_classes)
+        self.aux = None
+        if args.aux_weight:
+            block = conv_bn_relu(channels[2], 256, 3, bias=True)
+            self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
+
+    def fuse(self, stages):
+        """Low-level and ASPP features at stride 4: (B, 512, H/4, W/4)."""
+        low, high = self.low(stages[0]), stages[3]
+        pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
+        aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
+        return torch.cat([low, upsample(aspp, low.shape[2:])], 1)
+
+    def forward(self, stages, size):
+        out = {"logits": upsample(self.classify(self.fuse(stages)).float(), size)}
+        if self.aux is not None:
+            out["aux"] = upsample(self.aux(stages[2]).float(), size)
+        return out
+
+
+class U2PLHead(DeepLabV3Plus):
+    """With Sec. 4.1's representation head beside the classifier, in training.
+
+    forward: adds, at stride 4, coarse (B, C, h, w), float32 logits, and rep (B, 256, h, w).
+    """
+
+    def __init__(self, channels, num_classes, args):
+        super().__init__(channels, num_classes, args)
+        self.represent = two_blocks(512, 256)
+
+    def forward(self, stages, size):
+        fused = self.fuse(stages)
+        coarse = self.classify(fused).float()
+        out = {"logits": upsample(coarse, size), "coarse": coarse}
+        out |= {"rep": self.represent(fused)} if self.training else {}
+        if self.aux is not None:
+            out["aux"] = upsample(self.aux(stages[2]).float(), size)
+        return out
+
+
+def two_blocks(inputs, outputs):
+    """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
+    layers = []
+    for i in (inputs, 256):
+        layers += [conv_bn_relu(i, 256, 3, bias=True), nn.Dropout2d(0.1)]
+    return nn.Sequential(*layers, nn.Conv2d(256, outputs, 1))
+
+
+# <<< method: head
+
+
+def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
+    """Returns convolution (same size), BN, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def upsample(x, size):
+    """Bilinear with align_corners=True, as all released networks do."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
+
+
+class Network(nn.Module):
+    """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict."""
+
+    def __init__(self, args, num_classes, head):
+        super().__init__()
+        self.amp = args.amp == "bf16"
+        self.backbone = make_backbone(args)
+        channels = [(1 if args.backbone == "resnet18" else 4) * c for c in (64, 128, 256, 512)]
+        self.head = head(channels, num_classes, args)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        net, stages = self.backbone, []
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            h = net.maxpool(net.relu(net.bn1(net.conv1(h))))
+            for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+                h = stage(h)
+                stages.append(h)
+            return self.head(stages, x.shape[2:])
+
+
+def build(args, num_classes, head, group):
+    """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
+    net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
+    sync = group.world > 1 and group.device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
+
+
+def parallel(net, args, group):
+    """Returns net as training calls it: in DDP with several processes, compiled if asked."""
+    if group.world > 1:
+        ids = [group.device.index] if group.device.type == "cuda" else None
+        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
+    return torch.compile(net) if args.compile else net
+
+
+# ---- 5. Data and augmentation ----------------------------------------------------------------
+
+
+def augment(image, label, rng, crop, scales):
+    """Random scale, flip and crop in one warp; a result that is too small is padded around.
+
+    image: PIL RGB. label: PIL L or None. crop: pixels. scales: two values are a range whose halves
+    below and above 1 are equally likely, more are a choice. Returns (3, crop, crop) uint8,
+    (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel: bilinear without antialiasing,
+    as all released code [D3], nearest for the label. Padding: mean colour, 255 [D2], inside False.
+    """
+    (w, h), low, high = image.size, scales[0], scales[-1]
+    if len(scales) != 2:
+        scale = float(rng.choice(scales))
+    elif low < 1 < high:
+        scale = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    else:
+        scale = rng.uniform(low, high)
+    nw, nh = max(int(w * scale), 1), max(int(h * scale), 1)  # the whole image after scaling
+    flip = rng.random() < 0.5
+    x, y = ((n - crop) // 2 if n < crop else int(rng.integers(n - crop + 1)) for n in (nw, nh))
+    sx, sy = w / nw, h / nh
+    warp = (-sx, 0, w - x * sx, 0, sy, y * sy) if flip else (sx, 0, x * sx, 0, sy, y * sy)
+
+    def apply(picture, kernel, fill):
+        """The warped picture as an array."""
+        mode = Image.Transform.AFFINE
+        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=fill))
+
+    pixels = apply(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
+    columns, rows = np.arange(x, x + crop), np.arange(y, y + crop)
+    inside = np.outer((0 <= rows) & (rows < nh), (0 <= columns) & (columns < nw))
+    label = label and apply(label, Image.Resampling.NEAREST, IGNORE)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), label, inside
+
+
+class Samples(Dataset):
+    """Sample number -> dict of image, inside and, if masks are opened, label (int64).
+
+    A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4];
+    stream "a.b" takes them in the order of stream "a", with an augmentation of its own.
+    """
+
+    def __init__(self, data, items, with_label, scales, stream, args):
+        self.data, self.items, self.with_label = data, items, with_label
+        self.crop, self.scales = args.crop_size, scales
+        names = (stream.split(".")[0], stream)
+        self.order, self.warp = ([args.seed, zlib.crc32(name.encode())] for name in names)
+
+    def which(self, number):
+        """Returns the index of the item that sample `number` shows."""
+        lap, place = divmod(number, len(self.items))
+        return np.random.default_rng([*self.order, 0, lap]).permutation(len(self.items))[place]
+
+    def __getitem__(self, number):
+        return self.sample(self.which(number), number)
+
+    def sample(self, index, number):
+        """Returns the item of this index as sample `number` would show it."""
+        image, label = self.data.read(self.items[index], self.with_label)
+        rng = np.random.default_rng([*self.warp, 1, number])
+        image, label, inside = augment(image, label, rng, self.crop, self.scales)
+        sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
+        return sample if label is None else sample | {"label": torch.from_numpy(label).long()}
+
+
+def streams(data, args):
+    """Returns {name: (items, images per step over all processes, open the masks?, scales)}."""
+    # >>> method: draw
+    return {
+        "labeled": (data.labeled, args.batch_size, True, args.scales),
+        "unlabeled": (data.unlabeled, args.batch_size_unlabeled, False, args.scales),
+    }
+    # <<< method: draw
+
+
+def open_stream(name, data, args, group, start):
+    """Returns an iterator over this process's batches of a stream, from step start to the end."""
+    items, batch, with_label, scales = streams(data, args)[name]
+    here = distributed.share(batch, group, name)
+    if not items:
+        raise Refusal(f"no {name} images in --split {args.split} of {args.dataset}")
+    if here < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{here} {name} image per process: plain BN needs two, enlarge the batch")
+    first = [step * batch + group.rank * here for step in range(start, args.total_iters)]
+    loader = DataLoader(
+        Samples(data, items, with_label, scales, name, args),
+        batch_sampler=[range(n, n + here) for n in first],
+        num_workers=args.workers,
+        pin_memory=group.device.type == "cuda",
+        generator=torch.Generator(),  # its own: the global one stays a function of the step
+    )
+    return iter(loader)
+
+
+# ---- 6. Evaluation ---------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
+
+    def __init__(self, data, items):
+        self.data, self.items = data, items
+
+    def __getitem__(self, index):
+        image, label = self.data.read(self.items[index], True)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
+
+
+def predict(net, image, args, num_classes):
+    """Returns the logits (C, H, W) of one image, (3, H, W) uint8, by the protocol of args.
+
+    whole: in one piece. slide: summed over square windows of crop_size, 2/3 of it apart, the last
+    shifted inside; an image smaller than a window stands in the middle of the mean colour.
+    """
+    if args.protocol == "whole":
+        return net(image[None])["logits"][0]
+    (h, w), n, step = image.shape[1:], args.crop_size, -(-2 * args.crop_size // 3)
+    top, left, down, right = max(n - h, 0) // 2, max(n - w, 0) // 2, max(h - n, 0), max(w - n, 0)
+    canvas = image.new_tensor([[[round(m)]] for m in MEAN]).repeat(1, down + n, right + n)
+    canvas[:, top : top + h, left : left + w] = image
+    logits = torch.zeros(num_classes, *canvas.shape[1:], device=image.device)
+    for y in range(0, down + step, step):
+        for x in range(0, right + step, step):
+            y0, x0 = min(y, down), min(x, right)
+            window = (slice(None), slice(y0, y0 + n), slice(x0, x0 + n))
+            logits[window] += net(canvas[window][None])["logits"][0]
+    return logits[:, top : top + h, left : left + w]
+
+
+@torch.no_grad()
+def evaluate(net, data, items, args, group):
+    """Returns (scores of net in eval mode over items, panels of the first images).
+
+    One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
+    """
+    training = net.training
+    net.eval()
+    mine = range(group.rank, len(items), group.world)
+    shown = mine[:: max(len(mine) // 4, 1)][:4]
+    loader = DataLoader(
+        Images(data, items),
+        sampler=mine,
+        batch_size=None,
+        num_workers=args.workers,
+        generator=torch.Generator(),
+    )
+    confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
+    maps = {"image": [], "label": [], "prediction": []}
+    for index, (image, label) in zip(mine, loader, strict=True):
+        pred = predict(net, image.to(group.device), args, data.num_classes).argmax(0)
+        confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
+        if index in shown:
+            for name, shot in zip(maps, (image, label, pred), strict=True):
+                maps[name].append(shot)
+    net.train(training)
+    return metrics.scores(distributed.reduced(confusion).cpu()), maps
+
+
+# ---- 7. Training -----------------------------------------------------------------------------
+
+
+def make_optimizer(trained, args):
+    """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
+    groups = []
+    for part, scale in (("backbone", 1.0), ("head", args.lr_head)):
+        params = [p for net in trained for p in getattr(net, part).parameters()]
+        for vector in (False, True):  # BN and biases are vectors, all other weights are not
+            decay = 0.0 if vector and args.decay_on == "weights" else args.weight_decay
+            some = [p for p in params if (p.ndim == 1) == vector]
+            groups.append({"params": some, "scale": scale, "weight_decay": decay})
+    return torch.optim.SGD(groups, args.lr, momentum=0.9)
+
+
+def main(args):
+    """Trains, or does what --eval-only, --dry-run or --list-presets ask; args as resolved."""
+    if args.list_presets or args.dry_run:
+        return print(cells(__file__) if args.list_presets else describe(args, load))
+    group = distributed.setup(args.device)
+    torch.use_deterministic_algorithms(args.deterministic)
+    data = load(args)
+
+    # -- networks --
+    torch.manual_seed(args.seed)
+    # >>> method: networks
+    student = build(args, data.num_classes, U2PLHead, group)
+    student_parallel = parallel(student, args, group)
+    teacher = deepcopy(student).requires_grad_(False)  # never in DDP
+    networks, trained = {"student": student, "teacher": teacher}, [student]
+
+    def scored(step):
+        """The network that evaluation scores after so many steps."""
+        return teacher if step > args.warmup_iters else student
+
+    # <<< method: networks
+    if args.eval_only:
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
+        if group.rank == 0:
+            print(report(data, {f"step {step}": result}, args.eval_on))
+        return distributed.teardown()
+    optimizer = make_optimizer(trained, args)
+    # >>> method: state
+    C, D, (r_l, r_h) = data.num_classes, student.head.represent[-1].out_channels, args.ranks
+    if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
+        raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
+    if r_l >= r_h:
+        raise Refusal(f"--ranks {r_l} {r_h}: the first below the second")
+    r_l, r_h = min(r_l, C - 1), min(r_h, C)  # the last rank of a pixel remains, at least
+    if (r_l, r_h) != args.ranks and group.rank == 0:
+        print(f"--ranks {args.ranks[0]} {args.ranks[1]}: {r_l} {r_h}, for {C} classes")
+    sizes = [args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1)
+    state, rows, sizes = {}, sum(sizes) + 1, torch.tensor(sizes, device=group.device)
+    if args.unreliable_loss != "none":  # Q_c of all classes, and how many keys ever entered each
+        dtype = torch.float32 if args.bank_dtype == "fp32" else torch.bfloat16
+        state["bank"] = torch.zeros(rows, D, dtype=dtype, device=group.device)
+        state["pushed"] = torch.zeros(C, dtype=torch.int64, device=group.device)
+    # <<< method: state
+    run = Run(args, __file__, group, data)
+    start = run.restore(networks, optimizer, state)
+    batches = {name: open_stream(name, data, args, group, start) for name in streams(data, args)}
+
+    # -- steps --
+    for step in range(start, args.total_iters):
+        begin = time.time()
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + group.rank)  # dropout
+        batch = {name: next(b) for name, b in batches.items()}
+        spent = {"data": time.time() - begin}  # seconds
+        for stream in batch.values():
+            for key, tensor in stream.items():
+                stream[key] = tensor.to(group.device, non_blocking=True)
+        x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
+        decay = (1 - step / args.total_iters) ** 0.9  # poly
+        for params in optimizer.param_groups:
+            params["lr"] = args.lr * params["scale"] * decay
+        optimizer.zero_grad(set_to_none=True)
+        # >>> method: losses
+        x_u, inside = batch["unlabeled"]["image"], batch["unlabeled"]["inside"]
+        since, alpha, n = step - args.warmup_iters, unreliable_share(step, args), len(x_l)
+        if since < 0:
+            out = student_parallel(x_l)
+            sup = supervised_loss(out, y_l, args)
+            unsup = weight = torch.zeros_like(sup)
+        else:
+            if since == 0:
+                teacher.load_state_dict(student.state_dict())
+            with torch.no_grad():  # pseudo labels: teacher in eval mode, clean view [D14]
+                pseudo = teacher.eval()(x_u)["logits"].argmax(1).masked_fill(~inside, IGNORE)
+            rng = np.random.default_rng([args.seed, step])  # equal on all processes
+            if args.cutmix and rng.random() < args.cutmix_prob:
+                boxes = [cutmix_box(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
+                boxes = boxes[group.rank * len(x_u) : (group.rank + 1) * len(x_u)]
+                x_u, pseudo, inside = cutmix(boxes, x_u, pseudo, inside)
+            both = torch.cat([x_l, x_u])
+            out = student_parallel(both)  # one pass: labelled and unlabelled share BN statistics
+            sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)
+            with torch.no_grad():  # H, p, ranks, z^+, z^-: train mode, mixed view [D15] [D27]
+                out_t = teacher.train()(both)
+                H = entropy(F.softmax(out_t["logits"][n:], 1))
+                gamma, lower = quantiles(H, inside, 1 - alpha, alpha)
+                y_u = reliable_labels(pseudo, H, gamma)
+                weight = unsup_weight(y_u, inside, args.eta)
+            unsup = cross_entropy(out["logits"][n:], y_u)  # Eq. (3)
+        contrast, counted = 0.0 * out["rep"].sum(), torch.zeros_like(sup)  # DDP sees all parameters
+        if since >= 0 and args.unreliable_loss != "none":
+            with torch.no_grad():
+                prob, size = F.softmax(pixels(out_t["coarse"]), 1), out["rep"].shape[2:]
+                some = nearest(candidates(H, inside, gamma, lower, args.negatives_from), size)
+                label, rep_t = nearest(torch.cat([y_l, y_u]), size), pixels(out_t["rep"])
+                N_c = negative_masks(class_ranks(prob), label, some, r_l, r_h)
+                A_c = anchor_masks(prob, label, args.delta_p)
+                chance = dict(dtype=torch.float64, device=group.device)
+                u = torch.rand(C, args.keys + 1, **chance)
+                v = torch.rand(C, args.anchors * (args.negatives + 1), **chance)
+                offered = distributed.gathered(draw_keys(rep_t, N_c, u))
+                Q_c = (state["bank"], state["pushed"].mul_(args.bank), sizes)  # 0: Q_c is emptied
+                push_keys(*Q_c, offered.transpose(0, 1).flatten(1, 2))
+            contrast, counted = unreliable_loss(pixels(out["rep"]), rep_t, A_c, *Q_c, v, args)
+        loss = sup + weight * unsup + args.contrast_weight * contrast  # Eq. (1)
+        loss.backward()
+        parts = {"loss": loss, "sup": sup, "unsup": unsup, "unsup_weight": weight}
+        parts |= {"contrast": contrast, "classes": counted.sum()}
+        # <<< method: losses
+        optimizer.step()
+        # >>> method: after-step
+        if since >= 0:
+            update_teacher(teacher, student, ema_decay(since, args.ema_decay), "own")
+        # <<< method: after-step
+        if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
+            distributed.copy_buffers(*networks.values())
+        done = step + 1
+        run.step(done, parts, args.lr * decay, begin, spent)
+        if run.due(done, args.pictures_every):
+            # >>> method: panels
+            maps = {"image": x_l, "label": y_l, "prediction": out["logits"][:n].argmax(1)}
+            if since >= 0:
+                maps = {"student's view": x_u, "pseudo label": pseudo, "reliable": y_u}
+                maps |= {"entropy": H / np.log(C), "student": out["logits"][n:].argmax(1)}
+            # <<< method: panels
+            run.panels(f"{done:06d}-train", maps)
+        if run.due(done, args.eval_every):
+            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+        if run.due(done, args.save_every):
+            run.keep_last(done, networks, optimizer, state)
+
+    # -- last and best --
+    on = "test" if data.test else "val"
+    results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
+    best = load_networks(load_checkpoint(run.folder / "best.pt", __file__), networks)
+    results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
+    run.finish(results, on)
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    launch(Args, preset, main)

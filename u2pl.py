@@ -233,7 +233,7 @@ def u2pl_recipe(args):
 
 
 # Below, P = B h w pixels are those of a process's labelled and then unlabelled images at stride 4:
-# prob (P, C), label (P,), rep (P, D), masks (C, P) bool. No gradient to what is the teacher's.
+# prob (P, C), label (P,), rep (P, D), masks (C, P) bool. The teacher's is detached, and float32.
 # u: numbers in [0, 1), float64, from which all is drawn.
 
 
@@ -292,7 +292,6 @@ def anchor_masks(prob, label, delta_p):
 
 def centers(rep_t, masks):
     """Eq. (12): z_c^+ = mean of the teacher's features over A_c [D23]. (C, D); 0 over nothing."""
-    rep_t = upcast(rep_t)
     return masks.to(rep_t.dtype) @ rep_t / masks.sum(1, True).clamp(min=1)
 
 
@@ -336,7 +335,7 @@ def draw_keys(rep_t, masks, u):
     border, start = j * count // j[-1], (u[:, :1] * count).long()
     part = border[:, :-1] + (u[:, 1:] * border.diff(dim=1)).long()
     drawn = torch.where(count > j[-1], (start + part) % count.clamp(min=1), j[:-1])
-    keys = F.normalize(upcast(rep_t[nth(masks, drawn)]), dim=2)
+    keys = F.normalize(rep_t[nth(masks, drawn)], dim=2)
     return torch.cat([keys, (j[:-1] < count).to(keys.dtype)[..., None]], 2)
 
 
@@ -882,7 +881,7 @@ def main(args):
             with torch.no_grad():
                 prob, size = F.softmax(pixels(out_t["coarse"]), 1), out["rep"].shape[2:]
                 some = nearest(candidates(H, inside, gamma, lower, args.negatives_from), size)
-                label, rep_t = nearest(torch.cat([y_l, y_u]), size), pixels(out_t["rep"])
+                label, rep_t = nearest(torch.cat([y_l, y_u]), size), pixels(out_t["rep"]).float()
                 N_c = negative_masks(class_ranks(prob), label, some, r_l, r_h)
                 A_c = anchor_masks(prob, label, args.delta_p)
                 chance = dict(dtype=torch.float64, device=group.device)

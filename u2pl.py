@@ -9,7 +9,7 @@ not: in a bank for each class they are the negatives of a contrastive (L_c) or a
   Eq. (9)-(11), (12)   anchor_masks, centers
   Eq. (13)-(16)        class_ranks, candidates, negative_masks
   Memory bank          draw_keys, push_keys
-  Eq. (4), (A1)        negative_cosines, contrastive_loss, binary_loss, unreliable_loss
+  Eq. (4), (A1)        contrastive_loss, binary_loss; anchor_losses, unreliable_loss
 
   python u2pl.py                                          # generated shapes, no data needed
   python u2pl.py --dataset camvid --split 1/8 --unreliable-loss binary
@@ -44,8 +44,6 @@ from sources import load
 # isort: split
 # >>> method: imports
 from copy import deepcopy
-
-from torch.utils.checkpoint import checkpoint
 
 from common.data import counts
 
@@ -356,32 +354,33 @@ def push_keys(bank, pushed, sizes, offered):
     pushed += number[:, -1]
 
 
-def negative_cosines(z, bank, index):
-    """<z_ci, z_cij^->, (C, M, N): the gradient goes to z, unit features (C, M, D).
-
-    index: rows of the bank, (C, M, N). They are fetched for 1024 pairs of a class at a time, and
-    again in backward: a step never holds all of them.
-    """
-
-    def fetch(z, index):
-        """Cosines of some anchors."""
-        rows = bank.index_select(0, index.flatten()).to(z.dtype).view(*index.shape, -1)
-        return (rows @ z[..., None])[..., 0]
-
-    some, how = max(1024 // index.shape[2], 1), dict(use_reentrant=False, preserve_rng_state=False)
-    parts = zip(z.split(some, 1), index.split(some, 1), strict=True)
-    return torch.cat([checkpoint(fetch, a, i, **how) for a, i in parts], 1)
-
-
 def contrastive_loss(positive, negative, tau):
-    """Eq. (4) of each class: (C,). positive: (C, M), negative: (C, M, N), cosines."""
+    """Eq. (4) of each anchor: (C, M). positive: (C, M), negative: (C, M, N), cosines."""
     scores = torch.cat([positive[..., None], negative], 2) / tau
-    return (scores.logsumexp(2) - scores[..., 0]).mean(1)
+    return scores.logsumexp(2) - scores[..., 0]
 
 
 def binary_loss(positive, negative, tau):
-    """Eq. (A1) of each class, as contrastive_loss: each negative against the positive alone."""
-    return F.softplus((negative - positive[..., None]) / tau).mean((1, 2))
+    """Eq. (A1) of each anchor, as contrastive_loss: each negative against the positive alone."""
+    return F.softplus((negative - positive[..., None]) / tau).mean(2)
+
+
+def anchor_losses(z, center, bank, rows, args):
+    """Eq. (4) or (A1) of each anchor: (C, M). z: (C, M, D), center: (C, D), unit features.
+
+    rows: (C, M, N), of the bank. A few anchors at a time get their loss and at once their gradient:
+    each key is fetched once, and a step never holds all of them.
+    """
+    each = contrastive_loss if args.unreliable_loss == "contrastive" else binary_loss
+    losses, gradients, some = [], [], max(512 // args.negatives, 1)
+    for a, index in zip(z.detach().split(some, 1), rows.split(some, 1), strict=True):
+        keys = bank.index_select(0, index.flatten()).to(z.dtype).view(*index.shape, -1)
+        with torch.enable_grad():
+            a.requires_grad_()
+            loss = each((a * center[:, None]).sum(2), (keys @ a[..., None])[..., 0], args.tau)
+            gradients += torch.autograd.grad(loss.sum(), a)
+        losses.append(loss.detach())
+    return torch.cat(losses, 1) + ((z - z.detach()) * torch.cat(gradients, 1)).sum(2)  # adds 0
 
 
 def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
@@ -393,12 +392,10 @@ def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
     u, v = u[:, : args.anchors], u[:, args.anchors :].unflatten(1, (args.anchors, args.negatives))
     drawn, filled = nth(masks, (u * masks.sum(1, True)).long()), torch.minimum(pushed, sizes)
     rows = (sizes.cumsum(0) - sizes)[:, None, None] + (v * filled[:, None, None]).long()
-    z = F.normalize(upcast(rep_s[drawn]), dim=2)
-    positive = (z * F.normalize(centers(rep_t, masks), dim=1)[:, None]).sum(2)
-    each = contrastive_loss if args.unreliable_loss == "contrastive" else binary_loss
-    loss, counted = each(positive, negative_cosines(z, bank, rows), args.tau), masks.any(1)
-    counted &= filled > 0
-    return torch.where(counted, loss, 0.0).sum() / counted.sum().clamp(min=1), counted
+    z, center = F.normalize(upcast(rep_s[drawn]), dim=2), F.normalize(centers(rep_t, masks), dim=1)
+    counted = masks.any(1) & (filled > 0)
+    loss = torch.where(counted, anchor_losses(z, center, bank, rows, args).mean(1), 0.0)
+    return loss.sum() / counted.sum().clamp(min=1), counted
 
 
 def ema_decay(count, decay):

@@ -84,9 +84,10 @@ def tiny_modules(module):
             self.represent = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, 6, 1))
 
         def forward(self, stages, size):
-            coarse = self.classify(stages[0]).float()
+            fused = stages[0] + module.upsample(stages[3], stages[0].shape[2:])
+            coarse = self.classify(fused).float()
             out = {"logits": module.upsample(coarse, size), "coarse": coarse}
-            return out | ({"rep": self.represent(stages[0])} if self.training else {})
+            return out | ({"rep": self.represent(fused)} if self.training else {})
 
     parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadWithoutDropout}
     parts["U2PLHead"] = HeadWithFeatures

@@ -1,11 +1,8 @@
 """u2pl.py: every function of U2PL against loops over scalars; presets, recipes and flags."""
 
-import functools
 import itertools
-import json
 import math
 import random
-import sys
 from collections import Counter, deque
 from types import SimpleNamespace
 
@@ -13,24 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import u2pl
-from common import Refusal, distributed
 from common.run import parse, resolve
-from tests.helpers import (
-    ROOT,
-    differences,
-    draw_tree,
-    finish,
-    flags,
-    kill_at_step,
-    log,
-    shrink,
-    start,
-    train,
-)
 from u2pl import (
     Args,
     anchor_losses,
@@ -532,3 +515,85 @@ def test_no_wait_and_fixed_shapes():
     with Calls() as calls:  # what is looked for would be seen
         prob[prob > 0.5], prob.sum().item()
     assert {"a boolean index", "aten._local_scalar_dense.default"} <= {n for n, _ in calls.seen}
+
+
+# ---- network, presets, flags ----
+
+
+def resolved(*words):
+    return resolve(parse(Args, [str(word) for word in words]), preset)
+
+
+def test_the_head_adds_features_in_training_alone():
+    args = resolved("--aux-weight", "0.4")
+    torch.manual_seed(0)
+    head = u2pl.U2PLHead([8, 8, 8, 16], 5, args)
+    plain = u2pl.DeepLabV3Plus([8, 8, 8, 16], 5, args)
+    shapes = ((8, 9), (8, 5), (8, 3), (16, 3))
+    stages = [torch.randn(2, channels, size, size) for channels, size in shapes]
+    out = head(stages, (33, 33))
+    assert {k: tuple(v.shape) for k, v in out.items()} == {
+        "logits": (2, 5, 33, 33),
+        "coarse": (2, 5, 9, 9),
+        "rep": (2, 256, 9, 9),
+        "aux": (2, 5, 33, 33),
+    }
+    same = {k: v for k, v in head.state_dict().items() if not k.startswith("represent")}
+    plain.load_state_dict(same)
+    out, expected = head.eval()(stages, (33, 33)), plain.eval()(stages, (33, 33))
+    assert "rep" not in out and set(expected) == {"logits", "aux"}
+    assert all(out[name].equal(expected[name]) for name in expected)
+    assert out["logits"].equal(u2pl.upsample(out["coarse"], (33, 33)))
+    count = sum(p.numel() for p in head.represent.parameters())
+    assert count == 1_836_800  # the released network's
+
+
+PAPER = dict(anchors=50, negatives=256, contrast_weight=0.1, tau=0.5, alpha_0=0.2, eta=1.0)
+PAPER |= dict(delta_p=0.3, ranks=(3, 20), keys=512, unreliable_loss="contrastive", dpa=True)
+PAPER |= dict(bank=True, bank_dtype="fp32", negatives_from="unreliable", cutmix=True)
+PAPER |= dict(bank_sizes=(50_000, 30_000), ema_decay=0.99, cutmix_prob=0.5)
+
+
+@pytest.mark.parametrize("dataset", ["voc", "voc_aug", "cityscapes"])
+def test_table_a1_is_the_default(dataset):
+    split = {"voc": "732", "voc_aug": "1/4", "cityscapes": "1/4"}[dataset]
+    args = resolved("--dataset", dataset, "--split", split)
+    assert {name: getattr(args, name) for name in PAPER} == PAPER
+    epochs, share = (200, 10) if dataset == "cityscapes" else (80, 80)
+    assert args.epochs == epochs and args.warmup_iters == args.total_iters // share
+    assert args.batch_size == args.batch_size_unlabeled == 16
+    official = resolved("--dataset", dataset, "--split", split, "--recipe", "official")
+    changed = {k for k, v in vars(args).items() if getattr(official, k) != v} - {"recipe"}
+    city = {"warmup_iters"} if dataset == "cityscapes" else set()
+    assert changed == {"anchors", "negatives", "contrast_weight"} | city
+    assert (official.anchors, official.negatives) == (256, 50)
+    assert official.contrast_weight == (0.125 if city else 0.25)
+    assert official.warmup_iters == (0 if city else args.warmup_iters)
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "camvid"])
+def test_small_protocols_have_a_small_bank(dataset):
+    args = resolved("--dataset", dataset)
+    assert args.bank_sizes == (5_000, 3_000) and args.warmup_iters == args.total_iters // 10
+
+
+@pytest.mark.parametrize(
+    "words, name",
+    [
+        ("--alpha-0 1.2", "--alpha-0 1.2"),
+        ("--delta-p -0.1", "--delta-p"),
+        ("--tau 0", "--tau 0"),
+        ("--anchors 0", "--anchors 0"),
+        ("--negatives 0", "--negatives 0"),
+        ("--keys 0", "--keys 0"),
+        ("--epochs 0", "--epochs 0"),
+        ("--bank-sizes 0 5", "--bank-sizes 0"),
+        ("--bank-sizes 5", "--bank-sizes"),
+        ("--unreliable-loss bce", "bce"),
+        ("--negatives-from some", "some"),
+        ("--bank-dtype fp16", "fp16"),
+    ],
+)
+def test_refused_flags_are_named(words, name):
+    with pytest.raises(u2pl.Refusal, match=name):
+        resolved(*words.split())

@@ -361,7 +361,7 @@ def contrastive_loss(positive, negative, tau):
 
 
 def binary_loss(positive, negative, tau):
-    """Eq. (A1) of each anchor, as contrastive_loss: each negative against the positive alone."""
+    """Eq. (A1) of each anchor [D28], as contrastive_loss: each negative against the positive."""
     return F.softplus((negative - positive[..., None]) / tau).mean(2)
 
 

@@ -19,6 +19,7 @@ import cps_fpl
 import mean_teacher
 import prepare_data
 import supervised
+import u2pl
 from common import pictures
 from common.data import FACTS, set_hash
 from common.run import cells, describe, parse, resolve
@@ -29,7 +30,7 @@ from tests import helpers
 from tests.test_copies import ROOT, SCRIPTS
 
 MODULES = {"supervised.py": supervised, "mean_teacher.py": mean_teacher, "cps_fpl.py": cps_fpl}
-MODULES["ael_fpl.py"] = ael_fpl
+MODULES |= {"ael_fpl.py": ael_fpl, "u2pl.py": u2pl}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -24,11 +24,12 @@ import cps_fpl
 import mean_teacher
 import prepare_data
 import supervised
+import u2pl
 from common import Refusal, run
 from tests.helpers import ROOT, draw_tree, flags, log, shrink, train
 
 SCRIPTS = {"supervised": supervised, "mean_teacher": mean_teacher, "cps_fpl": cps_fpl}
-SCRIPTS["ael_fpl"] = ael_fpl
+SCRIPTS |= {"ael_fpl": ael_fpl, "u2pl": u2pl}
 
 # ---- presets ----
 
@@ -55,7 +56,7 @@ CPS = [
 ]
 AEL = [(*row[:3], dict.get({512: 513, 800: 769}, row[3], row[3]), row[4]) for row in CPS]
 PRESETS = [
-    *((name, "u2pl", *row) for name in ("supervised", "mean_teacher") for row in U2PL),
+    *((name, "u2pl", *row) for name in ("supervised", "mean_teacher", "u2pl") for row in U2PL),
     *(("cps_fpl", "cps", *row) for row in CPS),
     *(("ael_fpl", "cps", *row) for row in AEL),
 ]
@@ -94,7 +95,7 @@ def test_a_folder_of_ones_own_needs_no_flag_but_its_classes(name):
     args = run.parse(script.Args, ["--dataset", "folder", "--num-classes", "5"])
     args = run.resolve(args, script.preset)
     assert (args.num_classes, args.split, args.split_seed) == (5, "all", None)
-    if name == "mean_teacher":  # a tenth, as the small protocols
+    if name in ("mean_teacher", "u2pl"):  # a tenth, as the small protocols
         assert (args.warmup_iters, args.batch_size_unlabeled) == (2000, 16)
     if name == "supervised":
         matched = resolved(script, dataset="folder", num_classes=5, schedule="matched")

@@ -20,6 +20,7 @@ import cps_fpl
 import mean_teacher
 import sources
 import supervised
+import u2pl
 from common import Refusal, run
 from common.distributed import Group
 from tests.helpers import ROOT, draw_tree, flags, shrink, snapshot, train
@@ -589,7 +590,7 @@ def test_flags_of_scoring_are_refused_where_nothing_is_scored(words):
 def test_a_run_by_list_is_not_named_by_a_split(tmp_path):
     (tmp_path / "l.txt").write_text("train0\n")
     words = ["--dataset", "camvid", "--labeled-list", str(tmp_path / "l.txt")]
-    for module in (supervised, mean_teacher, cps_fpl, ael_fpl):
+    for module in (supervised, mean_teacher, cps_fpl, ael_fpl, u2pl):
         args = run.resolve(run.parse(module.Args, words), module.preset)
         assert (args.split, args.total_iters) == ("list", 600)
 

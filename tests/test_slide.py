@@ -17,10 +17,11 @@ import ael_fpl
 import cps_fpl
 import mean_teacher
 import supervised
+import u2pl
 from common.distributed import Group
 from tests.helpers import draw_tree, flags, log, shrink, train
 
-SCRIPTS = [supervised, mean_teacher, cps_fpl, ael_fpl]
+SCRIPTS = [supervised, mean_teacher, cps_fpl, ael_fpl, u2pl]
 MEAN = (124, 116, 104)  # ImageNet's 123.675, 116.28, 103.53
 CLASSES = 3
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import u2pl
+from benchmarks import contrastive
 from common.run import parse, resolve
 from u2pl import (
     Args,
@@ -381,6 +382,7 @@ def compared(case, kind, tau, M=3, N=4):
     return value
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", CLASSES)
 @pytest.mark.parametrize("seed", range(3))
@@ -499,6 +501,7 @@ def whole_step(label, prob, inside, C=6, B=2, size=8, M=4, N=5, K=3):
     return calls.seen, loss.item(), int(counted.sum())
 
 
+@pytest.mark.smoke
 def test_no_wait_and_fixed_shapes():
     """Whatever the labels, the same operations make the same shapes, and none asks for a value."""
     prob = torch.randn(4, 6, 8, 8, generator=generator(0)).mul(3).softmax(1)
@@ -597,3 +600,10 @@ def test_small_protocols_have_a_small_bank(dataset):
 def test_refused_flags_are_named(words, name):
     with pytest.raises(u2pl.Refusal, match=name):
         resolved(*words.split())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("M, N", [(50, 256), (16, 5)])
+def test_both_sides_of_the_benchmark_compute_the_same(M, N, dtype):
+    size = dict(images=4, size=25, channels=16, first=900, rest=700)
+    contrastive.compared(contrastive.Args(**size, anchors=M, negatives=N, bank_dtype=dtype))

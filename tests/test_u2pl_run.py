@@ -216,6 +216,7 @@ ROWS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("row", ROWS)
 def test_every_step_is_the_literal_one(row, tree, tmp_path, monkeypatch):
     argv = flags(tree, tmp_path / "run", iters=7, log=1, evaluate=2, save=7) + SMALL

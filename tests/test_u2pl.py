@@ -343,6 +343,26 @@ def test_the_bank_is_a_queue_for_each_class(dtype):
         assert not bank[-1].any()
 
 
+class Places(TorchDispatchMode):
+    """Keeps the rows that index_copy_ writes."""
+
+    def __torch_dispatch__(self, operation, types, inputs=(), named=None):
+        if "index_copy_" in str(operation):
+            self.rows = inputs[2].tolist()
+        return operation(*inputs, **(named or {}))
+
+
+def test_no_row_of_the_bank_is_written_twice_in_a_step():
+    """A GPU writes in any order: a ring smaller than what is offered takes the newest keys alone."""
+    sizes, bank, pushed = torch.tensor([7, 3]), torch.zeros(11, 2), torch.tensor([5, 2])
+    offered = torch.ones(2, 9, 3)
+    offered[1, 4, 2] = 0
+    with Places() as places:
+        push_keys(bank, pushed, sizes, offered)
+    rows = [row for row in places.rows if row != 10]
+    assert sorted(rows) == list(range(10)) and pushed.tolist() == [14, 10]
+
+
 # ---- Eq. (4), (A1) ----
 
 

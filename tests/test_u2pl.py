@@ -353,7 +353,7 @@ class Places(TorchDispatchMode):
 
 
 def test_no_row_of_the_bank_is_written_twice_in_a_step():
-    """A GPU writes in any order: a ring smaller than what is offered takes the newest keys alone."""
+    """A GPU writes in any order: a ring that is too small takes the newest keys alone."""
     sizes, bank, pushed = torch.tensor([7, 3]), torch.zeros(11, 2), torch.tensor([5, 2])
     offered = torch.ones(2, 9, 3)
     offered[1, 4, 2] = 0

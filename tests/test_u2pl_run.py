@@ -66,9 +66,13 @@ def watched(patch, argv):
         for name, net in networks.items():
 
             def saw(module, inputs, out, name=name):
+                if not scoring and name == "teacher":
+                    bits = {k: digest({"": net}) for k, net in networks.items()}
+                    steps[-1].before = getattr(steps[-1], "before", bits)
                 if not scoring:
                     entry = dict(net=name, training=module.training, image=inputs[0].clone())
                     entry |= {k: x.detach().clone() for k, x in out.items()}
+                    entry["bits"] = digest({"": module})
                     steps[-1].seen.append(entry | {"grad": torch.is_grad_enabled()})
 
             net.register_forward_hook(saw)
@@ -239,6 +243,10 @@ def test_every_step_is_the_literal_one(row, tree, tmp_path, monkeypatch):
         for t, old, s in zip(step.nets["teacher"], before, step.nets["student"], strict=True):
             assert torch.allclose(t, decay * old + (1 - decay) * s, atol=1e-6)
     assert seen or row == "none"
+    saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert set(saved["networks"]) == {"student", "teacher"}
+    ready = steps[2].before  # the teacher of the first step after warm-up is the student, whole
+    assert ready["teacher"] == ready["student"] == steps[2].seen[0]["bits"]
     assert steps[1].scored is networks["student"] and steps[3].scored is networks["teacher"]
 
 

@@ -73,6 +73,7 @@ def watched(patch, argv):
                     entry = dict(net=name, training=module.training, image=inputs[0].clone())
                     entry |= {k: x.detach().clone() for k, x in out.items()}
                     entry["bits"] = digest({"": module})
+                    entry["buffers"] = [b.clone() for b in module.buffers()]
                     steps[-1].seen.append(entry | {"grad": torch.is_grad_enabled()})
 
             net.register_forward_hook(saw)
@@ -83,6 +84,9 @@ def watched(patch, argv):
         steps[-1].parts = {k: v.item() for k, v in parts.items()}
         nets = {k: [p.clone() for p in net.parameters()] for k, net in networks().items()}
         steps[-1].nets = nets
+        steps[-1].buffers = [b.clone() for b in networks()["teacher"].buffers()]
+        head = networks()["student"].head.represent
+        steps[-1].slope = sum(p.grad.abs().sum().item() for p in head.parameters())
         return step(self, done, parts, *rest)
 
     def networks():
@@ -238,6 +242,9 @@ def test_every_step_is_the_literal_one(row, tree, tmp_path, monkeypatch):
     for number, step in enumerate(steps[2:], 2):
         literal(number, step, rings, 7, args)
         seen += step.parts["classes"] > 1
+        assert (step.slope > 0) == (step.parts["classes"] > 0)  # L_c reaches the head's features
+        own = zip(step.buffers, step.seen[2]["buffers"], strict=True)
+        assert all(a.equal(b) for a, b in own)  # BN statistics: those of the teacher's own pass
         decay = min(1 - 1 / (number - 1), 0.99)
         before = steps[number - 1].nets["teacher" if number > 2 else "student"]
         for t, old, s in zip(step.nets["teacher"], before, step.nets["student"], strict=True):

@@ -23,6 +23,7 @@ ORDER = "supervised.py mean_teacher.py cps_fpl.py ael_fpl.py u2pl.py esl.py".spl
 LOSSES = {  # the first word of a row
     "cps_fpl.py": {"fpl": "FPL", "ce": "CPS"},
     "ael_fpl.py": {"fpl": "FPL+AEL", "ce": "AEL"},
+    "u2pl.py": {"contrastive": "L_c", "binary": "L_b", "none": "neither L_c nor L_b"},
 }
 
 
@@ -42,7 +43,8 @@ def row(path):
         flags.insert(0, "labels alone")
     else:
         flags[:0] = ["CutMix"] * args.get("cutmix", False)
-        flags[:0] = [LOSSES[script].get(loss, loss) for loss in [args.get("unsup_loss")] if loss]
+        for loss in {"unsup_loss", "unreliable_loss"} & set(args):
+            flags.insert(0, LOSSES[script].get(args[loss], args[loss]))
     flags = ", ".join(flags) or "-"
     same = hashlib.sha256((ROOT / script).read_bytes()).hexdigest() == start["sha256"]
     minutes = train[-1]["time"]["elapsed_s"] / 60

@@ -1,21 +1,20 @@
 # >>> method: header
 """U2PL (arXiv:2203.03884v2): semi-supervised segmentation with unreliable pseudo labels.
 
-The pixels a mean teacher is sure of teach the student their class. The others say what they are
-not: in a bank for each class they are the negatives of a contrastive (L_c) or a binary loss (L_b).
+Unlabelled pixels that a mean teacher is certain of give pseudo labels. The others are negatives of
+the classes that they are unlikely to be: a bank of them feeds a contrastive (L_c) or binary loss.
 
   Eq. (1), (2), (3)    supervised_loss + unsup_weight * cross_entropy + contrast_weight * L_c
   Eq. (5)-(8)          entropy, quantiles, reliable_labels, unreliable_share, unsup_weight
   Eq. (9)-(11), (12)   anchor_masks, centers
-  Eq. (13)-(16)        class_ranks, candidates, negative_masks
-  Memory bank          draw_keys, push_keys
+  Eq. (13)-(16), Q_c   class_ranks, candidates, negative_masks; draw_keys, push_keys
   Eq. (4), (A1)        contrastive_loss, binary_loss; anchor_losses, unreliable_loss
 
   python u2pl.py                                          # generated shapes, no data needed
   python u2pl.py --dataset camvid --split 1/8 --unreliable-loss binary
   torchrun --nproc_per_node 8 u2pl.py --dataset cityscapes --split 1/4
 
-This is the paper's L_c; no recipe is the released one, of which three defects interact [D16].
+This is the paper's L_c; no recipe is the released one, whose three defects interact [D16].
 Measured: the table in README.md. Paper, released code and this script: docs/u2pl.md.
 """
 # <<< method: header
@@ -108,22 +107,22 @@ class Args:
     protocol: Literal["whole", "slide"] | None = None  # an image in one piece, or in windows
     # >>> method: args
     batch_size_unlabeled: int | None = None  # unlabelled images per step, over all processes
-    epochs: int | None = None  # E: the schedule of Eq. (7) has so many stairs
+    epochs: int | None = None  # E: values that alpha_t of Eq. (7) takes, one after another
     alpha_0: float = 0.2  # share of unreliable pixels at the start
     dpa: bool = True  # Eq. (7), dynamic partition adjustment: that share falls to 0; no: it stays
-    eta: float = 1.0  # of L_u, times 1 / share of pixels kept, Eq. (8)
+    eta: float = 1.0  # base weight of L_u, Eq. (8)
     unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"  # L_c, L_b or neither
     contrast_weight: float | None = None  # lambda_c, of that loss
     anchors: int | None = None  # M, per class and process
     negatives: int | None = None  # N, per anchor
     negatives_from: Literal["unreliable", "reliable", "all"] = "unreliable"  # pixels, by entropy
-    ranks: tuple[int, int] = (3, 20)  # r_l and r_h, of a class among a pixel's, from 0
-    delta_p: float = 0.3  # probability of its class that an anchor has more than
+    ranks: tuple[int, int] = (3, 20)  # r_l <= rank of a class in p < r_h; 0: the likeliest
+    delta_p: float = 0.3  # an anchor of class c has p(c) > delta_p
     tau: float = 0.5  # temperature
     bank: bool = True  # Q_c, category-wise memory; no: the negatives of this step alone
     bank_sizes: tuple[int, int] | None = None  # keys in Q_0 and in any other Q_c
     bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of the keys
-    keys: int = 512  # that enter Q_c at most, per step and process
+    keys: int = 512  # at most so many enter Q_c per step and process
     warmup_iters: int | None = None  # steps on labels alone; the teacher starts as a copy after it
     ema_decay: float = 0.99  # of the teacher's moving average
     cutmix: bool = True  # mix the student's unlabelled images in pairs
@@ -241,14 +240,14 @@ def upcast(x):
 
 
 def entropy(prob):
-    """Eq. (5): H = -sum_c p(c) log p(c). prob: (B, C, H, W). Returns (B, H, W), in [0, log C]."""
+    """Eq. (5): H = -sum_c p(c) log p(c), in [0, log C]. prob: (B, C, h, w). (B, h, w)."""
     return torch.special.entr(upcast(prob)).sum(1)  # 0 log 0 is 0
 
 
 def quantiles(H, inside, *shares):
     """gamma_t of Eq. (6): np.percentile(H, 100 q) of the pixels inside [D20], for q in shares.
 
-    H: (B, H, W). inside: the same, bool. Scalars, made without a wait; inf if nothing is inside.
+    H, inside: (B, h, w), float and bool. Scalars, without host synchronization; inf over nothing.
     """
     H = H.masked_fill(~inside, torch.inf).flatten().sort().values
     place = torch.stack([q * (inside.sum() - 1).clamp(min=0).double() for q in shares])
@@ -257,29 +256,30 @@ def quantiles(H, inside, *shares):
 
 
 def reliable_labels(pseudo, H, gamma):
-    """Eq. (6): the pseudo label where H < gamma, else 255. All (B, H, W), int64."""
+    """Eq. (6): the pseudo label where H < gamma, else 255. pseudo, H: (B, h, w). gamma: scalar."""
     return torch.where(H < gamma, pseudo, IGNORE)
 
 
 def unreliable_share(step, args):
     """Eq. (7): alpha_t = alpha_0 (1 - t / E), t = floor(E step / total); alpha_0 with --no-dpa."""
-    return args.alpha_0 * (1 - args.dpa * (args.epochs * step // args.total_iters) / args.epochs)
+    t = args.epochs * step // args.total_iters if args.dpa else 0
+    return args.alpha_0 * (1 - t / args.epochs)
 
 
 def unsup_weight(label, inside, eta):
-    """Eq. (8): lambda_u = eta * pixels inside / pixels with a label. label, inside: (B, H, W)."""
+    """Eq. (8): lambda_u = eta * pixels inside / pixels with a label [D29]. Both: (B, h, w)."""
     return eta * inside.sum() / (label != IGNORE).sum().clamp(min=1)
 
 
-def pixels(x):
+def as_rows(x):
     """Returns (B, c, h, w) as (B h w, c): a view, if x is in channels-last memory."""
     return x.movedim(1, -1).flatten(0, 2)
 
 
 def nearest(x, size):
-    """Returns (B, H, W) of any type as (B h w,): of a size (h, w), row floor(i H / h) ... [D21]."""
-    (h, w), (H, W) = size, x.shape[1:]
-    rows, columns = (torch.arange(n, device=x.device) * m // n for n, m in ((h, H), (w, W)))
+    """Returns (B, M, N) as (B m n,), of the size (m, n): row floor(i M / m), column alike [D21]."""
+    places = zip(size, x.shape[1:], strict=True)
+    rows, columns = (torch.arange(n, device=x.device) * full // n for n, full in places)
     return x[:, rows[:, None], columns].flatten()
 
 
@@ -301,19 +301,19 @@ def class_ranks(prob):
 
 
 def candidates(H, inside, gamma, lower, which):
-    """Eq. (15), H > gamma_t; Table 4: H < lower, the reliable; or all. All (B, H, W), bool."""
+    """Eq. (15), H > gamma; or Table 4's, H < lower, the reliable, or all [D30]. (B, h, w), bool."""
     return inside & {"unreliable": H > gamma, "reliable": H < lower, "all": inside}[which]
 
 
-def negative_masks(rank, label, unreliable, r_l, r_h):
+def negative_masks(rank, label, candidate, r_l, r_h):
     """Eq. (13)-(16): N_c, pixels that are probably not c [D24]. (C, P).
 
-    rank: O. unreliable: bool, the candidates among the last pixels, those of unlabelled images.
+    rank: O. candidate: bool, of the last pixels, those of unlabelled images.
     """
     c = torch.arange(len(rank), device=label.device)[:, None]
-    y, last = label[: len(label) - len(unreliable)], rank[:, -len(unreliable) :]
+    y, last = label[: len(label) - len(candidate)], rank[:, -len(candidate) :]
     n_l = (y != c) & (y != IGNORE) & (rank[:, : len(y)] < r_l)  # Eq. (14)
-    return torch.cat([n_l, unreliable & (r_l <= last) & (last < r_h)], 1)  # Eq. (15)
+    return torch.cat([n_l, candidate & (r_l <= last) & (last < r_h)], 1)  # Eq. (15)
 
 
 def nth(masks, n):
@@ -369,11 +369,11 @@ def anchor_losses(z, center, bank, rows, args):
     """Eq. (4) or (A1) of each anchor: (C, M). z: (C, M, D), center: (C, D), unit features.
 
     rows: (C, M, N), of the bank. A few anchors at a time get their loss and at once their gradient:
-    each key is fetched once, and a step never holds all of them.
+    each key is fetched once, and a step never holds all of them. No second derivative.
     """
     each = contrastive_loss if args.unreliable_loss == "contrastive" else binary_loss
-    losses, gradients, some = [], [], max(512 // args.negatives, 1)
-    for a, index in zip(z.detach().split(some, 1), rows.split(some, 1), strict=True):
+    losses, gradients, few = [], [], max(512 // args.negatives, 1)  # 512: keys of a class at a time
+    for a, index in zip(z.detach().split(few, 1), rows.split(few, 1), strict=True):
         keys = bank.index_select(0, index.flatten()).to(z.dtype).view(*index.shape, -1)
         with torch.enable_grad():
             a.requires_grad_()
@@ -389,9 +389,10 @@ def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
     masks: A_c. bank, pushed, sizes: Q_c. u: (C, M + M N), for anchors and their negatives, both
     drawn with replacement. The gradient goes to rep_s alone.
     """
-    u, v = u[:, : args.anchors], u[:, args.anchors :].unflatten(1, (args.anchors, args.negatives))
-    drawn, filled = nth(masks, (u * masks.sum(1, True)).long()), torch.minimum(pushed, sizes)
-    rows = (sizes.cumsum(0) - sizes)[:, None, None] + (v * filled[:, None, None]).long()
+    M, N, filled = args.anchors, args.negatives, torch.minimum(pushed, sizes)
+    drawn = nth(masks, (u[:, :M] * masks.sum(1, True)).long())
+    first, which = (sizes.cumsum(0) - sizes)[:, None, None], u[:, M:].unflatten(1, (M, N))
+    rows = first + (which * filled[:, None, None]).long()
     z, center = F.normalize(upcast(rep_s[drawn]), dim=2), F.normalize(centers(rep_t, masks), dim=1)
     counted = masks.any(1) & (filled > 0)
     loss = torch.where(counted, anchor_losses(z, center, bank, rows, args).mean(1), 0.0)
@@ -527,7 +528,7 @@ class DeepLabV3Plus(nn.Module):
 
 
 class U2PLHead(DeepLabV3Plus):
-    """With Sec. 4.1's representation head beside the classifier, in training.
+    """With Sec. 4.1's representation head beside the classifier, in training [D31].
 
     forward: adds, at stride 4, coarse (B, C, h, w), float32 logits, and rep (B, 256, h, w).
     """
@@ -816,17 +817,15 @@ def main(args):
     C, D, (r_l, r_h) = data.num_classes, student.head.represent[-1].out_channels, args.ranks
     if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
         raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
-    if r_l >= r_h:
-        raise Refusal(f"--ranks {r_l} {r_h}: the first below the second")
-    r_l, r_h = min(r_l, C - 1), min(r_h, C)  # the last rank of a pixel remains, at least
-    if (r_l, r_h) != args.ranks and group.rank == 0:
-        print(f"--ranks {args.ranks[0]} {args.ranks[1]}: {r_l} {r_h}, for {C} classes")
-    sizes = [args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1)
-    state, rows, sizes = {}, sum(sizes) + 1, torch.tensor(sizes, device=group.device)
+    r_l, r_h, state = min(r_l, C - 1), min(r_h, C), {}  # the last rank of a pixel remains, at least
     if args.unreliable_loss != "none":  # Q_c of all classes, and how many keys ever entered each
+        lengths = [args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1)
+        sizes = torch.tensor(lengths, device=group.device)
         dtype = torch.float32 if args.bank_dtype == "fp32" else torch.bfloat16
-        state["bank"] = torch.zeros(rows, D, dtype=dtype, device=group.device)
+        state["bank"] = torch.zeros(sum(lengths) + 1, D, dtype=dtype, device=group.device)
         state["pushed"] = torch.zeros(C, dtype=torch.int64, device=group.device)
+        if (r_l, r_h) != args.ranks and group.rank == 0:
+            print(f"--ranks {args.ranks}: cut to {r_l, r_h}, as there are {C} classes")
     # <<< method: state
     run = Run(args, __file__, group, data)
     start = run.restore(networks, optimizer, state)
@@ -872,22 +871,26 @@ def main(args):
                 gamma, lower = quantiles(H, inside, 1 - alpha, alpha)
                 y_u = reliable_labels(pseudo, H, gamma)
                 weight = unsup_weight(y_u, inside, args.eta)
-            unsup = cross_entropy(out["logits"][n:], y_u)  # Eq. (3)
-        contrast, counted = 0.0 * out["rep"].sum(), torch.zeros_like(sup)  # DDP sees all parameters
-        if since >= 0 and args.unreliable_loss != "none":
+            unsup = cross_entropy(out["logits"][n:], y_u)  # Eq. (3) [D29]
+        if since < 0 or args.unreliable_loss == "none":  # 0, so that DDP sees all parameters
+            contrast, counted = 0.0 * out["rep"].float().sum(), torch.zeros_like(sup)
+        else:
             with torch.no_grad():
-                prob, size = F.softmax(pixels(out_t["coarse"]), 1), out["rep"].shape[2:]
-                some = nearest(candidates(H, inside, gamma, lower, args.negatives_from), size)
-                label, rep_t = nearest(torch.cat([y_l, y_u]), size), pixels(out_t["rep"]).float()
-                N_c = negative_masks(class_ranks(prob), label, some, r_l, r_h)
+                prob, size = F.softmax(as_rows(out_t["coarse"]), 1), out["rep"].shape[2:]
+                candidate = nearest(candidates(H, inside, gamma, lower, args.negatives_from), size)
+                label, rep_t = nearest(torch.cat([y_l, y_u]), size), as_rows(out_t["rep"]).float()
+                N_c = negative_masks(class_ranks(prob), label, candidate, r_l, r_h)
                 A_c = anchor_masks(prob, label, args.delta_p)
                 chance = dict(dtype=torch.float64, device=group.device)
-                u = torch.rand(C, args.keys + 1, **chance)
-                v = torch.rand(C, args.anchors * (args.negatives + 1), **chance)
-                offered = distributed.gathered(draw_keys(rep_t, N_c, u))
-                Q_c = (state["bank"], state["pushed"].mul_(args.bank), sizes)  # 0: Q_c is emptied
-                push_keys(*Q_c, offered.transpose(0, 1).flatten(1, 2))
-            contrast, counted = unreliable_loss(pixels(out["rep"]), rep_t, A_c, *Q_c, v, args)
+                u_keys = torch.rand(C, args.keys + 1, **chance)
+                u_pairs = torch.rand(C, args.anchors * (args.negatives + 1), **chance)
+                offered = distributed.gathered(draw_keys(rep_t, N_c, u_keys))
+                Q_c = (state["bank"], state["pushed"], sizes)
+                if not args.bank:  # the keys of this step alone
+                    state["pushed"].zero_()
+                push_keys(*Q_c, offered.transpose(0, 1).flatten(1, 2))  # Alg. 1: push, then sample
+            rep_s = as_rows(out["rep"])
+            contrast, counted = unreliable_loss(rep_s, rep_t, A_c, *Q_c, u_pairs, args)
         loss = sup + weight * unsup + args.contrast_weight * contrast  # Eq. (1)
         loss.backward()
         parts = {"loss": loss, "sup": sup, "unsup": unsup, "unsup_weight": weight}

@@ -69,7 +69,7 @@ def inputs(args):
     y_u = u2pl.reliable_labels(prob[B // 2 :].argmax(1), H, gamma)
     label = torch.cat([truth[: B // 2], y_u]).flatten()
     some = u2pl.candidates(H, inside, gamma, lower, "unreliable").flatten()
-    prob = u2pl.pixels(prob).contiguous()
+    prob = u2pl.as_rows(prob).contiguous()
     rep_s, rep_t = torch.randn(len(prob), D), torch.randn(len(prob), D)
     sizes = torch.tensor([args.first] + [args.rest] * (C - 1))
     bank = torch.randn(int(sizes.sum()) + 1, D)

@@ -68,6 +68,7 @@ def reduced(tensor, op=ReduceOp.SUM):
 
 def gathered(tensor):
     """Returns the tensors of all processes, of one shape, in the order of ranks: (world, ...)."""
+    assert not tensor.requires_grad, "other processes' tensors bring no gradient back"
     if not dist.is_initialized():
         return tensor[None]
     every = tensor.new_empty(dist.get_world_size(), *tensor.shape)

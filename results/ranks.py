@@ -36,7 +36,7 @@ def counts(prob, label, alpha):
     inside, H = label != IGNORE, u2pl.entropy(prob)
     (gamma,) = u2pl.quantiles(H, inside, 1 - alpha)
     unreliable = u2pl.candidates(H, inside, gamma, gamma, "unreliable")
-    rank = u2pl.class_ranks(u2pl.pixels(prob)).long()  # (C, P)
+    rank = u2pl.class_ranks(u2pl.as_rows(prob)).long()  # (C, P)
     truth = rank.gather(0, label.masked_fill(~inside, 0).flatten()[None])[0]
     kinds = [(inside & ~unreliable).flatten(), unreliable.flatten()]
     return torch.stack([torch.bincount(truth[kind], minlength=len(rank)) for kind in kinds])

@@ -19,6 +19,7 @@ from u2pl import (
     Args,
     anchor_losses,
     anchor_masks,
+    as_rows,
     binary_loss,
     candidates,
     centers,
@@ -29,7 +30,6 @@ from u2pl import (
     nearest,
     negative_masks,
     nth,
-    pixels,
     preset,
     push_keys,
     quantiles,
@@ -235,7 +235,7 @@ def test_nearest_takes_the_floor(full, small):
 
 def test_pixels_are_in_the_order_of_labels_and_a_view():
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
-    rows = pixels(x)
+    rows = as_rows(x)
     assert rows.data_ptr() == x.data_ptr() and rows.is_contiguous()
     label = torch.arange(2 * 4 * 5).view(2, 4, 5)
     for b, i, j in itertools.product(range(2), range(4), range(5)):
@@ -513,9 +513,9 @@ def whole_step(label, prob, inside, C=6, B=2, size=8, M=4, N=5, K=3):
         y_u = reliable_labels(label[B:], H, gamma)
         some = nearest(candidates(H, inside, gamma, lower, "unreliable"), (size, size))
         both = nearest(torch.cat([label[:B], y_u]), (size, size))
-        N_c = negative_masks(class_ranks(pixels(prob)), both, some, 3, 6)
+        N_c = negative_masks(class_ranks(as_rows(prob)), both, some, 3, 6)
         push_keys(bank, pushed, sizes, draw_keys(rep_t, N_c, u[:, : K + 1]))
-        A_c = anchor_masks(pixels(prob), both, 0.3)
+        A_c = anchor_masks(as_rows(prob), both, 0.3)
         loss, counted = unreliable_loss(rep_s, rep_t, A_c, bank, pushed, sizes, u[:, K + 1 :], args)
         loss.backward()
     return calls.seen, loss.item(), int(counted.sum())
@@ -605,6 +605,7 @@ def test_small_protocols_have_a_small_bank(dataset):
     [
         ("--alpha-0 1.2", "--alpha-0 1.2"),
         ("--delta-p -0.1", "--delta-p"),
+        ("--ranks 5 2", "--ranks .5, 2.: .*rising"),
         ("--tau 0", "--tau 0"),
         ("--anchors 0", "--anchors 0"),
         ("--negatives 0", "--negatives 0"),

@@ -82,11 +82,14 @@ def tiny_modules(module):
         def __init__(self, channels, num_classes, args):
             super().__init__(channels, num_classes, args)
             self.represent = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, 6, 1))
+            self.aux = nn.Conv2d(8, num_classes, 1) if args.aux_weight else None
 
         def forward(self, stages, size):
             fused = stages[0] + module.upsample(stages[3], stages[0].shape[2:])
             coarse = self.classify(fused).float()
             out = {"logits": module.upsample(coarse, size), "coarse": coarse}
+            if self.aux is not None:
+                out["aux"] = module.upsample(self.aux(stages[2]).float(), size)
             return out | ({"rep": self.represent(fused)} if self.training else {})
 
     parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadWithoutDropout}
@@ -133,13 +136,14 @@ def start(script, *argvs, processes=1, program="tests.helpers"):
 
 
 def finish(process, seconds=300):
-    """Waits for a started process; fails with its output if it did not end well."""
+    """Waits for a started process; returns its output, or fails with it if it did not end well."""
     try:
         text, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         kill(process)
         raise
     assert process.returncode == 0, text
+    return text
 
 
 def kill_at_step(process, folder, step):

@@ -109,6 +109,13 @@ FLAGS = [  # script, flags after those of a small run, words of the line
     (cps_fpl, ["--batch-size-unlabeled", "1"], ["1", "unlabeled", "two"]),
     (cps_fpl, ["--batch-size-unlabeled", "1", "--no-cutmix"], ["1", "unlabeled", "two"]),
     (cps_fpl, ["--batch-size", "1", "--unsup-weight", "0"], ["1", "labeled", "two"]),
+    (u2pl, ["--unreliable-loss", "ce"], ["ce", "contrastive", "binary", "none"]),
+    (u2pl, ["--negatives-from", "bank"], ["bank", "unreliable", "reliable", "all"]),
+    (u2pl, ["--bank-dtype", "fp16"], ["fp16", "fp32", "bf16"]),
+    (u2pl, ["--ranks", "3"], ["--ranks", "2 values"]),
+    (u2pl, ["--ranks", "20", "3"], ["--ranks (20, 3)", "rising"]),
+    (u2pl, ["--batch-size-unlabeled", "3"], ["--cutmix", "even"]),
+    (u2pl, ["--batch-size-unlabeled", "1", "--no-cutmix"], ["1", "unlabeled", "two"]),
 ]
 
 BOUNDS = ("0.0", "1.0", "-0.5", "9.0", "nan", "inf")
@@ -148,6 +155,14 @@ NUMBERS = [  # numbers that cannot be: refused before anything is read, as the r
     (cps_fpl, ["--unsup-weight", "nan"], ["--unsup-weight", "nan"]),
     (cps_fpl, ["--k-max", "-1"], ["--k-max", "-1"]),
     (cps_fpl, ["--batch-size-unlabeled", "0"], ["--batch-size-unlabeled", "0"]),
+    (u2pl, ["--ranks", "-1", "3"], ["--ranks -1"]),
+    (u2pl, ["--bank-sizes", "5", "0"], ["--bank-sizes 0"]),
+    (u2pl, ["--tau", "nan"], ["--tau nan"]),
+    (u2pl, ["--contrast-weight", "-1"], ["--contrast-weight -1"]),
+    (u2pl, ["--eta", "nan"], ["--eta nan"]),
+    (u2pl, ["--cutmix-prob", "1.5"], ["--cutmix-prob 1.5", "to 1"]),
+    (u2pl, ["--ema-decay", "2"], ["--ema-decay 2.0", "to 1"]),
+    (u2pl, ["--warmup-iters", "-1"], ["--warmup-iters -1"]),
 ]
 
 
@@ -454,7 +469,12 @@ def test_a_damaged_checkpoint_is_refused(use, damage, tmp_path, monkeypatch, cap
 @pytest.mark.parametrize("use", ["--resume", "--eval-only"])
 @pytest.mark.parametrize(
     "writer, reader",
-    [(supervised, mean_teacher), (mean_teacher, supervised), (cps_fpl, mean_teacher)],
+    [
+        (supervised, mean_teacher),
+        (mean_teacher, supervised),
+        (cps_fpl, mean_teacher),
+        (mean_teacher, u2pl),
+    ],
 )
 def test_a_checkpoint_of_another_script_is_refused(
     writer, reader, use, tmp_path, monkeypatch, capsys
@@ -470,27 +490,32 @@ def test_a_checkpoint_of_another_script_is_refused(
 
 
 @pytest.mark.parametrize(
-    "extra, words",
+    "module, extra, words",
     [
-        (["--lr", "0.5"], ["--lr", "0.01", "0.5"]),
-        (["--seed", "1"], ["--seed", "0", "1"]),
-        (["--total-iters", "4"], ["--total-iters", "2", "4"]),
-        (["--scales", "0.5", "1.0"], ["--scales", "2.0", "1.0"]),
-        (["--amp", "bf16"], ["--amp", "none", "bf16"]),
-        (["--split", "1/2"], ["--split", "1/4", "1/2"]),
-        (["--eval-every", "1"], ["--eval-every", "4", "1"]),
+        (supervised, ["--lr", "0.5"], ["--lr", "0.01", "0.5"]),
+        (supervised, ["--seed", "1"], ["--seed", "0", "1"]),
+        (supervised, ["--total-iters", "4"], ["--total-iters", "2", "4"]),
+        (supervised, ["--scales", "0.5", "1.0"], ["--scales", "2.0", "1.0"]),
+        (supervised, ["--amp", "bf16"], ["--amp", "none", "bf16"]),
+        (supervised, ["--split", "1/2"], ["--split", "1/4", "1/2"]),
+        (supervised, ["--eval-every", "1"], ["--eval-every", "4", "1"]),
+        (u2pl, ["--bank-sizes", "30", "20"], ["--bank-sizes", "[5000, 3000]", "[30, 20]"]),
+        (u2pl, ["--bank-dtype", "bf16"], ["--bank-dtype", "fp32", "bf16"]),
+        (u2pl, ["--unreliable-loss", "none"], ["--unreliable-loss", "contrastive", "none"]),
+        (u2pl, ["--no-bank"], ["--bank True there and False here"]),
+        (u2pl, ["--ranks", "1", "3"], ["--ranks", "[3, 20]", "[1, 3]"]),
     ],
 )
 def test_a_checkpoint_of_another_recipe_is_refused_and_the_flag_named(
-    extra, words, tmp_path, monkeypatch, capsys
+    module, extra, words, tmp_path, monkeypatch, capsys
 ):
-    shrink(supervised, monkeypatch)
+    shrink(module, monkeypatch)
     draw_tree(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
-    train(supervised, flags("data", "out", iters=2))
+    train(module, flags("data", "out", iters=2))
     argv = flags("data", "out", iters=2) + ["--resume", *extra]
     words = ["out/last.pt", *words]
-    refused(supervised, argv, words, tmp_path, monkeypatch, capsys)
+    refused(module, argv, words, tmp_path, monkeypatch, capsys)
 
 
 def test_eval_only_with_a_flag_that_does_not_fit_the_checkpoint_is_refused(

@@ -24,6 +24,7 @@ import cps_fpl
 import mean_teacher
 import sources
 import supervised
+import u2pl
 from common import Refusal, run
 from tests.helpers import (
     differences,
@@ -42,6 +43,7 @@ from tests.helpers import (
 TEACHER = ["--cutmix", "--warmup-iters", "3"]
 METHODS = [(supervised, []), (mean_teacher, TEACHER)]
 METHODS += [(cps_fpl, []), (cps_fpl, ["--no-cutmix"])]
+METHODS += [(u2pl, ["--warmup-iters", "3", "--bank-sizes", "20", "12"])]
 
 
 def stop_at(module, monkeypatch, call):
@@ -101,7 +103,7 @@ def test_a_run_stopped_in_any_step_and_resumed_equals_the_whole_one(
         shutil.rmtree(stopped)
 
 
-@pytest.mark.parametrize("module, extra", METHODS)
+@pytest.mark.parametrize("module, extra", METHODS[:4])  # U2PL: tests/test_u2pl_run.py
 def test_a_run_killed_at_a_random_step_and_resumed_equals_the_whole_one(
     module, extra, tmp_path, monkeypatch
 ):
@@ -335,7 +337,8 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step_and_never_saved(
 # ---- a start from the networks of another run ----
 
 SCRIPTS = {"supervised": supervised, "mean_teacher": mean_teacher, "cps_fpl": cps_fpl}
-SCRIPTS["ael_fpl"] = ael_fpl
+SCRIPTS |= {"ael_fpl": ael_fpl, "u2pl": u2pl}
+HEADS = {"cps_fpl": "CPS", "u2pl": "features"}  # those of the others are alike
 SOURCES = {  # writer and reader: for each network of the reader the one that it starts from
     ("supervised", "supervised"): {"student": "student"},
     ("supervised", "mean_teacher"): {"student": "student", "teacher": "student"},
@@ -351,6 +354,13 @@ SOURCES = {  # writer and reader: for each network of the reader the one that it
     ("cps_fpl", "supervised"): {"student": "branch1"},
     ("cps_fpl", "mean_teacher"): {"student": "branch1", "teacher": "branch1"},
     ("cps_fpl", "cps_fpl"): {"branch1": "branch1", "branch2": "branch2"},
+    ("supervised", "u2pl"): {"student": "student", "teacher": "student"},
+    ("mean_teacher", "u2pl"): {"student": "student", "teacher": "teacher"},
+    ("cps_fpl", "u2pl"): {"student": "branch1", "teacher": "branch1"},
+    ("u2pl", "u2pl"): {"student": "student", "teacher": "teacher"},
+    ("u2pl", "supervised"): {"student": "student"},
+    ("u2pl", "mean_teacher"): {"student": "student", "teacher": "teacher"},
+    ("u2pl", "cps_fpl"): {"branch1": "student", "branch2": "student"},
 }
 CUTMIX = {mean_teacher: ["--cutmix", "--warmup-iters", "0"]}
 
@@ -411,7 +421,7 @@ def test_a_run_starts_from_the_networks_of_another(
     assert "starting from zero" in capsys.readouterr().out
     mine = begun(module, argv + ["--init", str(path)], monkeypatch)
     saved = torch.load(path, weights_only=True)
-    fits = (writer == "cps_fpl") == (reader == "cps_fpl")
+    fits = HEADS.get(writer) == HEADS.get(reader)
     assert set(mine) == set(own) == set(SOURCES[writer, reader])
     words = []
     for name, source in SOURCES[writer, reader].items():
@@ -523,6 +533,7 @@ def test_a_head_of_another_method_or_other_classes_stays_random(tmp_path):
         (supervised, "DeepLabV3Plus", dict(classes=4), False),
         (supervised, "DeepLabV3Plus", dict(aux_weight=0.4), False),
         (cps_fpl, "CPSHead", {}, False),
+        (u2pl, "U2PLHead", {}, False),  # without the representation head no other part is taken
     ):
         net = network(module, head, **others)
         own = {k: v.clone() for k, v in net.state_dict().items()}
@@ -706,8 +717,8 @@ def test_panels_are_pictures_of_the_maps_of_a_step(module, extra, tmp_path, monk
         assert len(colours) > 20, f"{path.name} shows nothing"
     assert set(sizes) == {"000002-train.png", "000004-train.png", "000004-val.png"}
     assert sizes["000004-val.png"][1] == 3 * 176  # a row for each of three images
-    # from step 4 on Mean Teacher shows five maps and the unlabelled batch, before it three
-    counts = (3, 5 if module is mean_teacher else 3)
+    # from step 4 on a teacher has five maps of the unlabelled batch, before it there are three
+    counts = (3, 5 if module in (mean_teacher, u2pl) else 3)
     if module is cps_fpl:  # with CutMix the mixed images too, and what they are taught
         counts = (6, 6) if extra else (8, 8)
     assert sizes["000002-train.png"] == (counts[0] * 164, 2 * 176)

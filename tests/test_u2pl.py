@@ -268,6 +268,12 @@ def test_ranks_anchors_and_negatives(classes, make):
     assert N_c[:, P - U :].any()  # clipped limits leave unlabelled negatives for any classes
 
 
+def test_an_anchor_has_more_than_delta_p():
+    prob = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    assert not anchor_masks(prob, torch.tensor([0, 1]), 0.5)[:, 0].any()
+    assert anchor_masks(prob, torch.tensor([0, 1]), 0.5)[1, 1]
+
+
 def test_centers():
     rep, masks = torch.randn(20, 4, dtype=torch.float64), uniform(3, 20) < 0.5
     masks[1] = False
@@ -439,9 +445,9 @@ def test_one_anchor_and_many_chunks(kind):
 def test_the_teachers_features_and_the_bank_get_no_gradient():
     rep_s, rep_t, masks, bank, pushed, sizes, u = case(7)
     args = SimpleNamespace(anchors=3, negatives=4, unreliable_loss="contrastive", tau=0.5)
-    with torch.no_grad():
-        offered = draw_keys(rep_t, masks, u[:, :3])
-    assert not offered.requires_grad
+    assert not draw_keys(rep_t.clone().requires_grad_(), masks, u[:, :3]).requires_grad
+    push_keys(bank, pushed, sizes, torch.ones(7, 2, 6).double().requires_grad_())
+    assert not bank.requires_grad
     loss, _ = unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args)
     loss.backward()
     assert rep_t.grad is None and bank.grad is None
@@ -496,6 +502,16 @@ class Calls(TorchDispatchMode):
         some = out if isinstance(out, (list, tuple)) else [out]
         self.seen.append((str(operation), [tuple(x.shape) for x in some if torch.is_tensor(x)]))
         return out
+
+
+@pytest.mark.parametrize("M, N", [(50, 256), (256, 50), (4, 5000)])
+def test_a_step_never_holds_the_keys_of_all_anchors(M, N):
+    given = case(3, D=64, M=M, N=N)
+    args = SimpleNamespace(anchors=M, negatives=N, unreliable_loss="contrastive", tau=0.5)
+    with Calls() as calls:
+        unreliable_loss(*given, args)[0].backward()
+    largest = max(math.prod(shape) for _, shapes in calls.seen for shape in shapes)
+    assert largest == 3 * 64 * max(512 // N * N, N)  # of all anchors: 3 * 64 * M * N
 
 
 def whole_step(label, prob, inside, C=6, B=2, size=8, M=4, N=5, K=3):
@@ -569,6 +585,11 @@ def test_the_head_adds_features_in_training_alone():
     assert out["logits"].equal(u2pl.upsample(out["coarse"], (33, 33)))
     count = sum(p.numel() for p in head.represent.parameters())
     assert count == 1_836_800  # the released network's
+    dropped = [m.p for m in head.represent if isinstance(m, torch.nn.Dropout2d)]
+    assert dropped == [0.1, 0.1]
+    leaves = [stage.clone().requires_grad_() for stage in stages]
+    head.train()(leaves, (33, 33))["rep"].sum().backward()  # L_c trains the backbone too
+    assert [leaf.grad is not None for leaf in leaves] == [True, False, False, True]
 
 
 PAPER = dict(anchors=50, negatives=256, contrast_weight=0.1, tau=0.5, alpha_0=0.2, eta=1.0)

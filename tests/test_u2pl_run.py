@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import u2pl
 from common import Refusal, distributed, run
@@ -22,17 +23,18 @@ from tests.helpers import (
     draw_tree,
     finish,
     flags,
+    in_one_group,
     kill_at_step,
     log,
     shrink,
     start,
-    tiny_modules,
     train,
 )
+from tests.test_ael_run import own_folder
 from tests.test_u2pl import generator, scalar_keys, scalar_loss, scalar_ranks, unit
 
 SMALL = "--warmup-iters 2 --anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12".split()
-KEYS, ANCHORS, NEGATIVES, SIZES = 7, 5, 6, [20] + [12] * 10
+KEYS, ANCHORS, NEGATIVES, SIZES = 7, 5, 6, [20] + [12] * 80
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +112,10 @@ def watched(patch, argv):
     return steps[0], steps[1:]
 
 
-def mixed(number, seed, size, *maps, prob=0.5, mix=True):
+def mixed(number, args, size, *maps):
     """CutMix, image by image and pixel by pixel: the maps as the step's coin and boxes mix them."""
-    rng = np.random.default_rng([seed, number])
-    if not mix or rng.random() >= prob:
+    rng = np.random.default_rng([args["seed"], number])
+    if not args["cutmix"] or rng.random() >= args["cutmix_prob"]:
         return maps
     boxes, found = [u2pl.cutmix_box(rng, size) for _ in maps[0]], [x.clone() for x in maps]
     for i, (top, left, h, w) in enumerate(boxes):
@@ -140,7 +142,7 @@ def literal(number, step, rings, total, args):
     clean, inside = step.batch["unlabeled"]["image"], step.batch["unlabeled"]["inside"]
     assert eye["image"].equal(clean)
     pseudo = torch.where(inside, eye["logits"].argmax(1), 255)
-    x_u, pseudo, inside = mixed(number, 0, 32, clean, pseudo, inside, mix=args["cutmix"])
+    x_u, pseudo, inside = mixed(number, args, 32, clean, pseudo, inside)
     for entry in (student, teacher):
         assert entry["image"].equal(torch.cat([x_l, x_u]))
     # Eq. (5) to (8)
@@ -155,7 +157,10 @@ def literal(number, step, rings, total, args):
     weight = args["eta"] * int(inside.sum()) / max(int((y_u != 255).sum()), 1)
     rough = dict(rel=2e-3 if near.any() else 1e-5, abs=1e-6)
     assert step.parts["unsup_weight"] == pytest.approx(weight, **rough)
-    assert step.parts["sup"] == pytest.approx(log_loss(student["logits"][:n], y_l), rel=1e-5)
+    sup = log_loss(student["logits"][:n], y_l)
+    if args["aux_weight"]:
+        sup += args["aux_weight"] * log_loss(student["aux"][:n], y_l)
+    assert step.parts["sup"] == pytest.approx(sup, rel=1e-5)
     assert step.parts["unsup"] == pytest.approx(log_loss(student["logits"][n:], y_u), **rough)
     contrast = 0.0
     if args["unreliable_loss"] != "none":
@@ -168,14 +173,15 @@ def literal(number, step, rings, total, args):
 def literal_contrast(step, y_l, y_u, H, inside, gamma, lower, rings, args):
     """Asserts the masks of a step to be the literal ones; returns its L_c, and fills the rings."""
     _, student, teacher = step.seen
-    n, C, (h, w) = len(y_l), 11, student["rep"].shape[2:]
+    n, C, (h, w) = len(y_l), len(rings), student["rep"].shape[2:]
     rep_s, rep_t = (x["rep"].movedim(1, -1).flatten(0, 2) for x in (student, teacher))
     given_t, N_c, u = step.calls["draw_keys"]
-    assert given_t.equal(rep_t)
+    assert given_t.equal(rep_t) and u.shape == (C, KEYS + 1)
     A_c, v = (step.calls["unreliable_loss"][i] for i in (2, 6))
     assert step.calls["unreliable_loss"][0].equal(rep_s)
     prob = teacher["coarse"].softmax(1)
-    r_l, r_h = args["ranks"][0], min(args["ranks"][1], C)
+    r_l, r_h = min(args["ranks"][0], C - 1), min(args["ranks"][1], C)
+    is_anchor, is_negative = A_c.T.tolist(), N_c.T.tolist()
     pixel, some = 0, {"unreliable": H > gamma, "reliable": H < lower, "all": inside}
     some = some[args["negatives_from"]] & inside
     for image in range(2 * n):
@@ -187,12 +193,12 @@ def literal_contrast(step, y_l, y_u, H, inside, gamma, lower, rings, args):
                 label = (y_u[image - n] if unlabeled else y_l[image])[y, x].item()
                 sure = not unlabeled or abs(H[image - n, y, x].item() - gamma) > 1e-6
                 for c in range(C) if sure else ():
-                    assert A_c[c, pixel] == (label == c and p[c] > args["delta_p"])
+                    assert is_anchor[pixel][c] == (label == c and p[c] > args["delta_p"])
                     if unlabeled:
                         negative = some[image - n, y, x].item() and r_l <= rank[c] < r_h
                     else:
                         negative = label not in (c, 255) and rank[c] < r_l
-                    assert N_c[c, pixel] == negative
+                    assert is_negative[pixel][c] == negative
                 pixel += 1
     for c in range(C):  # Alg. 1: push, then sample
         if not args["bank"]:
@@ -221,6 +227,7 @@ ROWS = {
     "no bank": "--no-bank --ranks 1 3",
     "no DPA": "--no-dpa --alpha-0 0.4 --no-cutmix",
     "hot": "--tau 0.01 --delta-p 0.05 --eta 2 --contrast-weight 1",
+    "other": "--seed 5 --cutmix-prob 1 --aux-weight 0.4",
 }
 
 
@@ -252,9 +259,119 @@ def test_every_step_is_the_literal_one(row, tree, tmp_path, monkeypatch):
     assert seen or row == "none"
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)
     assert set(saved["networks"]) == {"student", "teacher"}
+    assert set(saved["state"]) == (set() if row == "none" else {"bank", "pushed"})
+    assert not any(p.requires_grad for p in networks["teacher"].parameters())
     ready = steps[2].before  # the teacher of the first step after warm-up is the student, whole
     assert ready["teacher"] == ready["student"] == steps[2].seen[0]["bits"]
     assert steps[1].scored is networks["student"] and steps[3].scored is networks["teacher"]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("classes, sure", [(2, 0.3), (81, 0.005)])
+def test_steps_of_2_and_of_81_classes_are_the_literal_ones(classes, sure, tmp_path, monkeypatch):
+    root, out = own_folder(tmp_path / "data", classes), tmp_path / "run"
+    argv = flags(root, out, iters=5, log=1, evaluate=5, save=5) + SMALL
+    argv += ["--dataset", "folder", "--num-classes", str(classes), "--weights", "none"]
+    _, steps = watched(monkeypatch, argv + ["--lr", "0.01", "--delta-p", str(sure)])
+    args = json.loads((out / "log.jsonl").read_text().splitlines()[0])["args"]
+    rings = [[[], 0] for _ in range(classes)]
+    for number, step in enumerate(steps[2:], 2):
+        literal(number, step, rings, 5, args)
+        assert step.parts["contrast"] > 0
+    assert len(log(out)[-1]["best"]["iou"]) == classes
+
+
+def test_draws_are_functions_of_seed_and_step(tree, tmp_path, monkeypatch):
+    seen = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        argv = flags(tree, tmp_path / name, iters=5) + SMALL + ["--seed", str(seed)]
+        with monkeypatch.context() as patch:
+            _, steps = watched(patch, argv)
+        calls = [step.calls for step in steps[2:]]
+        seen.append([x["draw_keys"][2].tolist() + x["unreliable_loss"][6].tolist() for x in calls])
+    assert seen[0] == seen[1]
+    flat = [u for steps in seen[1:] for step in steps for row in step for u in row]
+    assert len(flat) == len(set(flat))
+    assert sum(u != float(np.float32(u)) for u in flat) > 0.9 * len(flat)  # float64
+
+
+def test_bf16_networks_fill_a_bank_of_float32(tree, tmp_path, monkeypatch):
+    argv = flags(tree, tmp_path / "run", iters=6, log=1) + SMALL + ["--amp", "bf16"]
+    _, steps = watched(monkeypatch, argv + ["--delta-p", "0.05"])
+    assert all(math.isfinite(v) for step in steps for v in step.parts.values())
+    totals = []
+    for step in steps[2:]:
+        rep_s, rep_t, _, bank, pushed = step.calls["unreliable_loss"][:5]
+        assert (rep_s.dtype, rep_t.dtype, bank.dtype) == (torch.bfloat16, *2 * [torch.float32])
+        assert step.parts["contrast"] > 0 and step.slope > 0
+        lengths = bank.norm(dim=1)
+        assert ((lengths == 0) | ((lengths - 1).abs() < 1e-5)).all()
+        totals.append(int(pushed.sum()))
+    assert totals == sorted(set(totals)) and totals[0] > 0
+
+
+@pytest.mark.parametrize("warmup, name", [(4, "student"), (0, "teacher")])
+def test_the_student_is_scored_up_to_the_end_of_warmup(warmup, name, tree, tmp_path, monkeypatch):
+    whole, scored = u2pl.evaluate, []
+
+    def evaluate(net, *rest):
+        scored.append(digest({"": net}))
+        return whole(net, *rest)
+
+    shrink(u2pl, monkeypatch)
+    monkeypatch.setattr(u2pl, "evaluate", evaluate)
+    argv = flags(tree, tmp_path / "run", iters=4, evaluate=2, save=4) + SMALL
+    train(u2pl, argv + ["--warmup-iters", str(warmup)])
+    for file in ("last.pt", "best.pt"):
+        train(u2pl, ["--eval-only", "--checkpoint", str(tmp_path / "run" / file)])
+    files = [torch.load(tmp_path / f"run/{f}.pt", weights_only=True) for f in ("last", "best")]
+    last, best = (
+        digest({"": SimpleNamespace(state_dict=lambda f=f: f["networks"][name])}) for f in files
+    )
+    assert scored[1:] == [last, last, best, last, best]  # validation, the two scores; --eval-only
+
+
+def test_panels_show_what_the_student_saw_and_was_taught(tree, tmp_path, monkeypatch):
+    whole, shown = run.Run.panels, []
+
+    def panels(self, name, maps):
+        if name.endswith("-train"):
+            shown.append({key: x.detach().clone() for key, x in maps.items()})
+        whole(self, name, maps)
+
+    monkeypatch.setattr(run.Run, "panels", panels)
+    argv = flags(tree, tmp_path / "run", iters=3, evaluate=9, pictures=1) + SMALL
+    _, steps = watched(monkeypatch, argv + ["--cutmix-prob", "1"])
+    assert set(shown[0]) == set(shown[1]) == {"image", "label", "prediction"}
+    eye, student, teacher = steps[2].seen
+    maps, n = shown[2], len(eye["image"])
+    assert not maps["student's view"].equal(eye["image"])
+    assert maps["student's view"].equal(student["image"][n:])
+    p = teacher["logits"][n:].softmax(1)
+    H = -(p * p.log()).sum(1) / math.log(11)
+    assert torch.allclose(maps["entropy"], H, atol=1e-5)
+    assert maps["student"].equal(student["logits"][n:].argmax(1))
+    kept = maps["reliable"] != 255
+    assert kept.any() and maps["reliable"][kept].equal(maps["pseudo label"][kept])
+    assert (~kept & (maps["pseudo label"] != 255)).any()
+
+
+def test_streams_and_masks_of_unlabelled_images_are_never_opened(tmp_path, monkeypatch):
+    root, shown = draw_tree(tmp_path / "data"), {"labeled": set(), "unlabeled": set()}
+    for i in range(8):
+        Image.new("RGB", (48, 36), (30 * i + 10,) * 3).save(root / f"train/train{i}.jpg")
+        if i not in (0, 4):
+            (root / f"trainannot/train{i}.png").write_bytes(b"never opened")
+    argv = flags(root, tmp_path / "run", iters=8, evaluate=8) + SMALL
+    argv += ["--batch-size-unlabeled", "4", "--scales", "0.4", "0.5"]
+    for step in watched(monkeypatch, argv)[1]:
+        assert set(step.batch["unlabeled"]) == {"image", "inside"}
+        assert {k: len(x["image"]) for k, x in step.batch.items()} == {"labeled": 2, "unlabeled": 4}
+        for name, batch in step.batch.items():
+            for image, inside in zip(batch["image"], batch["inside"], strict=True):
+                assert 14 <= inside.any(1).sum() <= 18  # of 36 rows
+                shown[name].add(round((image[:, inside].float().mean().item() - 10) / 30))
+    assert shown == {"labeled": {0, 4}, "unlabeled": {1, 2, 3, 5, 6, 7}}
 
 
 def test_the_last_labels_are_padding(tree, tmp_path, monkeypatch):
@@ -287,10 +404,13 @@ def test_ranks_are_clipped_with_one_line(tree, tmp_path, monkeypatch, capsys):
 # ---- resume, processes ----
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_resumed_run_is_the_uninterrupted_one(dtype, tree, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, extra", [("fp32", []), ("bf16", []), ("fp32", ["--no-bank", "--ranks", "1", "4"])]
+)
+def test_a_resumed_run_is_the_uninterrupted_one(dtype, extra, tree, tmp_path, monkeypatch):
     shrink(u2pl, monkeypatch)
     whole = flags(tree, tmp_path / "whole", iters=8, save=2) + SMALL + ["--bank-dtype", dtype]
+    whole += extra
     train(u2pl, whole)
     saved = torch.load(tmp_path / "whole/last.pt", weights_only=True)["state"]
     assert saved["bank"].dtype == (torch.float32 if dtype == "fp32" else torch.bfloat16)
@@ -372,33 +492,72 @@ def test_two_processes_are_one_with_the_same_candidates(tmp_path):
 
 
 def test_two_processes_hold_the_same_bank_and_networks(tree, tmp_path):
-    two = flags(tree, tmp_path / "two", iters=6, save=1, log=1, batch=4) + SMALL
-    finish(start("u2pl", two, processes=2, program="tests.test_u2pl_run"))
-    one, other = ((tmp_path / f"two.rank{r}").read_text().splitlines() for r in range(2))
-    assert one == other and len(one) == 6
-    lines = [x for x in log(tmp_path / "two") if x["kind"] == "train"]
-    assert lines[-1]["contrast"] > 0 and all(math.isfinite(x["loss"]) for x in lines)
+    two, none = (
+        flags(tree, tmp_path / name, iters=6, save=1, log=1, batch=4) + SMALL + extra
+        for name, extra in (
+            ("two", ["--cutmix-prob", "1", "--seed", "3"]),
+            ("none", ["--unreliable-loss", "none"]),
+        )
+    )
+    text = finish(start("u2pl", two, none, processes=2, program="tests.test_u2pl_run"))
+    assert text.count("--ranks (3, 20): cut to (3, 11)") == 1
+    for name in ("two", "none"):
+        one, other = ((tmp_path / f"{name}.rank{r}").read_text().splitlines() for r in range(2))
+        assert one == other and len(one) == 6
+        lines = [x for x in log(tmp_path / name) if x["kind"] == "train"]
+        assert len(lines) == 6 and all(math.isfinite(x["loss"]) for x in lines)
+        assert (lines[-1]["contrast"] > 0) == (name == "two") and lines[-1]["unsup"] > 0
     saved = torch.load(tmp_path / "two/last.pt", weights_only=True)["state"]
     assert saved["pushed"].max() > 4 * KEYS  # more than one process brings in four steps
+    one, other = (torch.load(tmp_path / f"two.seen{r}", weights_only=True) for r in range(2))
+    for step in range(4):  # after warm-up
+        keys = torch.cat([one["drawn"][step], other["drawn"][step]], 1)
+        assert keys.equal(one["offered"][step]) and keys.equal(other["offered"][step])
+        assert not (one["u"][step] == other["u"][step]).any()
+        rng = np.random.default_rng([3, step + 2])
+        rng.random()
+        boxes = [u2pl.cutmix_box(rng, 32) for _ in range(4)]
+        assert one["boxes"][step] + other["boxes"][step] == boxes
+
+
+def watched_processes(argv):
+    """A run as one of several; leaves <out>.rank<k> and what its method's functions were given."""
+    seen = {name: [] for name in ("drawn", "u", "offered", "boxes")}
+
+    def cutmix(boxes, *maps):
+        seen["boxes"].append(boxes)
+        return whole[0](boxes, *maps)
+
+    def draw_keys(rep_t, masks, u):
+        seen["u"].append(u)
+        seen["drawn"].append(whole[1](rep_t, masks, u))
+        return seen["drawn"][-1]
+
+    def push_keys(bank, pushed, sizes, offered):
+        seen["offered"].append(offered)
+        whole[2](bank, pushed, sizes, offered)
+
+    def keep_and_note(self, step, networks, optimizer, state):
+        with open(f"{self.args.out}.rank{self.group.rank}", "a") as file:
+            file.write(f"{step} {digest(networks)} {[x.tolist() for x in state.values()]}\n")
+        torch.save(seen, f"{self.args.out}.seen{self.group.rank}")
+        whole[3](self, step, networks, optimizer, state)
+
+    whole = u2pl.cutmix, u2pl.draw_keys, u2pl.push_keys, run.Run.keep_last
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(u2pl, patch)
+        for call in (cutmix, draw_keys, push_keys):
+            patch.setattr(u2pl, call.__name__, call)
+        patch.setattr(run.Run, "keep_last", keep_and_note)
+        train(u2pl, argv)
 
 
 if __name__ == "__main__":
-    (given,) = json.loads(sys.argv[2])
-    if isinstance(given, str):  # two processes, functions alone
+    given = json.loads(sys.argv[2])
+    if isinstance(given[0], str):  # two processes, functions alone
         group = distributed.setup("cpu")
         result = bank_and_loss(lambda turn, x: distributed.gathered(x), group.rank)
-        torch.save(result, f"{given}/{group.rank}.pt")
+        torch.save(result, f"{given[0]}/{group.rank}.pt")
         distributed.teardown()
     else:
-        for name, value in tiny_modules(u2pl).items():
-            setattr(u2pl, name, value)
-        keep_last = run.Run.keep_last
-
-        def keep_and_note(self, step, networks, optimizer, state):
-            with open(f"{self.args.out}.rank{self.group.rank}", "a") as file:
-                file.write(f"{step} {digest(networks)} {state['pushed'].tolist()} ")
-                file.write(f"{state['bank'].double().sum().item()!r}\n")
-            keep_last(self, step, networks, optimizer, state)
-
-        run.Run.keep_last = keep_and_note
-        train(u2pl, given)
+        in_one_group(u2pl, [lambda argv=argv: watched_processes(argv) for argv in given])

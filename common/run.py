@@ -81,8 +81,10 @@ def resolve(args, preset):
         flag = "--" + name.replace("_", "-")
         if value is None and name != "split_seed" and not args.list_presets:
             raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
-        if name.endswith(("scales", "ranks")) and (not value or list(value) != sorted(value)):
+        if name.endswith("scales") and (not value or list(value) != sorted(value)):
             raise Refusal(f"{flag} {value}: one number or more, rising")
+        if name == "ranks" and value[0] >= value[1]:
+            raise Refusal(f"{flag} {value}: the first below the second")
         for number in value if isinstance(value, tuple) else [value]:
             low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
             high = 1 if name.endswith(SHARES) else float("inf")

@@ -113,7 +113,7 @@ FLAGS = [  # script, flags after those of a small run, words of the line
     (u2pl, ["--negatives-from", "bank"], ["bank", "unreliable", "reliable", "all"]),
     (u2pl, ["--bank-dtype", "fp16"], ["fp16", "fp32", "bf16"]),
     (u2pl, ["--ranks", "3"], ["--ranks", "2 values"]),
-    (u2pl, ["--ranks", "20", "3"], ["--ranks (20, 3)", "rising"]),
+    (u2pl, ["--ranks", "20", "3"], ["--ranks (20, 3)", "the first below"]),
     (u2pl, ["--batch-size-unlabeled", "3"], ["--cutmix", "even"]),
     (u2pl, ["--batch-size-unlabeled", "1", "--no-cutmix"], ["1", "unlabeled", "two"]),
 ]

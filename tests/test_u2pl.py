@@ -626,7 +626,7 @@ def test_small_protocols_have_a_small_bank(dataset):
     [
         ("--alpha-0 1.2", "--alpha-0 1.2"),
         ("--delta-p -0.1", "--delta-p"),
-        ("--ranks 5 2", "--ranks .5, 2.: .*rising"),
+        ("--ranks 5 5", "--ranks .5, 5.: the first below"),
         ("--tau 0", "--tau 0"),
         ("--anchors 0", "--anchors 0"),
         ("--negatives 0", "--negatives 0"),

@@ -9,6 +9,7 @@ python prepare_data.py check --dataset folder --data-root DIR --num-classes 5
 python prepare_data.py stats --dataset camvid --out camvid.png
 """
 
+import contextlib
 import filecmp
 import importlib
 import io
@@ -140,6 +141,16 @@ def unpack(path, folder, wanted):
         file = folder / re.search(wanted, name)[1]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
+
+
+@contextlib.contextmanager
+def scratch(partial):
+    """Removes the folder partial if a Refusal ends its use; a kill leaves it to the next."""
+    try:
+        yield
+    except Refusal:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def place(partial, root, tops):
@@ -396,10 +407,11 @@ class Voc:
             return
         print(f"{root}: needs 3.4 GB for two archives, kept, and about 2 GB for the folders")
         files = [archive(name, top, self.source) for name in ARCHIVES]
-        build_voc(*files, partial)
-        if wrong := lacking(partial):
-            raise Refusal(f"{wrong}; {root} is as it was")
-        place(partial, root, VOC)
+        with scratch(partial):
+            build_voc(*files, partial)
+            if wrong := lacking(partial):
+                raise Refusal(f"{wrong}; {root} is as it was")
+            place(partial, root, VOC)
         if wrong := lacking(root):
             raise Refusal(wrong)
         print(f"{root}: complete; the archives are no longer needed")
@@ -418,8 +430,9 @@ class Cityscapes:
             path, partial = root / name, root / f".partial-{top}"
             if path.is_file() and not (root / top).exists():
                 print(f"{path}: unpacked to {path.stat().st_size / 1e9:.1f} GB", flush=True)
-                unpack(path, partial, f"^({top}/.+)")
-                place(partial, root, [top])
+                with scratch(partial):
+                    unpack(path, partial, f"^({top}/.+)")
+                    place(partial, root, [top])
         parts = SPLITS["cityscapes"]["parts"].items()
         where = f"{' and '.join(ZIPS.values())}, by login from https://www.cityscapes-dataset.com"
         inventory("cityscapes", root, {part: entry["images"] for part, entry in parts}, where)

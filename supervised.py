@@ -425,18 +425,17 @@ def open_stream(name, data, args, group, start):
     items, batch, with_label, scales = streams(data, args)[name]
     here = distributed.share(batch, group, name)
     if not items:
-        raise Refusal(f"no {name} images in --split {args.split} of {args.dataset}")
+        what = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
+        raise Refusal(f"no {name} images {what} of {args.dataset}: label fewer")
     if here < 2 and not (group.world > 1 and group.device.type == "cuda"):
         raise Refusal(f"{here} {name} image per process: plain BN needs two, enlarge the batch")
     first = [step * batch + group.rank * here for step in range(start, args.total_iters)]
-    loader = DataLoader(
-        Samples(data, items, with_label, scales, name, args),
-        batch_sampler=[range(n, n + here) for n in first],
-        num_workers=args.workers,
-        pin_memory=group.device.type == "cuda",
-        generator=torch.Generator(),  # its own: the global one stays a function of the step
-    )
-    return iter(loader)
+    samples = Samples(data, items, with_label, scales, name, args)
+    batches = [range(n, n + here) for n in first]
+    options = dict(num_workers=args.workers, pin_memory=group.device.type == "cuda")
+    # a generator of its own: the global one stays a function of the step
+    options |= dict(generator=torch.Generator(), worker_init_fn=distributed.unstoppable)
+    return iter(DataLoader(samples, batch_sampler=batches, **options))
 
 
 # ---- 6. Evaluation ---------------------------------------------------------------------------
@@ -484,13 +483,11 @@ def evaluate(net, data, items, args, group):
     net.eval()
     mine = range(group.rank, len(items), group.world)
     shown = mine[:: max(len(mine) // 4, 1)][:4]
-    loader = DataLoader(
-        Images(data, items),
-        sampler=mine,
-        batch_size=None,
-        num_workers=args.workers,
-        generator=torch.Generator(),
-    )
+    # beside gloo none: a child that is forked soon after a collective may hang (Python 3.11)
+    workers = 0 if group.world > 1 and group.device.type == "cpu" else args.workers
+    options = dict(num_workers=workers, generator=torch.Generator())
+    options |= dict(sampler=mine, batch_size=None, worker_init_fn=distributed.unstoppable)
+    loader = DataLoader(Images(data, items), **options)
     confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
     for index, (image, label) in zip(mine, loader, strict=True):
@@ -586,7 +583,7 @@ def main(args):
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):
             run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
-        if run.due(done, args.save_every):
+        if run.due(done, args.save_every) or run.asked:  # by SIGTERM: it ends here
             run.keep_last(done, networks, optimizer, state)
 
     # -- last and best --

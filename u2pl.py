@@ -692,18 +692,17 @@ def open_stream(name, data, args, group, start):
     items, batch, with_label, scales = streams(data, args)[name]
     here = distributed.share(batch, group, name)
     if not items:
-        raise Refusal(f"no {name} images in --split {args.split} of {args.dataset}")
+        what = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
+        raise Refusal(f"no {name} images {what} of {args.dataset}: label fewer")
     if here < 2 and not (group.world > 1 and group.device.type == "cuda"):
         raise Refusal(f"{here} {name} image per process: plain BN needs two, enlarge the batch")
     first = [step * batch + group.rank * here for step in range(start, args.total_iters)]
-    loader = DataLoader(
-        Samples(data, items, with_label, scales, name, args),
-        batch_sampler=[range(n, n + here) for n in first],
-        num_workers=args.workers,
-        pin_memory=group.device.type == "cuda",
-        generator=torch.Generator(),  # its own: the global one stays a function of the step
-    )
-    return iter(loader)
+    samples = Samples(data, items, with_label, scales, name, args)
+    batches = [range(n, n + here) for n in first]
+    options = dict(num_workers=args.workers, pin_memory=group.device.type == "cuda")
+    # a generator of its own: the global one stays a function of the step
+    options |= dict(generator=torch.Generator(), worker_init_fn=distributed.unstoppable)
+    return iter(DataLoader(samples, batch_sampler=batches, **options))
 
 
 # ---- 6. Evaluation ---------------------------------------------------------------------------
@@ -751,13 +750,11 @@ def evaluate(net, data, items, args, group):
     net.eval()
     mine = range(group.rank, len(items), group.world)
     shown = mine[:: max(len(mine) // 4, 1)][:4]
-    loader = DataLoader(
-        Images(data, items),
-        sampler=mine,
-        batch_size=None,
-        num_workers=args.workers,
-        generator=torch.Generator(),
-    )
+    # beside gloo none: a child that is forked soon after a collective may hang (Python 3.11)
+    workers = 0 if group.world > 1 and group.device.type == "cpu" else args.workers
+    options = dict(num_workers=workers, generator=torch.Generator())
+    options |= dict(sampler=mine, batch_size=None, worker_init_fn=distributed.unstoppable)
+    loader = DataLoader(Images(data, items), **options)
     confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
     for index, (image, label) in zip(mine, loader, strict=True):
@@ -851,7 +848,7 @@ def main(args):
         if since < 0:
             out = student_parallel(x_l)
             sup = supervised_loss(out, y_l, args)
-            unsup = weight = torch.zeros_like(sup)
+            unsup = weight = mean_H = torch.zeros_like(sup)
         else:
             if since == 0:
                 teacher.load_state_dict(student.state_dict())
@@ -871,6 +868,7 @@ def main(args):
                 gamma, lower = quantiles(H, inside, 1 - alpha, alpha)
                 y_u = reliable_labels(pseudo, H, gamma)
                 weight = unsup_weight(y_u, inside, args.eta)
+                mean_H = (H * inside).sum() / inside.sum().clamp(min=1)
             unsup = cross_entropy(out["logits"][n:], y_u)  # Eq. (3) [D29]
         if since < 0 or args.unreliable_loss == "none":  # 0, so that DDP sees all parameters
             contrast, counted = 0.0 * out["rep"].float().sum(), torch.zeros_like(sup)
@@ -883,18 +881,17 @@ def main(args):
                 A_c = anchor_masks(prob, label, args.delta_p)
                 chance = dict(dtype=torch.float64, device=group.device)
                 u_keys = torch.rand(C, args.keys + 1, **chance)
-                u_pairs = torch.rand(C, args.anchors * (args.negatives + 1), **chance)
+                u_pair = torch.rand(C, args.anchors * (args.negatives + 1), **chance)
                 offered = distributed.gathered(draw_keys(rep_t, N_c, u_keys))
                 Q_c = (state["bank"], state["pushed"], sizes)
                 if not args.bank:  # the keys of this step alone
                     state["pushed"].zero_()
                 push_keys(*Q_c, offered.transpose(0, 1).flatten(1, 2))  # Alg. 1: push, then sample
-            rep_s = as_rows(out["rep"])
-            contrast, counted = unreliable_loss(rep_s, rep_t, A_c, *Q_c, u_pairs, args)
+            contrast, counted = unreliable_loss(as_rows(out["rep"]), rep_t, A_c, *Q_c, u_pair, args)
         loss = sup + weight * unsup + args.contrast_weight * contrast  # Eq. (1)
         loss.backward()
         parts = {"loss": loss, "sup": sup, "unsup": unsup, "unsup_weight": weight}
-        parts |= {"contrast": contrast, "classes": counted.sum()}
+        parts |= {"contrast": contrast, "classes": counted.sum(), "entropy": mean_H}
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
@@ -915,7 +912,7 @@ def main(args):
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):
             run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
-        if run.due(done, args.save_every):
+        if run.due(done, args.save_every) or run.asked:  # by SIGTERM: it ends here
             run.keep_last(done, networks, optimizer, state)
 
     # -- last and best --

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +60,7 @@ class Data:
             return image, label if with_label else None
         image = _open(item.image)
         if image.mode[0] in "IF":  # PIL would clip them to white
-            raise Refusal(f"{item.image}: mode {image.mode}, not 8 bits a channel")
+            raise Refusal(f"{item.image}: mode {image.mode}, not 8 bits a channel: convert it")
         image = image.convert("RGB")
         if not with_label:
             return image, None
@@ -68,7 +69,9 @@ class Data:
             sizes = "{}x{} pixels, not {}x{}".format(*mask.size, *image.size)
             raise Refusal(f"{item.label}: {sizes} as its image {item.image}")
         if mask.mode not in ("1", "L", "P"):  # P: the palette index is the class, never its colour
-            raise Refusal(f"{item.label}: mode {mask.mode}, not one 8-bit channel of class ids")
+            raise Refusal(
+                f"{item.label}: mode {mask.mode}, not one 8-bit channel of class ids: convert it"
+            )
         values = np.asarray(mask).astype(np.uint8)
         table = next(t for end, t in self.tables.items() if item.label.name.endswith(end))
         label = table[values]
@@ -82,7 +85,10 @@ class Data:
 
 def _open(path, mask=False):
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged file is one line
+            image = Image.open(path)
+        with image:
             if mask and image.format == "PNG" and image.mode == "L" and image.tile[0][3] != "L":
                 raise Refusal(f"{path}: grey of 2 or 4 bits, which PIL rescales: save it with 8")
             image.load()
@@ -90,7 +96,7 @@ def _open(path, mask=False):
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Refusal(f"{path}: not readable as an image ({error})") from None
+        raise Refusal(f"{path}: not readable as an image ({error}): fetch it again") from None
 
 
 def set_hash(keys):

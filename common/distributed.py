@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import signal
+import time
 from typing import NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -29,20 +32,56 @@ def setup(device="auto"):
     if device == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: torch sees no CUDA device here; leave --device out")
     cuda = device != "cpu" and torch.cuda.is_available()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Group(0, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
-    wrong = [n for n in names if not os.environ.get(n)]
-    wrong += [n for n in names[:3] if not os.environ.get(n, "0").isdecimal()]
+    host, *numbers = "MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"
+    wrong = [n for n in numbers if not os.environ.get(n, "").isdecimal()]
+    wrong += [host] * (not os.environ.get(host))
+    if not wrong:
+        rank, world, local, port = (int(os.environ[n]) for n in numbers)
+        wrong += ["RANK, WORLD_SIZE"] * (rank >= world) + ["MASTER_PORT"] * (port > 65535)
     if wrong:
         raise Refusal(f"{', '.join(wrong)} not set as torchrun does: start with torchrun")
-    rank, world, local = (int(os.environ[n]) for n in names[:3])
     if cuda and local >= torch.cuda.device_count():
-        raise Refusal(f"no GPU for process {local}: this machine has {torch.cuda.device_count()}")
+        have = f"this machine has {torch.cuda.device_count()}: fewer, or --device cpu"
+        raise Refusal(f"no GPU for process {local}, {have}")
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo: what hosts agree on
+    try:
+        store = fresh_store(rank, world)
+    except dist.DistError as error:
+        where = f"{os.environ[host]}:{port}"
+        line = f"{str(error).splitlines()[0][:150]}; is another run there, or a machine missing?"
+        raise Refusal(f"MASTER_ADDR:MASTER_PORT {where}: {line}") from None
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Group(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
+
+
+def fresh_store(rank, world):
+    """Returns a store of this start alone: torchrun's keeps addresses of processes that it ended.
+
+    Process 0 answers the word of each other process, new at every start, with its own.
+    """
+    store, word = next(dist.rendezvous("env://", rank, world))[0], uuid4().hex
+    if rank:
+        store.set(f"ask {rank}", word)
+        answer = store.get(f"answer {word}").decode()
+        store.set(f"thanks {answer} {rank}", "")
+        return dist.PrefixStore(answer, store)
+    waiting = set(range(1, world))
+    while waiting:  # an older word may stand in a place until its process is there
+        for other in waiting:
+            store.set(f"answer {store.get(f'ask {other}').decode()}", word)
+        time.sleep(0.01)
+        waiting -= {other for other in waiting if store.check([f"thanks {word} {other}"])}
+    return dist.PrefixStore(word, store)
+
+
+def unstoppable(worker):
+    """For worker_init_fn: a loader process leaves signals to the process that trains."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def teardown():
@@ -54,7 +93,8 @@ def teardown():
 def share(batch, group, name):
     """Returns this process's share of a global batch; raises Refusal if there is a remainder."""
     if batch < 1 or batch % group.world:
-        raise Refusal(f"{batch} {name} images do not divide over {group.world} processes")
+        wrong = f"{batch} {name} images do not divide over {group.world} processes"
+        raise Refusal(f"{wrong}: change the batch size or their number")
     return batch // group.world
 
 

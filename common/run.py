@@ -1,6 +1,6 @@
 """The run folder: refusals, log, progress, checkpoints, exact resume. No number is made here.
 
-runs/<name>/  log.jsonl  last.pt  best.pt  panels/*.png
+runs/<name>/  log.jsonl  last.pt  previous.pt  best.pt  panels/*.png
 """
 
 import contextlib
@@ -8,11 +8,14 @@ import hashlib
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import Counter
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -33,6 +36,7 @@ NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets devi
 log_every save_every pictures_every tensorboard""".split()
 POSITIVE = """batch_size batch_size_unlabeled total_iters crop_size scales aspp_rates lr log_every
 eval_every save_every T pooled paste_scales epochs tau anchors negatives keys bank_sizes""".split()
+TOP = {"T": 0.9999, "seed": 2**32 - 1}  # the seed: of steps, in torch's 64 bits
 SHARES = tuple("_prob _decay _kept _momentum _area threshold alpha_0 delta_p".split())  # at most 1
 NEVER = 2**62  # later than any step
 
@@ -87,10 +91,9 @@ def resolve(args, preset):
             raise Refusal(f"{flag} {value}: the first below the second")
         for number in value if isinstance(value, tuple) else [value]:
             low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
-            high = 1 if name.endswith(SHARES) else float("inf")
-            high = 0.9999 if name == "T" else high
+            high = TOP.get(name, 1 if name.endswith(SHARES) else float("inf"))
             if isinstance(number, (int, float)) and not low <= number <= high:
-                raise Refusal(f"{flag} {number}: a number from {low:g} to {high:g}")
+                raise Refusal(f"{flag} {number}: a number from {low:g} to {high}")
     return args
 
 
@@ -100,22 +103,43 @@ def launch(cls, preset, main):
 
 
 def refusing(call):
-    """Runs call(); a Refusal becomes one line and exit code 2, Ctrl-C exit code 130."""
+    """Runs call(); a Refusal becomes one line and exit code 2, Ctrl-C code 130, SIGTERM 143."""
+
+    def interrupt(*_):
+        end_loaders()  # at once: one that loses its reader prints a traceback
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         return call()
-    except Refusal as error:
-        sys.stdout.flush()
+    except (Refusal, KeyboardInterrupt) as error:
+        stop = error
+    except BaseException:
+        end_loaders()  # deaf to SIGTERM: the exit would wait for them for ever
+        raise
+    end_loaders()
+    rank, clear = os.environ.get("RANK", "0"), "\r\x1b[K" * sys.stderr.isatty()  # the live line
+    if isinstance(stop, Refusal):
         # a loader process wraps the message in a traceback and leaves it as the last line
-        line = str(error).strip().splitlines()[-1].removeprefix("common.Refusal: ")
-        # before the process group exists, every process refuses alike: one of them says it
-        if torch.distributed.is_initialized() or os.environ.get("RANK", "0") == "0":
-            clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the live line
-            print(f"{clear}{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-        code = 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on", file=sys.stderr, flush=True)
-        code = 130
+        line = str(stop).strip().splitlines()[-1].removeprefix("common.Refusal: ")
+        code, line = 2, f"{Path(sys.argv[0]).name}: {line}"
+    else:  # with words: SIGTERM
+        code = 143 if stop.args else 130
+        line = f"stopped{stop}; the same command with --resume goes on"
+    # where all processes stop alike, before there is a group or by a signal, one of them says it
+    mine = code == 2 and torch.distributed.is_initialized()
+    sys.stdout.flush()
+    if mine or rank == "0" or not rank.isdecimal():
+        print(clear + line, file=sys.stderr, flush=True)
     os._exit(code)  # others may wait in a collective: no orderly end of the process group
+
+
+def end_loaders():
+    """Kills the loader processes, which would live on for seconds."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise for each of them
+    for loader in multiprocessing.active_children():
+        loader.kill()
 
 
 def plain(args):
@@ -129,16 +153,21 @@ def load_checkpoint(path, script=None):
     Raises Refusal if it is absent, damaged or, with script (a path), written by another script.
     """
     try:
+        with zipfile.ZipFile(path) as file:
+            if bad := file.testzip():  # torch.load does not check the sums
+                raise ValueError(f"checksum of {bad}")
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        by = (saved["script"], saved["step"], saved["args"])[0]
+        by = (saved["script"], saved["step"], dict(saved["args"]))[0]
         dict(next(iter(saved["networks"].values())))
     except FileNotFoundError:
         raise Refusal(f"{path}: no such checkpoint") from None
     except Exception as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise Refusal(f"{path}: damaged, or no checkpoint of these scripts ({line})") from None
+        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        line = f"damaged, or no checkpoint of these scripts ({line})"
+        raise Refusal(f"{path}: {line}; give another --checkpoint, --init or --out") from None
     if script and by != Path(script).name:
-        raise Refusal(f"{path}: written by {by}, not by {Path(script).name}")
+        wrong = f"written by {by}, not by {Path(script).name}"
+        raise Refusal(f"{path}: {wrong}; --init starts from it")
     return saved | {"path": str(path)}
 
 
@@ -149,7 +178,7 @@ def load_networks(saved, networks):
             net.load_state_dict(saved["networks"][name])
     except RuntimeError as error:
         line = f"does not fit these flags ({' '.join(str(error).split())[:150]})"
-        raise Refusal(f"{saved['path']}: {line}") from None
+        raise Refusal(f"{saved['path']}: {line}; give those that it was trained with") from None
     return saved["step"]
 
 
@@ -183,7 +212,8 @@ class Run:
         Raises Refusal if the folder exists and --resume was not given.
         """
         self.args, self.script, self.group, self.data = args, Path(script), group, data
-        self.first, self.begin = group.rank == 0, 0
+        self.first, self.begin, self.told, self.asked = group.rank == 0, 0, False, False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "told", True))
         self.sha256 = hashlib.sha256(self.script.read_bytes()).hexdigest()
         self.start, self.spent = time.time(), 0.0  # now, and seconds before a resume
         self.bar, self.board, self.file = None, None, None
@@ -191,19 +221,28 @@ class Run:
         self.clock = Counter()  # steps, and seconds for data and all, likewise
         self.bad_step = torch.full((), NEVER, dtype=torch.int64, device=group.device)
         self.best = {"miou": -1.0, "step": 0}
-        self.folder = Path(from_first(self._folder()))
-        if self.folder.exists() and not args.resume:
+        name, self.resume = from_first(self._folder())
+        self.folder = Path(name)
+        above = next(p for p in (self.folder, *self.folder.parents) if p.exists())
+        if not above.is_dir():
+            raise Refusal(f"{above}: a file, no folder: give another --out")
+        if self.folder.exists() and not self.resume:
             raise Refusal(f"{self.folder} exists: --resume goes on there, or give another --out")
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise Refusal("--tensorboard: not installed; pip install tensorboard")
 
     def _folder(self):
-        """--out, or runs/<script>-<dataset>-<split>-s<seed>: free, or with --resume the newest."""
+        """--out or runs/<script>-<dataset>-<split>-s<seed>, and whether the run there goes on.
+
+        That is the newest with --resume, or if this torchrun began it and starts it again; or free.
+        """
         a = self.args
         name = f"runs/{self.script.stem}-{a.dataset}-{a.split.replace('/', '_')}-s{a.seed}"
         names = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
         free = next(i for i, n in enumerate(names) if not Path(n).exists())
-        return a.out or names[max(free - 1, 0) if a.resume else free]
+        newest = a.out or names[max(free - 1, 0)]
+        again = a.resume or began_here(Path(newest))
+        return newest if again else a.out or names[free], again
 
     def restore(self, networks, optimizer, state):
         """With --resume, fills all three from last.pt; returns the step to go on from, or 0.
@@ -211,21 +250,40 @@ class Run:
         The log is cut back to that step. Raises Refusal if the file is damaged or was written by
         another script or recipe (naming the first flag that differs).
         """
-        path = self.folder / "last.pt"
-        if not self.args.resume or not path.exists():
+        path, previous = (self.folder / name for name in ("last.pt", "previous.pt"))
+        if not self.resume or not from_first(path.exists() or previous.exists()):
             what = load_init(self.args.init, networks) if self.args.init else "zero"
-            self._cut_log(-1)
+            if self.first:  # of a run that was killed before its first checkpoint
+                with writing(self.folder / "log.jsonl"):
+                    (self.folder / "log.jsonl").unlink(missing_ok=True)
             self.say(f"run folder: {self.folder}, starting from {what}")
             return 0
-        saved, mine = load_checkpoint(path, self.script), plain(self.args)
-        if "optimizer" not in saved:
+        try:
+            saved = load_checkpoint(path)
+        except Refusal as error:
+            if not previous.exists():
+                raise
+            self.say(f"{error}; the one before it is used")
+            saved = load_checkpoint(previous)
+            if self.first:  # it must not become the previous one
+                with writing(path), contextlib.suppress(FileNotFoundError):
+                    os.replace(path, self.folder / "damaged.pt")
+            path = previous
+        if not {"optimizer", "state", "meter", "best", "time", "lists"} <= set(saved):
             raise Refusal(f"{path}: a best.pt, which holds no optimizer; --init starts from it")
-        for name in sorted((set(mine) | set(saved["args"])) - set(NO_NUMBER)):
-            old, new, flag = saved["args"].get(name), mine.get(name), name.replace("_", "-")
-            if old != new:
-                raise Refusal(f"{path}: another recipe, --{flag} {old} there and {new} here")
-        if saved["lists"] != lists(self.data):
-            raise Refusal(f"{path}: other images ({saved['lists']}) than now ({lists(self.data)})")
+        if saved["script"] != self.script.name:
+            wrong = f"written by {saved['script']}, not by {self.script.name}"
+            raise Refusal(f"{path}: {wrong}; --init starts from it")
+        recipe = saved["args"], plain(self.args), "another recipe, --{}"
+        for old, new, what in (recipe, (saved["lists"], lists(self.data), "other {} images,")):
+            for name in sorted((set(old) | set(new)) - set(NO_NUMBER)):
+                if old.get(name) != new.get(name):
+                    wrong = f"{old.get(name)} there and {new.get(name)} here"
+                    wrong = f"{what.format(name.replace('_', '-'))} {wrong}"
+                    raise Refusal(f"{path}: {wrong}; another --out starts anew")
+        step = torch.tensor(saved["step"])
+        if reduced(step.clone(), ReduceOp.MIN) != reduced(step, ReduceOp.MAX):
+            raise Refusal(f"{path}: processes see different ones: one file system for all")
         load_networks(saved, networks)
         optimizer.load_state_dict(saved["optimizer"])
         for name, value in saved["state"].items():
@@ -239,41 +297,57 @@ class Run:
         return self.begin
 
     def _cut_log(self, step):
-        path, kept = self.folder / "log.jsonl", []
-        if self.first and path.exists():
-            for line in path.read_text().splitlines():
-                with contextlib.suppress(ValueError):  # the last line, if a kill cut it off
+        path, kept = self.folder / "log.jsonl", b""
+        if not (self.first and path.exists()):
+            return
+        with writing(path):
+            lines = path.read_bytes().splitlines()
+            for number, line in enumerate(lines, 1):
+                try:
                     entry = json.loads(line)
                     if entry["kind"] != "done" and entry.get("step", -1) <= step:
-                        kept.append(line + "\n")
-            path.with_suffix(".tmp").write_text("".join(kept))
+                        kept += line + b"\n"
+                except (ValueError, TypeError, LookupError):
+                    if number < len(lines):  # a kill cuts off the last one
+                        line = f"line {number} is none of a log; move the file away"
+                        raise Refusal(f"{path}: {line}") from None
+            path.with_suffix(".tmp").write_bytes(kept)
             os.replace(path.with_suffix(".tmp"), path)
 
     def _save(self, name, networks, **content):
-        """Writes beside the file, then renames: a kill leaves the old one or the new one."""
+        """Writes beside the file, then renames: a kill leaves the old one, the new one, or both."""
         content["networks"] = {k: net.state_dict() for k, net in networks.items()}
-        finite = [v.isfinite().all() for net in content["networks"].values() for v in net.values()]
-        check_finite(NEVER if torch.stack(finite).all() else content["step"])
         if self.first:
             self._open()
             content |= {"script": self.script.name, "args": plain(self.args)}
             content["sha256"] = self.sha256
             path = self.folder / name
-            with open(path.with_suffix(".tmp"), "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path.with_suffix(".tmp"), path)
+            new = path.with_suffix(".tmp")
+            with writing(path, new):
+                with open(new, "wb") as file:
+                    torch.save(content, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if name == "last.pt" and path.exists():
+                    os.replace(path, self.folder / "previous.pt")
+                os.replace(new, path)
 
     def keep_last(self, step, networks, optimizer, state):
-        """Saves last.pt: all that the run needs to go on, tensors and plain values."""
+        """Saves last.pt: all that the run needs to go on, tensors and plain values.
+
+        The one before becomes previous.pt. After SIGTERM it ends the run (see step).
+        """
+        check_tensors(step, networks, state)
         more = {"state": state, "meter": reduced(self.meter.clone()), "best": self.best}
         spent = self.spent + time.time() - self.start
         more |= {"time": {"elapsed_s": spent}, "lists": lists(self.data)}
         self._save("last.pt", networks, step=step, optimizer=optimizer.state_dict(), **more)
+        if self.asked:
+            raise KeyboardInterrupt(f" by SIGTERM at step {step}")
 
     def keep_best(self, step, result, maps, networks):
         """Logs a validation (scores, panels); saves best.pt if its mIoU is the highest so far."""
+        check_tensors(step, networks)
         self.log("eval", step, on="val", **result)
         self.say(f"val mIoU {result['miou']:.4f} (a constant: {result['constant']:.4f})", step)
         if self.args.pictures_every:
@@ -303,13 +377,17 @@ class Run:
                 self.bar = tqdm(total=total, initial=self.begin, unit="step", dynamic_ncols=True)
             self.bar.update(step - self.bar.n)
         a = self.args
-        if any(self.due(step, n) for n in (a.log_every, a.eval_every, a.save_every)):
+        # SIGTERM: all processes learn of it in the same step, which is saved
+        self.asked = bool(reduced(torch.tensor(int(self.told)), ReduceOp.MAX))
+        due, work = self.due(step, a.log_every), (a.eval_every, a.save_every, a.pictures_every)
+        if due or self.asked or any(self.due(step, every) for every in work):
             check_finite(int(reduced(self.bad_step.clone(), ReduceOp.MIN)))
-        due = self.due(step, a.log_every)
         count, *sums = reduced(self.meter.clone()).tolist() if due else (1,)
         self.clock.update(spent, step=time.time() - begin, steps=1)
-        if not due:
-            return
+        if due:
+            self._line(step, parts, lr, count, sums)
+
+    def _line(self, step, parts, lr, count, sums):
         means = {name: s / count for name, s in zip(parts, sums, strict=True)}
         steps = self.clock.pop("steps")
         times = {f"{name}_ms": round(1e3 * t / steps, 2) for name, t in self.clock.items()}
@@ -326,19 +404,21 @@ class Run:
         if not self.first:
             return
         self._open()
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self.file.flush()
+        with writing(self.folder / "log.jsonl"):
+            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self.file.flush()
         for name, value in values.items() if self.board else ():
             if isinstance(value, float):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def _open(self):
         if self.file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.folder / "log.jsonl", "a")
-            if not self.file.tell():
-                self.file.write(json.dumps(self._header()) + "\n")
-                self.file.flush()
+            with writing(self.folder / "log.jsonl"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.file = open(self.folder / "log.jsonl", "a")
+                if not self.file.tell():
+                    self.file.write(json.dumps(self._header()) + "\n")
+                    self.file.flush()
             if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -351,11 +431,11 @@ class Run:
             command = [*where, "describe", "--always", "--dirty", "--abbrev=40"]
             git = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         head = {"kind": "start", "script": self.script.name, "argv": sys.argv[1:], "git": git}
-        head["sha256"] = self.sha256
+        head |= {"job": job(), "sha256": self.sha256}
         head |= {"args": plain(self.args), "lists": lists(self.data)}
         modules = {"numpy": numpy, "pillow": PIL, "torch": torch, "torchvision": torchvision}
-        head["versions"] = {k: m.__version__ for k, m in modules.items()}
-        head["versions"]["python"] = platform.python_version()
+        versions = {name: module.__version__ for name, module in modules.items()}
+        head["versions"] = versions | {"python": platform.python_version()}
         cuda = self.group.device.type == "cuda"
         head["device"] = torch.cuda.get_device_name() if cuda else f"CPU, {platform.machine()}"
         return head | {"threads": torch.get_num_threads(), "world": self.group.world}
@@ -364,9 +444,8 @@ class Run:
         """Prints one line from process 0, with step and ETA if step is given."""
         if step is not None:
             each, total = (time.time() - self.start) / (step - self.begin), self.args.total_iters
-            text = (
-                f"step {step}/{total}  {text}  ETA {timedelta(seconds=int(each * (total - step)))}"
-            )
+            left = timedelta(seconds=int(each * (total - step)))
+            text = f"step {step}/{total}  {text}  ETA {left}"
         if self.bar is not None:
             self.bar.write(text, file=sys.stdout)
         elif self.first:
@@ -377,7 +456,9 @@ class Run:
         if self.first:
             count = min(4, *map(len, maps.values()))
             rows = [{k: v[i].detach().cpu() for k, v in maps.items()} for i in range(count)]
-            pictures.save_panels(self.folder / f"panels/{name}.png", rows, self.data.palette)
+            path = self.folder / f"panels/{name}.png"
+            with writing(path):
+                pictures.save_panels(path, rows, self.data.palette)
 
     def finish(self, results, on):
         """Logs and prints the scores of last and best, and where everything is."""
@@ -388,12 +469,53 @@ class Run:
         for thing in (self.bar, self.board, self.file):
             if thing is not None:
                 thing.close()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def writing(path, new=None):
+    """What cannot be written becomes a Refusal that names it; the file `new` is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's
+        if not isinstance(cause, OSError):
+            raise
+        with contextlib.suppress(OSError):
+            if new:
+                new.unlink()
+        why = f"cannot be written ({cause.strerror})"
+        raise Refusal(f"{path}: {why}; what was saved before is whole") from None
+
+
+def job():
+    """Returns what names the torchrun that started this process, now and after a failure."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{name}, process {os.getppid()}" if name else None
+
+
+def began_here(folder):
+    """Returns whether the run in a folder was begun by the torchrun of this process."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        with open(folder / "log.jsonl") as file:
+            return json.loads(file.readline())["job"] == job() is not None
+    return False
 
 
 def check_finite(bad_step):
     """Raises Refusal if bad_step, the first with a number that is not finite, is not NEVER."""
     if bad_step < NEVER:
-        raise Refusal(f"loss or weights not finite at step {bad_step}: nothing saved since")
+        wrong = f"loss or weights not finite at step {bad_step}: nothing saved since"
+        raise Refusal(f"{wrong}; a lower --lr, or --resume")
+
+
+def check_tensors(step, networks, state=()):
+    """Raises Refusal, naming step, if a network or a tensor of state is not finite."""
+    tensors = [v for net in networks.values() for v in net.state_dict().values()]
+    tensors += [v for v in dict(state).values() if torch.is_tensor(v)]
+    device = tensors[0].device
+    fine = torch.stack([v.isfinite().all().to(device, non_blocking=True) for v in tensors])
+    check_finite(NEVER if fine.all() else step)
 
 
 def report(data, results, on):
@@ -416,7 +538,10 @@ def lists(data):
 def describe(args, load):
     """Returns what --dry-run prints: the resolved recipe, images per process, what load finds."""
     rows = [(k, v) for k, v in plain(args).items() if v not in ("", None)]
-    group = Group(0, int(os.environ.get("WORLD_SIZE", 1)), None)
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or world == "0":
+        raise Refusal(f"WORLD_SIZE {world} not set as torchrun does: start with torchrun")
+    group = Group(0, int(world), None)
     rows.append(("labelled per process", share(args.batch_size, group, "labelled")))
     try:
         rows += [(f"{n} images", f"{c}, set {h}") for n, (c, h) in lists(load(args)).items() if c]

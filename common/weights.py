@@ -1,6 +1,7 @@
 """Pretrained backbones: where they come from, and a strict load."""
 
 import re
+import warnings
 
 import torch
 import torchvision
@@ -30,7 +31,9 @@ def load_backbone(resnet, weights, backbone, stem):
             load = torch.hub.load_state_dict_from_url
             state = load(weights, map_location="cpu", check_hash=True, weights_only=True)
         else:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the pickle's protocol
+                state = torch.load(weights, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
         state = {re.sub(r"^stem\.7\.", "bn1.", k): v for k, v in state.items() if k[:3] != "fc."}
         state = {re.sub(r"^stem\.", "conv1.", k): v for k, v in state.items()}

@@ -5,15 +5,22 @@ for each list of flags in JSON; beside each --out it leaves <out>.rank<k>: a dig
 of process k at every checkpoint.
 """
 
+import contextlib
+import functools
 import hashlib
 import importlib
 import json
 import os
 import re
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,18 +128,139 @@ def train(module, argv):
     module.main(run.resolve(run.parse(module.Args, argv), module.preset))
 
 
-def start(script, *argvs, processes=1, program="tests.helpers"):
+class Nursery:
+    """A process that has imported all and forks others: each begins at once, not after seconds."""
+
+    def __init__(self):
+        words = "import supervised, mean_teacher, cps_fpl, ael_fpl, u2pl; from tests import helpers"
+        command = [sys.executable, "-c", f"{words}; helpers.nurse()"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.process = subprocess.Popen(command, **pipes)
+        self.lock = threading.Lock()
+
+    def ask(self, **what):
+        """Returns the answer to one question, see nurse()."""
+        with self.lock:
+            self.process.stdin.write(json.dumps(what) + "\n")
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+
+
+@functools.cache
+def nursery():
+    """The one of this process; it ends with it."""
+    return Nursery()
+
+
+def nurse():
+    """Answers a Nursery's questions: {"born": {...}} by a pid, {"gone": pid} by a code or null."""
+    answers, codes = os.dup(1), {}
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "born" in question:
+            answer = os.fork()
+            if not answer:
+                os.close(answers)
+                grow(**question["born"])
+        else:
+            answer = codes.get(question["gone"])
+            pid, status = (0, 0) if answer is not None else os.waitpid(question["gone"], os.WNOHANG)
+            if pid:
+                answer = codes[pid] = os.waitstatus_to_exitcode(status)
+        os.write(answers, (json.dumps(answer) + "\n").encode())
+
+
+def grow(argv, folder, variables, out, err):
+    """In a forked process: is `python argv` in a folder, with its output in two files; ends."""
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        os.environ.clear()
+        os.environ.update(variables)
+        os.chdir(folder)
+        module = argv[0] == "-m"
+        sys.argv = argv[module:]
+        sys.modules.pop(sys.argv[0], None)  # it is __main__ from here on
+        run_it = runpy.run_module if module else runpy.run_path
+        run_it(sys.argv[0], run_name="__main__", **{"alter_sys": True} if module else {})
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class Forked:
+    """One or more processes of a command, as subprocess.Popen has one: stdout, stderr in one text.
+
+    Several: a process group as torchrun makes one; each has RANK and the rest.
+    """
+
+    def __init__(self, argv, processes=1, folder=ROOT, variables=None, apart=False):
+        self.folder = tempfile.TemporaryDirectory()
+        self.files = [Path(self.folder.name) / name for name in ("out", "err" if apart else "out")]
+        several = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        self.pids = []
+        for rank in range(processes):
+            own = several | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+            environ = os.environ | (variables or {}) | {name: str(x) for name, x in own.items()}
+            born = dict(argv=argv, folder=str(folder), variables=environ)
+            born |= dict(zip(("out", "err"), map(str, self.files), strict=True))
+            self.pids.append(nursery().ask(born=born))
+        self.pid, self.returncode = self.pids[0], None
+
+    def poll(self):
+        """The first code that is not 0, 0 if all are, None while one is at work."""
+        codes = [nursery().ask(gone=pid) for pid in self.pids]
+        wrong = [code for code in codes if code]
+        self.returncode = None if None in codes else (wrong or [0])[0]
+        if wrong and None in codes:  # as torchrun: one that failed ends the others
+            for pid, code in zip(self.pids, codes, strict=True):
+                if code is None:
+                    os.kill(pid, signal.SIGKILL)
+        return self.returncode
+
+    def wait(self, timeout=300):
+        until = time.time() + timeout
+        while self.poll() is None:
+            if time.time() > until:
+                raise subprocess.TimeoutExpired(str(self.pids), timeout)
+            time.sleep(0.005)
+        return self.returncode
+
+    def communicate(self, timeout=300):
+        self.wait(timeout)
+        return tuple(path.read_text() if path.exists() else "" for path in self.files)
+
+    def send_signal(self, number):
+        for pid in self.pids:
+            os.kill(pid, number)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def start(script, *argvs, processes=1, program="tests.helpers", hold=0):
     """Starts the tiny SCRIPT once for each list of flags, as a process of its own.
 
-    program: the module to start; it takes SCRIPT and JSON as this one does.
+    program: the module to start; it takes SCRIPT and JSON as this one does. hold: the step after
+    which this one waits to be killed.
     """
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        command += [str(processes)]
-    command += ["-m", program, script, json.dumps(argvs)]
-    quiet = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, cwd=ROOT, **quiet)
+    argv = ["-m", program, script, json.dumps(argvs)]
+    return Forked(argv, processes, variables={"HOLD": str(hold)})
 
 
 def finish(process, seconds=300):
@@ -162,13 +290,14 @@ def kill_at_step(process, folder, step):
 
 def kill(process):
     """SIGKILLs a started process and all that it started, torchrun's workers too; waits."""
-    pids = [process.pid]
+    pids = list(getattr(process, "pids", [process.pid]))
     for pid in pids:  # grows: torchrun's workers are sessions of their own
         children = Path(f"/proc/{pid}/task/{pid}/children")
         pids += map(int, children.read_text().split()) if children.exists() else ()
     if process.poll() is None:
         for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     process.wait()
     while any(running(pid) for pid in pids):
         time.sleep(0.01)
@@ -221,7 +350,7 @@ def differences(folder, other):
         wrong.append(f"log.jsonl: {len(one)} and {len(two)} lines")
     for number, (a, b) in enumerate(zip(one, two, strict=False), 1):
         for line in (a, b):
-            for name in ("time", "argv", "git"):  # git: others may commit meanwhile
+            for name in ("time", "argv", "git", "job"):  # git: others may commit meanwhile
                 line.pop(name, None)
             for name in ("out", "resume"):
                 line.get("args", {}).pop(name, None)
@@ -245,6 +374,21 @@ def digest(networks):
     state = flat({name: net.state_dict() for name, net in networks.items()})
     bits = b"".join(state[key].numpy().tobytes() for key in sorted(state))
     return hashlib.sha256(bits).hexdigest()
+
+
+def hold_at(number, rank=0, until=lambda run: False):
+    """Lets a process wait before a step ends, until a call on its Run says yes, or for good.
+
+    What is to be signalled in the middle of its work cannot end before, on however busy a machine.
+    """
+    step = run.Run.step
+
+    def held(self, done, *rest):
+        while done == number and self.group.rank == rank and not until(self):
+            time.sleep(0.005)
+        step(self, done, *rest)
+
+    run.Run.step = held
 
 
 def in_one_group(script, calls):
@@ -271,6 +415,8 @@ if __name__ == "__main__":
         keep_last(self, step, networks, *rest)
 
     run.Run.keep_last = keep_last_and_digest
+    if int(os.environ.get("HOLD", "0")):
+        hold_at(int(os.environ["HOLD"]))
     in_one_group(
         script, [lambda argv=argv: train(script, argv) for argv in json.loads(sys.argv[2])]
     )

@@ -10,7 +10,6 @@ import math
 import random
 import re
 import shutil
-import subprocess
 import sys
 import time
 import zlib
@@ -32,6 +31,7 @@ import supervised
 from common import Refusal, run
 from tests.helpers import (
     ROOT,
+    Forked,
     differences,
     draw_tree,
     finish,
@@ -653,7 +653,7 @@ def test_runs_killed_with_and_without_workers_and_resumed_equal_the_whole_one(
     for workers in (0, 2):
         out = tmp_path / f"killed{workers}"
         argv = flags(tree, out, workers=workers, **numbers) + [*UNEVEN, *OFFICIAL]
-        process = start("ael_fpl", argv)
+        process = start("ael_fpl", argv, hold=iters - 1)
         kill_at_step(process, out, random.Random(seed + workers).randint(1, iters * 2 // 3))
         assert '"done"' not in (out / "log.jsonl").read_text(), f"killed too late, seed {seed}"
         runs[out] = argv
@@ -872,10 +872,10 @@ def test_a_damaged_partner_is_refused_by_name_in_one_line(tmp_path, monkeypatch)
         shrink(ael_fpl, patch)
         train(ael_fpl, argv)
     # the real network and the real end of a process: threads do not hold it up
-    command = [sys.executable, str(ROOT / "ael_fpl.py"), *argv, "--weights", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    process = Forked([str(ROOT / "ael_fpl.py"), *argv, "--weights", "none"], apart=True)
+    _, text = process.communicate()
+    assert process.returncode == 2, text
+    (line,) = text.splitlines()
     assert line.startswith(f"ael_fpl.py: {path}: not readable as an image")
     assert not (tmp_path / "run").exists()
 

@@ -18,8 +18,8 @@ SCRIPTS = ["supervised.py", "mean_teacher.py", "cps_fpl.py", "ael_fpl.py", "u2pl
 SEAMS = (
     "header imports args presets functions head draw networks state losses after-step panels"
 ).split()
-CAPS = {"shared text": 480, "seams of one script": 320, "common/": 900, "common/fused.py": 300}
-CAPS |= {"sources.py": 420, "prepare_data.py": 640}  # the rooms of real data
+CAPS = {"shared text": 480, "seams of one script": 320, "common/": 1050, "common/fused.py": 300}
+CAPS |= {"sources.py": 420, "prepare_data.py": 650}  # the rooms of real data
 LINE, FUNCTION = 100, 60  # columns; lines of a function (main excepted)
 MARK = re.compile(r"^ *# (>>>|<<<) method: ([a-z-]+)$")
 
@@ -248,10 +248,10 @@ def test_caps_are_enforced():
     for extra, word in ((seam + long, "long"), (seam + wide, "columns"), (many, "seams")):
         assert any(word in m for m in oversized({PARENT: parent.replace(seam, extra)}, {})), word
     for name, room, cap in (
-        ("a.py", "common/", 900),
+        ("a.py", "common/", 1050),
         ("fused.py", "common/fused.py", 300),
         ("sources.py", "sources.py", 420),
-        ("prepare_data.py", "prepare_data.py", 640),
+        ("prepare_data.py", "prepare_data.py", 650),
     ):
         assert not oversized({PARENT: parent}, {name: "a = 1\n" * cap})
         (message,) = oversized({PARENT: parent}, {name: "a = 1\n" * (cap + 1)})

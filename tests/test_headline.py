@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ import prepare_data
 import supervised
 import u2pl
 from common import Refusal, run
-from tests.helpers import ROOT, draw_tree, flags, log, shrink, train
+from tests.helpers import ROOT, Forked, draw_tree, flags, log, shrink, train
 
 SCRIPTS = {"supervised": supervised, "mean_teacher": mean_teacher, "cps_fpl": cps_fpl}
 SCRIPTS |= {"ael_fpl": ael_fpl, "u2pl": u2pl}
@@ -192,11 +193,13 @@ def draw_cityscapes(root, labelled):
 
 def start(folder, argv, processes=1, **variables):
     """Runs `cps_fpl.py argv` in a folder, by torchrun with several processes; returns it ended."""
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += "torch.distributed.run --standalone --nproc_per_node".split()
-        command += [str(processes), "-m"]
-    command += ["tests.headline", "cps_fpl", *argv]
+    words = ["tests.headline", "cps_fpl", *argv]
+    if processes == 1:
+        forked = Forked(["-m", *words], folder=folder, variables=variables, apart=True)
+        out, err = forked.communicate()
+        return SimpleNamespace(returncode=forked.returncode, stdout=out, stderr=err)
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node".split()]
+    command += [str(processes), "-m", *words]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables
     return subprocess.run(

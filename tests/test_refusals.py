@@ -7,7 +7,6 @@ not need the real one; three more are processes of their own.
 import gc
 import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import supervised
 import u2pl
 from common import Refusal, run
 from common.distributed import Group
-from tests.helpers import ROOT, draw_tree, flags, shrink, snapshot, train
+from tests.helpers import ROOT, Forked, draw_tree, flags, shrink, snapshot, train
 
 
 class Exit(BaseException):
@@ -41,6 +40,7 @@ def refusal(module, argv, monkeypatch, capsys):
             raise Exit(code)
 
     capsys.readouterr()
+    gc.freeze()  # what was there before need not be looked through
     with monkeypatch.context() as patch:
         patch.setattr(run, "os", System())
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds
@@ -48,6 +48,7 @@ def refusal(module, argv, monkeypatch, capsys):
         with pytest.raises(Exit) as end:
             run.launch(module.Args, module.preset, module.main)
         gc.collect()  # ends loader processes that the traceback kept
+    gc.unfreeze()
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.args == (2,)
     assert line.startswith(f"{Path(module.__file__).name}: ")
@@ -596,13 +597,10 @@ def test_a_refusal_is_one_line_on_stderr_and_exit_code_2(case, tmp_path):
         cut("train/train0.jpg")(draw_tree(tmp_path / "data"))
         words = ["train/train0.jpg", "readable"]
     before = snapshot(tmp_path)
-    command = [sys.executable, str(ROOT / "supervised.py"), *argv]
-    with open(tmp_path / "stderr", "w") as file:  # a pipe would be open as long as any loader lives
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=file, cwd=tmp_path)
-    (line,) = (tmp_path / "stderr").read_text().splitlines()
+    process = Forked([str(ROOT / "supervised.py"), *argv], folder=tmp_path, apart=True)
+    (line,) = process.communicate()[1].splitlines()
     assert line.startswith("supervised.py: ") and all(word in line for word in words), line
-    assert done.returncode == 2
-    (tmp_path / "stderr").unlink()
+    assert process.returncode == 2
     assert snapshot(tmp_path) == before and not (tmp_path / "out").exists()
 
 

@@ -115,7 +115,7 @@ def test_a_run_killed_at_a_random_step_and_resumed_equals_the_whole_one(
     numbers = dict(iters=iters, log=2, evaluate=50, save=3)
     extra = [*TEACHER[:-1], "70"] if module is mean_teacher else extra
     argv = flags(tree, tmp_path / "killed", **numbers) + extra
-    process = start(module.__name__, argv)
+    process = start(module.__name__, argv, hold=iters - 1)
     kill_at_step(process, tmp_path / "killed", random.Random(seed).randint(1, iters * 2 // 3))
     kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
     assert "done" not in kinds, f"killed too late, seed {seed}"
@@ -140,7 +140,7 @@ def test_two_processes_killed_and_resumed_equal_the_whole_run_and_each_other(
     numbers = dict(iters=iters, log=5, evaluate=60, save=6, batch=4)
     extra = [*TEACHER[:-1], "20"] if module is mean_teacher else extra
     killed = flags(tree, tmp_path / "killed", **numbers) + extra
-    process = start(module.__name__, killed, processes=2)
+    process = start(module.__name__, killed, processes=2, hold=iters - 1)
     kill_at_step(process, tmp_path / "killed", random.Random(seed).randint(1, iters * 2 // 3))
     kinds = [json.loads(line)["kind"] for line in whole_lines(tmp_path / "killed")]
     assert "done" not in kinds, f"killed too late, seed {seed}"

@@ -441,7 +441,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(dtype, extra, tree, tmp_path, mo
 def test_a_killed_run_resumes_exactly(tree, tmp_path):
     argvs = [flags(tree, tmp_path / name, iters=16, save=2, log=1) + SMALL for name in ("a", "b")]
     finish(start("u2pl", argvs[0]))
-    process = start("u2pl", argvs[1])
+    process = start("u2pl", argvs[1], hold=15)
     kill_at_step(process, tmp_path / "b", 6)
     finish(start("u2pl", argvs[1] + ["--resume"]))
     assert differences(tmp_path / "a", tmp_path / "b") == []

@@ -224,7 +224,7 @@ def by_rank(prob_t):
 def cumulative_classes(prob_t, T, strict=True):
     """Alg. 1, n: the fewest likeliest classes with V^n > T, or >= T [D14]; int64, C if none are."""
     if not 0 < T < 1:
-        raise Refusal(f"--T {T}: a cumulative probability between 0 and 1")
+        raise Refusal(f"cumulative probability {T}: a number between 0 and 1")
     V = by_rank(prob_t)[0].cumsum(1)
     return ((V <= T if strict else V < T).sum(1) + 1).clamp(max=V.shape[1])
 

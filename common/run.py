@@ -35,9 +35,10 @@ from common.distributed import Group, ReduceOp, from_first, reduced, share
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 log_every save_every pictures_every tensorboard""".split()
 POSITIVE = """batch_size batch_size_unlabeled total_iters crop_size scales aspp_rates lr log_every
-eval_every save_every T pooled paste_scales epochs tau anchors negatives keys bank_sizes""".split()
+eval_every save_every T pooled paste_scales epochs tau anchors negatives keys bank_sizes parts top_k
+queue sigma""".split()
 TOP = {"T": 0.9999, "seed": 2**32 - 1}  # the seed: of steps, in torch's 64 bits
-SHARES = tuple("_prob _decay _kept _momentum _area threshold alpha_0 delta_p".split())  # at most 1
+SHARES = "_prob _decay _kept _momentum _area _share threshold alpha_0 delta_p theta zeta".split()
 NEVER = 2**62  # later than any step
 
 
@@ -91,7 +92,7 @@ def resolve(args, preset):
             raise Refusal(f"{flag} {value}: the first below the second")
         for number in value if isinstance(value, tuple) else [value]:
             low = 0 if name not in POSITIVE else 1 if isinstance(number, int) else 1e-12
-            high = TOP.get(name, 1 if name.endswith(SHARES) else float("inf"))
+            high = TOP.get(name, 1 if name.endswith(tuple(SHARES)) else float("inf"))
             if isinstance(number, (int, float)) and not low <= number <= high:
                 raise Refusal(f"{flag} {number}: a number from {low:g} to {high}")
     return args

@@ -19,11 +19,13 @@ USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule"
 USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}
 USUAL |= {"teacher_mode": "train", "skip_absent": False}
 USUAL |= {"same_image_cutmix": False, "evaluate": "branch1", "seed": 0, "stem": "classic"}
+USUAL |= {"contrast": True}
 ORDER = "supervised.py mean_teacher.py cps_fpl.py ael_fpl.py u2pl.py esl.py".split()
 LOSSES = {  # the first word of a row
     "cps_fpl.py": {"fpl": "FPL", "ce": "CPS"},
     "ael_fpl.py": {"fpl": "FPL+AEL", "ce": "AEL"},
     "u2pl.py": {"contrastive": "L_c", "binary": "L_b", "none": "neither L_c nor L_b"},
+    "esl.py": {"dynamic": "ESL", "topk": "top k", "soft": "soft labels", "hard": "hard labels"},
 }
 
 
@@ -43,7 +45,7 @@ def row(path):
         flags.insert(0, "labels alone")
     else:
         flags[:0] = ["CutMix"] * args.get("cutmix", False)
-        for loss in {"unsup_loss", "unreliable_loss"} & set(args):
+        for loss in {"unsup_loss", "unreliable_loss", "label"} & set(args):
             flags.insert(0, LOSSES[script].get(args[loss], args[loss]))
     flags = ", ".join(flags) or "-"
     same = hashlib.sha256((ROOT / script).read_bytes()).hexdigest() == start["sha256"]

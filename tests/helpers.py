@@ -99,8 +99,14 @@ def tiny_modules(module):
                 out["aux"] = module.upsample(self.aux(stages[2]).float(), size)
             return out | ({"rep": self.represent(fused)} if self.training else {})
 
+    class HeadWithParts(HeadWithFeatures):
+        width = 8
+
+        def forward(self, stages, size):
+            return super().forward(stages, size) | ({"encoder": stages[3]} if self.training else {})
+
     parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadWithoutDropout}
-    parts["U2PLHead"] = HeadWithFeatures
+    parts |= {"U2PLHead": HeadWithFeatures, "ESLHead": HeadWithParts}
     return {name: part for name, part in parts.items() if hasattr(module, name)}
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 import ael_fpl
 import cps_fpl
+import esl
 import mean_teacher
 import prepare_data
 import supervised
@@ -30,7 +31,7 @@ from tests import helpers
 from tests.test_copies import ROOT, SCRIPTS
 
 MODULES = {"supervised.py": supervised, "mean_teacher.py": mean_teacher, "cps_fpl.py": cps_fpl}
-MODULES |= {"ael_fpl.py": ael_fpl, "u2pl.py": u2pl}
+MODULES |= {"ael_fpl.py": ael_fpl, "u2pl.py": u2pl, "esl.py": esl}
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

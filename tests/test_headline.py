@@ -22,6 +22,7 @@ from PIL import Image
 
 import ael_fpl
 import cps_fpl
+import esl
 import mean_teacher
 import prepare_data
 import supervised
@@ -30,7 +31,7 @@ from common import Refusal, run
 from tests.helpers import ROOT, Forked, draw_tree, flags, log, shrink, train
 
 SCRIPTS = {"supervised": supervised, "mean_teacher": mean_teacher, "cps_fpl": cps_fpl}
-SCRIPTS |= {"ael_fpl": ael_fpl, "u2pl": u2pl}
+SCRIPTS |= {"ael_fpl": ael_fpl, "u2pl": u2pl, "esl": esl}
 
 # ---- presets ----
 
@@ -57,7 +58,11 @@ CPS = [
 ]
 AEL = [(*row[:3], dict.get({512: 513, 800: 769}, row[3], row[3]), row[4]) for row in CPS]
 PRESETS = [
-    *((name, "u2pl", *row) for name in ("supervised", "mean_teacher", "u2pl") for row in U2PL),
+    *(
+        (name, "u2pl", *row)
+        for name in ("supervised", "mean_teacher", "u2pl", "esl")
+        for row in U2PL
+    ),
     *(("cps_fpl", "cps", *row) for row in CPS),
     *(("ael_fpl", "cps", *row) for row in AEL),
 ]
@@ -73,7 +78,8 @@ def test_network_evaluation_and_family_of_every_data_set(
     name, family, dataset, splits, network, crop, default
 ):
     script = SCRIPTS[name]
-    for split, recipe in itertools.product(splits, ("paper", "official")):
+    recipes = ("paper",) if name == "esl" else ("paper", "official")  # no code of ESL is public
+    for split, recipe in itertools.product(splits, recipes):
         args = resolved(script, dataset=dataset, split=split, recipe=recipe)
         assert (args.backbone, args.stem, args.weights, args.protocol) == network
         assert (args.crop_size, args.split_family, args.split) == (crop, family, split)
@@ -98,6 +104,8 @@ def test_a_folder_of_ones_own_needs_no_flag_but_its_classes(name):
     assert (args.num_classes, args.split, args.split_seed) == (5, "all", None)
     if name in ("mean_teacher", "u2pl"):  # a tenth, as the small protocols
         assert (args.warmup_iters, args.batch_size_unlabeled) == (2000, 16)
+    if name == "esl":
+        assert (args.batch_size, args.batch_size_unlabeled, args.queue) == (8, 8, 256)
     if name == "supervised":
         matched = resolved(script, dataset="folder", num_classes=5, schedule="matched")
         assert matched.total_iters == 20_000

@@ -21,6 +21,7 @@ from PIL import Image
 
 import ael_fpl
 import cps_fpl
+import esl
 import mean_teacher
 import sources
 import supervised
@@ -44,6 +45,7 @@ TEACHER = ["--cutmix", "--warmup-iters", "3"]
 METHODS = [(supervised, []), (mean_teacher, TEACHER)]
 METHODS += [(cps_fpl, []), (cps_fpl, ["--no-cutmix"])]
 METHODS += [(u2pl, ["--warmup-iters", "3", "--bank-sizes", "20", "12"])]
+METHODS += [(esl, ["--anchors", "6", "--queue", "5", "--zeta", "0.12"])]
 
 
 def stop_at(module, monkeypatch, call):
@@ -103,7 +105,7 @@ def test_a_run_stopped_in_any_step_and_resumed_equals_the_whole_one(
         shutil.rmtree(stopped)
 
 
-@pytest.mark.parametrize("module, extra", METHODS[:4])  # U2PL: tests/test_u2pl_run.py
+@pytest.mark.parametrize("module, extra", METHODS[:4])  # others: their own test_*_run.py
 def test_a_run_killed_at_a_random_step_and_resumed_equals_the_whole_one(
     module, extra, tmp_path, monkeypatch
 ):
@@ -337,8 +339,8 @@ def test_a_loss_that_is_not_finite_is_refused_with_its_step_and_never_saved(
 # ---- a start from the networks of another run ----
 
 SCRIPTS = {"supervised": supervised, "mean_teacher": mean_teacher, "cps_fpl": cps_fpl}
-SCRIPTS |= {"ael_fpl": ael_fpl, "u2pl": u2pl}
-HEADS = {"cps_fpl": "CPS", "u2pl": "features"}  # those of the others are alike
+SCRIPTS |= {"ael_fpl": ael_fpl, "u2pl": u2pl, "esl": esl}
+HEADS = {"cps_fpl": "CPS", "u2pl": "features", "esl": "features"}  # the others' are alike
 SOURCES = {  # writer and reader: for each network of the reader the one that it starts from
     ("supervised", "supervised"): {"student": "student"},
     ("supervised", "mean_teacher"): {"student": "student", "teacher": "student"},
@@ -361,6 +363,10 @@ SOURCES = {  # writer and reader: for each network of the reader the one that it
     ("u2pl", "supervised"): {"student": "student"},
     ("u2pl", "mean_teacher"): {"student": "student", "teacher": "teacher"},
     ("u2pl", "cps_fpl"): {"branch1": "student", "branch2": "student"},
+    ("supervised", "esl"): {"student": "student", "teacher": "student"},
+    ("cps_fpl", "esl"): {"student": "branch1", "teacher": "branch1"},
+    ("esl", "esl"): {"student": "student", "teacher": "teacher"},
+    ("esl", "mean_teacher"): {"student": "student", "teacher": "teacher"},
 }
 CUTMIX = {mean_teacher: ["--cutmix", "--warmup-iters", "0"]}
 

@@ -15,13 +15,14 @@ from PIL import Image
 
 import ael_fpl
 import cps_fpl
+import esl
 import mean_teacher
 import supervised
 import u2pl
 from common.distributed import Group
 from tests.helpers import draw_tree, flags, log, shrink, train
 
-SCRIPTS = [supervised, mean_teacher, cps_fpl, ael_fpl, u2pl]
+SCRIPTS = [supervised, mean_teacher, cps_fpl, ael_fpl, u2pl, esl]
 MEAN = (124, 116, 104)  # ImageNet's 123.675, 116.28, 103.53
 CLASSES = 3
 

@@ -1,0 +1,971 @@
+# >>> method: header
+"""ESL: Enhanced Soft Label (Ma, Wang, Liu, Lin, Li; ICCV 2023, pp. 1185-1195).
+
+Every unlabelled pixel is learnt. Its label keeps the mean teacher's probabilities of the likeliest
+classes that sum to eta (L_SCE). K parts of each class, found without labels, have queues of
+features: a pixel is drawn to its part, and away from all other parts and classes (L_CTR).
+
+  Eq. (1), (11), (2)   losses in main: L_CE + lambda_1 L_SCE + lambda_2 L_CTR; supervised_loss
+  Eq. (3)-(5), (6)     soft_label, soft_cross_entropy
+  Eq. (7), (8), (12)   part_ids, part_sums, update_prototypes; first by sample_pixels, kmeans
+  Eq. (9), (10)        draw_anchors; push_keys, draw_entries; info_nce, part_contrast
+
+  python esl.py                                           # generated shapes, no data needed
+  python esl.py --dataset camvid --split 1/8 --no-contrast
+  torchrun --nproc_per_node 8 esl.py --dataset cityscapes --split 1/4
+
+No code of the authors is public: what the paper leaves open is ours, [D10] and on in docs/esl.md.
+"""
+# <<< method: header
+
+# ---- 1. Imports ------------------------------------------------------------------------------
+
+import time
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from common import Refusal, distributed, metrics
+from common.data import IGNORE
+from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
+from common.weights import load_backbone
+from sources import load
+
+# isort: split
+# >>> method: imports
+from copy import deepcopy
+from dataclasses import replace
+
+from common.data import counts
+
+# <<< method: imports
+
+# ---- 2. Recipe -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Every flag. None: the preset of data set, split, backbone and recipe decides."""
+
+    # run
+    out: str = ""  # run folder; left out: runs/<script>-<dataset>-<split>-s<seed>
+    seed: int = 0  # of weights, sample stream and augmentation
+    resume: bool = False  # go on from last.pt in the run folder (from zero if there is none)
+    eval_only: bool = False  # score --checkpoint on the --eval-on images, and stop
+    checkpoint: str = ""  # a last.pt or best.pt, for --eval-only
+    eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
+    dry_run: bool = False  # print the resolved recipe and the files found, and stop
+    list_presets: bool = False  # print the papers' cells with their mIoU, and stop
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    workers: int | None = None  # loader processes per stream and training process
+    amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
+    compile: bool = False  # torch.compile the networks that train
+    deterministic: bool = False  # deterministic operations only
+    log_every: int | None = None  # steps
+    eval_every: int | None = None  # steps
+    save_every: int | None = None  # steps between checkpoints
+    pictures_every: int | None = None  # steps between panels; 0: none
+    tensorboard: bool = False  # TensorBoard events too, if it is installed
+    # data
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    data_root: str = ""  # folder of the data set; left out: data/<dataset>
+    split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    split_seed: int | None = None  # None: every r-th image; a number: a random subset
+    labeled_list: str = ""  # file of labelled images, in place of --split
+    unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+    num_classes: int = 0  # of --dataset folder
+    ignore_index: int = 255  # of --dataset folder: the value in a mask that is no class
+    crop_size: int | None = None  # pixels, square
+    scales: tuple[float, ...] | None = None  # random scale: two values a range, more a choice
+    # network
+    backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
+    stem: Literal["classic", "deep", "v1c"] | None = None  # 7x7; three 3x3, released; narrow
+    weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
+    init: str = ""  # a last.pt or best.pt of any of these scripts to start from
+    output_stride: Literal[8, 16] | None = None  # of the backbone's last stage
+    aspp_rates: tuple[int, ...] | None = None  # dilations of ASPP's 3x3 convolutions, in cells
+    # optimization
+    recipe: Literal["paper", "official"] = "paper"  # as printed, or as the released code computes
+    batch_size: int | None = None  # labelled images per step, over all processes
+    total_iters: int | None = None  # optimizer steps
+    lr: float | None = None  # of the backbone; decays as (1 - step / total)^0.9
+    lr_head: float | None = None  # of the head, as a multiple of --lr
+    weight_decay: float | None = None  # of SGD
+    decay_on: Literal["all", "weights"] | None = None  # weights: not on BN and biases
+    aux_weight: float | None = None  # of the auxiliary head's loss; 0: no such head
+    ohem_kept: float | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    # evaluation
+    protocol: Literal["whole", "slide"] | None = None  # an image in one piece, or in windows
+    # >>> method: args
+    batch_size_unlabeled: int | None = None  # unlabelled images per step, over all processes
+    label: Literal["dynamic", "topk", "soft", "hard"] = "dynamic"  # which classes it keeps
+    eta: float = 0.95  # Eq. (4), of --label dynamic: the classes kept have this probability
+    top_k: int = 5  # of --label topk: so many classes, in every pixel
+    unsup_weight: float = 0.2  # lambda_1, of L_SCE
+    contrast: bool = True  # parts and L_CTR; no: L_CE and L_SCE alone
+    contrast_weight: float = 0.1  # lambda_2, of L_CTR
+    parts: int = 5  # K, of each class
+    theta: float = 0.99  # Eq. (12), of the prototypes' moving average
+    zeta: float = 0.95  # Eq. (9): an unlabelled anchor has a likelier class than this
+    anchor_share: float = 0.1  # share of the pixels of Eq. (9) that are anchors
+    anchors: int | None = None  # at most so many, per class and process
+    negatives: int = 255  # N_s, per anchor
+    sigma: float = 0.5  # temperature
+    queue: int | None = None  # q, features in the queue of each part
+    ema_decay: float = 0.99  # of the teacher's moving average
+    cutmix: bool = True  # mix the student's unlabelled images in pairs
+    cutmix_prob: float = 1.0  # probability of mixing in a step
+    # <<< method: args
+
+
+def preset(args):
+    """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
+    # >>> method: presets
+    if args.recipe == "official":
+        raise Refusal("--recipe official: no code of ESL was ever released; leave --recipe out")
+    if not 0 < args.eta < 1:
+        raise Refusal(f"--eta {args.eta}: a number between 0 and 1; --label soft keeps all classes")
+    small = args.dataset in ("shapes", "camvid")
+    batch = args.batch_size or (None if small else 8)  # 8 + 8
+    values, _, semi_iters = u2pl_recipe(replace(args, batch_size=batch))
+    values |= dict(anchors=64, queue=64) if small else dict(anchors=256, queue=256, batch_size=8)
+    values |= dict(total_iters=semi_iters) if semi_iters else {}
+    return values | dict(batch_size_unlabeled=batch or values["batch_size"])  # [D17] [D19]
+    # <<< method: presets
+
+
+# ---- 3. Method -------------------------------------------------------------------------------
+
+
+def cross_entropy(logits, label):
+    """U2PL Eq. (2): mean of -log p_label over the pixels with label != 255; 0 if there is none.
+
+    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(logits, label, threshold, min_kept):
+    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
+
+    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
+    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
+    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
+    valid = (label != IGNORE).flatten(1)
+    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
+    rank = min(max(min_kept, 1), p.shape[1])
+    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
+    kept = valid & (p <= limit)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+def supervised_loss(out, label, args):
+    """U2PL L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary's.
+
+    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
+    """
+    losses = []
+    for logits in (out["logits"], out.get("aux")):
+        if logits is not None and args.ohem_kept:
+            pixels = round(args.ohem_kept * args.crop_size**2)
+            losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
+        elif logits is not None:
+            losses.append(cross_entropy(logits, label))
+    return losses[0] + (args.aux_weight * losses[1] if len(losses) > 1 else 0.0)
+
+
+# >>> method: functions
+def u2pl_recipe(args):
+    """U2PL Sec. 4.1, its released configurations, and this project's two small protocols [D8].
+
+    Returns ({flag: value}, passes over the unlabelled images, steps of a semi-supervised run or 0
+    where the split's counts are unknown).
+    """
+    values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all", split_family="u2pl")
+    values |= dict(aux_weight=0.0, ohem_kept=0.0)
+    small = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16, workers=2)
+    small |= dict(aspp_rates=(1, 2, 3))  # a crop of 128 has 8 cells a side: wide taps never learn
+    large = dict(backbone="resnet101", stem="v1c", weights="auto", output_stride=8)  # [D9]
+    large |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
+    large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
+    large |= dict(pictures_every=5000, workers=4, protocol="slide")
+    if args.dataset == "shapes":
+        values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=120)
+        values |= dict(lr=0.02, lr_head=2.0, weight_decay=1e-4, scales=(0.75, 1.5))
+        values |= dict(log_every=20, eval_every=60, save_every=60, pictures_every=60)
+    elif args.dataset == "camvid":  # the protocol camvid-small
+        values |= small | dict(split="1/8", crop_size=128, batch_size=4, total_iters=600)
+        values |= dict(lr=0.01, lr_head=2.0, weight_decay=1e-4)
+        values |= dict(log_every=20, eval_every=150, save_every=150, pictures_every=300)
+    elif args.dataset == "cityscapes":
+        values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D7]
+        # 100,000 pixels of the two crops of a process [D1]
+        values |= dict(aux_weight=0.4, ohem_kept=50_000 / 769**2)
+    else:  # VOC
+        values |= large | dict(crop_size=513, lr=0.001, lr_head=10.0, weight_decay=1e-4)
+    if args.dataset == "folder":  # VOC's recipe, with what fits any images
+        values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
+        values |= dict(total_iters=20_000)
+    passes, gpus = (200, 8) if args.dataset == "cityscapes" else (80, 4)
+    # each process drops its last batch: floor(ceil(unlabelled / GPUs) / images per GPU)
+    here = max((args.batch_size or values["batch_size"]) // gpus, 1)
+    return values, passes, passes * (-(-counts(args.dataset, args.split)[1] // gpus) // here)
+
+
+# Below: prob (B, C, H, W), the teacher's, float32; label (B, H, W) int64, 255 where there is none.
+# Part k of class c has the number c K + k, C K is no part. The teacher's is detached. u: numbers in
+# [0, 1), float64, from which all is drawn.
+
+
+def upcast(x):
+    """Returns x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def by_rank(prob_t):
+    """Returns (p, order): p^1 >= p^2 ... of Alg. 1 and their classes. Ties: lowest class first."""
+    if isinstance(prob_t, tuple):
+        return prob_t
+    return upcast(prob_t).sort(dim=1, descending=True, stable=True)
+
+
+def cumulative_classes(prob_t, T, strict=True):
+    """Alg. 1, n: the fewest likeliest classes with V^n > T, or >= T [D14]; int64, C if none are."""
+    if not 0 < T < 1:
+        raise Refusal(f"cumulative probability {T}: a number between 0 and 1")
+    V = by_rank(prob_t)[0].cumsum(1)
+    return ((V <= T if strict else V < T).sum(1) + 1).clamp(max=V.shape[1])
+
+
+def soft_label(prob, args):
+    """Eq. (3)-(5): y*, the classes with p >= delta, the p of rank C*, their sum made 1. As prob.
+
+    C*: the fewest likeliest classes with sum >= eta, Eq. (4), or --top-k. All that equal delta are
+    kept, as Eq. (3) has them [D10]. soft: p. hard: the likeliest class alone, of ties the lowest.
+    """
+    if args.label == "soft":
+        return prob
+    if args.label == "hard":
+        return torch.zeros_like(prob).scatter(1, prob.argmax(1, True), 1.0)
+    p, order = by_rank(prob)
+    if args.label == "topk":
+        delta = p[:, min(args.top_k, p.shape[1]) - 1, None]
+    else:
+        delta = p.gather(1, cumulative_classes((p, order), args.eta, strict=False)[:, None] - 1)
+    kept = torch.where(prob >= delta, prob, 0.0)
+    return kept / kept.sum(1, keepdim=True)
+
+
+def soft_cross_entropy(logits, target, inside):
+    """Eq. (6): mean of -sum_c y*_c log p_c over the pixels inside [D11]; 0 if none."""
+    loss = -(target * F.log_softmax(upcast(logits), 1)).sum(1)
+    return (loss * inside).sum() / inside.sum().clamp(min=1)
+
+
+def aligned(x, size):
+    """Returns (B, M, N) as (B, m, n): the nearest of its pixels, with corners on corners [D24]."""
+    places = []
+    for m, M in zip(size, x.shape[1:], strict=True):
+        i, last = torch.arange(m, device=x.device), max(m - 1, 1)
+        places.append((2 * i * (M - 1) + last) // (2 * last))  # i (M - 1) / (m - 1), rounded
+    return x[:, places[0][:, None], places[1]]
+
+
+def part_ids(E, prototypes, label):
+    """Eq. (7): k* = argmax_k cos(E_j, P_ck), c the class of pixel j; M as numbers. As label.
+
+    E: (B, D, h, w), the teacher's last stage, where k* is found for all classes at its own stride
+    [D23]; its length, which all cosines of a pixel share, is left out. prototypes: P, (C, K, D).
+    """
+    (C, K), none = prototypes.shape[:2], label == IGNORE
+    scores = torch.einsum("ckd,bdhw->bckhw", F.normalize(prototypes, dim=2), upcast(E))
+    k = aligned(scores.argmax(2).short().flatten(0, 1), label.shape[1:])  # ties: lowest k
+    c = label.masked_fill(none, 0)
+    return (c * K + k.unflatten(0, (-1, C)).gather(1, c[:, None])[:, 0]).masked_fill(none, C * K)
+
+
+def part_sums(x, ids, R):
+    """Eq. (8) before its division: sum and number of the features of each part of each image.
+
+    x: (B, D, h, w), any float type. ids: (B, H, W) of part_ids. (B, R, D + 1): the number is last.
+    """
+    sums, parts = [], torch.arange(R, device=x.device)[:, None]
+    for features, index in zip(x, aligned(ids, x.shape[2:]), strict=True):
+        M = (index.flatten() == parts).float()  # of one image: (R, h w)
+        sums.append(torch.cat([M @ features.float().flatten(1).T, M.sum(1, True)], 1))
+    return torch.stack(sums)
+
+
+def update_prototypes(prototypes, sums, theta):
+    """Eq. (12): P (C, K, D) <- theta P + (1 - theta) P'; an absent part stays [D15].
+
+    sums: (C K, D + 1), part_sums of all images and processes; P' is their mean, as Eq. (8).
+    """
+    P, number = prototypes.flatten(0, 1), sums[:, -1:]
+    new = theta * P + (1 - theta) * sums[:, :-1] / number.clamp(min=1)
+    return torch.where(number > 0, new, P).view_as(prototypes)
+
+
+@torch.no_grad()
+def push_keys(bank, pushed, sizes, offered):
+    """Category-wise FIFO queues Q_c, in place: rings of sizes (C,) one after another in a tensor.
+
+    bank: (sum of sizes + 1, D); the last row takes what is no key, and stays 0. pushed: (C,) int64,
+    keys ever. offered: (C, K, D + 1) as draw_keys has them, oldest first.
+    """
+    keys, real = offered[..., :-1].to(bank.dtype), offered[..., -1] > 0
+    number = real.cumsum(1)  # 1, 2, ... for keys
+    kept = real & (number > number[:, -1:] - sizes[:, None])  # the newest, if a ring is too small
+    place = (pushed[:, None] + number - 1) % sizes[:, None] + (sizes.cumsum(0) - sizes)[:, None]
+    place = torch.where(kept, place, len(bank) - 1)
+    bank.index_copy_(0, place.flatten(), keys.flatten(0, 1))
+    bank[-1] = 0
+    pushed += number[:, -1]
+
+
+def as_rows(x):
+    """Returns (B, c, h, w) as (B h w, c): a view, if x is in channels-last memory."""
+    return x.movedim(1, -1).flatten(0, 2)
+
+
+def nth(masks, n):
+    """Returns which pixel is the n-th, from 0, of its mask; n: (C, K). Some pixel, if none is."""
+    total = masks.cumsum(1, dtype=torch.int32)
+    return torch.searchsorted(total, n.int() + 1).clamp(max=masks.shape[1] - 1)
+
+
+def draw_anchors(ids, C, K, args, u):
+    """Eq. (9): ceil(anchor_share n_c) of the n_c pixels of class c, at most A [D19]; none twice.
+
+    ids: C K where a pixel is no candidate. u: (C, A + 1). Returns (C, A) pixels, and which are
+    anchors, bool: one from each of m stretches, as equal as whole numbers can be, of a circle that
+    begins anywhere, so that all pixels of a class have the same chance.
+    """
+    masks = ids.flatten() // K == torch.arange(C, device=ids.device)[:, None]
+    n, j = masks.sum(1, True), torch.arange(u.shape[1], device=u.device)
+    m = (args.anchor_share * n.double()).ceil().long().clamp(max=len(j) - 1)
+    border, start = torch.minimum(j, m) * n // m.clamp(min=1), (u[:, :1] * n).long()
+    stretch = border[:, :-1] + (u[:, 1:] * border.diff(dim=1)).long()
+    return nth(masks, (start + stretch) % n.clamp(min=1)), j[:-1] < m
+
+
+def draw_entries(ring, filled, q, u):
+    """The positive and the negatives of each anchor, with replacement: rows of the bank.
+
+    ring: (C, A), the anchor's part. filled: (C K,), entries in rings of size q. u: (C, A, 1 + N).
+    Returns rows (C, A, 1 + N), first the positive, of that ring, then negatives of all other rings
+    together, its class's too; and which anchors have both, bool.
+    """
+    ends = filled.cumsum(0)
+    starts, own, others = ends - filled, filled[ring], ends[-1] - filled[ring]
+    number = (u[..., 1:] * others[..., None]).long()  # among the others, ring by ring
+    number += torch.where(number >= starts[ring][..., None], own[..., None], 0)  # steps over it
+    other = torch.searchsorted(ends, number, right=True).clamp(max=len(ends) - 1)
+    positive = ring[..., None] * q + (u[..., :1] * own[..., None]).long()
+    rows = torch.cat([positive, other * q + number - starts[other]], -1)
+    return rows, (own > 0) & (others > 0)
+
+
+def info_nce(z, bank, rows, sigma):
+    """Eq. (10) of each anchor. z: (A, D), bank: (n, D), unit. rows: (A, 1 + N), positive first."""
+    scores = (z @ bank.T).gather(1, rows) / sigma
+    return scores.logsumexp(1) - scores[:, 0]
+
+
+def part_contrast(rep_s, ids, state, args):
+    """L_CTR: mean of Eq. (10) over a class's anchors, then over all C classes [D20]; and how many.
+
+    rep_s: (B, D, h, w), the student's. ids: (B, H, W), C K where a pixel is no candidate. state:
+    the bank of rings and the keys pushed into each. No anchor without positive and negatives.
+    """
+    C, K, q = len(state["prototypes"]), args.parts, args.queue
+    ids = aligned(ids, rep_s.shape[2:])
+    chance = dict(dtype=torch.float64, device=rep_s.device)
+    pixels, real = draw_anchors(ids, C, K, args, torch.rand(C, args.anchors + 1, **chance))
+    ring = ids.flatten()[pixels].clamp(max=C * K - 1)
+    u = torch.rand(C, args.anchors, 1 + args.negatives, **chance)
+    rows, both = draw_entries(ring, state["pushed"].clamp(max=q), q, u)
+    z, real = F.normalize(upcast(as_rows(rep_s)[pixels]), dim=2), real & both
+    each = (info_nce(a, state["bank"], r, args.sigma) for a, r in zip(z, rows, strict=True))
+    losses = torch.where(real, torch.stack(list(each)), 0.0)  # a class at a time: less memory
+    return (losses.sum(1) / real.sum(1).clamp(min=1)).mean(), real.sum()
+
+
+def kmeans(x, K, u, steps=30):
+    """Spherical K-means [D22], as Eq. (7) compares: means of K clusters of x, (K, D).
+
+    x: (n, D), of one class. u: (K,), for the first centres, by k-means++. Fewer different
+    directions than K leave zeros, and with them a cosine of 0; an empty cluster keeps its centre.
+    """
+    unit, gap, centers = F.normalize(x, dim=1), x.new_ones(len(x)), []  # gap: 1 - nearest cosine
+    while len(centers) < K and gap.any():
+        total = gap.double().cumsum(0)
+        i = torch.searchsorted(total, u[len(centers)] * total[-1], right=True)
+        centers.append(unit[i.clamp(max=len(x) - 1)])
+        gap = F.threshold(torch.minimum(gap, 1 - unit @ centers[-1]), 1e-6, 0.0)  # rounding: 0
+    P = torch.stack(centers) if centers else x[:0]
+    for step in range(steps if centers else 0):
+        M = F.one_hot((unit @ P.T).argmax(1), len(P)).T.to(x.dtype)
+        count = M.sum(1, True)
+        new = M @ x / count if step == steps - 1 else F.normalize(M @ unit, dim=1)
+        P = torch.where(count > 0, new, P)
+    return F.pad(P, (0, 0, 0, K - len(P)))
+
+
+@torch.no_grad()
+def first_prototypes(net, data, D, args, group):
+    """Before training: K-means of every class over the labelled images, whole [D22]. P, (C, K, D).
+
+    Of each class the n pixels with the lowest numbers, random in [0, 1), a function of (seed,
+    image): processes change nothing. Equal on all. net: in eval mode, returning "encoder".
+    """
+    C, on = data.num_classes, dict(device=group.device)
+    n, P = min(5_000, 2**28 // (C * D)), []  # at most 1 GiB
+    sample, number = torch.zeros(C, n, D, **on), torch.full((C, n), torch.inf, **on).double()
+    for index in range(group.rank, len(data.labeled), group.world):
+        image, label = Images(data, data.labeled)[index]
+        E = upcast(net(image[None].to(group.device))["encoder"])
+        label = aligned(label[None].to(group.device), E.shape[2:]).flatten()
+        rng = np.random.default_rng([args.seed, zlib.crc32(b"pixels"), index])
+        u = distributed.to_device(rng.random(len(label)), group)
+        for c in range(C):
+            here = (label == c).nonzero()[:, 0]
+            numbers, x = torch.cat([number[c], u[here]]), torch.cat([sample[c], as_rows(E)[here]])
+            number[c], kept = numbers.topk(n, largest=False)
+            sample[c] = x[kept]
+    u = np.random.default_rng([args.seed, zlib.crc32(b"centers")]).random((C, args.parts))
+    for c in range(C):  # one class of all processes at a time
+        numbers, order = distributed.gathered(number[c]).flatten().sort()
+        order = order[numbers.isfinite()][:n]
+        x = distributed.gathered(sample[c]).flatten(0, 1)[order]
+        P.append(kmeans(x, args.parts, distributed.to_device(u[c], group)))
+    return distributed.gathered(torch.stack(P))[0]
+
+
+def ema_decay(count, decay):
+    """min(1 - 1 / (count + 1), decay) [D12]: the first update (count 0) copies the student."""
+    return min(1 - 1 / (count + 1), decay)
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, decay, buffers):
+    """U2PL Sec. 3.1: theta_t <- decay theta_t + (1 - decay) theta_s, in place.
+
+    buffers: "average" does the same to BN's running statistics, "own" leaves the teacher its own.
+    """
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    if buffers == "average":
+        pairs += zip(teacher.buffers(), student.buffers(), strict=True)
+    pairs = [(t, s) for t, s in pairs if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+def cutmix_box(rng, size):
+    """A random box of half the area of a square crop, each side longer than half of it [D13].
+
+    Returns (top, left, height, width) in pixels, inside the crop.
+    """
+    width = int(rng.integers(size // 2 + 1, size))
+    height = round(size * size / 2 / width)
+    top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
+    return int(top), int(left), height, width
+
+
+def cutmix(boxes, *maps):
+    """Returns the maps mixed in pairs: inside its box an image shows its partner, (2k, 2k + 1).
+
+    boxes: one (top, left, height, width) per image. maps: tensors (B, ..., H, W), B even, all mixed
+    alike, so that image, teacher's probabilities and inside stay together.
+    """
+    mixed = []
+    for x in maps:
+        partner = x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+        mixed.append(x.clone())
+        for i, (top, left, height, width) in enumerate(boxes):
+            box = (i, ..., slice(top, top + height), slice(left, left + width))
+            mixed[-1][box] = partner[box]
+    return mixed
+
+
+# <<< method: functions
+
+# ---- 4. Model --------------------------------------------------------------------------------
+
+
+def make_backbone(args):
+    """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
+
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
+    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
+    """
+    net = torchvision.models.get_model(args.backbone, weights=None)
+    del net.fc, net.avgpool
+    if args.stem != "classic":
+        wide, last = (64, 128) if args.stem == "deep" else (32, 64)
+
+        def unit(inputs, outputs, stride):
+            """Convolution, BN, ReLU."""
+            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+            return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+        third = nn.Conv2d(wide, last, 3, 1, 1, bias=False)
+        net.conv1 = nn.Sequential(*unit(3, wide, 2), *unit(wide, wide, 1), third)
+        net.bn1, net.inplanes = nn.BatchNorm2d(last), last
+        net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+        for module in (*net.conv1.modules(), *net.layer1.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    load_backbone(net, args.weights, args.backbone, args.stem)
+    base = 32 // args.output_stride
+    if base == 4:
+        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
+    dilate(net.layer4, [base, 2 * base, 4 * base][: len(net.layer4)])
+    return net
+
+
+def dilate(stage, dilations):
+    """Takes the stride out of a ResNet stage; the 3x3 convolutions of each block get a dilation."""
+    for block, d in zip(stage, dilations, strict=True):
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (d, d)
+
+
+# >>> method: head
+class DeepLabV3Plus(nn.Module):
+    """The head of U2PL's released code: ASPP, low-level branch of 256 channels, two 3x3 blocks.
+
+    forward: stages (list of four (B, c, h, w) features, strides 4 to output_stride), size (H, W) ->
+    dict of logits (B, C, H, W) and, with --aux-weight, the auxiliary head's; both float32.
+    """
+
+    def __init__(self, channels, num_classes, args):
+        super().__init__()
+        branches = [conv_bn_relu(channels[3], 256, 1)]
+        branches += [conv_bn_relu(channels[3], 256, 3, dilation=r) for r in args.aspp_rates]
+        self.branches = nn.ModuleList(branches)
+        self.pool = conv_bn_relu(channels[3], 256, 1)
+        wide = 256 * (len(branches) + 1)
+        self.project = nn.Sequential(conv_bn_relu(wide, 256, 3), nn.Dropout2d(0.1))
+        self.low = conv_bn_relu(channels[0], 256, 1, bias=True)
+        self.classify = two_blocks(512, num_classes)
+        self.aux = None
+        if args.aux_weight:
+            block = conv_bn_relu(channels[2], 256, 3, bias=True)
+            self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
+
+    def fuse(self, stages):
+        """Low-level and ASPP features at stride 4: (B, 512, H/4, W/4)."""
+        low, high = self.low(stages[0]), stages[3]
+        pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
+        aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
+        return torch.cat([low, upsample(aspp, low.shape[2:])], 1)
+
+    def forward(self, stages, size):
+        out = {"logits": upsample(self.classify(self.fuse(stages)).float(), size)}
+        if self.aux is not None:
+            out["aux"] = upsample(self.aux(stages[2]).float(), size)
+        return out
+
+
+class ESLHead(DeepLabV3Plus):
+    """With the projector P [D21]. forward: adds rep (B, 512, H/4, W/4) and encoder, the last stage.
+
+    Only while the head's own `training` is set: an evaluation does not pay for them.
+    """
+
+    def __init__(self, channels, num_classes, args):
+        super().__init__(channels, num_classes, args)
+        self.represent, self.width = two_blocks(512, 512), channels[3]
+
+    def forward(self, stages, size):
+        fused = self.fuse(stages)
+        out = {"logits": upsample(self.classify(fused).float(), size)}
+        out |= {"rep": self.represent(fused), "encoder": stages[3]} if self.training else {}
+        if self.aux is not None:
+            out["aux"] = upsample(self.aux(stages[2]).float(), size)
+        return out
+
+
+def two_blocks(inputs, outputs):
+    """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
+    layers = []
+    for i in (inputs, 256):
+        layers += [conv_bn_relu(i, 256, 3, bias=True), nn.Dropout2d(0.1)]
+    return nn.Sequential(*layers, nn.Conv2d(256, outputs, 1))
+
+
+# <<< method: head
+
+
+def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
+    """Returns convolution (same size), BN, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def upsample(x, size):
+    """Bilinear with align_corners=True, as all released networks do."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
+
+
+class Network(nn.Module):
+    """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict."""
+
+    def __init__(self, args, num_classes, head):
+        super().__init__()
+        self.amp = args.amp == "bf16"
+        self.backbone = make_backbone(args)
+        channels = [(1 if args.backbone == "resnet18" else 4) * c for c in (64, 128, 256, 512)]
+        self.head = head(channels, num_classes, args)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        net, stages = self.backbone, []
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            h = net.maxpool(net.relu(net.bn1(net.conv1(h))))
+            for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+                h = stage(h)
+                stages.append(h)
+            return self.head(stages, x.shape[2:])
+
+
+def build(args, num_classes, head, group):
+    """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
+    net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
+    sync = group.world > 1 and group.device.type == "cuda"
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
+
+
+def parallel(net, args, group):
+    """Returns net as training calls it: in DDP with several processes, compiled if asked."""
+    if group.world > 1:
+        ids = [group.device.index] if group.device.type == "cuda" else None
+        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
+    return torch.compile(net) if args.compile else net
+
+
+# ---- 5. Data and augmentation ----------------------------------------------------------------
+
+
+def augment(image, label, rng, crop, scales):
+    """Random scale, flip and crop in one warp; a result that is too small is padded around.
+
+    image: PIL RGB. label: PIL L or None. crop: pixels. scales: two values are a range whose halves
+    below and above 1 are equally likely, more are a choice. Returns (3, crop, crop) uint8,
+    (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel: bilinear without antialiasing,
+    as all released code [D3], nearest for the label. Padding: mean colour, 255 [D2], inside False.
+    """
+    (w, h), low, high = image.size, scales[0], scales[-1]
+    if len(scales) != 2:
+        scale = float(rng.choice(scales))
+    elif low < 1 < high:
+        scale = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+    else:
+        scale = rng.uniform(low, high)
+    nw, nh = max(int(w * scale), 1), max(int(h * scale), 1)  # the whole image after scaling
+    flip = rng.random() < 0.5
+    x, y = ((n - crop) // 2 if n < crop else int(rng.integers(n - crop + 1)) for n in (nw, nh))
+    sx, sy = w / nw, h / nh
+    warp = (-sx, 0, w - x * sx, 0, sy, y * sy) if flip else (sx, 0, x * sx, 0, sy, y * sy)
+
+    def apply(picture, kernel, fill):
+        """The warped picture as an array."""
+        mode = Image.Transform.AFFINE
+        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=fill))
+
+    pixels = apply(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
+    columns, rows = np.arange(x, x + crop), np.arange(y, y + crop)
+    inside = np.outer((0 <= rows) & (rows < nh), (0 <= columns) & (columns < nw))
+    label = label and apply(label, Image.Resampling.NEAREST, IGNORE)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), label, inside
+
+
+class Samples(Dataset):
+    """Sample number -> dict of image, inside and, if masks are opened, label (int64).
+
+    A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4];
+    stream "a.b" takes them in the order of stream "a", with an augmentation of its own.
+    """
+
+    def __init__(self, data, items, with_label, scales, stream, args):
+        self.data, self.items, self.with_label = data, items, with_label
+        self.crop, self.scales = args.crop_size, scales
+        names = (stream.split(".")[0], stream)
+        self.order, self.warp = ([args.seed, zlib.crc32(name.encode())] for name in names)
+
+    def which(self, number):
+        """Returns the index of the item that sample `number` shows."""
+        lap, place = divmod(number, len(self.items))
+        return np.random.default_rng([*self.order, 0, lap]).permutation(len(self.items))[place]
+
+    def __getitem__(self, number):
+        return self.sample(self.which(number), number)
+
+    def sample(self, index, number):
+        """Returns the item of this index as sample `number` would show it."""
+        image, label = self.data.read(self.items[index], self.with_label)
+        rng = np.random.default_rng([*self.warp, 1, number])
+        image, label, inside = augment(image, label, rng, self.crop, self.scales)
+        sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
+        return sample if label is None else sample | {"label": torch.from_numpy(label).long()}
+
+
+def streams(data, args):
+    """Returns {name: (items, images per step over all processes, open the masks?, scales)}."""
+    # >>> method: draw
+    return {
+        "labeled": (data.labeled, args.batch_size, True, args.scales),
+        "unlabeled": (data.unlabeled, args.batch_size_unlabeled, False, args.scales),
+    }
+    # <<< method: draw
+
+
+def open_stream(name, data, args, group, start):
+    """Returns an iterator over this process's batches of a stream, from step start to the end."""
+    items, batch, with_label, scales = streams(data, args)[name]
+    here = distributed.share(batch, group, name)
+    if not items:
+        what = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
+        raise Refusal(f"no {name} images {what} of {args.dataset}: label fewer")
+    if here < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{here} {name} image per process: plain BN needs two, enlarge the batch")
+    first = [step * batch + group.rank * here for step in range(start, args.total_iters)]
+    samples = Samples(data, items, with_label, scales, name, args)
+    batches = [range(n, n + here) for n in first]
+    options = dict(num_workers=args.workers, pin_memory=group.device.type == "cuda")
+    # a generator of its own: the global one stays a function of the step
+    options |= dict(generator=torch.Generator(), worker_init_fn=distributed.unstoppable)
+    return iter(DataLoader(samples, batch_sampler=batches, **options))
+
+
+# ---- 6. Evaluation ---------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
+
+    def __init__(self, data, items):
+        self.data, self.items = data, items
+
+    def __getitem__(self, index):
+        image, label = self.data.read(self.items[index], True)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
+
+
+def predict(net, image, args, num_classes):
+    """Returns the logits (C, H, W) of one image, (3, H, W) uint8, by the protocol of args.
+
+    whole: in one piece. slide: summed over square windows of crop_size, 2/3 of it apart, the last
+    shifted inside; an image smaller than a window stands in the middle of the mean colour.
+    """
+    if args.protocol == "whole":
+        return net(image[None])["logits"][0]
+    (h, w), n, step = image.shape[1:], args.crop_size, -(-2 * args.crop_size // 3)
+    top, left, down, right = max(n - h, 0) // 2, max(n - w, 0) // 2, max(h - n, 0), max(w - n, 0)
+    canvas = image.new_tensor([[[round(m)]] for m in MEAN]).repeat(1, down + n, right + n)
+    canvas[:, top : top + h, left : left + w] = image
+    logits = torch.zeros(num_classes, *canvas.shape[1:], device=image.device)
+    for y in range(0, down + step, step):
+        for x in range(0, right + step, step):
+            y0, x0 = min(y, down), min(x, right)
+            window = (slice(None), slice(y0, y0 + n), slice(x0, x0 + n))
+            logits[window] += net(canvas[window][None])["logits"][0]
+    return logits[:, top : top + h, left : left + w]
+
+
+@torch.no_grad()
+def evaluate(net, data, items, args, group):
+    """Returns (scores of net in eval mode over items, panels of the first images).
+
+    One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
+    """
+    training = net.training
+    net.eval()
+    mine = range(group.rank, len(items), group.world)
+    shown = mine[:: max(len(mine) // 4, 1)][:4]
+    # beside gloo none: a child that is forked soon after a collective may hang (Python 3.11)
+    workers = 0 if group.world > 1 and group.device.type == "cpu" else args.workers
+    options = dict(num_workers=workers, generator=torch.Generator())
+    options |= dict(sampler=mine, batch_size=None, worker_init_fn=distributed.unstoppable)
+    loader = DataLoader(Images(data, items), **options)
+    confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
+    maps = {"image": [], "label": [], "prediction": []}
+    for index, (image, label) in zip(mine, loader, strict=True):
+        pred = predict(net, image.to(group.device), args, data.num_classes).argmax(0)
+        confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
+        if index in shown:
+            for name, shot in zip(maps, (image, label, pred), strict=True):
+                maps[name].append(shot)
+    net.train(training)
+    return metrics.scores(distributed.reduced(confusion).cpu()), maps
+
+
+# ---- 7. Training -----------------------------------------------------------------------------
+
+
+def make_optimizer(trained, args):
+    """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
+    groups = []
+    for part, scale in (("backbone", 1.0), ("head", args.lr_head)):
+        params = [p for net in trained for p in getattr(net, part).parameters()]
+        for vector in (False, True):  # BN and biases are vectors, all other weights are not
+            decay = 0.0 if vector and args.decay_on == "weights" else args.weight_decay
+            some = [p for p in params if (p.ndim == 1) == vector]
+            groups.append({"params": some, "scale": scale, "weight_decay": decay})
+    return torch.optim.SGD(groups, args.lr, momentum=0.9)
+
+
+def main(args):
+    """Trains, or does what --eval-only, --dry-run or --list-presets ask; args as resolved."""
+    if args.list_presets or args.dry_run:
+        return print(cells(__file__) if args.list_presets else describe(args, load))
+    group = distributed.setup(args.device)
+    torch.use_deterministic_algorithms(args.deterministic)
+    data = load(args)
+
+    # -- networks --
+    torch.manual_seed(args.seed)
+    # >>> method: networks
+    student = build(args, data.num_classes, ESLHead, group)
+    student_parallel = parallel(student, args, group)
+    teacher = deepcopy(student).requires_grad_(False).eval()  # never in DDP; eval mode [D16]
+    networks, trained = {"student": student, "teacher": teacher}, [student]
+
+    def scored(step):
+        """The network that evaluation scores after so many steps."""
+        return teacher
+
+    # <<< method: networks
+    if args.eval_only:
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
+        if group.rank == 0:
+            print(report(data, {f"step {step}": result}, args.eval_on))
+        return distributed.teardown()
+    optimizer = make_optimizer(trained, args)
+    # >>> method: state
+    if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
+        raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
+    C, K, D_E, state = data.num_classes, args.parts, student.head.width, {}
+    if args.contrast:  # prototypes of Eq. (7), queues of all parts and how many keys ever entered
+        on, D = dict(device=group.device), student.head.represent[-1].out_channels
+        state["prototypes"] = torch.zeros(C, K, D_E, **on)
+        state["bank"] = torch.zeros(C * K * args.queue + 1, D, **on)
+        state["pushed"] = torch.zeros(C * K, dtype=torch.int64, **on)
+        sizes = torch.full((C * K,), args.queue, **on)
+    # <<< method: state
+    run = Run(args, __file__, group, data)
+    start = run.restore(networks, optimizer, state)
+    batches = {name: open_stream(name, data, args, group, start) for name in streams(data, args)}
+
+    # -- steps --
+    for step in range(start, args.total_iters):
+        begin = time.time()
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + group.rank)  # dropout
+        batch = {name: next(b) for name, b in batches.items()}
+        spent = {"data": time.time() - begin}  # seconds
+        for stream in batch.values():
+            for key, tensor in stream.items():
+                stream[key] = tensor.to(group.device, non_blocking=True)
+        x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
+        decay = (1 - step / args.total_iters) ** 0.9  # poly
+        for params in optimizer.param_groups:
+            params["lr"] = args.lr * params["scale"] * decay
+        optimizer.zero_grad(set_to_none=True)
+        # >>> method: losses
+        x_u, inside = batch["unlabeled"]["image"], batch["unlabeled"]["inside"]
+        n, ids_u = len(x_l), []
+        teacher.head.training = args.contrast  # its own flag alone: features, BN and dropout as is
+        if args.contrast and step == 0:
+            state["prototypes"] = first_prototypes(teacher, data, D_E, args, group)  # [D22]
+        with torch.no_grad():  # the teacher sees clean views alone [D16]
+            out_t = teacher(torch.cat([x_l, x_u]) if args.contrast else x_u)
+            prob = F.softmax(out_t["logits"][-len(x_u) :], 1)
+            if args.contrast:
+                label = torch.cat([y_l, prob.argmax(1).masked_fill(~inside, IGNORE)])
+                ids = part_ids(out_t["encoder"], state["prototypes"], label)
+                mu = part_sums(out_t["rep"], ids, C * K).transpose(0, 1)  # per image [D17]
+                keys = torch.cat([F.normalize(mu[..., :-1], dim=2), mu[..., -1:]], 2)
+                keys = distributed.gathered(keys).transpose(0, 1).flatten(1, 2)
+                push_keys(state["bank"], state["pushed"], sizes, keys)
+                sums = distributed.reduced(part_sums(out_t["encoder"], ids, C * K).sum(0))
+                state["prototypes"] = update_prototypes(state["prototypes"], sums, args.theta)
+                ids_l, *ids_u = ids.split([n, len(x_u)])
+            del out_t  # its features are large
+            rng = np.random.default_rng([args.seed, step])  # equal on all processes
+            if args.cutmix and rng.random() < args.cutmix_prob:  # all alike [D18]
+                boxes = [cutmix_box(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
+                boxes = boxes[group.rank * len(x_u) : (group.rank + 1) * len(x_u)]
+                x_u, prob, inside, *ids_u = cutmix(boxes, x_u, prob, inside, *ids_u)
+            y_u = soft_label(prob, args)
+            conf, dominant, area = prob.amax(1), (y_u > 0).sum(1), inside.sum().clamp(min=1)
+            mean_conf, mean_dominant = ((x * inside).sum() / area for x in (conf, dominant))
+        out = student_parallel(torch.cat([x_l, x_u]))  # one pass: they share BN statistics
+        sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)
+        unsup = soft_cross_entropy(out["logits"][n:], y_u, inside)
+        if args.contrast:
+            sure = inside & (conf > args.zeta)  # Eq. (9)
+            ids = torch.cat([ids_l, ids_u[0].masked_fill(~sure, C * K)])
+            contrast, anchors = part_contrast(out["rep"], ids, state, args)
+        else:  # 0, so that DDP sees all parameters
+            contrast, anchors = 0.0 * out["rep"].float().sum(), torch.zeros_like(sup)
+        loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (11)
+        loss.backward()
+        parts = {"loss": loss, "sup": sup, "unsup": unsup, "contrast": contrast}
+        parts |= {"anchors": anchors, "dominant": mean_dominant, "conf": mean_conf}
+        # <<< method: losses
+        optimizer.step()
+        # >>> method: after-step
+        update_teacher(teacher, student, ema_decay(step, args.ema_decay), "average")  # [D16]
+        # <<< method: after-step
+        if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
+            distributed.copy_buffers(*networks.values())
+        done = step + 1
+        run.step(done, parts, args.lr * decay, begin, spent)
+        if run.due(done, args.pictures_every):
+            # >>> method: panels
+            maps = {"student's view": x_u, "pseudo label": y_u.argmax(1).masked_fill(~inside, -1)}
+            maps |= {"1 - 1/classes": 1 - 1 / dominant, "student": out["logits"][n:].argmax(1)}
+            if args.contrast:  # a colour for each part
+                r = ids_u[0][:, None]
+                hue = (r + 1) * torch.arange(67, 198, 65, device=r.device).view(3, 1, 1) % 256
+                maps["parts"] = hue.masked_fill(r == C * K, 255).byte()
+            # <<< method: panels
+            run.panels(f"{done:06d}-train", maps)
+        if run.due(done, args.eval_every):
+            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+        if run.due(done, args.save_every) or run.asked:  # by SIGTERM: it ends here
+            run.keep_last(done, networks, optimizer, state)
+
+    # -- last and best --
+    on = "test" if data.test else "val"
+    results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
+    best = load_networks(load_checkpoint(run.folder / "best.pt", __file__), networks)
+    results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
+    run.finish(results, on)
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    launch(Args, preset, main)

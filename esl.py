@@ -12,7 +12,7 @@ features: a pixel is drawn to its part, and away from all other parts and classe
 
   python esl.py                                           # generated shapes, no data needed
   python esl.py --dataset camvid --split 1/8 --no-contrast
-  torchrun --nproc_per_node 8 esl.py --dataset cityscapes --split 1/4
+  torchrun --nproc_per_node 4 esl.py --dataset cityscapes --split 1/4
 
 No code of the authors is public: what the paper leaves open is ours, [D10] and on in docs/esl.md.
 """
@@ -115,7 +115,7 @@ class Args:
     contrast_weight: float = 0.1  # lambda_2, of L_CTR
     parts: int = 5  # K, of each class
     theta: float = 0.99  # Eq. (12), of the prototypes' moving average
-    zeta: float = 0.95  # Eq. (9): an unlabelled anchor has a likelier class than this
+    zeta: float = 0.95  # Eq. (9): an unlabelled anchor's class is likelier than this
     anchor_share: float = 0.1  # share of the pixels of Eq. (9) that are anchors
     anchors: int | None = None  # at most so many, per class and process
     negatives: int = 255  # N_s, per anchor
@@ -224,9 +224,8 @@ def u2pl_recipe(args):
     return values, passes, passes * (-(-counts(args.dataset, args.split)[1] // gpus) // here)
 
 
-# Below: prob (B, C, H, W), the teacher's, float32; label (B, H, W) int64, 255 where there is none.
-# Part k of class c has the number c K + k, C K is no part. The teacher's is detached. u: numbers in
-# [0, 1), float64, from which all is drawn.
+# Below: prob (B, C, H, W), the teacher's, detached; label (B, H, W) int64, 255 where there is none.
+# Part k of class c is number c K + k, C K is no part. u: from which all is drawn, float64, [0, 1).
 
 
 def upcast(x):
@@ -289,11 +288,12 @@ def part_ids(E, prototypes, label):
     E: (B, D, h, w), the teacher's last stage, where k* is found for all classes at its own stride
     [D23]; its length, which all cosines of a pixel share, is left out. prototypes: P, (C, K, D).
     """
-    (C, K), none = prototypes.shape[:2], label == IGNORE
+    (C, K), (h, w), none = prototypes.shape[:2], E.shape[2:], label == IGNORE
     scores = torch.einsum("ckd,bdhw->bckhw", F.normalize(prototypes, dim=2), upcast(E))
-    k = aligned(scores.argmax(2).short().flatten(0, 1), label.shape[1:])  # ties: lowest k
+    cell = aligned(torch.arange(h * w, device=E.device).view(1, h, w), label.shape[1:])
     c = label.masked_fill(none, 0)
-    return (c * K + k.unflatten(0, (-1, C)).gather(1, c[:, None])[:, 0]).masked_fill(none, C * K)
+    k = scores.argmax(2).flatten(1).gather(1, (c * h * w + cell).flatten(1))  # ties: lowest k
+    return (c * K + k.view_as(c)).masked_fill(none, C * K)
 
 
 def part_sums(x, ids, R):
@@ -323,7 +323,7 @@ def push_keys(bank, pushed, sizes, offered):
     """Category-wise FIFO queues Q_c, in place: rings of sizes (C,) one after another in a tensor.
 
     bank: (sum of sizes + 1, D); the last row takes what is no key, and stays 0. pushed: (C,) int64,
-    keys ever. offered: (C, K, D + 1) as draw_keys has them, oldest first.
+    keys ever. offered: (C, n, D + 1), unit keys and 1, or anything and 0; oldest first.
     """
     keys, real = offered[..., :-1].to(bank.dtype), offered[..., -1] > 0
     number = real.cumsum(1)  # 1, 2, ... for keys
@@ -379,7 +379,7 @@ def draw_entries(ring, filled, q, u):
 
 
 def info_nce(z, bank, rows, sigma):
-    """Eq. (10) of each anchor. z: (A, D), bank: (n, D), unit. rows: (A, 1 + N), positive first."""
+    """Eq. (10): -log softmax(cos / sigma) at z+. z: (A, D). rows: (A, 1 + N), z+, then z-. (A,)."""
     scores = (z @ bank.T).gather(1, rows) / sigma
     return scores.logsumexp(1) - scores[:, 0]
 
@@ -390,13 +390,12 @@ def part_contrast(rep_s, ids, state, args):
     rep_s: (B, D, h, w), the student's. ids: (B, H, W), C K where a pixel is no candidate. state:
     the bank of rings and the keys pushed into each. No anchor without positive and negatives.
     """
-    C, K, q = len(state["prototypes"]), args.parts, args.queue
-    ids = aligned(ids, rep_s.shape[2:])
+    C, K, ids = len(state["prototypes"]), args.parts, aligned(ids, rep_s.shape[2:])
     chance = dict(dtype=torch.float64, device=rep_s.device)
     pixels, real = draw_anchors(ids, C, K, args, torch.rand(C, args.anchors + 1, **chance))
     ring = ids.flatten()[pixels].clamp(max=C * K - 1)
     u = torch.rand(C, args.anchors, 1 + args.negatives, **chance)
-    rows, both = draw_entries(ring, state["pushed"].clamp(max=q), q, u)
+    rows, both = draw_entries(ring, state["pushed"].clamp(max=args.queue), args.queue, u)
     z, real = F.normalize(upcast(as_rows(rep_s)[pixels]), dim=2), real & both
     each = (info_nce(a, state["bank"], r, args.sigma) for a, r in zip(z, rows, strict=True))
     losses = torch.where(real, torch.stack(list(each)), 0.0)  # a class at a time: less memory
@@ -418,9 +417,8 @@ def kmeans(x, K, u, steps=30):
     P = torch.stack(centers) if centers else x[:0]
     for step in range(steps if centers else 0):
         M = F.one_hot((unit @ P.T).argmax(1), len(P)).T.to(x.dtype)
-        count = M.sum(1, True)
-        new = M @ x / count if step == steps - 1 else F.normalize(M @ unit, dim=1)
-        P = torch.where(count > 0, new, P)
+        new = M @ x / M.sum(1, True) if step == steps - 1 else F.normalize(M @ unit, dim=1)
+        P = torch.where(M.any(1, True), new, P)
     return F.pad(P, (0, 0, 0, K - len(P)))
 
 
@@ -433,22 +431,23 @@ def first_prototypes(net, data, D, args, group):
     """
     C, on = data.num_classes, dict(device=group.device)
     n, P = min(5_000, 2**28 // (C * D)), []  # at most 1 GiB
-    sample, number = torch.zeros(C, n, D, **on), torch.full((C, n), torch.inf, **on).double()
+    sample, number = torch.zeros(C, n, D, **on), torch.ones(C, n, **on).double()
     for index in range(group.rank, len(data.labeled), group.world):
         image, label = Images(data, data.labeled)[index]
         E = upcast(net(image[None].to(group.device))["encoder"])
-        label = aligned(label[None].to(group.device), E.shape[2:]).flatten()
+        label = aligned(label[None].to(group.device), E.shape[2:]).flatten().long()
         rng = np.random.default_rng([args.seed, zlib.crc32(b"pixels"), index])
         u = distributed.to_device(rng.random(len(label)), group)
-        for c in range(C):
-            here = (label == c).nonzero()[:, 0]
+        limit = F.pad(number.amax(1), (0, 256 - C))  # the void's pixels have none below
+        for c in label[u < limit[label]].unique().tolist():
+            here = ((label == c) & (u < limit[c])).nonzero()[:, 0]
             numbers, x = torch.cat([number[c], u[here]]), torch.cat([sample[c], as_rows(E)[here]])
             number[c], kept = numbers.topk(n, largest=False)
             sample[c] = x[kept]
     u = np.random.default_rng([args.seed, zlib.crc32(b"centers")]).random((C, args.parts))
     for c in range(C):  # one class of all processes at a time
         numbers, order = distributed.gathered(number[c]).flatten().sort()
-        order = order[numbers.isfinite()][:n]
+        order = order[numbers < 1][:n]
         x = distributed.gathered(sample[c]).flatten(0, 1)[order]
         P.append(kmeans(x, args.parts, distributed.to_device(u[c], group)))
     return distributed.gathered(torch.stack(P))[0]
@@ -912,7 +911,6 @@ def main(args):
                 sums = distributed.reduced(part_sums(out_t["encoder"], ids, C * K).sum(0))
                 state["prototypes"] = update_prototypes(state["prototypes"], sums, args.theta)
                 ids_l, *ids_u = ids.split([n, len(x_u)])
-            del out_t  # its features are large
             rng = np.random.default_rng([args.seed, step])  # equal on all processes
             if args.cutmix and rng.random() < args.cutmix_prob:  # all alike [D18]
                 boxes = [cutmix_box(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
@@ -921,19 +919,21 @@ def main(args):
             y_u = soft_label(prob, args)
             conf, dominant, area = prob.amax(1), (y_u > 0).sum(1), inside.sum().clamp(min=1)
             mean_conf, mean_dominant = ((x * inside).sum() / area for x in (conf, dominant))
+            del out_t, prob  # large
         out = student_parallel(torch.cat([x_l, x_u]))  # one pass: they share BN statistics
         sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)
         unsup = soft_cross_entropy(out["logits"][n:], y_u, inside)
         if args.contrast:
-            sure = inside & (conf > args.zeta)  # Eq. (9)
-            ids = torch.cat([ids_l, ids_u[0].masked_fill(~sure, C * K)])
+            ids = torch.cat([ids_l, ids_u[0].masked_fill(~(conf > args.zeta), C * K)])  # Eq. (9)
             contrast, anchors = part_contrast(out["rep"], ids, state, args)
+            present = (sums[:, -1] > 0).sum()
         else:  # 0, so that DDP sees all parameters
-            contrast, anchors = 0.0 * out["rep"].float().sum(), torch.zeros_like(sup)
+            contrast, anchors, present = 0.0 * out["rep"].float().sum(), *sup.new_zeros(2)
         loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (11)
         loss.backward()
-        parts = {"loss": loss, "sup": sup, "unsup": unsup, "contrast": contrast}
-        parts |= {"anchors": anchors, "dominant": mean_dominant, "conf": mean_conf}
+        parts = {"loss": loss, "sup": sup, "unsup": unsup, "contrast": contrast, "anchors": anchors}
+        parts |= {"parts": present, "dominant": mean_dominant, "conf": mean_conf}
+        out = {"logits": out["logits"].detach()}  # the features are large
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step

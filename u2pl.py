@@ -342,7 +342,7 @@ def push_keys(bank, pushed, sizes, offered):
     """Category-wise FIFO queues Q_c, in place: rings of sizes (C,) one after another in a tensor.
 
     bank: (sum of sizes + 1, D); the last row takes what is no key, and stays 0. pushed: (C,) int64,
-    keys ever. offered: (C, K, D + 1) as draw_keys has them, oldest first.
+    keys ever. offered: (C, n, D + 1), unit keys and 1, or anything and 0; oldest first.
     """
     keys, real = offered[..., :-1].to(bank.dtype), offered[..., -1] > 0
     number = real.cumsum(1)  # 1, 2, ... for keys

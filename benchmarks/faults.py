@@ -39,9 +39,10 @@ import tyro  # noqa: E402
 from common import run  # noqa: E402
 from tests import helpers  # noqa: E402
 
-SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl")
+SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl")
 MORE = {  # flags that make a run of a few steps do all that a long one does
     "mean_teacher": "--cutmix --warmup-iters 3",
+    "esl": "--anchors 6 --queue 5 --zeta 0.12",
     "u2pl": "--warmup-iters 3 --bank-sizes 40 20 --keys 7",
 }
 WRITES = ("checkpoint", "renames", "log")

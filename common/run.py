@@ -248,8 +248,8 @@ class Run:
     def restore(self, networks, optimizer, state):
         """With --resume, fills all three from last.pt; returns the step to go on from, or 0.
 
-        The log is cut back to that step. Raises Refusal if the file is damaged or was written by
-        another script or recipe (naming the first flag that differs).
+        From previous.pt, if that is damaged. The log is cut back to that step. Raises Refusal if
+        both are, or if another script or recipe wrote it (naming the first flag that differs).
         """
         path, previous = (self.folder / name for name in ("last.pt", "previous.pt"))
         if not self.resume or not from_first(path.exists() or previous.exists()):

@@ -138,8 +138,9 @@ class Nursery:
     """A process that has imported all and forks others: each begins at once, not after seconds."""
 
     def __init__(self):
-        words = "import supervised, mean_teacher, cps_fpl, ael_fpl, u2pl; from tests import helpers"
-        command = [sys.executable, "-c", f"{words}; helpers.nurse()"]
+        scripts = "supervised, mean_teacher, cps_fpl, ael_fpl, u2pl, esl"
+        words = f"import {scripts}; from tests import helpers; helpers.nurse()"
+        command = [sys.executable, "-c", words]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         self.process = subprocess.Popen(command, **pipes)
         self.lock = threading.Lock()

@@ -313,7 +313,7 @@ def test_a_bound_outside_0_and_1_is_refused_by_every_function_that_uses_it(T):
         lambda: resolve(Args(dataset="cityscapes", split="1/8", T=T, unsup_loss="ce"), preset),
     ]
     for call in calls:
-        with pytest.raises(Refusal, match=f"probability {T}: a number between 0 and 1"):
+        with pytest.raises(Refusal, match=f" {T}: a number "):
             call()
 
 

@@ -472,6 +472,23 @@ def test_kmeans_is_lloyds_loop():
     assert kmeans(x, K, u).flatten().tolist() == pytest.approx(sum(centers, []), rel=1e-6, abs=1e-9)
 
 
+def test_kmeans_takes_more_than_a_few_steps_and_an_emptied_cluster_keeps_its_centre(monkeypatch):
+    x, u = normal(300, 3, seed=1), uniform(6, seed=1)
+    whole, few = kmeans(x, 6, u), kmeans(x, 6, u, steps=8)
+    assert not few.equal(whole) and kmeans(x, 6, u, steps=29).equal(whole)  # it has come to rest
+    one_hot, seen = F.one_hot, []
+
+    def emptied(index, count):  # the second step takes all away from the last cluster
+        seen.append(1)
+        return one_hot(index % 5 if len(seen) == 2 else index, count)
+
+    one = F.normalize(kmeans(x, 6, u, steps=1), dim=1)[5]
+    monkeypatch.setattr(F, "one_hot", emptied)
+    kept = kmeans(x, 6, u, steps=2)[5]
+    assert seen == [1, 1] and kept.norm() == pytest.approx(1.0)
+    assert kept @ one > 0.9  # the unit mean of the step before; one is of raw features
+
+
 def test_kmeans_of_few_pixels_leaves_zeros():
     x = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])  # two directions
     P = kmeans(x, 5, uniform(5))
@@ -579,6 +596,9 @@ def test_first_prototypes_stay_within_their_memory(C, D, monkeypatch):
 # ---- no wait, fixed shapes ----
 
 
+WAITS = "_local_scalar_dense nonzero masked_select unique boolean".split()
+
+
 class Calls(TorchDispatchMode):
     """Keeps (operation, shapes of its results)."""
 
@@ -639,9 +659,30 @@ def test_a_step_never_waits_and_its_shapes_are_fixed():
         found.append(whole_step(label, prob, inside, E))
     assert found[0][0] == found[1][0] == found[2][0]  # operation by operation, shape by shape
     assert found[0][1] > 0 and found[1][1] == 0
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "boolean", "_to_copy.cpu")
     for name, _ in found[0][0]:
-        assert not any(word in name for word in waits), name
+        assert not any(word in name for word in WAITS), name
+    with Calls() as calls:  # the detector sees
+        found[0][1] and torch.ones(2)[torch.ones(2).bool()].sum().item()
+    names = " ".join(name for name, _ in calls.seen)
+    assert "boolean" in names and "_local_scalar_dense" in names
+
+
+# ---- the head ----
+
+
+def test_the_head_returns_its_features_while_its_own_flag_is_set():
+    sides = ((64, 16), (128, 8), (256, 4), (512, 4))
+    stages = [torch.randn(2, c, s, s, requires_grad=True) for c, s in sides]
+    head = esl.ESLHead([64, 128, 256, 512], 5, given(aspp_rates=(1, 2, 3), aux_weight=0.4))
+    out = head(stages, (64, 64))
+    assert set(out) == {"logits", "rep", "encoder", "aux"} and head.width == 512
+    assert out["logits"].shape == out["aux"].shape == (2, 5, 64, 64)
+    assert out["rep"].shape == (2, 512, 16, 16) and out["encoder"] is stages[3]
+    out["rep"].sum().backward()
+    assert stages[0].grad.any() and stages[3].grad.any()  # low-level and ASPP features
+    assert set(head.eval()(stages, (64, 64))) == {"logits", "aux"}
+    head.training = True  # as main sets the teacher's
+    assert "rep" in head(stages, (64, 64)) and not head.represent.training
 
 
 # ---- presets and flags ----

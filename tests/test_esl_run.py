@@ -30,7 +30,7 @@ from tests.helpers import (
     train,
 )
 from tests.test_ael_run import own_folder
-from tests.test_esl import cosine, near, scalar_label
+from tests.test_esl import WAITS, Calls, cosine, near, scalar_label
 
 SMALL = "--anchors 6 --negatives 7 --queue 5 --parts 3 --zeta 0.12".split()
 
@@ -85,7 +85,13 @@ def watched(patch, argv):
 
         def called(*inputs, name=name, call=call):
             kept = [x.detach().clone() if torch.is_tensor(x) else x for x in inputs]
+            if name == "first_prototypes":  # its network, modes, and that nothing of it moves
+                net, before = inputs[0], digest({"": inputs[0]})
+                (who,) = (key for key, one in first[0].items() if one is net)
             out = call(*inputs)
+            if name == "first_prototypes":
+                still = digest({"": net}) == before
+                steps[-1].measured = who, net.backbone.training, net.head.training, still
             steps[-1].calls[name] = kept, out
             return out
 
@@ -122,6 +128,8 @@ def literal(number, step, before, args):
     clean, inside = step.batch["unlabeled"]["image"], step.batch["unlabeled"]["inside"]
     n, C = len(x_l), eye["logits"].shape[1]
     assert eye["image"].equal(torch.cat([x_l, clean]) if args["contrast"] else clean)
+    if "first_prototypes" in step.calls:  # of the teacher before it has seen anything
+        assert step.measured == ("teacher", False, True, True)
     assert ("rep" in eye["out"]) == ("encoder" in eye["out"]) == args["contrast"]
     prob = eye["logits"][-len(clean) :].softmax(1)
     x_u, target, sure = mixed(number, args, clean, prob, inside)
@@ -249,10 +257,60 @@ def test_steps_of_2_and_of_81_classes_are_the_literal_ones(classes, zeta, tmp_pa
     assert len(log(out)[-1]["best"]["iou"]) == classes
 
 
-FLAGS = """--label hard|--label soft|--label topk --top-k 3|--label topk --top-k 2|--eta 0.8|--unsup-weight 1
---contrast-weight 1|--no-contrast|--parts 2|--theta 0.5|--zeta 0.5|--anchor-share 0.5|--anchors 2
---negatives 3|--sigma 0.1|--queue 2|--ema-decay 0.3|--no-cutmix|--cutmix-prob 0.7
---batch-size-unlabeled 4""".replace("\n", "|").split("|")
+def test_a_step_of_a_run_never_waits(tree, tmp_path, monkeypatch):
+    """From the gradient's clearing to the optimizer's step: the losses seam of main itself."""
+    shrink(esl, monkeypatch)
+    clear, move, number, calls = torch.optim.SGD.zero_grad, torch.optim.SGD.step, [0], Calls()
+
+    def zero_grad(self, **options):
+        clear(self, **options)
+        number[0] += 1
+        if number[0] == 3:
+            calls.__enter__()
+
+    def step(self):
+        if number[0] == 3:
+            calls.__exit__(None, None, None)
+        move(self)
+
+    monkeypatch.setattr(torch.optim.SGD, "zero_grad", zero_grad)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    train(esl, flags(tree, tmp_path / "run", iters=4, evaluate=9, save=9) + SMALL)
+    names = [name for name, _ in calls.seen]
+    assert any("convolution_backward" in name for name in names)
+    assert not [name for name in names if any(word in name for word in WAITS)]
+
+
+def test_pairs_of_every_process(monkeypatch):
+    """--cutmix mixes two images of one process: 8 of Cityscapes are enough for 4 processes."""
+
+    class Begun(Exception):
+        pass
+
+    def build(*_):
+        raise Begun
+
+    words = "--dataset cityscapes --split 1/4 --weights none --device cpu".split()
+    args = run.resolve(run.parse(esl.Args, words), esl.preset)
+    monkeypatch.setattr(esl, "load", lambda args: SimpleNamespace(num_classes=19))
+    monkeypatch.setattr(esl, "deepcopy", lambda net: net)
+    monkeypatch.setattr(esl, "make_optimizer", lambda *_: None)
+    monkeypatch.setattr(esl, "parallel", lambda net, *_: net)
+    net = torch.nn.Module()
+    net.head = SimpleNamespace(width=8, represent=[SimpleNamespace(out_channels=4)])
+    monkeypatch.setattr(esl, "build", lambda *_: net)
+    monkeypatch.setattr(esl, "Run", build)
+    for world, error in ((4, Begun), (8, Refusal)):
+        group = run.Group(0, world, torch.device("cpu"))
+        monkeypatch.setattr(esl.distributed, "setup", lambda device, group=group: group)
+        with pytest.raises(error):
+            esl.main(args)
+
+
+FLAGS = """--label hard|--label soft|--label topk --top-k 3|--label topk --top-k 2|--eta 0.8
+--unsup-weight 1|--contrast-weight 1|--no-contrast|--parts 2|--theta 0.5|--zeta 0.5|--anchors 2
+--anchor-share 0.5|--negatives 3|--sigma 0.1|--queue 2|--ema-decay 0.3|--no-cutmix
+--cutmix-prob 0.5|--batch-size-unlabeled 4""".replace("\n", "|").split("|")
 
 
 def test_every_flag_has_an_effect_and_two_equal_runs_none(tree, tmp_path, monkeypatch):
@@ -323,7 +381,14 @@ def test_panels_show_what_the_student_saw_and_was_taught(extra, tree, tmp_path, 
         white = (parts == 255).all(1)
         assert white.equal(maps["pseudo label"] == -1)
         colours = {tuple(p) for p in parts.movedim(1, -1)[~white].tolist()}
-        assert 2 <= len(colours) <= 33
+        ids = step.calls["part_contrast"][0][1][2:]  # of candidates: Eq. (9)
+        shown_ids = ids[ids < 33].unique()
+        assert len(shown_ids) <= len(colours) <= 33 and len(colours) > len(shown_ids // 3)
+        for r in shown_ids.tolist():
+            assert len(parts.movedim(1, -1)[ids == r].unique(dim=0)) == 1
+        assert len({tuple(parts.movedim(1, -1)[ids == r][0].tolist()) for r in shown_ids}) == len(
+            shown_ids
+        )
 
 
 def test_streams_and_masks_of_unlabelled_images_are_never_opened(tmp_path, monkeypatch):

@@ -477,11 +477,15 @@ def test_the_stream_of_samples_does_not_depend_on_the_number_of_processes(world,
 # ---- deterministic ----
 
 
-@pytest.mark.parametrize("name", [n for n in faults.SCRIPTS if n != "cps_fpl"])  # it has its own
-def test_a_deterministic_run_repeats_itself(name, tree, tmp_path, monkeypatch):
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
+@pytest.mark.parametrize("name", faults.SCRIPTS)
+def test_a_deterministic_run_repeats_itself(name, device, tree, tmp_path, monkeypatch):
     module = importlib.import_module(name)
     shrink(module, monkeypatch)
-    words = faults.MORE.get(name, "").split() + ["--deterministic"]
+    words = faults.MORE.get(name, "").split() + ["--deterministic", "--device", device]
     try:
         for out in ("one", "two"):
             train(module, small(tree, tmp_path / out) + words)

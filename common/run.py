@@ -107,7 +107,8 @@ def refusing(call):
     """Runs call(); a Refusal becomes one line and exit code 2, Ctrl-C code 130, SIGTERM 143."""
 
     def interrupt(*_):
-        end_loaders()  # at once: one that loses its reader prints a traceback
+        """Ctrl-C ends the loaders at once: one that loses its reader prints a traceback."""
+        end_loaders()
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
@@ -128,9 +129,8 @@ def refusing(call):
         code = 143 if stop.args else 130
         line = f"stopped{stop}; the same command with --resume goes on"
     # where all processes stop alike, before there is a group or by a signal, one of them says it
-    mine = code == 2 and torch.distributed.is_initialized()
     sys.stdout.flush()
-    if mine or rank == "0" or not rank.isdecimal():
+    if rank == "0" or not rank.isdecimal() or code == 2 and torch.distributed.is_initialized():
         print(clear + line, file=sys.stderr, flush=True)
     os._exit(code)  # others may wait in a collective: no orderly end of the process group
 

@@ -66,7 +66,7 @@ class Args:
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
     list_presets: bool = False  # print the papers' cells with their mIoU, and stop
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
     workers: int | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
@@ -532,7 +532,8 @@ class DeepLabV3Plus(nn.Module):
         low, high = self.low(stages[0]), stages[3]
         pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
         aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
-        return torch.cat([low, upsample(aspp, low.shape[2:])], 1)
+        aspp = upsample(aspp, low.shape[2:]).to(low.dtype)  # float32 under CUDA's autocast
+        return torch.cat([low, aspp], 1)
 
     def forward(self, stages, size):
         out = {"logits": upsample(self.classify(self.fuse(stages)).float(), size)}
@@ -806,14 +807,16 @@ def main(args):
         return distributed.teardown()
     optimizer = make_optimizer(trained, args)
     # >>> method: state
+    distributed.need_float64(group, "classes and partners are drawn")
     C, B = data.num_classes, args.batch_size_unlabeled
     here, here_l = B // group.world, args.batch_size // group.world
     mine = slice(group.rank * here, (group.rank + 1) * here)
-    allowed = torch.tensor([c not in args.paste_not for c in range(C)], device=group.device)
-    if args.paste_draws and not allowed.any() or max(args.paste_not, default=0) >= C:
+    pasted = [c not in args.paste_not for c in range(C)]
+    if args.paste_draws and not any(pasted) or max(args.paste_not, default=0) >= C:
         raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")
     if here_l % args.pooled:
         raise Refusal(f"--pooled {args.pooled}: {here_l} labelled images per process do not divide")
+    allowed = torch.tensor(pasted, device=group.device)
     rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
     bank, empty = rng.random(C, np.float32), torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
     draws = torch.stack([draw_partners(bank, empty, B, rng) for _ in range(4)])  # [D26] [D27]

@@ -67,7 +67,7 @@ class Args:
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
     list_presets: bool = False  # print the papers' cells with their mIoU, and stop
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if there is one
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
     workers: int | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
@@ -374,7 +374,8 @@ class DeepLabV3Plus(nn.Module):
         low, high = self.low(stages[0]), stages[3]
         pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
         aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
-        return torch.cat([low, upsample(aspp, low.shape[2:])], 1)
+        aspp = upsample(aspp, low.shape[2:]).to(low.dtype)  # float32 under CUDA's autocast
+        return torch.cat([low, aspp], 1)
 
     def forward(self, stages, size):
         out = {"logits": upsample(self.classify(self.fuse(stages)).float(), size)}

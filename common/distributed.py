@@ -25,12 +25,18 @@ class Group(NamedTuple):
 def setup(device="auto"):
     """Returns the Group; joins torchrun's process group (NCCL, or gloo on CPU) if there is one.
 
-    device: auto, cpu or cuda; auto takes CUDA where it is. Raises Refusal if cuda is asked for and
-    absent, or if torchrun's environment is incomplete.
+    device: auto, cpu, cuda or mps (untested); auto takes CUDA where it is. Raises Refusal if a
+    device is asked for and absent, or if torchrun's environment is incomplete.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it
     if device == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: torch sees no CUDA device here; leave --device out")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise Refusal("--device mps: torch sees no MPS device here; leave --device out")
+    if device == "mps" and "RANK" in os.environ:
+        raise Refusal("--device mps: one process alone; leave torchrun out")
+    if device == "mps":
+        return Group(0, 1, torch.device("mps"))
     cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Group(0, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
@@ -56,6 +62,12 @@ def setup(device="auto"):
         raise Refusal(f"MASTER_ADDR:MASTER_PORT {where}: {line}") from None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Group(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
+
+
+def need_float64(group, what):
+    """Raises Refusal on MPS, which has no float64. what: the part of a script that wants it."""
+    if group.device.type == "mps":
+        raise Refusal(f"--device mps: {what} in float64, which MPS does not have: --device cpu")
 
 
 def fresh_store(rank, world):

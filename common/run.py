@@ -368,7 +368,8 @@ class Run:
         device but when something is due; then raises Refusal if a loss was not finite, naming the
         step.
         """
-        values = torch.stack([v.detach().double() for v in parts.values()])
+        precise = torch.float32 if self.group.device.type == "mps" else torch.float64
+        values = torch.stack([v.detach().to(precise) for v in parts.values()])
         sums = torch.cat([values.new_ones(1), values])
         self.meter = self.meter + sums if len(self.meter) else sums
         self.bad_step = self.bad_step.clamp(max=torch.where(values.isfinite().all(), NEVER, step))

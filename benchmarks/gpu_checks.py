@@ -1,0 +1,498 @@
+"""Parts of gpu.py that compare a device with the CPU, and look for waits and graph breaks.
+
+Every comparison has the CPU in float64 as its truth. The CPU's own float32 is measured beside the
+device's: a limit is a multiple of what float32 costs there, or a floor that is stated.
+"""
+
+import contextlib
+import importlib
+import time
+import traceback
+from argparse import Namespace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from benchmarks import steps
+from common import distributed, metrics
+from common.distributed import Group
+
+CPU = torch.device("cpu")
+TIMES = 8  # an error may be so many times the CPU's own in float32
+FLOOR = {"value": 1e-5, "gradient": 1e-4}  # relative, float32: sums in another order
+STEP_FLOOR = {"value": 1e-4, "gradient": 2e-2}  # behind a network: a pixel may change its class
+BF16 = {"value": 0.05, "gradient": 0.2}  # likewise, in bfloat16
+
+
+@contextlib.contextmanager
+def drawn_on_cpu():
+    """Random numbers come from the CPU's generator, whatever the device; dropout lets all pass."""
+    rand = torch.rand
+
+    def draw(*size, device=None, dtype=None, **more):
+        return rand(*size, dtype=dtype, **more).to(device or CPU)
+
+    def draw_like(x, **more):
+        return rand(x.shape, dtype=torch.float64, **more).to(x.device, x.dtype)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(torch, "rand", draw))
+        stack.enter_context(patch.object(torch, "rand_like", draw_like))
+        for layer in (nn.Dropout, nn.Dropout2d):
+            stack.enter_context(patch.object(layer, "forward", lambda self, x: x))
+        yield
+
+
+@contextlib.contextmanager
+def in_float64():
+    """Where a script says float32, float64 is meant: the truth for all others."""
+    with patch.object(torch.Tensor, "float", torch.Tensor.double):
+        yield
+
+
+def apart(x, truth):
+    """Returns how far x is from the truth: their difference's norm over the truth's."""
+    x, truth = x.detach().double().cpu(), truth.detach().double().cpu()
+    return float((x - truth).norm() / truth.norm().clamp(min=1e-12))
+
+
+# ---- losses, banks, percentiles ----
+
+
+class Inputs:
+    """Random tensors, the same ones on every device and in every type; leaves take a gradient."""
+
+    def __init__(self, device, dtype, through, size):
+        """through: the type that the numbers are rounded to first, so that all see the same."""
+        self.device, self.dtype, self.through, self.size = device, dtype, through, size
+        self.generator = torch.Generator().manual_seed(0)
+        self.leaves = []
+
+    def normal(self, *shape, scale=1.0, leaf=False):
+        """Normal numbers."""
+        x = scale * torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        x = x.to(self.through).to(self.device, self.dtype)
+        if leaf:
+            self.leaves.append(x.requires_grad_())
+        return x
+
+    def logits(self, leaf=False):
+        """(2, 11, n, n), some sure and some not."""
+        return self.normal(2, 11, self.size, self.size, scale=3.0, leaf=leaf)
+
+    def probabilities(self):
+        """A teacher's."""
+        return self.logits().double().softmax(1).to(self.dtype)
+
+    def integers(self, high, *shape):
+        """Whole numbers below high."""
+        return torch.randint(0, high, shape, generator=self.generator).to(self.device)
+
+    def labels(self):
+        """(2, n, n) of 11 classes, a seventh of them void."""
+        label = self.integers(11, 2, self.size, self.size)
+        return label.masked_fill(self.integers(7, *label.shape) == 0, 255)
+
+    def inside(self):
+        """(2, n, n), an eighth outside."""
+        return self.integers(8, 2, self.size, self.size) > 0
+
+    def uniform(self, *shape):
+        """Numbers in [0, 1), always float64: what scripts draw from."""
+        return torch.rand(shape, generator=self.generator, dtype=torch.float64).to(self.device)
+
+
+def arguments(name, *flags):
+    """Returns the arguments of a script by its own recipe for the generated data set."""
+    return steps.resolved(importlib.import_module(name), flags)
+
+
+def cps(flags):
+    """Returns a case: both directions of cps_fpl.py's cross loss."""
+
+    def case(x):
+        script, args = importlib.import_module("cps_fpl"), arguments("cps_fpl", *flags.split())
+        students = [x.logits(leaf=True), x.logits(leaf=True)]
+        teachers = [x.logits(), x.logits()]
+        loss, parts = script.cross_loss(students, teachers, x.inside(), 0.0, args)
+        return {"loss": loss, **parts}
+
+    return case
+
+
+def ael(flags):
+    """Returns a case: ael_fpl.py's consistency loss, its bank of confidence and the rate."""
+
+    def case(x):
+        script, args = importlib.import_module("ael_fpl"), arguments("ael_fpl", *flags.split())
+        sums = script.class_confidence(x.probabilities(), x.labels(), 1)
+        bank = script.update_confidence(x.uniform(11).to(sums.dtype), sums, 0.9)
+        rate = script.equalization_rate(bank)
+        pair = x.logits(leaf=True), x.logits()
+        loss, parts = script.consistency_loss(*pair, x.inside(), rate, 1, args)
+        return {"loss": loss, "bank": bank, "rate": rate, **parts}
+
+    return case
+
+
+def u2pl(kind):
+    """Returns a case: entropy, percentiles, masks, keys, queues and U2PL's loss on top of them."""
+
+    def case(x):
+        script = importlib.import_module("u2pl")
+        args = arguments("u2pl", "--unreliable-loss", kind, "--anchors", 16, "--negatives", 8)
+        prob, inside = x.probabilities(), x.inside()
+        H = script.entropy(prob)
+        gamma, lower = script.quantiles(H, inside, 0.8, 0.2)
+        candidate = script.candidates(H, inside, gamma, lower, "unreliable").flatten()
+        rows = script.as_rows(prob).contiguous()
+        labels = script.reliable_labels(prob.argmax(1), H, gamma).flatten()
+        rank = script.class_ranks(rows)
+        keys_of = script.negative_masks(rank, labels, candidate, 3, 11)
+        rep_t = x.normal(len(rows), 32).float()
+        rep_s = x.normal(len(rows), 32, leaf=True)
+        sizes = torch.full((11,), 64, device=x.device)
+        bank = torch.zeros(11 * 64 + 1, 32, device=x.device)
+        pushed = torch.zeros(11, dtype=torch.int64, device=x.device)
+        offered = script.draw_keys(rep_t, keys_of, x.uniform(11, 33))
+        for _ in range(3):  # the rings turn
+            script.push_keys(bank, pushed, sizes, offered)
+        anchors = script.anchor_masks(rows, labels, 0.3)
+        u = x.uniform(11, 16 * 9)
+        queues = bank, pushed, sizes
+        loss, _ = script.unreliable_loss(rep_s, rep_t, anchors, *queues, u, args)
+        return {"loss": loss, "entropy": H, "percentiles": torch.stack([gamma, lower]), "bank": bank}
+
+    return case
+
+
+def esl(x):
+    """Soft labels and their cross-entropy, parts, prototypes, queues and L_CTR of esl.py."""
+    script = importlib.import_module("esl")
+    args = arguments("esl", "--anchors", 16, "--negatives", 8)
+    C, K, h = 11, args.parts, (x.size + 3) // 4
+    target = script.soft_label(x.probabilities(), args)
+    soft = script.soft_cross_entropy(x.logits(leaf=True), target, x.inside())
+    E, prototypes = x.normal(2, 16, h, h), x.normal(C, K, 16).float()
+    ids = script.part_ids(E, prototypes, x.labels())
+    sums = script.part_sums(E, ids, C * K)
+    prototypes = script.update_prototypes(prototypes, sums.sum(0), 0.9)
+    keys = nn.functional.normalize(sums[..., :-1], dim=2)
+    offered = torch.cat([keys, sums[..., -1:]], 2).transpose(0, 1)
+    bank = torch.zeros(C * K * args.queue + 1, 16, device=x.device, dtype=prototypes.dtype)
+    pushed = torch.zeros(C * K, dtype=torch.int64, device=x.device)
+    script.push_keys(bank, pushed, torch.full_like(pushed, args.queue), offered)
+    state = {"prototypes": prototypes, "bank": bank, "pushed": pushed}
+    rep = x.normal(2, 16, h, h, leaf=True)
+    contrast, _ = script.part_contrast(rep, ids, state, args)
+    centers = script.kmeans(x.normal(200, 16).float(), K, x.uniform(K), steps=3)
+    found = {"loss": soft + contrast, "L_SCE": soft, "L_CTR": contrast, "K-means": centers}
+    return {**found, "prototypes": prototypes}
+
+
+def supervised(x):
+    """Cross-entropy, OHEM's and both heads."""
+    script, logits, label = importlib.import_module("supervised"), x.logits(leaf=True), x.labels()
+    plain = script.cross_entropy(logits, label)
+    hard = script.ohem_cross_entropy(logits, label, 0.3, x.size**2 // 8)
+    args = Namespace(ohem_kept=0.1, aux_weight=0.4, crop_size=x.size)
+    both = script.supervised_loss({"logits": logits, "aux": x.logits(leaf=True)}, label, args)
+    return {"loss": plain + hard + both, "cross-entropy": plain, "OHEM": hard}
+
+
+def mean_teacher(x):
+    """Both consistencies."""
+    script, inside = importlib.import_module("mean_teacher"), x.inside()
+    ce = script.consistency_ce(x.logits(leaf=True), x.probabilities(), inside)
+    mse = script.consistency_mse(x.logits(leaf=True), x.probabilities(), inside)
+    return {"loss": ce + mse, "hard": ce, "squared": mse}
+
+
+CASES = {
+    "supervised.py": supervised,
+    "mean_teacher.py": mean_teacher,
+    "cps_fpl.py FPL": cps(""),
+    "cps_fpl.py FPL, official": cps("--recipe official"),
+    "cps_fpl.py CPS": cps("--unsup-loss ce"),
+    "cps_fpl.py soft labels": cps("--unsup-loss soft"),
+    "cps_fpl.py negative learning": cps("--unsup-loss negative"),
+    "ael_fpl.py FPL+AEL": ael(""),
+    "ael_fpl.py FPL+AEL, official": ael("--recipe official"),
+    "ael_fpl.py AEL": ael("--unsup-loss ce"),
+    "u2pl.py L_c": u2pl("contrastive"),
+    "u2pl.py L_b": u2pl("binary"),
+    "esl.py": esl,
+}
+
+
+def outcome(case, device, dtype, through, size):
+    """Returns {name: tensor} of a case, the gradients of its leaves among them."""
+    inputs = Inputs(device, dtype, through, size)
+    torch.manual_seed(0)
+    with drawn_on_cpu():
+        values = case(inputs)
+        values["loss"].backward()
+    gradients = {f"gradient {i}": leaf.grad for i, leaf in enumerate(inputs.leaves)}
+    return {**values, **gradients}
+
+
+def losses(options, report):
+    """Every case on the device, in float32 and with inputs of bfloat16, against the CPU."""
+    size = 24 if options.tiny else 128
+    for name, case in CASES.items():
+        for kind in (torch.float32, torch.bfloat16):
+            word = str(kind).removeprefix("torch.")
+
+            def compare(name=name, case=case, kind=kind, word=word):
+                with in_float64():
+                    truth = outcome(case, CPU, torch.float64, kind, size)
+                own = outcome(case, CPU, kind, kind, size)
+                found = outcome(case, report.device, kind, kind, size)
+                judge(report, f"{name}, {word}", found, own, truth, FLOOR)
+
+            report.attempt(f"{name}, {word}", compare)
+    report.attempt("confusion matrix", lambda: counted(report, size))
+
+
+def counted(report, size):
+    """The confusion matrix is made of whole numbers: equal, not near."""
+    found = []
+    for device in (CPU, report.device):
+        x = Inputs(device, torch.float32, torch.float32, size)
+        found.append(metrics.confusion_matrix(x.logits().argmax(1), x.labels(), 11).cpu())
+    report.check("confusion matrix", float((found[0] != found[1]).sum()), 0.0)
+
+
+def judge(report, name, found, own, truth, floor, times=TIMES):
+    """Adds a row: the entry of found that is furthest beyond its limit."""
+    worst = None
+    for key, value in found.items():
+        kind = "gradient" if key.startswith("gradient") else "value"
+        error = apart(value, truth[key])
+        limit = max(times * apart(own[key], truth[key]), floor[kind])
+        if not bool(torch.isfinite(value.double()).all()):
+            error = float("inf")
+        if worst is None or not error / limit <= worst[0]:
+            worst = error / limit, error, limit, key
+    report.check(name, worst[1], worst[2], f"furthest: {worst[3]}")
+
+
+# ---- whole steps ----
+
+
+def one_step(name, flags, device, float64=False, tiny=False):
+    """Returns the Watch of a script's first whole step on a device, from the same batches.
+
+    esl.py's first prototypes are drawn: K-means has a row of its own.
+    """
+    script = importlib.import_module(name)
+    count = 2 if "--warmup-iters 1" in flags else 1  # the first one has labels alone
+
+    def widen(watch):
+        """Banks in float64 too."""
+        for key, value in watch.state.items():
+            if torch.is_tensor(value) and value.is_floating_point():
+                watch.state[key] = value.double()
+
+    def prototypes(net, data, width, args, group):
+        """In place of first_prototypes."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.randn(data.num_classes, args.parts, width, generator=generator)
+        return drawn.to(group.device).float()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(drawn_on_cpu())
+        if name == "esl":
+            stack.enter_context(patch.object(script, "first_prototypes", prototypes))
+        if float64:
+            build = script.build
+            stack.enter_context(in_float64())
+            stack.enter_context(patch.object(script, "build", lambda *a: build(*a).double()))
+        how = {"batches": steps.random_batches(), "before": widen if float64 else None}
+        return steps.take(script, flags.split(), Group(0, 1, device), count, tiny=tiny, **how)
+
+
+def step_values(watch):
+    """Returns {name: tensor}: the parts of the loss, all networks' gradients, what changed."""
+    found = dict(watch.parts[-1])
+    gradients = watch.gradients()
+    for name in watch.networks:
+        own = [g.flatten() for key, g in gradients.items() if key.startswith(f"{name}.")]
+        if own:
+            found[f"gradient of {name}"] = torch.cat([g.double() for g in own])
+    kept = [v.double().flatten() for v in watch.values().values() if v.is_floating_point()]
+    found["values after it"] = torch.cat(kept)
+    return found
+
+
+def whole_steps(options, report):
+    """A step of every script in all its modes: float32 and, in its first mode, bfloat16.
+
+    bfloat16 on the device may be twice as far from the truth as on the CPU.
+    """
+    for name, mode, flags in modes(options):
+        first = mode == next(iter(steps.MODES[name]))
+
+        def step(device, more="", float64=False, name=name, flags=flags):
+            watch = one_step(name, flags + more, device, float64, options.tiny)
+            return step_values(watch)
+
+        def compare(name=name, mode=mode, step=step, first=first):
+            truth = step(CPU, float64=True)
+            label = f"{name}.py {mode}"
+            judge(report, f"{label}, float32", step(report.device), step(CPU), truth, STEP_FLOOR)
+            if first:
+                own = step(CPU, " --amp bf16")
+                found = step(report.device, " --amp bf16")
+                judge(report, f"{label}, bfloat16", found, own, truth, BF16, times=2)
+
+        report.attempt(f"{name}.py {mode}", compare)
+
+
+def modes(options):
+    """Yields (script, mode, flags) of every mode at the size for checks."""
+    size = "--crop-size 32 --batch-size 2" if options.tiny else "--crop-size 97 --batch-size 4"
+    for name, words in steps.MODES.items():
+        unlabeled = "" if name == "supervised" else " --batch-size-unlabeled 4"
+        for mode, flags in words.items():
+            yield name, mode, f"{flags} {size}{unlabeled}"
+
+
+# ---- waits ----
+
+ALLOWED = "AEL's boxes are drawn on the CPU from what its teacher sees: one copy a step"
+
+
+def waits(options, report):
+    """20 steps of every script between two lines of its log: the host never waits for the device.
+
+    Where one wait cannot be avoided (distributed.to_host) it is let through, counted and named.
+    """
+    count = 4 if options.tiny else 22
+    for name, mode, flags in modes(options):
+        label = f"{name}.py {mode}"
+        try:
+            seen = watched_steps(name, flags, count, options, report)
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            note = f"{type(error).__name__}: {line} at {product_line(error)}"
+            report.row(label, ok=False, note=note[:300])
+            continue
+        allowed = f"{seen} times: {ALLOWED}" if seen else ""
+        note = allowed if report.cuda else "no CUDA: only that the steps run"
+        report.row(label, ok=True, steps=count - 2, allowed=seen, note=note)
+
+
+def watched_steps(name, flags, count, options, report):
+    """Takes steps, the first two unwatched; returns how often to_host was called in the others."""
+    seen = 0
+    to_host = distributed.to_host
+
+    def counted(*tensors):
+        nonlocal seen
+        seen += 1
+        with unwatched(report.cuda):
+            return to_host(*tensors)
+
+    def after(watch, done):
+        if report.cuda and done == 2:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        if done <= 2:
+            nonlocal seen
+            seen = 0
+
+    group = Group(0, 1, report.device)
+    batches = steps.random_batches(pin=report.cuda)
+    try:
+        with patch.object(distributed, "to_host", counted):
+            more = {"after": after, "batches": batches, "tiny": options.tiny}
+            steps.take(name, flags.split(), group, count, **more)
+    finally:
+        if report.cuda:
+            torch.cuda.set_sync_debug_mode("default")
+    return seen
+
+
+@contextlib.contextmanager
+def unwatched(cuda):
+    """A wait is allowed in here."""
+    before = torch.cuda.get_sync_debug_mode() if cuda else 0
+    if cuda:
+        torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        if cuda:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+def product_line(error):
+    """Returns the innermost line of the product in an error's traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).parent in (steps.ROOT, steps.ROOT / "common")]
+    return f"{Path(own[-1].filename).name}:{own[-1].lineno} {own[-1].line}" if own else "?"
+
+
+# ---- compile ----
+
+
+def compiled(options, report):
+    """--compile: the losses of three steps, graphs and graph breaks, time of the first step.
+
+    tiny: torch's tracer alone, without a compiler.
+    """
+    import torch._dynamo
+
+    compile_it = torch.compile
+    if options.tiny:
+        torch.compile = lambda net: compile_it(net, backend="eager")
+    try:
+        for name in ("cps_fpl", "u2pl", "esl", "ael_fpl"):
+            flags = next(words for script, _, words in modes(options) if script == name)
+            report.attempt(
+                f"{name}.py", lambda n=name, f=flags: compare_compiled(n, f, options, report)
+            )
+            if report.left() < 30 and not options.tiny:
+                break
+    finally:
+        torch.compile = compile_it
+
+
+def compare_compiled(name, flags, options, report):
+    """Adds a row for one script."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    found, first = [], 0.0
+    for more in ("", " --compile"):
+        begin, ends = time.time(), []
+
+        def after(watch, done, ends=ends):
+            if report.cuda:
+                torch.cuda.synchronize()
+            ends.append(time.time())
+
+        group, batches = Group(0, 1, report.device), steps.random_batches()
+        with drawn_on_cpu():
+            words = (flags + more).split()
+            how = {"after": after, "batches": batches, "tiny": options.tiny}
+            watch = steps.take(name, words, group, 3, **how)
+        found.append(torch.stack([parts["loss"] for parts in watch.parts]))
+        first = ends[0] - begin
+    error = apart(found[1], found[0])
+    graphs = counters["stats"].get("unique_graphs", 0)
+    breaks = sum(counters["graph_break"].values())
+    report.row(
+        f"{name}.py",
+        ok=error <= 1e-2,
+        error=error,
+        limit=1e-2,
+        graphs=graphs,
+        graph_breaks=breaks,
+        first_step_s=round(first, 1),
+        note="losses of three steps, and all that stands before the first",
+    )

@@ -1,0 +1,188 @@
+"""A script's own `main`, run for a few steps under observation: for benchmarks and tests.
+
+Nothing of a script is written again here: its networks, streams, losses and optimizer are what
+`main` makes them. What changes is what stands around: the process group is given, nothing is
+written, and after the last step asked for `main` is left.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import sys
+import zlib
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from common import distributed, run  # noqa: E402
+from tests.helpers import tiny_modules  # noqa: E402
+
+# every loss of every script: {script: {mode: flags}}; the first is the script's own default, with
+# its warm-up cut short so that the second step is a whole one
+MODES = {
+    "supervised": {
+        "cross-entropy": "",
+        "OHEM and auxiliary head": "--ohem-kept 0.1 --aux-weight 0.4",
+    },
+    "mean_teacher": {
+        "CutMix": "--cutmix --cutmix-prob 1 --warmup-iters 1",
+        "squared error": "--consistency mse --warmup-iters 0",
+    },
+    "cps_fpl": {
+        "FPL": "",
+        "FPL, recipe official": "--recipe official",
+        "CPS": "--unsup-loss ce",
+        "FPL without CutMix": "--no-cutmix",
+        "soft labels": "--unsup-loss soft",
+        "negative learning": "--unsup-loss negative",
+    },
+    "ael_fpl": {
+        "FPL+AEL": "",
+        "FPL+AEL, recipe official": "--recipe official",
+        "AEL": "--unsup-loss ce",
+    },
+    "u2pl": {
+        "L_c": "--cutmix-prob 1 --warmup-iters 1",
+        "L_b": "--unreliable-loss binary --warmup-iters 0",
+        "neither": "--unreliable-loss none --warmup-iters 0",
+    },
+    "esl": {
+        "ESL": "--cutmix-prob 1",
+        "dynamic soft labels": "--no-contrast",
+        "hard labels": "--no-contrast --label hard",
+    },
+}
+# kept on the device and without a wait in between: a run that is never due for anything
+QUIET = {"log_every": 10**6, "eval_every": 10**6, "save_every": 10**6, "pictures_every": 0}
+
+
+class Enough(Exception):
+    """Leaves `main` after the last step asked for."""
+
+
+class Watch:
+    """What a run of `steps` steps shows: its networks, optimizer, state, and each step's parts."""
+
+    def __init__(self):
+        self.args, self.networks, self.optimizer, self.state = None, {}, None, {}
+        self.parts = []  # of each step: {name: 0-dim tensor}
+        self.spent = []  # of each step: {name: seconds}
+
+    def gradients(self):
+        """Returns {network.parameter: gradient} of all parameters that have one, on the CPU."""
+        found = {}
+        for name, net in self.networks.items():
+            for key, parameter in net.named_parameters():
+                if parameter.grad is not None:
+                    found[f"{name}.{key}"] = parameter.grad.detach().cpu()
+        return found
+
+    def values(self):
+        """Returns {network.name: tensor} of all parameters, buffers and banks, on the CPU."""
+        found = {}
+        for name, net in self.networks.items():
+            found |= {f"{name}.{key}": value.cpu() for key, value in net.state_dict().items()}
+        found |= {f"state.{k}": v.cpu() for k, v in self.state.items() if torch.is_tensor(v)}
+        return found
+
+
+def resolved(script, flags):
+    """Returns the arguments that a script's `main` would get from a list of flags."""
+    return run.resolve(run.parse(script.Args, [str(flag) for flag in flags]), script.preset)
+
+
+def take(script, flags, group, steps, before=None, after=None, batches=None, classes=None, tiny=False):
+    """Runs the first steps of a script's `main` on the generated data set; returns a Watch.
+
+    script: a module or its name. flags: a list. group: the Group to run in. before(watch): called
+    when all is made, before the first step. after(watch, done): at the end of each step. batches(name, images, with_label, args): in place of a stream's
+    loader, an endless iterator. classes: how many the data set pretends to have. tiny: the tests'
+    network in place of the script's, whose step takes milliseconds.
+    """
+    if isinstance(script, str):
+        script = importlib.import_module(script)
+    args = dataclasses.replace(resolved(script, flags), workers=0, **QUIET)
+    args = dataclasses.replace(args, total_iters=max(args.total_iters, steps + 1))
+    watch = Watch()
+    watch.args = args
+
+    class WatchedRun(run.Run):
+        """Writes nothing, and ends after `steps` steps."""
+
+        def restore(self, networks, optimizer, state):
+            watch.networks, watch.optimizer, watch.state = networks, optimizer, state
+            if before is not None:
+                before(watch)
+            return 0
+
+        def step(self, done, parts, lr, begin, spent):
+            super().step(done, parts, lr, begin, spent)
+            watch.parts.append({name: value.detach() for name, value in parts.items()})
+            watch.spent.append(spent)
+            if after is not None:
+                after(watch, done)
+            if done == steps:
+                raise Enough
+
+    def stream(name, data, args, group, start):
+        """In place of open_stream: batches of the size that this process would get."""
+        _, images, with_label, _ = script.streams(data, args)[name]
+        return batches(name, distributed.share(images, group, name), with_label, args)
+
+    def load(args):
+        """The data set, with as many classes as are asked for."""
+        data = original_load(args)
+        data.num_classes = classes
+        data.classes = [f"class {i}" for i in range(classes)]
+        data.palette = np.zeros((classes, 3), np.uint8)
+        return data
+
+    original_load = script.load
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(distributed, "setup", lambda device: group))
+        stack.enter_context(patch.object(script, "Run", WatchedRun))
+        for name, stand_in in tiny_modules(script).items() if tiny else ():
+            stack.enter_context(patch.object(script, name, stand_in))
+        if classes:
+            stack.enter_context(patch.object(script, "load", load))
+        if batches:
+            stack.enter_context(patch.object(script, "open_stream", stream))
+        with contextlib.suppress(Enough):
+            script.main(args)
+    return watch
+
+
+def random_batches(device="cpu", classes=7, pin=False):
+    """Returns a function for take(batches=...): two fixed random batches a stream, again and again.
+
+    Images of noise on blocks of one colour, labels of the blocks, all inside. pin: in pinned
+    memory, as a loader on CUDA gives them.
+    """
+
+    def batches(name, images, with_label, args):
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        made = [sample(generator, images, with_label, args.crop_size) for _ in range(2)]
+        # the loop overwrites the entries of a batch with what lies on the device: copies
+        return (dict(batch) for batch in itertools.cycle(made))
+
+    def sample(generator, images, with_label, crop):
+        cells = (images, max(crop // 32, 2), max(crop // 32, 2))
+        blocks = torch.randint(0, classes, cells, generator=generator)
+        size = (crop, crop)
+        labels = torch.nn.functional.interpolate(blocks[:, None].float(), size)[:, 0].long()
+        noise = torch.randint(0, 60, (images, 3, crop, crop), generator=generator)
+        colours = torch.randint(0, 190, (classes, 3), generator=generator)
+        image = (noise + colours[labels].movedim(3, 1)).byte()
+        batch = {"image": image, "inside": torch.ones(images, crop, crop, dtype=torch.bool)}
+        if with_label:
+            batch["label"] = labels
+        return {key: x.pin_memory() for key, x in batch.items()} if pin else batch
+
+    return batches

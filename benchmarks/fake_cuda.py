@@ -32,10 +32,11 @@ if str(ROOT) not in sys.path:
 from benchmarks import steps  # noqa: E402
 from common.distributed import Group  # noqa: E402
 
-GPU, META = torch.device("cuda", 0), torch.device("meta")
-aten = torch.ops.aten
+GPU, MPS, META = torch.device("cuda", 0), torch.device("mps", 0), torch.device("meta")
 # kernels that are made for two types: BN of bfloat16 with parameters in float32, and copies
 MADE_FOR_TWO = {"native_batch_norm", "native_batch_norm_backward", "_to_copy", "copy_"}
+# what the host has to wait for: a number, or a result whose size depends on numbers
+SIZED_BY_NUMBERS = {"_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"}
 
 
 class Seen(NamedTuple):
@@ -94,7 +95,7 @@ class FakeCuda(TorchDispatchMode):
         to_device = name == "_to_copy" and not isinstance(args[0], FakeTensor)
         if to_cpu or to_device and not kwargs.get("non_blocking"):
             self.waits.append(Seen(f"copy to {kwargs['device'].type}", where()))
-        if name in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2"):
+        if name in SIZED_BY_NUMBERS or name in ("index", "index_put_") and boolean(args[1]):
             self.waits.append(Seen(name, where()))  # and torch's fake tensors raise
         if name not in MADE_FOR_TWO:
             self.compare(name, tensors)
@@ -170,6 +171,11 @@ class Autocast(TorchFunctionMode):
         return kinds.pop() if len(kinds) == 1 else None
 
 
+def boolean(indices):
+    """Returns whether a mask is among the indices of x[...]."""
+    return any(x is not None and x.dtype == torch.bool for x in indices)
+
+
 # what autocast leaves alone and cannot be tried: BN's parameters stay float32, casts are the point
 KEPT = {"batch_norm", "to", "float", "double", "backward", "__get__", "__set__", "__setitem__"}
 
@@ -189,9 +195,9 @@ def where():
 
 
 @contextlib.contextmanager
-def fake_cuda():
-    """A context that holds a FakeCuda in which a script's `main` can run."""
-    mode = FakeCuda()
+def fake_cuda(device=GPU):
+    """A context that holds a FakeCuda in which a script's `main` can run; device: GPU or MPS."""
+    mode = FakeCuda(device)
 
     @contextlib.contextmanager
     def autocast(device, dtype=None, enabled=True):
@@ -217,19 +223,22 @@ def fake_cuda():
         yield mode
 
 
-def fake_steps(name, flags, count=2, **more):
-    """Takes steps of a script on fake CUDA; returns the mode, which has seen them.
+def fake_steps(name, flags, count=2, device=GPU, **more):
+    """Takes steps of a script on fake tensors of a device; returns the mode, which has seen them.
 
     What stands before the first step (weights, banks, K-means of esl.py) may wait and is not noted.
     """
     script = importlib.import_module(name)
-    with fake_cuda() as mode, contextlib.ExitStack() as stack:
+    with fake_cuda(device) as mode, contextlib.ExitStack() as stack:
         if name == "esl":  # before the first step; waits for every image
 
             def prototypes(net, data, width, args, group):
                 return torch.zeros(data.num_classes, args.parts, width, device=group.device)
 
             stack.enter_context(patch.object(script, "first_prototypes", prototypes))
-        begin = lambda watch: mode.waits.clear()  # noqa: E731
-        steps.take(script, flags, Group(0, 1, GPU), count, before=begin, **more)
+
+        def begin(watch):
+            mode.waits.clear()
+
+        steps.take(script, flags, Group(0, 1, device), count, before=begin, **more)
     return mode

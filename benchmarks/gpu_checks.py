@@ -163,7 +163,12 @@ def u2pl(kind):
         u = x.uniform(11, 16 * 9)
         queues = bank, pushed, sizes
         loss, _ = script.unreliable_loss(rep_s, rep_t, anchors, *queues, u, args)
-        return {"loss": loss, "entropy": H, "percentiles": torch.stack([gamma, lower]), "bank": bank}
+        return {
+            "loss": loss,
+            "entropy": H,
+            "percentiles": torch.stack([gamma, lower]),
+            "bank": bank,
+        }
 
     return case
 
@@ -450,7 +455,7 @@ def compiled(options, report):
     if options.tiny:
         torch.compile = lambda net: compile_it(net, backend="eager")
     try:
-        for name in ("cps_fpl", "u2pl", "esl", "ael_fpl"):
+        for name in ("cps_fpl",) if options.tiny else ("cps_fpl", "u2pl", "esl", "ael_fpl"):
             flags = next(words for script, _, words in modes(options) if script == name)
             report.attempt(
                 f"{name}.py", lambda n=name, f=flags: compare_compiled(n, f, options, report)

@@ -3,12 +3,16 @@
 Nothing of a script is written again here: its networks, streams, losses and optimizer are what
 `main` makes them. What changes is what stands around: the process group is given, nothing is
 written, and after the last step asked for `main` is left.
+
+As a program (python benchmarks/steps.py SCRIPT FLAGS) it is a script as its command line is, with
+the tests' tiny network.
 """
 
 import contextlib
 import dataclasses
 import importlib
 import itertools
+import json
 import sys
 import zlib
 from pathlib import Path
@@ -98,17 +102,29 @@ def resolved(script, flags):
     return run.resolve(run.parse(script.Args, [str(flag) for flag in flags]), script.preset)
 
 
-def take(script, flags, group, steps, before=None, after=None, batches=None, classes=None, tiny=False):
+def take(
+    script,
+    flags,
+    group,
+    steps,
+    before=None,
+    after=None,
+    batches=None,
+    classes=None,
+    tiny=False,
+):
     """Runs the first steps of a script's `main` on the generated data set; returns a Watch.
 
-    script: a module or its name. flags: a list. group: the Group to run in. before(watch): called
-    when all is made, before the first step. after(watch, done): at the end of each step. batches(name, images, with_label, args): in place of a stream's
-    loader, an endless iterator. classes: how many the data set pretends to have. tiny: the tests'
-    network in place of the script's, whose step takes milliseconds.
+    script: a module or its name. flags: a list, or resolved arguments. group: the Group to run in.
+    before(watch): called when all is made, before the first step. after(watch, done): at the end
+    of each step. batches(name, images, with_label, args): in place of a stream's loader, an endless
+    iterator. classes: how many the data set pretends to have. tiny: the tests' network in place of
+    the script's, whose step takes milliseconds.
     """
     if isinstance(script, str):
         script = importlib.import_module(script)
-    args = dataclasses.replace(resolved(script, flags), workers=0, **QUIET)
+    args = resolved(script, flags) if isinstance(flags, list) else flags
+    args = dataclasses.replace(args, workers=0, **QUIET)
     args = dataclasses.replace(args, total_iters=max(args.total_iters, steps + 1))
     watch = Watch()
     watch.args = args
@@ -186,3 +202,74 @@ def random_batches(device="cpu", classes=7, pin=False):
         return {key: x.pin_memory() for key, x in batch.items()} if pin else batch
 
     return batches
+
+
+# ---- whole runs ----
+
+
+def whole_run(name, flags, tiny=False):
+    """Runs a script's `main` to its end in this process, as its command line would."""
+    script = importlib.import_module(name)
+    with contextlib.ExitStack() as stack:
+        for part, stand_in in tiny_modules(script).items() if tiny else ():
+            stack.enter_context(patch.object(script, part, stand_in))
+        try:
+            script.main(resolved(script, flags))
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def command(name, flags, tiny=False):
+    """Returns the command line of a script as a process of its own."""
+    flags = [str(flag) for flag in flags]
+    if tiny:
+        return [sys.executable, str(Path(__file__).resolve()), name, *flags]
+    return [sys.executable, str(ROOT / f"{name}.py"), *flags]
+
+
+def leaves(value, name=""):
+    """Returns a checkpoint as {path: tensor or plain value}."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {name: value}
+    found = {}
+    for key, part in items:
+        found |= leaves(part, f"{name}.{key}")
+    return found
+
+
+def differences(folder, other):
+    """Returns what differs between two run folders' last.pt and logs, bit for bit; not times."""
+    one, two = (leaves(torch.load(f / "last.pt", weights_only=True)) for f in (folder, other))
+    apart = sorted(set(one) ^ set(two))
+    for key in sorted(set(one) & set(two) - {".args.out", ".args.resume", ".time.elapsed_s"}):
+        a, b = one[key], two[key]
+        both = torch.is_tensor(a) and torch.is_tensor(b)
+        same = a.numpy().tobytes() == b.numpy().tobytes() if both else a == b
+        apart += [] if same else [key]
+    for number, (a, b) in enumerate(zip(lines(folder), lines(other), strict=False), 1):
+        apart += [] if a == b else [f"log.jsonl:{number}"]
+    if len(lines(folder)) != len(lines(other)):
+        apart.append("length of log.jsonl")
+    return apart
+
+
+def lines(folder):
+    """Returns the lines of a run's log but for the first, without their times."""
+    found = []
+    for line in (folder / "log.jsonl").read_text().splitlines()[1:]:
+        entry = json.loads(line)
+        entry.pop("time", None)
+        found.append(entry)
+    return found
+
+
+if __name__ == "__main__":
+    script = importlib.import_module(sys.argv[1])
+    sys.argv = [script.__file__, *sys.argv[2:]]
+    for name, stand_in in tiny_modules(script).items():
+        setattr(script, name, stand_in)
+    run.launch(script.Args, script.preset, script.main)

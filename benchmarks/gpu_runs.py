@@ -1,0 +1,251 @@
+"""Parts of gpu.py that need processes: repeats, kills, process groups, signals, whole runs."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from benchmarks import steps
+from common import distributed
+
+ITERS = 16  # of the runs that end
+# on the generated data set: small, but the script's own network unless --tiny
+SHORT = "--batch-size 4 --crop-size 64 --workers 0 --log-every 2 --save-every 4 --pictures-every 0"
+
+
+def flags_of(name, out, device, iters, more=""):
+    """Returns the flags of a short run."""
+    words = f"{SHORT} --total-iters {iters} --eval-every {iters} --device {device} {more}".split()
+    if name != "supervised":
+        words += ["--batch-size-unlabeled", "4"]
+    return [*words, "--out", str(out)]
+
+
+class Child:
+    """A script in a process of its own; its output goes to a file beside its run folder."""
+
+    def __init__(self, command, out):
+        self.out, self.output = Path(out), Path(f"{out}.txt")
+        with open(self.output, "w") as file:
+            pipes = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": steps.ROOT}
+            self.process = subprocess.Popen(command, **pipes)
+
+    def steps_logged(self):
+        """Returns the last step in its log, 0 if there is none."""
+        with contextlib.suppress(OSError):
+            text = (self.out / "log.jsonl").read_text()
+            found = re.findall(r'"kind": "train", "step": (\d+)', text)
+            return int(found[-1]) if found else 0
+        return 0
+
+    def send_after(self, step, number, until):
+        """Sends a signal once a step is logged and a checkpoint is there; returns whether it did.
+
+        It did not if the run had ended before, or time was up.
+        """
+        while time.time() < until and self.process.poll() is None:
+            if self.steps_logged() >= step and (self.out / "last.pt").exists():
+                self.process.send_signal(number)
+                return True
+            time.sleep(0.005)
+        return False
+
+    def wait(self, until):
+        """Returns the exit code; kills a process that takes longer."""
+        try:
+            return self.process.wait(max(until - time.time(), 0.1))
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    def tail(self):
+        """Returns the last line that it printed."""
+        return (self.output.read_text().strip().splitlines() or [""])[-1][:200]
+
+
+# ---- --deterministic ----
+
+
+def repeats(options, report):
+    """Every script twice with --deterministic, bit for bit; once killed by SIGKILL and resumed."""
+    names = ["cps_fpl"] if options.tiny else list(steps.MODES)
+    with tempfile.TemporaryDirectory() as folder:
+        killed = {}
+        for name in names:  # all at once: starting takes longest
+            out = Path(folder) / f"{name}-killed"
+            flags = flags_of(name, out, report.device.type, ITERS, "--deterministic")
+            killed[name] = Child(steps.command(name, flags, options.tiny), out)
+        for name, child in killed.items():
+            report.attempt(f"{name}.py", lambda n=name, c=child: repeated(n, c, options, report))
+
+
+def repeated(name, child, options, report):
+    """Adds two rows for one script. child: its run that is to be killed."""
+    hit = child.send_after(6, signal.SIGKILL, report.until)
+    child.wait(report.until)
+    device = report.device.type
+    whole = [child.out.with_name(f"{name}-{number}") for number in (1, 2)]
+    for out in whole:
+        flags = flags_of(name, out, device, ITERS, "--deterministic")
+        steps.whole_run(name, flags, options.tiny)
+    found = steps.differences(*whole)
+    report.check(f"{name}.py twice", len(found), 0, ", ".join(found[:3]))
+    flags = flags_of(name, child.out, device, ITERS, "--deterministic --resume")
+    steps.whole_run(name, flags, options.tiny)
+    found = steps.differences(whole[0], child.out)
+    note = "" if hit else "it had ended before the kill; "
+    report.check(f"{name}.py killed, resumed", len(found), 0, note + ", ".join(found[:3]))
+
+
+# ---- processes, devices, signals ----
+
+ENDS = {"Ctrl-C": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143)}  # and the exit code
+
+
+def processes(options, report):
+    """torchrun with NCCL, DDP's no_sync, checkpoints between devices, Ctrl-C and SIGTERM."""
+    device = report.device.type
+    count = max(torch.cuda.device_count(), 1) if report.cuda else 2
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        flags = flags_of("cps_fpl", folder / "group", device, 4)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        script = steps.command("cps_fpl", flags, options.tiny)[1:]
+        group = Child([*launch, "--nproc_per_node", str(count), *script], folder / "group")
+        stopped = {}
+        for word in ENDS:
+            flags = flags_of("cps_fpl", folder / word, device, 100_000)
+            stopped[word] = Child(steps.command("cps_fpl", flags, options.tiny), folder / word)
+        moved = {}
+        for first in (device, "cpu"):
+            flags = flags_of("supervised", folder / f"from-{first}", device=first, iters=200)
+            command = steps.command("supervised", flags, options.tiny)
+            moved[first] = Child(command, folder / f"from-{first}")
+            if device == "cpu":
+                break
+        report.attempt("no_sync", lambda: accumulated(report))
+        report.attempt("torchrun", lambda: grouped(group, count, report))
+        for word, child in stopped.items():
+            report.attempt(word, lambda w=word, c=child: ended(c, w, report))
+        for first, child in moved.items():
+            second = "cpu" if first == device else device
+            report.attempt(
+                f"{first} to {second}",
+                lambda f=first, s=second, c=child: carried(c, f, s, options, report),
+            )
+
+
+def grouped(child, count, report):
+    """A run of several processes, or of one under torchrun, ends well and says how many it had."""
+    code = child.wait(report.until)
+    world = None
+    if code == 0:
+        world = json.loads((child.out / "log.jsonl").read_text().splitlines()[0])["world"]
+    backend = "NCCL" if report.cuda else "gloo"
+    note = f"{backend}, {count} processes" + (", SyncBN" if report.cuda and count > 1 else "")
+    if code:
+        note += f"; exit code {code}: {child.tail()}"
+    report.row("torchrun", ok=world == count, world=world, note=note)
+
+
+def accumulated(report):
+    """In DDP a backward under no_sync and one without give the sum of both gradients."""
+    words = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        words["MASTER_PORT"] = free.getsockname()[1]
+    with patch.dict(os.environ, {key: str(value) for key, value in words.items()}):
+        group = distributed.setup(report.device.type)
+        try:
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
+            net = net.to(group.device)
+            ids = [group.device.index] if report.cuda else None
+            wrapped = nn.parallel.DistributedDataParallel(net, device_ids=ids)
+            x, y = torch.randn(2, 4, 3, 16, 16).to(group.device)
+            with distributed.no_sync(wrapped):
+                wrapped(x).square().mean().backward()
+            wrapped(y).square().mean().backward()
+            found = torch.cat([p.grad.flatten() for p in net.parameters()])
+            net.zero_grad()
+            (net(x).square().mean() + net(y).square().mean()).backward()
+            truth = torch.cat([p.grad.flatten() for p in net.parameters()])
+            error = float((found - truth).norm() / truth.norm())
+            report.check("DDP: no_sync, then a backward", error, 1e-5)
+        finally:
+            distributed.teardown()
+
+
+def ended(child, word, report):
+    """A signal ends a run with its code; after SIGTERM the step is saved."""
+    number, code = ENDS[word]
+    seconds = None
+    if child.send_after(4, number, report.until):
+        begin = time.time()
+        found = child.wait(min(report.until, time.time() + 20))
+        seconds = time.time() - begin
+    else:
+        child.process.kill()
+        found = child.wait(report.until)
+    report.row(word, ok=found == code, code=found, seconds=seconds, note=child.tail())
+
+
+def carried(child, first, second, options, report):
+    """A run that was killed on one device goes on from its checkpoint on another."""
+    child.send_after(4, signal.SIGKILL, report.until)
+    child.wait(report.until)
+    begun = child.steps_logged()
+    # where there is one device alone it goes on there
+    flags = flags_of("supervised", child.out, second, 200, "--resume")
+    other = Child(steps.command("supervised", flags, options.tiny), child.out)
+    going = other.send_after(begun + 4, signal.SIGKILL, report.until)
+    other.wait(report.until)
+    note = f"killed after step {begun}, then seen at step {other.steps_logged()}"
+    report.row(f"checkpoint from {first} to {second}", ok=going, note=note)
+
+
+# ---- the README's protocol ----
+
+PROTOCOL = {
+    "supervised": {"labels alone": ""},
+    "cps_fpl": {"FPL": "", "CPS": "--unsup-loss ce"},
+    "mean_teacher": {"CutMix-MT": "--cutmix"},
+    "ael_fpl": {"FPL+AEL": ""},
+    "u2pl": {"U2PL": ""},
+    "esl": {"ESL": ""},
+}
+
+
+def camvid(options, report):
+    """Runs camvid-small with 1/8 of the labels until time is up; logs go beside the JSON."""
+    for name, arms in PROTOCOL.items():
+        for arm, words in arms.items():
+            out = Path(options.out).resolve().with_suffix("") / f"{name}-{arm.replace(' ', '-')}"
+            flags = f"--dataset camvid --split 1/8 {words} --device {report.device.type}".split()
+            flags += ["--data-root", options.camvid, "--out", str(out)]
+            if options.weights:
+                flags += "--backbone resnet50 --stem classic --weights".split() + [options.weights]
+            child, begin = Child(steps.command(name, flags), out), time.time()
+            code = child.wait(report.until - 5)
+            if code:
+                report.row(f"{name}.py {arm}", ok=None, note=f"not finished: {child.tail()}")
+                return
+            log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+            report.row(
+                f"{name}.py {arm}",
+                last=round(100 * log[-1]["last"]["miou"], 2),
+                best=round(100 * log[-1]["best"]["miou"], 2),
+                minutes=round((time.time() - begin) / 60, 1),
+                note="test mIoU, 600 steps" + (", ImageNet weights" if options.weights else ""),
+            )

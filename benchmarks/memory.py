@@ -1,0 +1,116 @@
+"""What fits on a GPU: peak memory of a step of every script, computed on fake CUDA tensors.
+
+python benchmarks/memory.py                    # all rows into results/memory.json, some minutes
+python benchmarks/memory.py --scripts cps_fpl  # rows of one script are made again
+
+No GPU is needed. `main` takes two steps (the second one has the optimizer's momentum) with 2 and
+with 4 labelled images a process; what is alive at the peak grows by the same amount with each
+image. Counted are tensors, in blocks of 512 bytes as the allocator has them; not counted are the
+CUDA context, cuDNN's work space and fragmentation: a card is said to hold what leaves 1 GB and a
+tenth of it free. Several processes add one copy of the gradients (DDP's buckets), which is counted.
+docs/scaling.md has the table: python benchmarks/page.py.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import tyro  # noqa: E402
+
+from benchmarks import fake_cuda, steps  # noqa: E402
+
+FILE = ROOT / "results" / "memory.json"
+RECIPES = {  # data set: (flags, classes)
+    "cityscapes": (["--dataset", "cityscapes", "--split", "1/16"], 19),
+    "voc_aug": (["--dataset", "voc_aug", "--split", "1/16"], 21),
+}
+CARDS = (16, 24, 40, 80)  # GB
+CUT_SHORT = {"warmup_iters": 0, "cutmix_prob": 1.0}  # so that both steps are whole ones
+
+
+@dataclass
+class Options:
+    """Which rows to make."""
+
+    scripts: tuple[str, ...] = tuple(steps.MODES)
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    backbones: tuple[str, ...] = ("resnet50", "resnet101")
+    out: str = str(FILE)
+
+
+def arguments(name, recipe, backbone, amp, images):
+    """Returns the resolved arguments of a recipe, on the generated data set and cut to `images`.
+
+    images: labelled ones of one process; the unlabelled ones keep the recipe's ratio.
+    """
+    script = importlib.import_module(name)
+    args = steps.resolved(script, [*RECIPES[recipe][0], "--backbone", backbone])
+    changed = {"dataset": "shapes", "weights": "none", "amp": amp, "batch_size": images}
+    if hasattr(args, "batch_size_unlabeled"):
+        ratio = args.batch_size_unlabeled / args.batch_size
+        changed["batch_size_unlabeled"] = max(round(images * ratio), 1)
+    changed |= {key: value for key, value in CUT_SHORT.items() if hasattr(args, key)}
+    return dataclasses.replace(args, **changed)
+
+
+def peak_bytes(name, recipe, backbone, amp, images):
+    """Returns the peak of a step and the bytes of all trained parameters."""
+    args = arguments(name, recipe, backbone, amp, images)
+    classes = RECIPES[recipe][1]
+    batches = steps.random_batches(classes=classes)
+    trained = []
+
+    def after(watch, done):
+        found = [p for net in watch.networks.values() for p in net.parameters() if p.requires_grad]
+        trained.append(sum(p.numel() * p.element_size() for p in found))
+
+    mode = fake_cuda.fake_steps(name, args, batches=batches, classes=classes, after=after)
+    return mode.peak, trained[-1]
+
+
+def row(name, recipe, backbone, amp):
+    """Returns one row: GB that a process needs at all, GB an image, images on each card."""
+    (two, buckets), (four, _) = (peak_bytes(name, recipe, backbone, amp, n) for n in (2, 4))
+    each = (four - two) / 2
+    fixed = two - 2 * each + buckets
+    fits = {}
+    for card in CARDS:
+        room = 0.9 * card * 1e9 - 1e9 - fixed
+        fits[str(card)] = max(int(room // each), 0)
+    args = arguments(name, recipe, backbone, amp, 2)
+    found = {"script": name, "recipe": recipe, "backbone": backbone, "amp": amp}
+    found |= {"crop": args.crop_size, "output_stride": args.output_stride, "stem": args.stem}
+    found["unlabelled_a_labelled"] = getattr(args, "batch_size_unlabeled", 0) / 2
+    return found | {"fixed_gb": fixed / 1e9, "image_gb": each / 1e9, "fits": fits}
+
+
+def main(options):
+    """Makes the rows asked for; keeps the others that the file has."""
+    path = Path(options.out)
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    names = ("script", "recipe", "backbone", "amp")
+    rows = {tuple(r[name] for name in names): r for r in old}
+    for script in options.scripts:
+        for recipe in options.recipes:
+            for backbone in options.backbones:
+                for amp in ("none", "bf16"):
+                    begin, key = time.time(), (script, recipe, backbone, amp)
+                    rows[key] = row(*key)
+                    made = rows[key]
+                    words = f"{made['fixed_gb']:.2f} GB + {made['image_gb']:.2f} GB an image"
+                    print(" ".join(key), words, f"{time.time() - begin:.0f} s", flush=True)
+                    found = {"torch": torch.__version__, "rows": list(rows.values())}
+                    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,150 @@
+"""Makes docs/performance.md from results/gpu/*.json, and the table of cards in docs/scaling.md.
+
+python benchmarks/page.py           # writes both pages
+python benchmarks/page.py --check   # exit code 1 if one of them is not what it would write
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "results" / "gpu"
+PERFORMANCE, SCALING = ROOT / "docs" / "performance.md", ROOT / "docs" / "scaling.md"
+MEMORY = ROOT / "results" / "memory.json"
+MARKS = "<!-- table: benchmarks/page.py -->\n", "<!-- end of table -->\n"
+HEAD = """# Performance
+
+Made by `python benchmarks/page.py` from the JSON files of `benchmarks/gpu.py`, a section a machine:
+
+    python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json
+
+needs a checkout and requirements.txt alone. Its parts, by worth: every loss and a whole step of
+every script against the CPU in float64; no wait of the host between two lines of the log;
+`--deterministic`, kills, NCCL, checkpoints between devices, `--compile`, signals; then speed and
+memory. What fits on which card is in [scaling.md](scaling.md#what-fits).
+"""
+NONE = """
+## Not measured on a GPU
+
+No file in `results/gpu/` yet: nothing in this repository was run on a GPU. On CPUs the same code
+runs in the suite (tests/test_gpu.py), and every script's step runs there on torch's fake CUDA
+tensors (`benchmarks/fake_cuda.py`): no wait between two lines of the log but the one that
+ael_fpl.py names, no operation on two devices, no floats of two types meeting under autocast.
+"""
+
+
+def table(titles, rows):
+    """Returns a Markdown table."""
+    lines = ["| " + " | ".join(titles) + " |", "|-" * len(titles) + "|"]
+    lines += ["| " + " | ".join(cell(x) for x in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def cell(value):
+    """Returns a value as the pages show it."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1e4 else f"{value:.0f}"
+    return str(value).replace("|", "\\|")
+
+
+def of(rows, part):
+    """Returns the rows of one part, without the one that says how it ended."""
+    return [row for row in rows if row["part"] == part and row["name"] != "the part itself"]
+
+
+def measured(rows, part, columns):
+    """Returns the table of a part's measurements, or nothing if it has none."""
+    found = [row for row in of(rows, part) if any(key in row for key in columns)]
+    if not found:
+        return ""
+    titles = ["", *columns]
+    return table(titles, [[row["name"], *(row.get(key) for key in columns)] for row in found])
+
+
+def shares(rows):
+    """Returns the table of the parts of a step, in per cent."""
+    found = of(rows, "shares")
+    names = sorted(
+        {key for row in found for key in row} - {"part", "name", "note", "step_ms", "ok"}
+    )
+    return measured(rows, "shares", ["step_ms", *names]) if names else ""
+
+
+def section(found):
+    """Returns the section of one run of gpu.py."""
+    versions = found["versions"]
+    rows = found["rows"]
+    checks = [row for row in rows if row.get("ok") is not None]
+    failed = [row for row in checks if not row["ok"]]
+    text = f"\n## {found['device']}\n\n"
+    text += f"{found['date']}, commit {(found['git'] or '?')[:12]}, torch {versions['torch']}, "
+    text += f"CUDA {versions['cuda']}, cuDNN {versions['cudnn']}, {found['gpus']} GPU(s) of "
+    text += f"{found['memory_gb']} GB, {found['minutes']:g} minutes.\n"
+    text += f"{len(checks) - len(failed)} of {len(checks)} checks passed.\n"
+    if failed:
+        words = [[row["part"], row["name"], row.get("error"), row.get("note")] for row in failed]
+        text += "\nFailed:\n\n" + table(["part", "check", "error", "note"], words)
+    compiled = ["error", "graphs", "graph_breaks", "first_step_s"]
+    speed = ["ms", "low", "high", "ratio", "over_limit", "peak_tensors"]
+    steps = ["steps_per_s", "images_per_s", "peak_gb"]
+    parts = {
+        "FPL's loss, forward and backward": measured(rows, "loss speed", speed),
+        "Steps": measured(rows, "step speed", steps),
+        "Shares of a step, per cent": shares(rows),
+        "`--compile`": measured(rows, "compile", compiled),
+        "camvid-small": measured(rows, "camvid", ["last", "best", "minutes"]),
+    }
+    for title, body in parts.items():
+        text += f"\n### {title}\n\n{body}" if body else ""
+    return text
+
+
+def performance(runs):
+    """Returns docs/performance.md. runs: what gpu.py wrote, as dicts."""
+    real = [run for run in runs if not run["tiny"] and run["gpus"]]
+    return HEAD + ("".join(section(run) for run in real) or NONE)
+
+
+def cards(memory):
+    """Returns the table of docs/scaling.md. memory: what memory.py wrote."""
+    names = sorted(memory["rows"][0]["fits"], key=int)
+    titles = ["script", "recipe", "backbone", "crop", "amp", "GB", "+ GB an image"]
+    titles += [f"{name} GB" for name in names]
+    rows = []
+    for row in memory["rows"]:
+        cells = [f"{row['script']}.py", row["recipe"], row["backbone"], row["crop"], row["amp"]]
+        cells += [f"{row['fixed_gb']:.1f}", f"{row['image_gb']:.2f}"]
+        rows.append(cells + [row["fits"][name] or "-" for name in names])
+    return table(titles, rows)
+
+
+def replaced(text, body):
+    """Returns a page with the table between its marks replaced."""
+    begin, end = MARKS
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    return re.sub(pattern, lambda _: begin + body + end, text, flags=re.DOTALL)
+
+
+def pages():
+    """Returns {path: text} of both pages as they should be."""
+    runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
+    scaling = SCALING.read_text()
+    if MEMORY.exists():
+        scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())))
+    return {PERFORMANCE: performance(runs), SCALING: scaling}
+
+
+if __name__ == "__main__":
+    wrong = [
+        path for path, text in pages().items() if not path.exists() or path.read_text() != text
+    ]
+    for path in wrong:
+        if "--check" in sys.argv:
+            print(f"{path.relative_to(ROOT)} is not what benchmarks/page.py writes")
+        else:
+            path.write_text(pages()[path])
+    sys.exit(1 if wrong and "--check" in sys.argv else 0)

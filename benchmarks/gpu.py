@@ -184,8 +184,6 @@ def line_of(row):
 def child(part, words):
     """What a part's own process does."""
     part, options = Part(*part), Options(**words)
-    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    torch.backends.cudnn.allow_tf32 = False
     module = importlib.import_module(part.module)
     getattr(module, part.function)(options, Report(options))
 

@@ -52,6 +52,12 @@ def in_float64():
         yield
 
 
+def without_tf32():
+    """fp32 means fp32, in this process; a script leaves it to torch, which takes TF32 in cuDNN."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def apart(x, truth):
     """Returns how far x is from the truth: their difference's norm over the truth's."""
     x, truth = x.detach().double().cpu(), truth.detach().double().cpu()
@@ -246,6 +252,7 @@ def outcome(case, device, dtype, through, size):
 def losses(options, report):
     """Every case on the device, in float32 and with inputs of bfloat16, against the CPU."""
     size = 24 if options.tiny else 128
+    without_tf32()
     for name, case in CASES.items():
         for kind in (torch.float32, torch.bfloat16):
             word = str(kind).removeprefix("torch.")
@@ -337,6 +344,7 @@ def whole_steps(options, report):
 
     bfloat16 on the device may be twice as far from the truth as on the CPU.
     """
+    without_tf32()
     for name, mode, flags in modes(options):
         first = mode == next(iter(steps.MODES[name]))
 

@@ -299,7 +299,10 @@ class Clock:
 
 
 def shares(options, report):
-    """The share of each part of a step, with a wait after each: forward, losses, backward, ..."""
+    """The share of each part of a step, with a wait after each: forward, losses, backward, ...
+
+    Batches lie in pinned memory already: data is what the loop itself takes of them.
+    """
     crop = 32 if options.tiny else 512
     for name in steps.MODES:
         if report.left() < 8:
@@ -352,8 +355,9 @@ def one_share(name, flags, words, options, report):
         replace(torch.optim.SGD, "step", "optimizer")
         batches = steps.random_batches(classes=19, pin=report.cuda)
         how = {"after": after, "batches": batches, "classes": 19, "tiny": options.tiny}
-        take(name, flags, warm + count, report, **how)
+        watch = take(name, flags, warm + count, report, **how)
     whole = end[0] - begin[0]
+    clock.seconds["data"] = sum(spent["data"] for spent in watch.spent[warm:])
     parts = {part: round(100 * s / whole, 1) for part, s in sorted(clock.seconds.items())}
     parts["all else"] = round(100 - sum(parts.values()), 1)
     report.row(words, step_ms=1e3 * whole / count, **parts, note="per cent of a step")

@@ -9,7 +9,7 @@ then again, killed several times and each time started again with --resume, unti
 weights, optimizer, state and log have to be equal, bit for bit but for times. Kills: at a random
 moment, up to 0.2 s after a random step; and half as many inside the write of a checkpoint after a
 random share of its bytes, between its two renames, and inside the write of a line of the log. All
-networks are those of tests/helpers.py: what is tested is everything around them. Linux.
+networks are those of tests/tiny.py: what is tested is everything around them. Linux.
 """
 
 import importlib
@@ -30,14 +30,16 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+for folder in (ROOT / "tests", ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
 import tyro  # noqa: E402
 
+import tiny  # noqa: E402
+from benchmarks.runs import differences, kill, running  # noqa: E402
 from common import run  # noqa: E402
-from tests import helpers  # noqa: E402
 
 SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl")
 MORE = {  # flags that make a run of a few steps do all that a long one does
@@ -142,11 +144,11 @@ def child(words):
     """Runs a script with the tiny network and a fault, as its command line would."""
     name, argv, fault = json.loads(words)
     script = importlib.import_module(name)
-    for part, value in helpers.tiny_modules(script).items():
+    for part, value in tiny.tiny_modules(script).items():
         setattr(script, part, value)
     if fault:
         install(*fault)
-    run.refusing(lambda: helpers.train(script, argv))
+    run.refusing(lambda: tiny.train(script, argv))
 
 
 # ---- in the process that kills ----
@@ -196,7 +198,7 @@ def killed(kind, name, argv, processes, rng, args):
             break
         time.sleep(0.002)
     ended = process.poll() == 0
-    helpers.kill(process)
+    kill(process)
     assert ended or dead.exists() or kind == "moment", process.communicate()[1]
     dead.unlink(missing_ok=True)
     return None if ended else logged(out)[1]
@@ -207,12 +209,12 @@ def case(name, processes, kinds, args, rng, folder):
     numbers = dict(iters=args.steps, log=1, evaluate=7, save=3, pictures=9, batch=4)
     words = MORE.get(name, "").split() + ["--resume", "--workers", "1"]
     whole, tree = folder / f"{name}{processes}", folder / "tree"
-    finished(started(name, helpers.flags(tree, whole, **numbers) + words, processes))
+    finished(started(name, tiny.flags(tree, whole, **numbers) + words, processes))
     found, turn = [], 0
     while len(found) < len(kinds):
         turn += 1
         cut = folder / f"{name}{processes}-cut{turn}"
-        argv = helpers.flags(tree, cut, **numbers) + words
+        argv = tiny.flags(tree, cut, **numbers) + words
         while len(found) < len(kinds):
             kind = kinds[len(found)]
             step = killed(kind, name, argv, processes, rng, args)
@@ -220,7 +222,7 @@ def case(name, processes, kinds, args, rng, folder):
                 break
             found.append((kind, step))
         finished(started(name, argv, processes))
-        wrong = helpers.differences(whole, cut)
+        wrong = differences(whole, cut)
         assert not wrong, (name, processes, found, wrong)
     return found
 
@@ -233,7 +235,7 @@ def kill_all(args):
     rng.shuffle(kinds)
     print(f"seed {args.seed}, torch {torch.__version__}, {args.steps} steps, checkpoint every 3")
     with tempfile.TemporaryDirectory() as path:
-        helpers.draw_tree(Path(path) / "tree")
+        tiny.draw_tree(Path(path) / "tree")
         for i, (name, count) in enumerate(cases):
             mine = kinds[i :: len(cases)]
             found = case(name, count, mine, args, rng, Path(path))
@@ -287,7 +289,7 @@ def memory(args):
                     seen.append((step, *sizes(pids)))
                 time.sleep(0.25)
             finished(process)
-            left = [pid for pid in pids if helpers.running(pid)]
+            left = [pid for pid in pids if running(pid)]
             left += sorted(set(os.listdir("/dev/shm")) - shared)
         quarters = [[x[1:] for x in seen if a < x[0] <= a + 500] for a in (500, 1500)]
         early, late = ([statistics.median(c) for c in zip(*q, strict=True)] for q in quarters)

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+for folder in (ROOT / "tests", ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 from common import distributed, run  # noqa: E402
-from tests.helpers import tiny_modules  # noqa: E402
+from tiny import tiny_modules  # noqa: E402
 
 # every loss of every script: {script: {mode: flags}}; the first is the script's own default, with
 # its warm-up cut short so that the second step is a whole one

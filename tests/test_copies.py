@@ -10,17 +10,20 @@ import difflib
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 PARENT = "supervised.py"
 SCRIPTS = ["supervised.py", "mean_teacher.py", "cps_fpl.py", "ael_fpl.py", "u2pl.py", "esl.py"]
 SEAMS = (
     "header imports args presets functions head draw networks state losses after-step panels"
 ).split()
-CAPS = {"shared text": 480, "seams of one script": 320, "common/": 1050, "common/fused.py": 300}
-CAPS |= {"sources.py": 420, "prepare_data.py": 650}  # the rooms of real data
-LINE, FUNCTION = 100, 60  # columns; lines of a function (main excepted)
+# caps count statements: a packed assignment each of its parts, a call over many lines is one
+SCRIPT, FUNCTION = 620, 40  # of a script; of a function, main excepted
+ROOMS = {"common/, sources.py": 1145, "common/fused.py": 200, "prepare_data.py": 495}
+EXCEPTIONS = {"ael_fpl.py": 628, "esl.py": 659, "run.py: restore": 46}  # none is to be added
+LINE = 100  # columns
 MARK = re.compile(r"^ *# (>>>|<<<) method: ([a-z-]+)$")
 
 
@@ -68,75 +71,83 @@ def differences(texts):
     for name, text in texts.items():
         shared, _ = split(text, name)
         if shared != parent:
-            lines = difflib.unified_diff(parent, shared, PARENT, name, n=0)
-            found.append(
-                f"{name} differs from {PARENT} outside the seams:\n" + "".join(lines)[:2000]
-            )
-        for source in definitions(text):
-            word = re.search(r"^(?:def|class) (\w+)", source, re.M)[1]
+            lines = "".join(difflib.unified_diff(parent, shared, PARENT, name, n=0))
+            found.append(f"{name} differs from {PARENT} outside the seams:\n{lines[:2000]}")
+        for word, source in definitions(text).items():
             first, other = first_seen.setdefault(word, (name, source))
             if other != source and ">>> method" not in source:
                 found.append(f"{word} in {name} is not the {word} of {first}")
     return found
 
 
-def held(texts, name):
-    """Returns how many lines of a script's seams stand in a script before it: whole blocks, from
-    one pair of empty lines to the next."""
-    before = [n for n in SCRIPTS[: SCRIPTS.index(name)] if n in texts] if name in SCRIPTS else []
-    known = {block for n in before for block in blocks(texts[n], n)}
-    return sum(block.count("\n") + 3 for block in blocks(texts[name], name) if block in known)
-
-
-def blocks(text, name):
-    """Returns the functions, classes and comments of a script's seams, without empty lines."""
-    _, seams = split(text, name)
-    parts = "\n\n\n".join("".join(seams[s]) for s in ("functions", "head")).split("\n\n\n")
-    return [part.strip("\n") for part in parts if part.strip()]
-
-
 def definitions(text):
-    """Returns the source of each top-level function and class of a script."""
+    """Returns {name: source} of the top-level functions and classes of a script."""
     nodes = [n for n in ast.parse(text).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     begins = [min(n.lineno for n in (node, *node.decorator_list)) for node in nodes]
     lines = text.splitlines()
-    return ["\n".join(lines[b - 1 : n.end_lineno]) for b, n in zip(begins, nodes, strict=True)]
+    return {
+        node.name: "\n".join(lines[begin - 1 : node.end_lineno])
+        for begin, node in zip(begins, nodes, strict=True)
+    }
 
 
-def oversized(texts, common):
-    """Returns messages for every cap that is passed; common: {file name: text} of common/.
+def statements(tree):
+    """Returns how many statements stand below a node of ast; docstrings are none."""
+    total = 0
+    for node in ast.walk(tree):
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if isinstance(node, ast.stmt) and node is not tree and not docstring:
+            packed = isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+            packed = packed and isinstance(node.targets[0], ast.Tuple)
+            total += len(node.value.elts) if packed else 1
+    return total
 
-    What is held equal in the seams of several scripts counts where it first stands.
+
+def sizes(texts, rooms):
+    """Returns ({script or "file: function": statements}, {room: statements}); main is left out.
+
+    texts: {script: text}; rooms: {file of common/, sources.py or prepare_data.py: text}.
     """
-    sizes = {name: common.get(name, "").count("\n") for name in ("sources.py", "prepare_data.py")}
-    sizes["common/fused.py"] = common.get("fused.py", "").count("\n")
-    sizes["common/"] = sum(t.count("\n") for t in common.values()) - sum(sizes.values())
-    found = []
-    for name, text in texts.items():
-        shared, seams = split(text, name)
-        sizes["shared text"] = len(shared)
-        sizes["seams of one script"] = sum(map(len, seams.values())) - held(texts, name)
-        found += [
-            f"{name}: {k} has {v} lines, cap {CAPS[k]}" for k, v in sizes.items() if v > CAPS[k]
-        ]
-    for name, text in (texts | common).items():
+    found, held = {}, dict.fromkeys(ROOMS, 0)
+    for name, text in (texts | rooms).items():
+        tree = ast.parse(text)
+        if name in texts:
+            found[name] = statements(tree)
+        else:
+            own = [room for room in ROOMS if room.split("/")[-1] == name]
+            held[own[0] if own else "common/, sources.py"] += statements(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name != "main":
+                key = f"{name}: {node.name}"
+                found[key] = max(statements(node), found.get(key, 0))
+    return found, held
+
+
+def oversized(texts, rooms):
+    """Returns messages for every cap that is passed, and for exceptions that none needs."""
+    found, held = sizes(texts, rooms)
+    messages = []
+    for name, size in found.items():
+        cap = FUNCTION if ": " in name else SCRIPT
+        if size > max(cap, EXCEPTIONS.get(name, 0)):
+            messages.append(f"{name} has {size} statements, cap {cap}: delete or move")
+        if name in EXCEPTIONS and size <= cap:
+            messages.append(f"{name} has {size} statements: no exception any more")
+    for room, size in held.items():
+        if size > ROOMS[room]:
+            messages.append(f"{room} has {size} statements, cap {ROOMS[room]}")
+    for name, text in (texts | rooms).items():
         for number, line in enumerate(text.splitlines(), 1):
             if len(line) > LINE:
-                found.append(f"{name}:{number}: {len(line)} columns, cap {LINE}")
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef) and node.name != "main":
-                if node.end_lineno - node.lineno + 1 > FUNCTION:
-                    found.append(
-                        f"{name}:{node.lineno}: {node.name} is longer than {FUNCTION} lines"
-                    )
-    return found
+                messages.append(f"{name}:{number}: {len(line)} columns, cap {LINE}")
+    return messages
 
 
 def read():
-    """Returns ({script: text}, {file of common/ or room of real data: text})."""
-    texts = {n: (ROOT / n).read_text() for n in SCRIPTS if (ROOT / n).exists()}
+    """Returns ({script: text}, {file of common/, sources.py, prepare_data.py: text})."""
+    texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
     rooms = [*sorted((ROOT / "common").glob("*.py")), ROOT / "sources.py", ROOT / "prepare_data.py"]
-    return texts, {path.name: path.read_text() for path in rooms}
+    return texts, {path.name: path.read_text() for path in rooms if path.exists()}
 
 
 def fixed(texts):
@@ -150,6 +161,8 @@ def fixed(texts):
 
 def test_all_scripts_are_one_text_outside_the_seams():
     assert not differences(read()[0])
+    with_seams = {path.name for path in ROOT.glob("*.py") if ">>> method:" in path.read_text()}
+    assert with_seams == set(SCRIPTS)
 
 
 def test_caps():
@@ -157,21 +170,19 @@ def test_caps():
 
 
 def test_format_is_ruffs():
-    ruff = [sys.executable, "-m", "ruff", "format", "--check", *SCRIPTS, "common", "tests"]
-    names = [a for a in ruff if not a.endswith(".py") or (ROOT / a).exists()]
-    assert subprocess.run(names, cwd=ROOT, capture_output=True).returncode == 0
+    names = [*SCRIPTS, "common", Path(__file__).parent.name]
+    ruff = [sys.executable, "-m", "ruff", "format", "--check", *names]
+    done = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_importing_a_script_runs_nothing():
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
     for name, text in read()[0].items():
         for node in ast.parse(text).body:
-            allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            assert (
-                isinstance(node, allowed)
-                or docstring
-                or ast.unparse(node).startswith("if __name__ == '__main__':")
-            ), f"{name}:{node.lineno}"
+            last = ast.unparse(node).startswith("if __name__ == '__main__':")
+            assert isinstance(node, allowed) or docstring or last, f"{name}:{node.lineno}"
 
 
 def test_common_holds_no_method():
@@ -182,31 +193,34 @@ def test_common_holds_no_method():
             assert not re.search(forbidden, text), name
 
 
+STEP = "        optimizer.step()\n"
+END = "        # <<< method: losses\n"
 MUTATIONS = {
-    "a changed exponent": lambda t: t.replace(") ** 0.9", ") ** 0.8"),
-    "an extra last line": lambda t: t + "\n",
-    "a line less": lambda t: t.replace("        optimizer.step()\n", ""),
-    "a trailing space": lambda t: t.replace("optimizer.step()\n", "optimizer.step() \n"),
-    "a line moved into a seam": lambda t: t.replace(
-        "        # <<< method: losses\n        optimizer.step()\n",
-        "        optimizer.step()\n        # <<< method: losses\n",
-    ),
+    "a changed exponent": (") ** 0.9", ") ** 0.8"),
+    "a line less": (STEP, ""),
+    "a trailing space": (STEP, STEP.replace("\n", " \n")),
+    "an extra last line": ("launch(Args, preset, main)\n", "launch(Args, preset, main)\n\n"),
+    "a line moved into a seam": (END + STEP, STEP + END),
 }
 
 
 def test_a_change_outside_the_seams_is_found_and_fixed():
     parent = read()[0][PARENT]
-    for name, mutate in MUTATIONS.items():
-        assert mutate(parent) != parent, name
-        texts = {PARENT: parent, "other.py": mutate(parent)}
+    for name, (old, new) in MUTATIONS.items():
+        other = parent.replace(old, new)
+        assert other != parent, name
+        texts = {PARENT: parent, "other.py": other}
         assert differences(texts), name
         if "moved" not in name:  # there the line would stand twice, which --fix cannot know
             assert fixed(texts)["other.py"] == parent, name
 
 
+SEAM = "# >>> method: functions\n"
+
+
 def test_a_change_inside_a_seam_is_allowed_and_kept():
     parent = read()[0][PARENT]
-    other = parent.replace("# >>> method: functions\n", "# >>> method: functions\nLIMIT = 3\n")
+    other = parent.replace(SEAM, SEAM + "LIMIT = 3\n")
     texts = {PARENT: parent, "other.py": other}
     assert not differences(texts)
     assert fixed(texts)["other.py"] == other
@@ -214,54 +228,77 @@ def test_a_change_inside_a_seam_is_allowed_and_kept():
 
 def test_one_name_has_one_definition_even_inside_seams():
     parent = read()[0][PARENT]
-    seam = "# >>> method: functions\n"
-    one = seam + "def weight(p):\n    return p\n\n\n"
-    texts = {PARENT: parent.replace(seam, one), "other.py": parent.replace(seam, one)}
-    assert not differences(texts)
-    texts["other.py"] = texts["other.py"].replace("return p\n", "return 4 * p\n", 1)
-    assert any("weight" in message for message in differences(texts))
+    one = parent.replace(SEAM, SEAM + "def weight(p):\n    return p\n\n\n")
+    assert not differences({PARENT: one, "other.py": one})
+    other = one.replace("return p\n", "return 4 * p\n", 1)
+    assert any("weight" in message for message in differences({PARENT: one, "other.py": other}))
 
 
 def test_broken_marks_are_named():
     parent = read()[0][PARENT]
-    for mutate in (
-        lambda t: t.replace("# <<< method: losses\n", ""),
-        lambda t: t.replace("# >>> method: losses\n", ""),
-        lambda t: t.replace("method: losses", "method: loss"),
-        lambda t: t.replace("# >>> method: losses", "# >>> method: losses!"),
-        lambda t: t.replace("# >>> method: losses\n", "# >>> method: losses\n" * 2),
+    mark = "# >>> method: losses\n"
+    for old, new in (
+        ("# <<< method: losses\n", ""),
+        (mark, ""),
+        ("method: losses", "method: loss"),
+        (mark, "# >>> method: losses!\n"),
+        (mark, mark * 2),
     ):
         try:
-            split(mutate(parent), "x.py")
+            split(parent.replace(old, new), "x.py")
         except ValueError as error:
             assert "x.py" in str(error)
         else:
             raise AssertionError("a broken mark went unnoticed")
 
 
+def test_statements_are_counted_not_lines():
+    for text, count in (
+        ("a = dict(\n    x=1,\n    y=2,\n)\n", 1),
+        ("a, b, c = 1, 2, 3\n", 3),
+        ("a, b = f()\n", 1),
+        ('def f():\n    """Says."""\n    if a:\n        return 1\n    return 2\n', 4),
+        ("@d\nclass A:\n    x: int = 1\n    y = 2; z = 3\n", 4),
+        ("f(); g()\n", 2),
+    ):
+        assert statements(ast.parse(text)) == count, text
+
+
 def test_caps_are_enforced():
     parent = read()[0][PARENT]
-    long = "def long():\n" + "    x = 1\n" * FUNCTION + "    return x\n"
-    wide = "A = " + "1 + " * 30 + "1\n"
-    seam = "# >>> method: functions\n"
-    many = seam + "B = 1\n" * (CAPS["seams of one script"] + 1)
-    for extra, word in ((seam + long, "long"), (seam + wide, "columns"), (many, "seams")):
-        assert any(word in m for m in oversized({PARENT: parent.replace(seam, extra)}, {})), word
-    for name, room, cap in (
-        ("a.py", "common/", 1050),
-        ("fused.py", "common/fused.py", 300),
-        ("sources.py", "sources.py", 420),
-        ("prepare_data.py", "prepare_data.py", 650),
+    long = "def long():\n" + "    x = 1\n" * FUNCTION
+    assert not oversized({PARENT: parent.replace(SEAM, SEAM + long)}, {})
+    many = SCRIPT - statements(ast.parse(parent)) + 1
+    for extra, word in (
+        (f"{long}    return x\n", "long has 41 statements, cap 40"),
+        ("class A:\n" + textwrap.indent(f"{long}    return x\n", "    "), "long has 41"),
+        ("A = " + "1 + " * 30 + "1\n", "125 columns, cap 100"),
+        ("B = 1\n" * many, f"{PARENT} has 621 statements, cap 620"),
     ):
-        assert not oversized({PARENT: parent}, {name: "a = 1\n" * cap})
-        (message,) = oversized({PARENT: parent}, {name: "a = 1\n" * (cap + 1)})
-        assert room in message, name
-    assert any("shared" in m for m in oversized({PARENT: parent + "A = 1\n" * 481}, {}))
+        (message,) = oversized({PARENT: parent.replace(SEAM, SEAM + extra)}, {})
+        assert word in message
+    main = long.replace("long", "main") + "    return x\n"
+    assert not oversized({PARENT: parent}, {"a.py": main})
+    restore = "def restore():\n" + "    x = 1\n" * EXCEPTIONS["run.py: restore"]
+    assert not oversized({PARENT: parent}, {"run.py": restore})
+    (message,) = oversized({PARENT: parent}, {"run.py": restore + "    y = 2\n"})
+    assert "cap 40" in message
+    (message,) = oversized({PARENT: parent}, {"run.py": "def restore():\n    x = 1\n"})
+    assert "no exception any more" in message
+    for name, room in (
+        ("a.py", "common/, sources.py"),
+        ("sources.py", "common/, sources.py"),
+        ("fused.py", "common/fused.py"),
+        ("prepare_data.py", "prepare_data.py"),
+    ):
+        assert not oversized({PARENT: parent}, {name: "a = 1\n" * ROOMS[room]})
+        (message,) = oversized({PARENT: parent}, {name: "a = 1\n" * (ROOMS[room] + 1)})
+        assert message.startswith(f"{room} has {ROOMS[room] + 1} statements"), name
 
 
 def main(argv):
     """The command line: check, --fix or --show NAME."""
-    texts, common = read()
+    texts, rooms = read()
     if argv[:1] == ["--show"] and len(argv) == 2:
         name = argv[1].removesuffix(".py") + ".py"
         for seam, lines in split(texts[name], name)[1].items():
@@ -272,16 +309,14 @@ def main(argv):
             if text != texts[name]:
                 (ROOT / name).write_text(text)
                 print(f"{name}: shared text rewritten from {PARENT}")
-        texts, common = read()
+        texts, rooms = read()
     elif argv:
         print(__doc__.strip())
         return 2
-    found = differences(texts) + oversized(texts, common)
-    for name, text in texts.items():
-        shared, seams = split(text, name)
-        copies, lines = held(texts, name), sum(map(len, seams.values()))
-        own = f"{lines - copies} of its own and {copies} held copies in seams"
-        print(f"{name}: {len(shared)} shared lines, {own}")
+    found = differences(texts) + oversized(texts, rooms)
+    for name, size in (sizes(texts, rooms)[0] | sizes(texts, rooms)[1]).items():
+        if ": " not in name:
+            print(f"{name}: {size} statements")
     print("\n".join(found) if found else "all copies are equal")
     return 1 if found else 0
 

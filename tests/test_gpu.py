@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from benchmarks import gpu, gpu_checks, page, released, steps
 from common import Refusal, distributed, run
 from common.distributed import Group
-from tests.helpers import draw_tree
+from tiny import draw_tree
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
     pytest.skip("fake CUDA tensors need torch 2.9 or newer", allow_module_level=True)

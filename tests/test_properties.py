@@ -30,13 +30,18 @@ def rng_of(data):
     return np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), label="seed"))
 
 
+def torch_rng_of(data):
+    return torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1), label="seed"))
+
+
 # ---- lists, id tables ----
 
 
 def lists_are_read_as_written_and_a_bad_line_is_named(data):
     word = st.text("abcxyz019_-é", min_size=1, max_size=8)
     keys = data.draw(st.lists(word, min_size=1, max_size=12, unique=True))
-    tab, lines, expected = data.draw(st.booleans()), [], {}
+    tab = data.draw(st.booleans())
+    lines, expected = [], {}
     for key in keys:
         mask = data.draw(st.sampled_from([None, "None", f"masks/{key}.png"]))
         spaced = "/a b/" if tab and mask else "/a/"  # a line without a TAB is split at spaces
@@ -45,48 +50,21 @@ def lists_are_read_as_written_and_a_bad_line_is_named(data):
         lines.append(image + ("\t" if tab else "  ") * (mask is not None) + (mask or ""))
         lines += data.draw(st.sampled_from([[], [""], ["  "]]))
     bad = data.draw(st.sampled_from([None, "twice", "key", "columns", "dots"]))
-    at = data.draw(st.integers(0, len(lines)))
+    place = len(lines) if bad == "twice" else data.draw(st.integers(0, len(lines)))
     if bad:
         wrong = {"twice": keys[0], "key": "?", "columns": "p\tq\tr" if tab else "p q r"}
-        lines.insert(at if bad != "twice" else len(lines), wrong.get(bad, f"../{keys[0]}0"))
+        lines.insert(place, wrong.get(bad, f"../{keys[0]}0"))
     end = data.draw(st.sampled_from(["\n", "\r\n"]))
     text = end.join(lines) + data.draw(st.sampled_from(["", end]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "list.txt"
         path.write_bytes(data.draw(st.sampled_from([b"", b"\xef\xbb\xbf"])) + text.encode())
-        if not bad:
+        if bad:
+            with pytest.raises(Refusal, match=f"list.txt:{place + 1}: "):
+                read_list(path, r"[^/ ?]+$")
+        else:
             found = read_list(path, r"[^/ ?]+$")
             assert list(found) == keys and found == expected
-        else:
-            number = lines.index(wrong.get(bad, f"../{keys[0]}0")) + 1
-            number = len(lines) if bad == "twice" else number
-            with pytest.raises(Refusal, match=f"list.txt:{number}: "):
-                read_list(path, r"[^/ ?]+$")
-
-
-def masks_hold_classes_or_255_and_strangers_are_named(data):
-    rng, C = rng_of(data), data.draw(st.integers(2, 200))
-    ignore = data.draw(st.sampled_from([0, 255, C]))
-    h, w = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
-    values = rng.integers(0, C, (h, w)).astype(np.uint8)
-    values[rng.random((h, w)) < 0.3] = ignore
-    expected = np.where(values == ignore, 255, values)
-    stranger = data.draw(st.one_of(st.none(), st.integers(C, 254)))
-    stranger = None if stranger == ignore else stranger
-    if stranger is not None:
-        y, x = rng.integers(h), rng.integers(w)
-        values[y, x] = stranger
-    args = SimpleNamespace(dataset="folder", num_classes=C, ignore_index=ignore)
-    with tempfile.TemporaryDirectory() as folder:
-        image, mask = Path(folder) / "image.png", Path(folder) / "mask.png"
-        Image.new("RGB", (w, h)).save(image)
-        Image.fromarray(values).save(mask)
-        read = Data(args, [], [], [], []).read
-        if stranger is None:
-            assert np.array_equal(np.asarray(read(Item("a", image, mask), True)[1]), expected)
-        else:
-            with pytest.raises(Refusal, match=f"value {stranger} at row {y}, column {x};"):
-                read(Item("a", image, mask), True)
 
 
 EVALUATED = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
@@ -99,24 +77,31 @@ PUBLISHED = {  # (data set, end of a mask's name): class of each value that may 
 }
 
 
-def published_masks_hold_what_their_id_table_says(data):
-    (name, end), table = data.draw(st.sampled_from(list(PUBLISHED.items())))
-    table, rng = table | {255: 255}, rng_of(data)
-    values = rng.choice(list(table), (data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))))
-    values = values.astype(np.uint8)
+def masks_hold_what_their_id_table_says_and_strangers_are_named(data):
+    (name, end), table = data.draw(st.sampled_from([*PUBLISHED.items(), (("folder", ""), None)]))
+    args = SimpleNamespace(dataset=name, num_classes=0, ignore_index=255)
+    if table is None:  # any classes, any ignored value
+        args.num_classes = data.draw(st.integers(2, 200))
+        args.ignore_index = data.draw(st.sampled_from([0, 255, args.num_classes]))
+        table = {i: i for i in range(args.num_classes)}
+    table = table | {args.ignore_index: 255}
+    rng, size = rng_of(data), data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
+    values = rng.choice(list(table), size).astype(np.uint8)
+    values[rng.random(size) < 0.3] = args.ignore_index
     stranger = data.draw(st.one_of(st.none(), st.integers(0, 255).filter(lambda x: x not in table)))
     if stranger is not None:
-        values[rng.integers(len(values)), rng.integers(len(values[0]))] = stranger
-    read = Data(SimpleNamespace(dataset=name, num_classes=0, ignore_index=255), [], [], [], []).read
+        y, x = rng.integers(size[0]), rng.integers(size[1])
+        values[y, x] = stranger
     with tempfile.TemporaryDirectory() as folder:
-        image, mask = Path(folder) / "a.png", Path(folder) / f"a{end}"
-        Image.new("RGB", values.shape[::-1]).save(image)
+        image, mask = Path(folder) / "a.png", Path(folder) / f"mask{end or '.png'}"
+        Image.new("RGB", size[::-1]).save(image)
         Image.fromarray(values).save(mask)
+        read = Data(args, [], [], [], []).read
         if stranger is None:
             found = np.asarray(read(Item("a", image, mask), True)[1])
             assert found.tolist() == [[table[x] for x in row] for row in values.tolist()]
         else:
-            with pytest.raises(Refusal, match=f"value {stranger} at row"):
+            with pytest.raises(Refusal, match=f"value {stranger} at row {y}, column {x};"):
                 read(Item("a", image, mask), True)
 
 
@@ -124,25 +109,25 @@ def published_masks_hold_what_their_id_table_says(data):
 
 
 def image_label_and_inside_never_part(data):
-    rng, C = rng_of(data), 7
-    size = data.draw(st.tuples(st.integers(3, 40), st.integers(3, 40)))
-    crop = data.draw(st.integers(4, 48))
-    low = data.draw(st.floats(0.3, 2))
+    rng = rng_of(data)
+    width, height = data.draw(st.integers(3, 40)), data.draw(st.integers(3, 40))
+    crop, low = data.draw(st.integers(4, 48)), data.draw(st.floats(0.3, 2))
     scales = data.draw(st.sampled_from([(low, low + 0.5), (low,), (0.5, 1.0, 1.5), (0.5, 2.0)]))
     cell = data.draw(st.integers(1, 12))
-    blocks = rng.integers(0, C, (size[1] // cell + 1, size[0] // cell + 1)).astype(np.uint8)
-    label = blocks.repeat(cell, 0).repeat(cell, 1)[: size[1], : size[0]]
-    image = np.repeat(30 * label[..., None] + 10, 3, 2)
-    pictures = Image.fromarray(image), Image.fromarray(label)
+    blocks = rng.integers(0, 7, (height // cell + 1, width // cell + 1)).astype(np.uint8)
+    label = blocks.repeat(cell, 0).repeat(cell, 1)[:height, :width]
+    image = Image.fromarray(np.repeat(30 * label[..., None] + 10, 3, 2))
     seed = data.draw(st.integers(0, 2**32 - 1))
-    out, found, inside = supervised.augment(*pictures, np.random.default_rng(seed), crop, scales)
-    alone, none, same = supervised.augment(
-        pictures[0], None, np.random.default_rng(seed), crop, scales
-    )
+
+    def augmented(mask):
+        return supervised.augment(image, mask, np.random.default_rng(seed), crop, scales)
+
+    out, found, inside = augmented(Image.fromarray(label))
+    alone, none, same = augmented(None)
     assert none is None and np.array_equal(alone, out) and np.array_equal(same, inside)
     assert out.shape == (3, crop, crop) and found.shape == inside.shape == (crop, crop)
     mean = np.array([round(m) for m in supervised.MEAN])
-    assert (found[~inside] == 255).all() and (found[inside] < C).all()
+    assert (found[~inside] == 255).all() and (found[inside] < 7).all()
     assert (out[:, ~inside] == mean[:, None]).all()
     rows, columns = inside.any(1), inside.any(0)
     assert np.array_equal(inside, np.outer(rows, columns))  # a rectangle, in one piece
@@ -169,19 +154,18 @@ def cutmix_moves_everything_alike(data):
     assert maps[1].equal(number)  # not in place
     for i, (top, left, h, w) in enumerate(boxes):
         assert 0 <= top <= size - h and 0 <= left <= size - w and 2 * h > size // 2
-        for y in range(size):
-            for x in range(size):
-                box = top <= y < top + h and left <= x < left + w
-                source = number[i ^ 1 if box else i, y, x]
-                assert label[i, y, x] == source and (image[i, :, y, x] == source).all()
-                assert inside[i, y, x] == (source % 2 == 0)
+        expected = number[i].clone()
+        box = (slice(top, top + h), slice(left, left + w))
+        expected[box] = number[i ^ 1][box]
+        assert label[i].equal(expected) and image[i].equal(expected.expand(3, -1, -1))
+        assert inside[i].equal(expected % 2 == 0)
 
 
 # ---- losses ----
 
 
 def ohem_takes_the_hard_pixels(data):
-    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    rng = torch_rng_of(data)
     B, C = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 5))
     h, w = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     logits = 3 * torch.randn(B, C, h, w, generator=rng)
@@ -218,7 +202,7 @@ def percentiles_are_numpys(data):
 
 
 def the_confidence_bank_is_a_moving_mean(data):
-    rng = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    rng = torch_rng_of(data)
     C, groups = data.draw(st.integers(2, 6)), data.draw(st.integers(1, 3))
     pooled, momentum = data.draw(st.integers(1, 2)), data.draw(st.floats(0, 1))
     skip = data.draw(st.booleans())
@@ -245,7 +229,8 @@ def the_negatives_wait_in_queues(data):
     sizes = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
     K, turns = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 6))
     bank, pushed = torch.zeros(sum(sizes) + 1, 1), torch.zeros(len(sizes), dtype=torch.int64)
-    queues, number = [deque(maxlen=size) for size in sizes], 0
+    queues = [deque(maxlen=size) for size in sizes]
+    number = 0
     for _ in range(turns):
         offered = torch.zeros(len(sizes), K, 2)
         for c, k in np.ndindex(len(sizes), K):
@@ -264,8 +249,7 @@ def the_negatives_wait_in_queues(data):
 
 PROPERTIES = [
     lists_are_read_as_written_and_a_bad_line_is_named,
-    masks_hold_classes_or_255_and_strangers_are_named,
-    published_masks_hold_what_their_id_table_says,
+    masks_hold_what_their_id_table_says_and_strangers_are_named,
     image_label_and_inside_never_part,
     cutmix_moves_everything_alike,
     ohem_takes_the_hard_pixels,
@@ -273,26 +257,14 @@ PROPERTIES = [
     the_confidence_bank_is_a_moving_mean,
     the_negatives_wait_in_queues,
 ]
+RARE = pytest.mark.slow
+COUNTS = [pytest.param(200, id="some"), pytest.param(10_000, id="ten thousand", marks=RARE)]
 
 
-def check(prop, cases):
-    """Runs a property over so many random cases; they are the same every time."""
-    free = settings(
-        max_examples=cases,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+@pytest.mark.parametrize("cases", COUNTS)
+@pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.__name__)
+def test_property(prop, cases):
+    """Over so many random cases; they are the same every time."""
+    same = dict(deadline=None, derandomize=True, database=None)
+    free = settings(max_examples=cases, suppress_health_check=list(HealthCheck), **same)
     free(given(st.data())(lambda data: prop(data)))()
-
-
-@pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.__name__)
-def test_property(prop):
-    check(prop, 200)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("prop", PROPERTIES, ids=lambda prop: prop.__name__)
-def test_property_ten_thousand_times(prop):
-    check(prop, 10_000)

@@ -1,0 +1,1 @@
+"""Equations as loops over scalars: a second transcription of the papers."""

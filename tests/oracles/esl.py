@@ -1,0 +1,134 @@
+"""ESL, one pixel, one part and one entry at a time.
+
+u: the numbers in [0, 1) from which all is drawn. Part k of class c is number c K + k, C K is none.
+"""
+
+import math
+
+from oracles.fpl import order
+from oracles.supervised import VOID, log_sum_exp, scaled, softmax
+from oracles.u2pl import contrastive, dot, mean, one_of_each_part, unit
+
+
+def soft_label(p, kind, eta, top_k):
+    """Eq. (3)-(5): the classes with p >= delta, the p of rank C*, their sum made 1."""
+    if kind == "soft":
+        return list(p)
+    ranked = order(p)
+    if kind == "hard":
+        return [float(c == ranked[0]) for c in range(len(p))]
+    if kind == "topk":
+        count = min(top_k, len(p))
+    else:  # Eq. (4): the fewest likeliest classes whose sum reaches eta
+        count = 1
+        total = p[ranked[0]]
+        while total < eta and count < len(p):
+            total += p[ranked[count]]
+            count += 1
+    delta = p[ranked[count - 1]]
+    kept = [v if v >= delta else 0.0 for v in p]  # all that equal delta [D10]
+    return [v / math.fsum(kept) for v in kept]
+
+
+def soft_cross_entropy(images, targets, inside):
+    """Eq. (6): the mean of -sum_c y*_c log p_c over the pixels inside; 0 over none."""
+    count = max(sum(map(sum, inside)), 1)
+    total = 0.0
+    gradient = []
+    for image, target, mask in zip(images, targets, inside, strict=True):
+        gradient.append([])
+        for z, y, hit in zip(image, target, mask, strict=True):
+            log_total = log_sum_exp(z)
+            total += hit * math.fsum(a * (log_total - v) for a, v in zip(y, z, strict=True)) / count
+            slope = [math.fsum(y) * p - a for p, a in zip(softmax(z), y, strict=True)]
+            gradient[-1].append(scaled(slope, hit / count))
+    return total, gradient
+
+
+def near(i, m, M):
+    """The nearest of M pixels to the i-th of m, corners on corners [D24]; halves go up."""
+    return math.floor(i * (M - 1) / (m - 1) + 0.5) if m > 1 else 0
+
+
+def cosine(x, y):
+    return dot(unit(x), unit(y))
+
+
+def part_of(feature, label, prototypes):
+    """Eq. (7): the part of its class whose prototype is nearest; of equal ones the lowest."""
+    K = len(prototypes[0])
+    if label == VOID:
+        return len(prototypes) * K
+    cosines = [cosine(feature, prototype) for prototype in prototypes[label]]
+    return label * K + cosines.index(max(cosines))
+
+
+def moved_prototype(old, features, theta):
+    """Eq. (8), (12): towards the mean of the part's features; an absent part stays [D15]."""
+    if not features:
+        return old
+    return [theta * a + (1 - theta) * b for a, b in zip(old, mean(features), strict=True)]
+
+
+def anchors(ids, c, K, share, u):
+    """Eq. (9): a share of the pixels of class c, rounded up, at most len(u) - 1 [D19]."""
+    own = [i for i, part in enumerate(ids) if part // K == c]
+    count = min(math.ceil(share * len(own)), len(u) - 1)
+    return one_of_each_part(own, count, u)
+
+
+def entries(ring, filled, u):
+    """The positive and the negatives of an anchor, as (ring, place); None without either.
+
+    Negatives come from all other rings together, those of its class too. filled: entries a ring.
+    """
+    others = [(r, i) for r, count in enumerate(filled) for i in range(count) if r != ring]
+    if not filled[ring] or not others:
+        return None
+    return [(ring, int(u[0] * filled[ring])), *(others[int(v * len(others))] for v in u[1:])]
+
+
+def part_contrast(rep_s, ids, queues, u, v, K, share, sigma):
+    """L_CTR: the mean of Eq. (10) over a class's anchors, then over all classes [D20].
+
+    rep_s: the student's features of the pixels. queues: the unit keys of each part. Returns the
+    value and how many anchors there are.
+    """
+    C = len(queues) // K
+    value = 0.0
+    number = 0
+    for c in range(C):
+        losses = []
+        for a, pixel in enumerate(anchors(ids, c, K, share, u[c])):
+            places = entries(ids[pixel], [len(queue) for queue in queues], v[c][a])
+            if places:
+                positive, *negatives = [queues[r][i] for r, i in places]
+                losses.append(contrastive(unit(rep_s[pixel]), positive, negatives, sigma))
+        value += math.fsum(losses) / max(len(losses), 1) / C
+        number += len(losses)
+    return value, number
+
+
+def kmeans(pixels, K, u, steps=30):
+    """Spherical K-means [D22]: first centres by k-means++, Lloyd's steps; raw means at last."""
+    units = [unit(x) for x in pixels]
+    gaps = [1.0] * len(pixels)
+    centers = []
+    while len(centers) < K and any(gaps):
+        place = 0
+        while math.fsum(gaps[: place + 1]) <= u[len(centers)] * math.fsum(gaps):
+            place += 1
+        centers.append(units[place])
+        for i, x in enumerate(units):
+            gap = min(gaps[i], 1 - cosine(x, centers[-1]))
+            gaps[i] = gap if gap > 1e-6 else 0.0
+    for step in range(steps):
+        cosines = [[cosine(x, center) for center in centers] for x in units]
+        own = [row.index(max(row)) for row in cosines]
+        for k in range(len(centers)):
+            rows = pixels if step == steps - 1 else units
+            cluster = [x for x, of in zip(rows, own, strict=True) if of == k]
+            if cluster:  # an empty one keeps its centre
+                center = mean(cluster)
+                centers[k] = center if step == steps - 1 else unit(center)
+    return centers + [[0.0] * len(pixels[0]) for _ in range(K - len(centers))]

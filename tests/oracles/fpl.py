@@ -1,0 +1,181 @@
+"""FPL (its Eq., Alg. and supplement) and CPS, one pixel and one number at a time."""
+
+import math
+from types import SimpleNamespace
+
+from oracles.supervised import likeliest, log_sum_exp, nll, scaled, softmax
+
+
+def printed(**changes):
+    """The flags that FPL's and AEL's losses read, as printed in the papers, with changes."""
+    values = dict(T=0.9037, k_max=0, strict=True, weight="concave", mean_over="positives")
+    values |= dict(k_strategy="n-1", unsup_loss="fpl", balance=False, threshold=0.0, gamma=2.0)
+    return SimpleNamespace(**values | changes)
+
+
+def order(p):
+    """Classes from likely to unlikely; of equal ones the lowest first."""
+    return sorted(range(len(p)), key=lambda c: (-p[c], c))
+
+
+def cumulative_classes(p, T, strict=True):
+    """Alg. 1, first half, line for line: n, the fewest classes whose sum V exceeds T."""
+    p = sorted(p, reverse=True)
+    V = p[0]
+    for n in range(1, len(p)):
+        if V > T or (V == T and not strict):  # not strict [D14]
+            return n
+        V = V + p[n]
+    return len(p)
+
+
+def positives(p, flags, progress=0.0):
+    """K: Alg. 1's max(n - 1, 1), or another strategy of supplement Table 5; k_max caps it [D13]."""
+    if flags.k_strategy in ("n", "n-1"):
+        n = cumulative_classes(p, flags.T, flags.strict)
+        K = n if flags.k_strategy == "n" else max(n - 1, 1)
+    elif flags.k_strategy == "step":  # 3, 2, 1 by thirds of training
+        K = 3 if progress < 1 / 3 else 2 if progress < 2 / 3 else 1
+    else:
+        K = {"fixed2": 2, "fixed3": 3}[flags.k_strategy]
+    return min(K, len(p), flags.k_max or len(p))
+
+
+def regularization(z, Y):
+    """Eq. (7), log(1 + P N), P = sum_{i in Y} e^{-z^i}, N = sum_{j not in Y} e^{z^j}.
+
+    Its gradient is Eq. (8): -N e^{-z^c} / (1 + P N) in Y, P e^{z^c} / (1 + P N) elsewhere.
+    """
+    others = [c for c in range(len(z)) if c not in Y]
+    if not others:
+        return 0.0, [0.0] * len(z)
+    log_P = log_sum_exp([-z[i] for i in Y])
+    log_N = log_sum_exp([z[j] for j in others])
+    value = log_sum_exp([0.0, log_P + log_N])
+    gradient = [0.0] * len(z)
+    for c in Y:
+        gradient[c] = -math.exp(log_N - z[c] - value)
+    for c in others:
+        gradient[c] = math.exp(log_P + z[c] - value)
+    return value, gradient
+
+
+def weight(p, K, kind, mean_over="positives"):
+    """Eq. (11), concave with A = 50, and Eq. (16); without a negative class its p is 0."""
+    p = sorted(p, reverse=True) + [0.0]
+    count = K + 1 if mean_over == "positives_and_next" else K  # [D15]
+    mean = math.fsum(p[:count]) / count
+    rest = p[K]
+    gap = max(mean - rest, 0.0)  # below 0 by rounding only
+    if kind == "concave":
+        return math.log1p(50 * gap) / math.log1p(50 * mean)
+    if kind == "linear":
+        return gap / mean
+    if kind == "convex":
+        return gap / (mean + 4 * rest)
+    return 1.0
+
+
+def soft(z, q):
+    """Supplement Eq. (4), sum_i q^i log(q^i / p^i); its gradient is p - q."""
+    total = log_sum_exp(z)
+    value = math.fsum(b * (math.log(b) - (a - total)) for a, b in zip(z, q, strict=True) if b > 0)
+    return value, [a - b for a, b in zip(softmax(z), q, strict=True)]
+
+
+def negative(z, q, threshold=0.2):
+    """Supplement Eq. (1), -sum_j log(1 - p^j) over q^j < 0.2; 1 - p^j is the sum of the others."""
+    value = 0.0
+    gradient = [0.0] * len(z)
+    total = log_sum_exp(z)
+    for j in range(len(z)):
+        if q[j] < threshold:
+            others = log_sum_exp(z[:j] + z[j + 1 :])
+            value += total - others
+            for c in range(len(z)):
+                gradient[c] += math.exp(z[c] - total)
+                gradient[c] -= math.exp(z[c] - others) if c != j else 0.0
+    return value, gradient
+
+
+def weighted(z, q, flags, progress=0.0):
+    """Eq. (7) of a pixel times Eq. (11): value and gradient. q: the teacher's probabilities."""
+    K = positives(q, flags, progress)
+    value, slope = regularization(z, order(q)[:K])
+    w = weight(q, K, flags.weight, flags.mean_over)
+    return w * value, scaled(slope, w)
+
+
+def pixel_loss(z, q, flags, progress=0.0):
+    """The loss of a pixel by --unsup-loss, and its gradient."""
+    if flags.unsup_loss == "fpl":
+        return weighted(z, q, flags, progress)
+    if flags.unsup_loss == "ce":
+        return nll(z, likeliest(q))  # Eq. (2)
+    return soft(z, q) if flags.unsup_loss == "soft" else negative(z, q)
+
+
+def cross_loss(students, teachers, inside, progress, flags):
+    """CPS's L12 + L21: network 1 learns from 2, 2 from 1, each a mean over the pixels inside.
+
+    students, teachers: images of both networks. Returns value, gradients, parts. The balance of the
+    released code [D16] gives FPL's loss the value of cross-entropy.
+    """
+    count = max(sum(map(sum, inside)), 1)
+    unsup = 0.0
+    ce = 0.0
+    gradients = []
+    for own, other in ((0, 1), (1, 0)):
+        gradients.append([])
+        for image, teacher, mask in zip(students[own], teachers[other], inside, strict=True):
+            gradients[-1].append([])
+            for z, t, hit in zip(image, teacher, mask, strict=True):
+                q = softmax(t)
+                value, slope = pixel_loss(z, q, flags, progress)
+                unsup += hit * value / count
+                ce += hit * nll(z, likeliest(t))[0] / count
+                gradients[-1][-1].append(scaled(slope, hit / count))
+    balance = ce / unsup if unsup > 0 else 1.0
+    factor = balance if flags.balance and flags.unsup_loss == "fpl" else 1.0
+    gradients = [[[scaled(g, factor) for g in image] for image in net] for net in gradients]
+    return factor * unsup, gradients, {"unsup": unsup, "balance": balance}
+
+
+def statistics(pixels, flags, progress, truth=None):
+    """What a run logs of FPL: means over pixels, of the teacher's logits; with truth its scores."""
+    sums = {}
+    for i, z in enumerate(pixels):
+        q = softmax(z)
+        K = positives(q, flags, progress)
+        if truth is None:
+            w = weight(q, K, flags.weight, flags.mean_over)
+            found = {"K": K, "K_gt_1": K > 1, "weight": w}
+        else:
+            rank = order(q).index(truth[i])
+            found = {"pseudo_acc": rank == 0, "coverage": rank < K}
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value / len(pixels)
+    return sums
+
+
+def toggled_mask(shares, size):
+    """CPS's CutMix: three boxes of a third of a random area, each turns what it covers."""
+    mask = [[False] * size for _ in range(size)]
+    for k in range(3):
+        share, form, vertical, horizontal = shares[4 * k : 4 * k + 4]
+        area = 0.25 + 0.25 * share
+        tall = math.exp(form * math.log(area))  # log-uniform from area to 1
+        height = round(tall * math.sqrt(1 / 3) * size)
+        width = round(area / tall * math.sqrt(1 / 3) * size)
+        top = round((size - height) * vertical)
+        left = round((size - width) * horizontal)
+        for y in range(top, top + height):
+            for x in range(left, left + width):
+                mask[y][x] = not mask[y][x]
+    return mask
+
+
+def average(pixels):
+    """The logarithm of the mean of the networks' probabilities; pixels: one of each network."""
+    probs = [softmax(z) for z in pixels]
+    return [math.log(math.fsum(p) / len(p)) for p in zip(*probs, strict=True)]

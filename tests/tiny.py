@@ -1,0 +1,191 @@
+"""A tiny data set and a tiny network: what tests of whole runs train on, in milliseconds a step.
+
+A new script is covered by the contracts of test_run.py, test_faults.py and test_two_processes.py
+once its name and the rows of the four tables below are here.
+"""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from common import run
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl"]
+MORE = {  # flags that make a run of a few steps do all that a long one does
+    "mean_teacher": "--cutmix --warmup-iters 3",
+    "u2pl": "--warmup-iters 2 --anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12 --delta-p 0.1",
+    "esl": "--anchors 6 --negatives 7 --queue 5 --parts 3 --zeta 0.12",
+}
+SCORED = {"supervised": "student", "cps_fpl": "branch1"}  # the network that is scored; else:
+SCORED |= {name: "teacher" for name in SCRIPTS if name not in SCORED}
+LINES = {  # what a line of the log has, in this order
+    "supervised": "loss",
+    "mean_teacher": "loss sup unsup conf",
+    "cps_fpl": "loss sup unsup balance K K_gt_1 weight pseudo_acc coverage",
+    "ael_fpl": "loss sup unsup balance kept conf_t K_gt_1 bank regions",
+    "u2pl": "loss sup unsup unsup_weight contrast classes entropy",
+    "esl": "loss sup unsup contrast anchors parts dominant conf",
+}
+STATE = {  # what a checkpoint holds beside the networks
+    "ael_fpl": "confidence present draws",
+    "u2pl": "bank pushed",
+    "esl": "prototypes bank pushed",
+}
+
+
+def script(name):
+    """Returns a script as a module."""
+    return importlib.import_module(name)
+
+
+# ---- a tiny data set, a tiny network ----
+
+
+def draw_tree(root, train=8, val=2, test=2, ids=12):
+    """Draws a tree in CamVid's layout: JPEGs of 48x36 pixels, masks of blocks with ids 0 to 11.
+
+    ids: how many occur; of all twelve the last is CamVid's void.
+    """
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val), ("test", test)):
+        for folder in (root / part, root / f"{part}annot"):
+            folder.mkdir(parents=True)
+        for i in range(count):
+            mask = rng.integers(0, ids, (6, 8)).astype(np.uint8).repeat(6, 0).repeat(6, 1)
+            noise = rng.integers(0, 40, (36, 48, 3))
+            pixels = (mask[..., None] * np.array([18, 7, 13]) + noise).astype(np.uint8)
+            Image.fromarray(pixels).save(root / part / f"{part}{i}.jpg")
+            Image.fromarray(mask).save(root / f"{part}annot" / f"{part}{i}.png")
+    return root
+
+
+def draw_folder(root, classes, void=255, first=0, seed=0):
+    """Draws a folder of one's own: images and masks of 42x36 pixels, blocks of few classes.
+
+    Classes `first` to `classes` - 1 occur, and the value that is none. No test part.
+    """
+    rng = np.random.default_rng(seed)
+    for part, count in (("train", 8), ("val", 2)):
+        for kind in ("images", "masks"):
+            (root / kind / part).mkdir(parents=True)
+        for i in range(count):
+            mask = rng.integers(first, classes + 1, (6, 7)).astype(np.uint8)
+            mask[mask == classes] = void
+            pixels = rng.integers(0, 256, (36, 42, 3), dtype=np.uint8)
+            blocks = Image.fromarray(mask.repeat(6, 0).repeat(6, 1))
+            blocks.save(root / f"masks/{part}/{i}.png")
+            Image.fromarray(pixels).save(root / f"images/{part}/{i}.png")
+    return root
+
+
+def tiny_modules(module, bare=False):
+    """Returns stand-ins for make_backbone and the heads of a script: a step takes milliseconds.
+
+    bare: without BN and dropout; then a step is a mean over images.
+    """
+
+    def block(inputs, outputs, stride):
+        conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        return nn.Sequential(conv, norm(outputs), nn.ReLU())
+
+    def norm(channels):
+        return nn.Identity() if bare else nn.BatchNorm2d(channels)
+
+    def make_backbone(args):
+        net = nn.Module()
+        net.conv1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        net.bn1 = norm(8)
+        net.relu = nn.ReLU()
+        net.maxpool = nn.MaxPool2d(3, 2, 1)
+        for i in (1, 2, 3, 4):
+            setattr(net, f"layer{i}", block(8, 8, 2 if i == 2 else 1))
+        for p in net.parameters() if bare else ():
+            p.data *= 3  # keeps the signal alive
+        return net
+
+    class Head(nn.Module):
+        dropout = 0.0 if bare else 0.1
+        has_aux = True
+
+        def __init__(self, channels, num_classes, args):
+            super().__init__()
+            self.classify = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, num_classes, 1))
+            aux = self.has_aux and args.aux_weight
+            self.aux = nn.Conv2d(8, num_classes, 1) if aux else None
+
+        def forward(self, stages, size):
+            out = {"logits": module.upsample(self.classify(stages[3]).float(), size)}
+            if self.aux is not None:
+                out["aux"] = module.upsample(self.aux(stages[2]).float(), size)
+            return out
+
+    class HeadOfCPS(Head):  # its tensors are others than those of the other heads
+        dropout = 0.0
+        has_aux = False
+
+        def __init__(self, channels, num_classes, args):
+            super().__init__(channels, num_classes, args)
+            self.register_buffer("other", torch.zeros(1))
+
+    class HeadWithFeatures(Head):
+        def __init__(self, channels, num_classes, args):
+            super().__init__(channels, num_classes, args)
+            self.represent = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, 6, 1))
+
+        def forward(self, stages, size):
+            fused = stages[0] + module.upsample(stages[3], stages[0].shape[2:])
+            coarse = self.classify(fused).float()
+            out = {"logits": module.upsample(coarse, size), "coarse": coarse}
+            if self.aux is not None:
+                out["aux"] = module.upsample(self.aux(stages[2]).float(), size)
+            return out | ({"rep": self.represent(fused)} if self.training else {})
+
+    class HeadWithParts(HeadWithFeatures):
+        width = 8
+
+        def forward(self, stages, size):
+            return super().forward(stages, size) | ({"encoder": stages[3]} if self.training else {})
+
+    parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadOfCPS}
+    parts |= {"U2PLHead": HeadWithFeatures, "ESLHead": HeadWithParts}
+    return {name: part for name, part in parts.items() if hasattr(module, name)}
+
+
+def shrink(module, monkeypatch, bare=False):
+    """Gives a script the tiny network for the length of a test."""
+    for name, value in tiny_modules(module, bare).items():
+        monkeypatch.setattr(module, name, value)
+
+
+# ---- runs ----
+
+
+def flags(tree, out, iters=8, log=2, evaluate=4, save=4, pictures=0, workers=0, batch=2):
+    """Returns the flags of a small run on a drawn tree: two of eight images labelled at 1/4."""
+    numbers = dict(total_iters=iters, log_every=log, eval_every=evaluate, save_every=save)
+    numbers |= dict(pictures_every=pictures, workers=workers, batch_size=batch, crop_size=32)
+    words = ["--dataset", "camvid", "--data-root", tree, "--out", out, "--split", "1/4"]
+    for name, value in numbers.items():
+        words += ["--" + name.replace("_", "-"), value]
+    return [str(word) for word in words] + ["--device", "cpu"]
+
+
+def own_folder(root, out, classes, **numbers):
+    """Returns the flags of a small run on a folder of one's own."""
+    words = [*flags(root, out, **numbers), "--dataset", "folder", "--num-classes", str(classes)]
+    return words + "--weights none --backbone resnet18 --output-stride 16 --lr 0.01".split()
+
+
+def resolved(module, argv):
+    """Returns the resolved flags of a command line."""
+    return run.resolve(run.parse(module.Args, argv), module.preset)
+
+
+def train(module, argv):
+    """Runs a script's main in this process, as its command line would; a Refusal goes through."""
+    module.main(resolved(module, argv))

@@ -1,0 +1,195 @@
+"""Miniature data sets in every known layout, their lists and flags; published sets of a test's own.
+
+Nothing here imports what finds and reads images: places, ids and hashes are written out.
+"""
+
+import hashlib
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+from common import Refusal
+from common.data import SPLITS
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = [f"0001TP_{number:06d}" for number in range(6690, 6840, 30)]  # CamVid's way of naming
+KEYS = {
+    "voc": {
+        "train": ["2007_000032", "2008_000008", "2009_003377", "2011_000068"],
+        "val": ["2007_000033", "2011_003276"],
+    },
+    "cityscapes": {
+        "train": ["aachen_000000_000019", "bad-honnef_000000_080169", "jena_000078_000019"]
+        + ["ulm_000001_000019"],
+        "val": ["frankfurt_000001_066574", "lindau_000000_000019"],
+    },
+}
+FINE = ["2008_000008", "2011_000068", *KEYS["voc"]["val"]]  # VOC's own masks; the rest is SBD's
+OFFICIAL = "leftImg8bit/{part}/{city}/{key}_leftImg8bit.png"
+TRAIN_IDS = "gtFine/{part}/{city}/{key}_gtFine_labelTrainIds.png"
+LABEL_IDS = "gtFine/{part}/{city}/{key}_gtFine_labelIds.png"
+AUG, OWN = "SegmentationClassAug/{key}.png", "SegmentationClass/{key}.png"
+KIT, LISTS = "VOCdevkit/VOC2012/", ["train_aug", "val"]
+CPS = ["segmentation/{part}/{key}_gtFine.png"]
+PSMT = ("images/city_gt_fine/{part}/{key}_leftImg8bit", "annotation/city_gt_fine/{part}/{key}")
+LAYOUTS = {  # data set, image, masks (the preferred first), lists in ImageSets: train's, val's
+    "voc, official": ("voc", "JPEGImages/{key}.jpg", [AUG, OWN], ["train_aug", "val"]),
+    "voc, trainaug": ("voc", "JPEGImages/{key}.jpg", [AUG], ["trainaug", "val"]),
+    "voc, no list of 10,582": ("voc", "JPEGImages/{key}.jpg", [AUG, OWN], ["", "val"]),
+    "voc, one folder of masks": ("voc", "JPEGImages/{key}.jpg", [OWN + " all"], ["", ""]),
+    "voc, VOCdevkit": ("voc", KIT + "JPEGImages/{key}.jpg", [KIT + AUG, KIT + OWN], LISTS),
+    "voc, CPS": ("voc", "{fold}/image/{key}.jpg", ["{fold}/label/{key}.png"], []),
+    "voc, AEL": ("voc", "image/{key}.jpg", ["label/{key}.png"], []),
+    "cityscapes, official": ("cityscapes", OFFICIAL, [TRAIN_IDS, LABEL_IDS], []),
+    "cityscapes, label ids": ("cityscapes", OFFICIAL, [LABEL_IDS], []),
+    "cityscapes, CPS": ("cityscapes", "images/{part}/{key}.png", CPS, []),
+    "cityscapes, PS-MT": ("cityscapes", PSMT[0] + ".png", [PSMT[1] + "_gtFine.png"], []),
+}  # fmt: skip
+LINES = {  # of the lists of each project
+    "voc": {
+        "CPS, U2PL": "{key}",
+        "UniMatch": "JPEGImages/{key}.jpg SegmentationClass/{key}.png",
+        "CCT": "/JPEGImages/{key}.jpg /SegmentationClassAug/{key}.png",
+        "PS-MT": "/JPEGImages/{key}.jpg /{mixed}/{key}.png",
+        "tab": "train_aug/image/{key}.jpg\ttrain_aug/label/{key}.png",
+        "None": "JPEGImages/{key}.jpg None",
+    },
+    "cityscapes": {
+        "CPS": "/images/train/{key}.png\t/segmentation/train/{key}_gtFine.png",
+        "U2PL": OFFICIAL,
+        "UniMatch": f"{OFFICIAL} {TRAIN_IDS}",
+        "CCT": f"/{OFFICIAL} /{TRAIN_IDS}",
+        "label ids": f"{OFFICIAL} {LABEL_IDS}",
+        "PS-MT": f"/{PSMT[0]}.png /{PSMT[1]}_gtFine.png",
+        "A-FPL": "{city}/{key}_leftImg8bit.png",
+        "bare": "{key}",
+        "None": OFFICIAL + " None",
+    },
+}
+# Cityscapes' id -> train id, as the data set's own scripts have it; every other id is ignored
+PAIRS = "7:0 8:1 11:2 12:3 13:4 17:5 19:6 20:7 21:8 22:9 23:10 24:11 25:12 26:13 27:14 28:15 31:16"
+TRAIN_ID = dict(map(int, pair.split(":")) for pair in f"{PAIRS} 32:17 33:18".split())
+ID = {train_id: label_id for label_id, train_id in TRAIN_ID.items()}
+
+
+def flags(root="", **changes):
+    """Returns the flags that finding images and drawing samples read; every image is labelled."""
+    values = dict(dataset="camvid", data_root=str(root), split="all", split_seed=None)
+    values |= dict(split_family="cps", labeled_list="", unlabeled_list="")
+    values |= dict(num_classes=0, ignore_index=255, seed=0, crop_size=24, scales=(0.5, 2.0))
+    values |= dict(batch_size=8, batch_size_unlabeled=8, total_iters=4, workers=0)
+    return SimpleNamespace(**values | changes)
+
+
+def own(root, **changes):
+    """Returns the flags of a folder of one's own."""
+    return flags(root, **dict(dataset="folder", num_classes=4) | changes)
+
+
+def keys_of(items):
+    return [item.key for item in items]
+
+
+def refusal(function, *arguments):
+    """Returns the one line that a call is refused with."""
+    with pytest.raises(Refusal) as refused:
+        function(*arguments)
+    line = str(refused.value)
+    assert line and "\n" not in line and "\r" not in line
+    return line
+
+
+def listed(path, *lines):
+    """Writes a list; returns its path as a flag has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def entry(keys, **more):
+    """Returns a set as common/splits.json has it, made by hand."""
+    digest = hashlib.sha1("\n".join(sorted(keys)).encode()).hexdigest()[:8]
+    return {"images": len(keys), "set": digest} | more
+
+
+def words(key, part="train"):
+    """Returns what stands in the place of each {word} of a layout or a line."""
+    mixed = "SegmentationClass" if key in FINE else "SegmentationClassAug"
+    fold = {"train": "train_aug"}.get(part, part)
+    return dict(key=key, part=part, fold=fold, city=key.split("_")[0], mixed=mixed)
+
+
+def picture(path, mode, value, size=(8, 6)):
+    """Draws a picture of one colour, or of one index of a palette without order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("L" if mode == "P" else mode, size, value)
+    if mode == "P":
+        image.putpalette(random.Random(value).randbytes(768))
+    image.save(path)
+    return path
+
+
+def camvid(root, names=NAMES, end="png", size=(12, 9)):
+    """Draws CamVid: training image i has red 10 (i + 1), its mask the class i; two val, one test.
+
+    The flat colours tell which image a crop shows.
+    """
+    for part, keys in (("train", names), ("val", ["v0", "v1"]), ("test", ["t0"])):
+        for i, key in enumerate(keys):
+            picture(root / part / f"{key}.{end}", "RGB", (10 * (i + 1), 30, 40), size)
+            picture(root / f"{part}annot/{key}.png", "L", i % 11, size)
+    return root
+
+
+def folder(root, names=("a", "b", "c", "d"), ends=(".png",), classes=4):
+    """Draws images/{train,val,test} and masks/...; mask i is of class i modulo classes."""
+    for part, keys in (("train", names), ("val", ["v 0", "v1"]), ("test", ["t0"])):
+        for i, key in enumerate(keys):
+            picture(root / f"images/{part}/{key}{ends[i % len(ends)]}", "RGB", (10 * i, 0, 0))
+            picture(root / f"masks/{part}/{key}.png", "L", i % classes)
+    return root
+
+
+def draw(root, layout):
+    """Draws a tree. Returns {its files, relative: the class in it, if a mask}.
+
+    Image n is n * 30 in red; its preferred mask is of class n, the next one of class n + 6.
+    """
+    name, image, masks, lists = LAYOUTS[layout]
+    files = {}
+    pairs = [(part, key) for part, keys in KEYS[name].items() for key in keys]
+    for n, (part, key) in enumerate(pairs):
+        picture(root / image.format(**words(key, part)), "RGB", (30 * n, 0, 0))
+        files[image.format(**words(key, part))] = None
+        for i, pattern in enumerate(masks):
+            path, *every = pattern.format(**words(key, part)).split()
+            if "SegmentationClass/" in path and key not in FINE and not every:
+                continue
+            value = ID[n + 6 * i] if path.endswith("_labelIds.png") else n + 6 * i
+            picture(root / path, "P" if "SegmentationClass/" in path else "L", value)
+            files[path] = n + 6 * i
+    sets = root / image.split("JPEGImages")[0] / "ImageSets/Segmentation"
+    for part, file in zip(KEYS[name], lists, strict=False):
+        if file:
+            listed(sets / f"{file}.txt", *KEYS[name][part])
+    if lists:
+        listed(sets / "train.txt", KEYS["voc"]["train"][1])  # VOC's own: not the 10,582
+    return files
+
+
+def publish(monkeypatch, dataset, family, split, keys, lines=None):
+    """Makes keys a published set, and its list lie where fetched lists are kept; returns where."""
+    new = entry(keys, url="https://example.org/list.txt")
+    monkeypatch.setitem(SPLITS[dataset].setdefault(family, {}), split, new)
+    path = Path(f"data/splits/{dataset}/{family}/{split.replace('/', '_')}.txt")
+    listed(path, *(lines or keys))
+    return path
+
+
+def publish_parts(monkeypatch, dataset):
+    """Makes the drawn images of a data set the published ones."""
+    for part, keys in KEYS["voc" if "voc" in dataset else dataset].items():
+        publish(monkeypatch, dataset, "parts", part, keys, keys[::-1])

@@ -4,13 +4,14 @@ python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json
 python benchmarks/gpu.py --minutes 60 --out FILE --camvid data/camvid --weights FILE
 python benchmarks/gpu.py --device cpu --tiny --out FILE      # the same code in a minute, for tests
 
-Needs a checkout and requirements.txt alone. The plan is sorted by worth; each part is a process of
-its own with a limit of its own, so that a failure costs its part alone, and what a part had found
-before it was cut off counts. The table on the terminal and the JSON hold one row for each check
-(ok or not, its error and its limit) and each measurement. Exit code 1 if a check failed.
-docs/performance.md is made from such files: python benchmarks/page.py.
+Needs a checkout and requirements.txt alone (and a C compiler for --compile). The plan is sorted by
+worth; each part is a process of its own with a limit of its own, so that a failure costs its part
+alone, and what a part had found before it was cut off counts. The table on the terminal and the
+JSON hold one row for each check (ok or not, its error and its limit) and each measurement. Exit
+code 1 if a check failed. docs/performance.md is made from such files: python benchmarks/page.py.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -32,6 +33,8 @@ import torch  # noqa: E402
 import torchvision  # noqa: E402
 import tyro  # noqa: E402
 
+from benchmarks.runs import kill  # noqa: E402
+
 
 class Part(NamedTuple):
     """One entry of the plan: what a function of a module looks at."""
@@ -45,18 +48,18 @@ class Part(NamedTuple):
 
 CHECKS, RUNS, SPEED = (f"benchmarks.gpu_{name}" for name in ("checks", "runs", "speed"))
 PLAN = [
-    Part("losses", CHECKS, "losses", 50, "every loss, bank and percentile against the CPU"),
-    Part("steps", CHECKS, "whole_steps", 90, "a whole step of every script against the CPU"),
-    Part("waits", CHECKS, "waits", 60, "20 steps without a wait of the host"),
-    Part("repeats", RUNS, "repeats", 100, "--deterministic; SIGKILL and --resume"),
-    Part("processes", RUNS, "processes", 90, "NCCL, no_sync, CPU <-> CUDA, signals"),
-    Part("compile", CHECKS, "compiled", 90, "--compile: losses, graphs, the first step"),
-    Part("loss speed", SPEED, "loss_speed", 60, "FPL's loss against cross-entropy"),
-    Part("shares", SPEED, "shares", 60, "where the time of a step goes"),
-    Part("step speed", SPEED, "step_speed", 10**6, "steps and images per second, memory"),
-    Part("camvid", RUNS, "camvid", 10**6, "the README's protocol"),
+    Part("losses", CHECKS, "losses", 40, "every loss, bank and percentile against the CPU"),
+    Part("steps", CHECKS, "whole_steps", 75, "a whole step of every script against the CPU"),
+    Part("waits", CHECKS, "waits", 45, "20 steps without a wait of the host"),
+    Part("repeats", RUNS, "repeats", 75, "--deterministic; SIGKILL and --resume"),
+    Part("processes", RUNS, "processes", 70, "NCCL, no_sync, CPU <-> CUDA, signals"),
+    Part("loss speed", SPEED, "loss_speed", 50, "FPL's loss against cross-entropy"),
+    Part("step speed", SPEED, "step_speed", 50, "steps and images per second, memory"),
+    Part("shares", SPEED, "shares", 30, "where the time of a step goes"),
+    Part("compile", CHECKS, "compiled", 45, "--compile: losses, graphs, the first step"),
+    Part("camvid", RUNS, "camvid", 0, "the README's protocol"),
 ]
-LAST = 0.5  # of what is left: step speed, if CamVid comes after it
+LONG = ("steps", "step speed", "compile", "camvid")  # these share what is over of the time
 
 
 @dataclass
@@ -93,15 +96,24 @@ class Report:
         """Adds a row of a check: ok where error <= limit; NaN is not."""
         self.row(name, error=error, limit=limit, ok=bool(error <= limit), note=note)
 
-    def attempt(self, name, call):
-        """Calls call(); an error becomes a row that failed, and the part goes on."""
+    def attempt(self, name, call, seconds=0.0):
+        """Calls call(); an error becomes a row that failed, and the part goes on.
+
+        seconds: what it is expected to take; without them it is not begun. What does not fit into
+        the device's memory has not failed.
+        """
+        if self.left() < seconds and not self.options.tiny:
+            return self.row(name, ok=None, note="no time left")
         try:
             return call()
+        except torch.OutOfMemoryError:
+            self.row(name, ok=None, note="does not fit into the memory")
         except Exception as error:
             line = (str(error).splitlines() or [""])[0]
             self.row(name, ok=False, note=f"{type(error).__name__}: {line}"[:300])
         finally:
             if self.cuda:
+                gc.collect()
                 torch.cuda.empty_cache()
 
     def left(self):
@@ -134,7 +146,7 @@ def header(options):
 
 def run_part(part, options, seconds):
     """Runs one part in a process of its own; returns its rows, with one that says how it ended."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         rows = Path(folder) / "rows"
         rows.touch()
         words = asdict(options) | {"part": part.name, "rows": str(rows), "seconds": seconds}
@@ -142,21 +154,17 @@ def run_part(part, options, seconds):
         environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TMPDIR": folder}
         begin, error = time.time(), Path(folder) / "stderr"
         with open(error, "w") as stream:
-            pipes = {"stdout": subprocess.DEVNULL, "stderr": stream, "start_new_session": True}
+            pipes = {"stdout": subprocess.DEVNULL, "stderr": stream}
             process = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
             try:
                 code = process.wait(seconds + 5)  # it ends by itself a little earlier
             except subprocess.TimeoutExpired:
                 code = None
-            finally:  # a part that is cut off takes its own children along
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
-                process.wait()
+            finally:
+                kill(process)
         found = [json.loads(line) for line in rows.read_text().splitlines()]
-        end = {"part": part.name, "name": "the part itself", "seconds": time.time() - begin}
-        end["seconds"] = round(end["seconds"], 1)
+        end = {"part": part.name, "name": "the part itself"}
+        end["seconds"] = round(time.time() - begin, 1)
         if code is None:
             end |= {"ok": False, "note": f"cut off after {seconds:.0f} s"}
         elif code:
@@ -198,20 +206,26 @@ def main(options):
     if options.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch sees no CUDA device here", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the part along
     until = time.time() + 60 * options.minutes
     found, rows = header(options), []
     plan = [part for part in PLAN if not options.only or part.name in options.only]
     if not options.camvid:
         plan = [part for part in plan if part.name != "camvid"]
+    over = max(60 * options.minutes - sum(part.seconds for part in plan), 0)
     for number, part in enumerate(plan):
-        left = until - time.time()
-        share = LAST if part.name == "step speed" and number + 1 < len(plan) else 1.0
-        longest = 10 * part.seconds if options.tiny else part.seconds  # a CPU that others use too
-        seconds = min(longest, left * share - 5)
+        rest = [one for one in plan[number:] if one.name in LONG]
+        seconds = part.seconds + over / len(rest) if part in rest else part.seconds
+        if options.tiny:
+            seconds = 600  # a CPU that others use too
+        seconds = min(seconds, until - time.time() - 5)
+        begin = time.time()
         if seconds < 5:
             rows.append({"part": part.name, "name": "the part itself", "note": "no time left"})
         else:
             rows += run_part(part, options, seconds)
+        over += part.seconds - (time.time() - begin)  # what a part leaves goes to the long ones
+        over = max(over, 0)
         for row in rows:
             if row["part"] == part.name:
                 print(line_of(row), flush=True)

@@ -64,7 +64,7 @@ def released_order(logits_s, logits_t, T):
 
 def contenders(options):
     """Returns {name: call}; the first is the baseline."""
-    compile_it = {"backend": "eager"} if options.tiny else {}
+    compile_it = {"backend": "eager"} if options.tiny else {"dynamic": False}
     return {
         "argmax + cross-entropy": argmax_ce,
         "max + cross-entropy": max_ce,
@@ -99,10 +99,8 @@ def loss_speed(options, report):
         limit = 1e3 * 3 * size / bandwidth
         report.row(f"{shape} limit", ms=limit, note="three tensors of traffic")
         for kind, logits_t in teachers(shape, report.device).items():
-            if report.left() < 10 and not options.tiny:
-                report.row(f"{shape} {kind}", note="no time left")
-                return
-            timed_round_by_round(shape, kind, logits_t, calls, rounds, limit, report)
+            what = shape, kind, logits_t, calls, rounds, limit, report
+            report.attempt(f"{shape} {kind}", lambda w=what: timed_round_by_round(*w), seconds=8)
 
 
 def asserted_equal(calls, report):
@@ -174,21 +172,24 @@ def copy_bandwidth(report, size):
 
 def configurations(options):
     """Yields (script, backbone, crop, amp, compile), sorted by worth."""
+    names = ["cps_fpl", "mean_teacher", "ael_fpl", "u2pl", "esl", "supervised"]
     if options.tiny:
-        for name in steps.MODES:
+        for name in names:
             yield name, "resnet50", 32, "none", False
         return
-    names = ["cps_fpl", "mean_teacher", "ael_fpl", "u2pl", "esl", "supervised"]
-    compilations = [False, True]
-    for compilation in compilations:
-        for backbone, crop in (("resnet50", 512), ("resnet101", 800), ("resnet101", 769)):
-            for amp in ("bf16", "none"):
-                for name in names:
-                    yield name, backbone, crop, amp, compilation
-        for backbone, crop in (("resnet101", 512), ("resnet50", 769), ("resnet50", 800)):
-            for amp in ("bf16", "none"):
-                for name in names:
-                    yield name, backbone, crop, amp, compilation
+    sizes = [("resnet50", 512), ("resnet101", 800), ("resnet101", 769)]
+    sizes += [("resnet101", 512), ("resnet50", 769), ("resnet50", 800)]
+    for number, (backbone, crop) in enumerate(sizes):
+        for amp in ("bf16", "none"):
+            for name in names:
+                yield name, backbone, crop, amp, False
+        for name in names if number else names[:1]:
+            yield name, backbone, crop, "bf16", True
+    for backbone, crop in sizes:
+        for name in names:
+            yield name, backbone, crop, "none", True
+    for name in names[1:]:
+        yield name, *sizes[0], "bf16", True
 
 
 def step_flags(name, backbone, crop, amp, compilation):
@@ -204,18 +205,26 @@ def step_flags(name, backbone, crop, amp, compilation):
     return flags + ["--compile"] * compilation
 
 
+def words_of(name, backbone, crop, amp, compilation):
+    """Returns a configuration in words. Convolutions in float32 take TF32: torch's default."""
+    kind = {"none": "TF32", "bf16": "bf16"}[amp]
+    return f"{name}.py {backbone} {crop} {kind}{' compiled' * compilation}"
+
+
 def step_speed(options, report):
     """Steps and images per second and peak memory of a step with 2 + 2 images.
 
     Counted are labelled and unlabelled images, as --batch-size does, not what is mixed into them.
     """
-    for name, backbone, crop, amp, compilation in configurations(options):
-        if report.left() < 15:
-            report.row("the rest", note="no time left")
-            return
-        words = f"{name}.py {backbone} {crop} {amp}{' compiled' * compilation}"
-        flags = step_flags(name, backbone, crop, amp, compilation)
-        report.attempt(words, lambda n=name, f=flags, w=words: one_speed(n, f, w, options, report))
+    for configuration in configurations(options):
+        expected = 60 if configuration[-1] else 5
+        if report.left() < expected and not options.tiny:
+            continue  # a shorter one may still fit
+        words = words_of(*configuration)
+        what = configuration[0], step_flags(*configuration), words, options, report
+        report.attempt(words, lambda w=what: one_speed(*w))
+        if configuration[-1]:
+            torch._dynamo.reset()
 
 
 def one_speed(name, flags, words, options, report):
@@ -233,7 +242,7 @@ def one_speed(name, flags, words, options, report):
 
     batches = steps.random_batches(classes=19, pin=report.cuda)
     how = {"after": after, "batches": batches, "classes": 19, "tiny": options.tiny}
-    watch = take(name, flags, warm + count, report, **how)
+    watch = steps.take(name, flags, Group(0, 1, report.device), warm + count, **how)
     seconds = (ends[1] - ends[0]) / count
     args = watch.args
     images = args.batch_size + getattr(args, "batch_size_unlabeled", 0)
@@ -246,26 +255,25 @@ def one_speed(name, flags, words, options, report):
     )
 
 
-def take(name, flags, count, report, **how):
-    """As steps.take; esl.py's first prototypes, made once before the first step, are left out."""
-    script = importlib.import_module(name)
-
-    def prototypes(net, data, width, args, group):
-        return torch.randn(data.num_classes, args.parts, width).to(group.device)
-
-    with contextlib.ExitStack() as stack:
-        if name == "esl":
-            stack.enter_context(patch.object(script, "first_prototypes", prototypes))
-        return steps.take(script, flags, Group(0, 1, report.device), count, **how)
-
-
 # ---- where the time of a step goes ----
 
-LOSSES = "supervised_loss cross_loss consistency_loss consistency_ce consistency_mse"
-LOSSES += " soft_cross_entropy unreliable_loss part_contrast cross_entropy watch soft_label"
-BANKS = "draw_partners partner_mask copy_paste class_confidence update_confidence presence"
-BANKS += " draw_classes draw_keys push_keys negative_masks anchor_masks class_ranks quantiles"
-BANKS += " entropy part_ids part_sums update_prototypes cutmix toggled_mask"
+# the functions of each script by what they are for; a name that is gone is an error
+LOSSES = {
+    "supervised": ["supervised_loss"],
+    "mean_teacher": ["supervised_loss", "consistency_ce", "consistency_mse"],
+    "cps_fpl": ["supervised_loss", "cross_loss", "watch"],
+    "ael_fpl": ["supervised_loss", "consistency_loss"],
+    "u2pl": ["supervised_loss", "cross_entropy", "unreliable_loss"],
+    "esl": ["supervised_loss", "soft_cross_entropy", "part_contrast"],
+}
+BANKS = {
+    "supervised": [],
+    "mean_teacher": ["cutmix"],
+    "cps_fpl": ["toggled_mask"],
+    "ael_fpl": "draw_partners partner_mask copy_paste class_confidence presence".split(),
+    "u2pl": "cutmix draw_keys push_keys negative_masks anchor_masks class_ranks".split(),
+    "esl": "cutmix push_keys part_ids part_sums update_prototypes soft_label".split(),
+}
 
 
 class Clock:
@@ -301,26 +309,38 @@ class Clock:
 def shares(options, report):
     """The share of each part of a step, with a wait after each: forward, losses, backward, ...
 
-    Batches lie in pinned memory already: data is what the loop itself takes of them.
+    Batches lie in pinned memory already; what a loader gives a second has a row of its own.
     """
     crop = 32 if options.tiny else 512
+    report.attempt("the loader", lambda: loader_speed(options, report), seconds=6)
     for name in steps.MODES:
-        if report.left() < 8:
-            report.row("the rest", note="no time left")
-            return
-        for amp in ("bf16", "none"):
+        for amp in ("bf16",) if options.tiny else ("bf16", "none"):
             flags = step_flags(name, "resnet50", crop, amp, False)
-            words = f"{name}.py resnet50 {crop} {amp}"
-            call = lambda n=name, f=flags, w=words: one_share(n, f, w, options, report)  # noqa: E731
-            report.attempt(words, call)
-            if options.tiny:
-                break
+            what = name, flags, words_of(name, "resnet50", crop, amp, False), options, report
+            report.attempt(what[2], lambda w=what: one_share(*w), seconds=4)
+
+
+def loader_speed(options, report):
+    """Images a second of a loader with 4 workers, crop 512, of the generated pictures."""
+    script = importlib.import_module("supervised")
+    count, crop = (2, 32) if options.tiny else (20, 512)
+    flags = ["--batch-size", "16", "--crop-size", str(crop), "--total-iters", str(count + 2)]
+    args = steps.resolved(script, [*flags, "--workers", "0" if options.tiny else "4"])
+    group = Group(0, 1, report.device)
+    stream = script.open_stream("labeled", script.load(args), args, group, 0)
+    next(stream)  # the workers are there
+    begin = time.perf_counter()
+    for _ in range(count):
+        next(stream)
+    seconds = time.perf_counter() - begin
+    report.row("the loader", images_per_s=16 * count / seconds, note="4 workers, crop 512, PIL")
 
 
 def one_share(name, flags, words, options, report):
     """Adds a row for one configuration."""
     script, clock = importlib.import_module(name), Clock(report.cuda)
-    warm, count, begin, end = (1, 2, [], []) if options.tiny else (3, 8, [], [])
+    warm, count = (1, 2) if options.tiny else (3, 8)
+    begin, end = [], []
 
     def after(watch, done):
         if done == warm:
@@ -335,10 +355,10 @@ def one_share(name, flags, words, options, report):
             call = clock.wrapped(getattr(owner, attribute), part)
             stack.enter_context(patch.object(owner, attribute, call))
 
-        for part, functions in (("losses", LOSSES), ("banks and mixing", BANKS)):
-            for function in functions.split():
-                if hasattr(script, function):
-                    replace(script, function, part)
+        for function in LOSSES[name]:
+            replace(script, function, "losses")
+        for function in BANKS[name]:
+            replace(script, function, "banks and mixing")
         if hasattr(script, "update_teacher"):
             replace(script, "update_teacher", "EMA")
         forward = script.Network.forward
@@ -355,9 +375,8 @@ def one_share(name, flags, words, options, report):
         replace(torch.optim.SGD, "step", "optimizer")
         batches = steps.random_batches(classes=19, pin=report.cuda)
         how = {"after": after, "batches": batches, "classes": 19, "tiny": options.tiny}
-        watch = take(name, flags, warm + count, report, **how)
+        steps.take(name, flags, Group(0, 1, report.device), warm + count, **how)
     whole = end[0] - begin[0]
-    clock.seconds["data"] = sum(spent["data"] for spent in watch.spent[warm:])
     parts = {part: round(100 * s / whole, 1) for part, s in sorted(clock.seconds.items())}
     parts["all else"] = round(100 - sum(parts.values()), 1)
     report.row(words, step_ms=1e3 * whole / count, **parts, note="per cent of a step")

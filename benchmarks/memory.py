@@ -4,11 +4,11 @@ python benchmarks/memory.py                    # all rows into results/memory.js
 python benchmarks/memory.py --scripts cps_fpl  # rows of one script are made again
 
 No GPU is needed. `main` takes two steps (the second one has the optimizer's momentum) with 2 and
-with 4 labelled images a process; what is alive at the peak grows by the same amount with each
-image. Counted are tensors, in blocks of 512 bytes as the allocator has them; not counted are the
-CUDA context, cuDNN's work space and fragmentation: a card is said to hold what leaves 1 GB and a
-tenth of it free. Several processes add one copy of the gradients (DDP's buckets), which is counted.
-docs/scaling.md has the table: python benchmarks/page.py.
+with 4 labelled images a process (4 and 8 where half as many are unlabelled); what is alive at the
+peak grows by the same amount with each image. Counted are tensors, in blocks of 512 bytes as the
+allocator has them; not counted are the CUDA context, cuDNN's work space and fragmentation: a card
+is said to hold what leaves 1 GB and a tenth of it free. Several processes add one copy of the
+gradients (DDP's buckets), which is counted. docs/scaling.md has the table: benchmarks/page.py.
 """
 
 import dataclasses
@@ -79,17 +79,20 @@ def peak_bytes(name, recipe, backbone, amp, images):
 
 def row(name, recipe, backbone, amp):
     """Returns one row: GB that a process needs at all, GB an image, images on each card."""
-    (two, buckets), (four, _) = (peak_bytes(name, recipe, backbone, amp, n) for n in (2, 4))
-    each = (four - two) / 2
-    fixed = two - 2 * each + buckets
+    args = arguments(name, recipe, backbone, amp, 100)
+    ratio = getattr(args, "batch_size_unlabeled", 0) / 100
+    few = 4 if 0 < ratio < 1 else 2  # plain BN wants two unlabelled ones
+    low, buckets = peak_bytes(name, recipe, backbone, amp, few)
+    high, _ = peak_bytes(name, recipe, backbone, amp, 2 * few)
+    each = (high - low) / few
+    fixed = low - few * each + buckets
     fits = {}
     for card in CARDS:
         room = 0.9 * card * 1e9 - 1e9 - fixed
         fits[str(card)] = max(int(room // each), 0)
-    args = arguments(name, recipe, backbone, amp, 2)
     found = {"script": name, "recipe": recipe, "backbone": backbone, "amp": amp}
     found |= {"crop": args.crop_size, "output_stride": args.output_stride, "stem": args.stem}
-    found["unlabelled_a_labelled"] = getattr(args, "batch_size_unlabeled", 0) / 2
+    found["unlabelled_a_labelled"] = ratio
     return found | {"fixed_gb": fixed / 1e9, "image_gb": each / 1e9, "fits": fits}
 
 

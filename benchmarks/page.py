@@ -20,10 +20,11 @@ Made by `python benchmarks/page.py` from the JSON files of `benchmarks/gpu.py`, 
 
     python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json
 
-needs a checkout and requirements.txt alone. Its parts, by worth: every loss and a whole step of
-every script against the CPU in float64; no wait of the host between two lines of the log;
-`--deterministic`, kills, NCCL, checkpoints between devices, `--compile`, signals; then speed and
-memory. What fits on which card is in [scaling.md](scaling.md#what-fits).
+needs a checkout and requirements.txt alone (and a C compiler for `--compile`). Its parts, by worth:
+every loss and a whole step of every script against the CPU in float64; no wait of the host, as far
+as torch reports it, between two lines of the log; `--deterministic`, kills, NCCL, checkpoints
+between devices, signals; then speed and memory, and `--compile`. What fits on which card is in
+[scaling.md](scaling.md#what-fits).
 """
 NONE = """
 ## Not measured on a GPU
@@ -31,7 +32,8 @@ NONE = """
 No file in `results/gpu/` yet: nothing in this repository was run on a GPU. On CPUs the same code
 runs in the suite (tests/test_gpu.py), and every script's step runs there on torch's fake CUDA
 tensors (`benchmarks/fake_cuda.py`): no wait between two lines of the log but the one that
-ael_fpl.py names, no operation on two devices, no floats of two types meeting under autocast.
+ael_fpl.py names, no operation on two devices, no floats of two types meeting under autocast. What
+has no fake or no deterministic kernel is listed in [reliability.md](reliability.md).
 """
 
 

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
-import json
 import sys
 import zlib
 from pathlib import Path
@@ -22,12 +21,10 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in (ROOT / "tests", ROOT):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
 
 from common import distributed, run  # noqa: E402
-from tiny import tiny_modules  # noqa: E402
 
 # every loss of every script: {script: {mode: flags}}; the first is the script's own default, with
 # its warm-up cut short so that the second step is a whole one
@@ -98,6 +95,22 @@ class Watch:
         return found
 
 
+def tiny_modules(script):
+    """Returns the tests' stand-ins for a script's backbone and heads."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.append(str(ROOT / "tests"))
+    tiny = importlib.import_module("tiny")
+    return tiny.tiny_modules(script)
+
+
+def drawn_prototypes(net, data, width, args, group):
+    """In place of esl.py's first_prototypes, whose K-means reads all labelled images: the same
+    random ones on every device."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(data.num_classes, args.parts, width, generator=generator)
+    return drawn.to(group.device, non_blocking=True).float()
+
+
 def resolved(script, flags):
     """Returns the arguments that a script's `main` would get from a list of flags."""
     return run.resolve(run.parse(script.Args, [str(flag) for flag in flags]), script.preset)
@@ -113,6 +126,7 @@ def take(
     batches=None,
     classes=None,
     tiny=False,
+    kmeans=False,
 ):
     """Runs the first steps of a script's `main` on the generated data set; returns a Watch.
 
@@ -120,7 +134,7 @@ def take(
     before(watch): called when all is made, before the first step. after(watch, done): at the end
     of each step. batches(name, images, with_label, args): in place of a stream's loader, an endless
     iterator. classes: how many the data set pretends to have. tiny: the tests' network in place of
-    the script's, whose step takes milliseconds.
+    the script's, whose step takes milliseconds. kmeans: esl.py finds its first prototypes itself.
     """
     if isinstance(script, str):
         script = importlib.import_module(script)
@@ -167,6 +181,8 @@ def take(
         stack.enter_context(patch.object(script, "Run", WatchedRun))
         for name, stand_in in tiny_modules(script).items() if tiny else ():
             stack.enter_context(patch.object(script, name, stand_in))
+        if hasattr(script, "first_prototypes") and not kmeans:
+            stack.enter_context(patch.object(script, "first_prototypes", drawn_prototypes))
         if classes:
             stack.enter_context(patch.object(script, "load", load))
         if batches:
@@ -226,46 +242,6 @@ def command(name, flags, tiny=False):
     if tiny:
         return [sys.executable, str(Path(__file__).resolve()), name, *flags]
     return [sys.executable, str(ROOT / f"{name}.py"), *flags]
-
-
-def leaves(value, name=""):
-    """Returns a checkpoint as {path: tensor or plain value}."""
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    else:
-        return {name: value}
-    found = {}
-    for key, part in items:
-        found |= leaves(part, f"{name}.{key}")
-    return found
-
-
-def differences(folder, other):
-    """Returns what differs between two run folders' last.pt and logs, bit for bit; not times."""
-    one, two = (leaves(torch.load(f / "last.pt", weights_only=True)) for f in (folder, other))
-    apart = sorted(set(one) ^ set(two))
-    for key in sorted(set(one) & set(two) - {".args.out", ".args.resume", ".time.elapsed_s"}):
-        a, b = one[key], two[key]
-        both = torch.is_tensor(a) and torch.is_tensor(b)
-        same = a.numpy().tobytes() == b.numpy().tobytes() if both else a == b
-        apart += [] if same else [key]
-    for number, (a, b) in enumerate(zip(lines(folder), lines(other), strict=False), 1):
-        apart += [] if a == b else [f"log.jsonl:{number}"]
-    if len(lines(folder)) != len(lines(other)):
-        apart.append("length of log.jsonl")
-    return apart
-
-
-def lines(folder):
-    """Returns the lines of a run's log but for the first, without their times."""
-    found = []
-    for line in (folder / "log.jsonl").read_text().splitlines()[1:]:
-        entry = json.loads(line)
-        entry.pop("time", None)
-        found.append(entry)
-    return found
 
 
 if __name__ == "__main__":

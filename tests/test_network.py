@@ -1,6 +1,7 @@
 """The network: torchvision's weights and features, strides, dilations, sizes, parameters, heads."""
 
 import hashlib
+import importlib
 import os
 import shutil
 import urllib.request
@@ -435,6 +436,37 @@ def test_the_heads_are_the_literal_ones(name, training):
     if name == "cps":
         other = literal_cps(head, stages, (33, 37), training, slope=0.2)["logits"]
         assert not torch.allclose(out["logits"], other, rtol=0, atol=1e-3)  # the slope is 0.01
+
+
+FEATURES = {  # what a head adds in training to the parent's, and its shape
+    "u2pl": {"rep": (2, 256, 9, 10)},
+    "esl": {"rep": (2, 512, 9, 10), "encoder": (2, 512, 3, 4)},
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+@pytest.mark.parametrize("aux", [0.0, 0.4])
+@pytest.mark.parametrize("training", [True, False])
+def test_heads_with_features_are_the_parents_and_more(name, aux, training):
+    script = importlib.import_module(name)
+    kind = {"u2pl": "U2PLHead", "esl": "ESLHead"}[name]
+    torch.manual_seed(0)
+    head = getattr(script, kind)(NARROW, 5, flags(aux_weight=aux)).eval()
+    parent = DeepLabV3Plus(NARROW, 5, flags(aux_weight=aux)).eval()
+    parent.load_state_dict({k: head.state_dict()[k] for k in parent.state_dict()})
+    head.training = training  # its own flag: BN and dropout stay in eval mode
+    sides = zip(NARROW, (9, 5, 3, 3), strict=True)
+    stages = [torch.randn(2, c, s, s + 1) for c, s in sides]
+    out, expected = head(stages, (33, 37)), parent(stages, (33, 37))
+    own = FEATURES[name] if training else {}
+    assert {key: tuple(out[key].shape) for key in own} == own
+    coarse = {"coarse"} if name == "u2pl" else set()  # its logits at stride 4, always
+    assert set(out) == set(expected) | set(own) | coarse
+    assert ("aux" in out) == bool(aux)
+    for key, logits in expected.items():
+        assert torch.equal(out[key], logits)
+    if name == "u2pl":
+        assert torch.equal(upsample(out["coarse"], (33, 37)), expected["logits"])
 
 
 @pytest.mark.parametrize("rates", [(12, 24, 36), (6, 12, 18), (1, 2)])

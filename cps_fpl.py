@@ -205,8 +205,8 @@ def supervised_loss(out, label, args):
 
 
 # >>> method: functions
-# Below: logits_s, logits_t (B, C, H, W), any float type; prob_t (B, C, H, W), the teacher's, or for
-# FPL the pair (p, order) that by_rank made of it; K, results (B, H, W). No gradient to the teacher.
+# Shapes: logits_s, prob_t, p, order (B, C, H, W); K and every result (B, H, W). s: the network that
+# learns. t: the one that teaches; no gradient reaches it.
 
 
 def upcast(x):
@@ -215,31 +215,29 @@ def upcast(x):
 
 
 def by_rank(prob_t):
-    """Returns (p, order): p^1 >= p^2 ... of Alg. 1 and their classes. Ties: lowest class first."""
-    if isinstance(prob_t, tuple):
-        return prob_t
-    return upcast(prob_t).sort(dim=1, descending=True, stable=True)
+    """Returns (p, order): p^1 >= p^2 >= ... of Alg. 1, and whose they are. Ties: lowest class."""
+    return prob_t.sort(dim=1, descending=True, stable=True)
 
 
-def cumulative_classes(prob_t, T, strict=True):
-    """Alg. 1, n: the fewest likeliest classes with V^n > T, or >= T [D14]; int64, C if none are."""
-    if not 0 < T < 1:
-        raise Refusal(f"cumulative probability {T}: a number between 0 and 1")
-    V = by_rank(prob_t)[0].cumsum(1)
-    return ((V <= T if strict else V < T).sum(1) + 1).clamp(max=V.shape[1])
+def cumulative_classes(p, T, strict=True):
+    """Alg. 1, n: how many of the likeliest classes it takes until V^n > T (or >= T [D14])."""
+    V = p.cumsum(1)
+    below = V <= T if strict else V < T
+    return (below.sum(1) + 1).clamp(max=p.shape[1])
 
 
-def fuzzy_positive_assignment(prob_t, T, *, k_max=0, strict=True):
-    """Alg. 1: K = max(n - 1, 1) positive classes, int64; k_max caps it, 0 does not [D13]."""
-    return (cumulative_classes(prob_t, T, strict) - 1).clamp(min=1, max=k_max or None)
+def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
+    """Alg. 1: K = max(n - 1, 1) positive classes, int64; at most k_max, if that is not 0 [D13]."""
+    K = (cumulative_classes(p, T, strict) - 1).clamp(min=1)
+    return K.clamp(max=k_max) if k_max else K
 
 
-def fuzzy_positive_regularization(logits_s, prob_t, K):
-    """Eq. (7), log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
+def fuzzy_positive_regularization(logits_s, order, K):
+    """Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
 
     Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
-    (_, order), z = by_rank(prob_t), upcast(logits_s)
+    z = upcast(logits_s)
     first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
     Y = torch.zeros_like(first_K).scatter(1, order, first_K)
     positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # -min, Eq. (6)
@@ -247,12 +245,11 @@ def fuzzy_positive_regularization(logits_s, prob_t, K):
     return F.softplus(positives + negatives)
 
 
-def adaptive_weight(prob_t, K, kind="concave", mean_over="positives"):
+def adaptive_weight(p, K, kind="concave", mean_over="positives"):
     """Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
 
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
-    p = by_rank(prob_t)[0].detach()
     total = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]
     rest = F.pad(p, (0, 0, 0, 0, 0, 1)).gather(1, K[:, None])[:, 0]  # max over j not in Y, or 0
     mean = total / K if mean_over == "positives" else (total + rest) / (K + 1)
@@ -261,16 +258,6 @@ def adaptive_weight(prob_t, K, kind="concave", mean_over="positives"):
         return torch.log1p(50 * gap) / torch.log1p(50 * mean)
     other = {"linear": gap / mean, "convex": gap / (mean + 4 * rest), "none": torch.ones_like(gap)}
     return other[kind]
-
-
-def fuzzy_positive_loss(
-    logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
-):
-    """Returns (loss, weight) of every pixel, Eq. (7) and Eq. (11), to be multiplied."""
-    prob_t = by_rank(F.softmax(upcast(logits_t.detach()), 1))
-    K = fuzzy_positive_assignment(prob_t, T, k_max=k_max, strict=strict)
-    loss = fuzzy_positive_regularization(logits_s, prob_t, K)
-    return loss, adaptive_weight(prob_t, K, weight, mean_over)
 
 
 def soft_loss(logits_s, prob_t):
@@ -288,14 +275,15 @@ def negative_loss(logits_s, prob_t, threshold=0.2):
     return -(log_not * (upcast(prob_t) < threshold)).sum(1)
 
 
-def k_values(prob_t, phase, args):
+def k_values(p, phase, args):
     """K by --k-strategy: Alg. 1, its n, 2, 3, or 3, 2, 1 by thirds of training (supp. Table 5)."""
     if args.k_strategy == "n-1":
-        return fuzzy_positive_assignment(prob_t, args.T, k_max=args.k_max, strict=args.strict)
-    n = cumulative_classes(prob_t, args.T, args.strict)
-    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - min(int(3 * phase), 2)}.get(args.k_strategy)
-    K = n if fixed is None else torch.full_like(n, fixed)
-    return K.clamp(max=min(args.k_max or 10**6, by_rank(prob_t)[0].shape[1]))
+        return fuzzy_positive_assignment(p, args.T, k_max=args.k_max, strict=args.strict)
+    K = cumulative_classes(p, args.T, args.strict)
+    if args.k_strategy != "n":
+        third = min(int(3 * phase), 2)
+        K = torch.full_like(K, {"fixed2": 2, "fixed3": 3, "step": 3 - third}[args.k_strategy])
+    return K.clamp(max=min(args.k_max or p.shape[1], p.shape[1]))
 
 
 def masked_mean(x, mask):
@@ -315,11 +303,11 @@ def cross_loss(students, teachers, inside, phase, args):
         pseudo = prob_t.argmax(1).masked_fill(~inside, IGNORE)
         if args.unsup_loss == "ce":
             loss = cross_entropy(logits_s, pseudo)  # FPL Eq. (2)
-        elif args.unsup_loss == "fpl":  # fuzzy_positive_loss, with any strategy for K
-            prob_t = by_rank(prob_t)
-            K = k_values(prob_t, phase, args)
-            weight = adaptive_weight(prob_t, K, args.weight, args.mean_over)
-            loss = masked_mean(weight * fuzzy_positive_regularization(logits_s, prob_t, K), inside)
+        elif args.unsup_loss == "fpl":
+            p, order = by_rank(prob_t)
+            K = k_values(p, phase, args)
+            weight = adaptive_weight(p, K, args.weight, args.mean_over)
+            loss = masked_mean(weight * fuzzy_positive_regularization(logits_s, order, K), inside)
         else:
             distance = soft_loss if args.unsup_loss == "soft" else negative_loss
             loss = masked_mean(distance(logits_s, prob_t), inside)
@@ -337,12 +325,12 @@ def watch(logits, mask, label, phase, args):
     logits: of both networks. Without label: K; K_gt_1, the share with K > 1 (Fig. 4a); weight. With
     label, (B, H, W): pseudo_acc, the likeliest class is right; coverage, the truth is a positive.
     """
-    prob_t = by_rank(F.softmax(upcast(torch.cat(logits)[..., ::4, ::4]), 1))
-    K = k_values(prob_t, phase, args)
-    weight = adaptive_weight(prob_t, K, args.weight, args.mean_over)
+    p, order = by_rank(F.softmax(upcast(torch.cat(logits)[..., ::4, ::4]), 1))
+    K = k_values(p, phase, args)
+    weight = adaptive_weight(p, K, args.weight, args.mean_over)
     maps = {"K": K, "K_gt_1": K > 1, "weight": weight}
     if label is not None:
-        rank = (prob_t[1] == torch.cat([label, label])[:, None, ::4, ::4]).int().argmax(1)
+        rank = (order == torch.cat([label, label])[:, None, ::4, ::4]).int().argmax(1)
         maps = {"pseudo_acc": rank == 0, "coverage": rank < K}
     mask = torch.cat([mask, mask])[..., ::4, ::4]
     return {name: masked_mean(x, mask) for name, x in maps.items()}
@@ -358,6 +346,19 @@ def toggled_mask(rng, size, device="cpu"):
         y, x = (round((size - side) * rng.uniform()) for side in (h, w))
         mask[:, y : y + h, x : x + w].logical_not_()
     return mask
+
+
+def partner(args):
+    """The stream that the unlabelled images are mixed with: other images, or other crops [D18]."""
+    return "unlabeled.2" if args.same_image_cutmix else "partner"
+
+
+def cutmix_masks(args, step, group):
+    """This process's masks of a step, (B, 1, H, W) bool: a function of (seed, step) [D17]."""
+    rng = np.random.default_rng([args.seed, step])  # all masks are drawn by all processes
+    total, size = args.batch_size_unlabeled, args.crop_size
+    masks = torch.stack([toggled_mask(rng, size, group.device) for _ in range(total)])
+    return masks.chunk(group.world)[group.rank]
 
 
 class Average(nn.ModuleList):
@@ -579,8 +580,7 @@ def streams(data, args):
     """Returns {name: (items, images per step over all processes, open the masks?, scales)}."""
     # >>> method: draw
     drawn = {"labeled": (data.labeled, args.batch_size, True, args.scales)}
-    partner = "unlabeled.2" if args.same_image_cutmix else "partner"  # [D18]
-    names = ["unlabeled", partner] if args.cutmix else ["unlabeled"]
+    names = ["unlabeled", partner(args)] if args.cutmix else ["unlabeled"]
     for name in names if args.unsup_weight else []:
         drawn[name] = (data.unlabeled, args.batch_size_unlabeled, False, args.scales)
     return drawn
@@ -731,34 +731,33 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        unlabeled = [stream for name, stream in batch.items() if name != "labeled"]
-        inside, phase, parts = batch["labeled"]["inside"], step / args.total_iters, {}
-        if len(unlabeled) == 2:  # CutMix; this part first: its graph is gone before the next one
-            rng = np.random.default_rng([args.seed, step])  # equal on all processes
-            here, size = len(unlabeled[0]["image"]), args.crop_size
-            masks = [toggled_mask(rng, size, x_l.device) for _ in range(args.batch_size_unlabeled)]
-            mask = torch.stack(masks[group.rank * here : (group.rank + 1) * here])
-            x_u = torch.where(mask, unlabeled[1]["image"], unlabeled[0]["image"])
-            inside = torch.where(mask[:, 0], unlabeled[1]["inside"], unlabeled[0]["inside"])
+        phase, cross, parts = step / args.total_iters, 0.0, {}
+        inside = batch["labeled"]["inside"]
+        if args.unsup_weight and args.cutmix:
+            u0, u1 = batch["unlabeled"], batch[partner(args)]
+            mask = cutmix_masks(args, step, group)  # True: the partner is shown
+            x_u = torch.where(mask, u1["image"], u0["image"])
+            inside = torch.where(mask[:, 0], u1["inside"], u0["inside"])
+            teachers = []
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
-                views = ([net(u["image"])["logits"] for u in unlabeled] for net in branches)
-                teachers = [torch.where(mask, second, first) for first, second in views]
+                for net in branches:
+                    z0, z1 = net(u0["image"])["logits"], net(u1["image"])["logits"]
+                    teachers.append(torch.where(mask, z1, z0))
             with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
                 students = [net(x_u)["logits"] for net in branches]
                 cross, parts = cross_loss(students, teachers, inside, phase, args)
-                (args.unsup_weight * cross).backward()
+                (args.unsup_weight * cross).backward()  # now: frees its graph before the next one
             del students
         logits = [net(x_l)["logits"] for net in branches]
-        sup = loss = sum(supervised_loss({"logits": z}, y_l, args) for z in logits)
-        if len(unlabeled) == 1:  # without CutMix labelled images teach as well [D21]
-            z_u = [net(unlabeled[0]["image"])["logits"] for net in branches]
+        sup = sum(supervised_loss({"logits": z}, y_l, args) for z in logits)
+        if args.unsup_weight and not args.cutmix:  # labelled images teach as well [D21]
+            z_u = [net(batch["unlabeled"]["image"])["logits"] for net in branches]
             teachers = [torch.cat(pair) for pair in zip(logits, z_u, strict=True)]
-            inside = torch.cat([inside, unlabeled[0]["inside"]])
+            inside = torch.cat([inside, batch["unlabeled"]["inside"]])
             cross, parts = cross_loss(teachers, teachers, inside, phase, args)
-            loss = sup + args.unsup_weight * cross
-        loss.backward()
-        if unlabeled:
-            loss = sup + args.unsup_weight * cross  # what is minimized in all
+        loss = sup + args.unsup_weight * cross  # Eq. (1)
+        (sup if args.cutmix else loss).backward()
+        if args.unsup_weight:
             parts |= watch(teachers, inside, None, phase, args)
         parts = {"loss": loss, "sup": sup} | parts | watch(logits, y_l < IGNORE, y_l, phase, args)
         # <<< method: losses
@@ -772,11 +771,12 @@ def main(args):
         if run.due(done, args.pictures_every):
             # >>> method: panels
             prob_t = F.softmax(logits[1].detach(), 1)
-            K = k_values(prob_t, phase, args)
+            p, _ = by_rank(prob_t)
+            K = k_values(p, phase, args)
             maps = {"image": x_l, "truth": y_l, "pseudo label": prob_t.argmax(1)}
             maps |= {"K: 1, 2, 3 or more": (K - 1) / 2, "branch 1": logits[0].argmax(1)}
-            maps["weight"] = adaptive_weight(prob_t, K, args.weight, args.mean_over)
-            if len(unlabeled) == 2:
+            maps["weight"] = adaptive_weight(p, K, args.weight, args.mean_over)
+            if args.unsup_weight and args.cutmix:
                 maps |= {"mixed": x_u, "its pseudo label": teachers[1].argmax(1)}
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)

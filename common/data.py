@@ -1,7 +1,7 @@
 """What a data set is, and how one of its images is read. No augmentation here.
 
 facts.json has classes, palettes, layouts and id tables; splits.json the published splits with their
-hashes. sources.py finds the images and says which are labelled.
+hashes. common/sources.py finds the images and says which are labelled.
 """
 
 import hashlib
@@ -48,6 +48,12 @@ class Data:
             self.tables[end] = np.full(256, 254, np.uint8)
             self.tables[end][: len(ids)] = ids
             self.tables[end][args.ignore_index] = IGNORE
+
+    def hashes(self):
+        """Returns {list: [number of images, set hash]}."""
+        names = ("labeled", "unlabeled", "val", "test")
+        keys = {name: [item.key for item in getattr(self, name)] for name in names}
+        return {name: [len(keys[name]), set_hash(keys[name])] for name in names}
 
     def read(self, item, with_label):
         """Returns PIL (image RGB, mask L or None) of one size; mask values are in [0, C) or 255.

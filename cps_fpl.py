@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
 from common.checkpoints import load_checkpoint, load_networks
-from common.data import IGNORE
+from common.data import IGNORE, counts
 from common.flags import (
     Above0,
     AtLeast0,
@@ -615,7 +615,9 @@ def parallel(net, args, group):
         ids = [group.device.index] if group.device.type == "cuda" else None
         net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
         net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
-    return torch.compile(net) if args.compile else net
+    if args.compile:
+        return torch.compile(net)
+    return net
 
 
 # ---- 5. Data and augmentation ----------------------------------------------------------------
@@ -763,7 +765,8 @@ class Images(Dataset):
     """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
 
     def __init__(self, data, items):
-        self.data, self.items = data, items
+        self.data = data
+        self.items = items
 
     def __getitem__(self, index):
         image, label = self.data.read(self.items[index], True)

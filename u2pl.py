@@ -668,7 +668,9 @@ def parallel(net, args, group):
         ids = [group.device.index] if group.device.type == "cuda" else None
         net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
         net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
-    return torch.compile(net) if args.compile else net
+    if args.compile:
+        return torch.compile(net)
+    return net
 
 
 # ---- 5. Data and augmentation ----------------------------------------------------------------
@@ -813,7 +815,8 @@ class Images(Dataset):
     """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
 
     def __init__(self, data, items):
-        self.data, self.items = data, items
+        self.data = data
+        self.items = items
 
     def __getitem__(self, index):
         image, label = self.data.read(self.items[index], True)

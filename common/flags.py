@@ -116,7 +116,8 @@ def fill(args, preset):
 
 def advise_rate(args, recipe):
     """Says which rate the linear rule would have for another batch size; --lr stays as it is."""
-    batch, lr = recipe.get("batch_size"), recipe.get("lr")
+    batch = recipe.get("batch_size")
+    lr = recipe.get("lr")
     if args.lr is None and lr and args.batch_size not in (None, batch):
         if args.batch_size > 0 and os.environ.get("RANK", "0") == "0":
             rate = lr * args.batch_size / batch

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.runs import bits, flat, log  # noqa: E402
 
-SHORT = """--total-iters 20 --crop-size 33 --batch-size 2 --workers 0 --device cpu --log-every 1
---eval-every 20 --save-every 20 --pictures-every 20""".split()
+SHORT = "--crop-size 33 --batch-size 2 --workers 0 --device cpu --log-every 1".split()
+AT_THE_END = "--total-iters --eval-every --save-every --pictures-every".split()
 MODES = {
     "supervised": [
         "",
@@ -71,7 +71,6 @@ MODES = {
         "--label soft --aux-weight 0.4",
     ],
 }
-TWO = ["--total-iters", "6", "--batch-size", "4"]  # processes
 
 
 def train(checkout, script, flags, folder, processes):
@@ -79,7 +78,7 @@ def train(checkout, script, flags, folder, processes):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [f"{checkout}/{script}.py", *SHORT, *flags, "--out", str(folder)]
+    command += [f"{checkout}/{script}.py", *flags, "--out", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=checkout, env=environment)
     return "" if done.returncode == 0 else "failed: " + (done.stderr.strip() or "?")[-300:]
@@ -114,9 +113,13 @@ def different(before, after):
     return wrong
 
 
-def compare(checkouts, script, flags, processes):
+def compare(checkouts, script, flags, processes, steps):
     """Runs one mode in both checkouts; returns (what was run, what differs)."""
-    mode = flags.split() + (TWO if processes > 1 else [])
+    mode = [*SHORT, *flags.split()]
+    for flag in AT_THE_END:
+        mode += [flag, str(steps)]
+    if processes > 1:
+        mode += ["--batch-size", "4"]
     title = f"{script} {flags}" + (f", {processes} processes" if processes > 1 else "")
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / name for name in ("before", "after")]
@@ -133,6 +136,7 @@ def main():
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--only", nargs="*", default=list(MODES), help="scripts")
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
     checkouts = (args.before.resolve(), args.after.resolve())
@@ -140,7 +144,7 @@ def main():
     jobs += [(script, MODES[script][0], 2) for script in args.only]
     failed = 0
     with ThreadPoolExecutor(args.workers) as pool:
-        for title, wrong in pool.map(lambda job: compare(checkouts, *job), jobs):
+        for title, wrong in pool.map(lambda job: compare(checkouts, *job, args.steps), jobs):
             failed += bool(wrong)
             print(f"{title}: {'equal' if not wrong else wrong[:6]}", flush=True)
     print(f"{len(jobs) - failed} of {len(jobs)} runs are equal")

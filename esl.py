@@ -1076,9 +1076,12 @@ def main(args):
 
     # -- last and best --
     on = "test" if data.test else "val"
-    results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
-    best = load_networks(load_checkpoint(run.folder / "best.pt", __file__), networks)
-    results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
+    items = getattr(data, on)
+    results = {}
+    results["last"], _ = evaluate(scored(args.total_iters), data, items, args, group)
+    best = run.load_best(networks)
+    if best is not None:
+        results["best"], _ = evaluate(scored(best), data, items, args, group)
     run.finish(results, on)
     distributed.teardown()
 

@@ -37,15 +37,72 @@ def load_checkpoint(path, script=None):
     return saved | {"path": str(path)}
 
 
+def check_form(saved):
+    """Raises Refusal, naming the part, if a checkpoint's dict cannot be one to go on from."""
+    path = saved["path"]
+    if "optimizer" not in saved:
+        raise Refusal(f"{path}: a best.pt, which holds no optimizer; --init starts from it")
+    forms = {
+        "step": int,
+        "optimizer": dict,
+        "state": dict,
+        "meter": torch.Tensor,
+        "best": {"miou", "step"},
+        "time": {"elapsed_s"},
+        "lists": dict,
+        "log": {"bytes", "sha256"},
+    }
+    for name, form in forms.items():
+        value = saved.get(name)
+        if isinstance(form, set):  # a dict with these names
+            fits = isinstance(value, dict) and form <= set(value)
+        else:
+            fits = isinstance(value, form)
+        if not fits:
+            raise Refusal(f"{path}: its {name} is none to go on from; --init starts from it")
+
+
 def load_networks(saved, networks):
     """Fills {name: network} from a checkpoint's dict; returns its step. Raises Refusal."""
     try:
         for name, net in networks.items():
             net.load_state_dict(saved["networks"][name])
-    except RuntimeError as error:
+    except KeyError as error:
+        raise Refusal(f"{saved['path']}: it holds no network {error}") from None
+    except (RuntimeError, TypeError, AttributeError) as error:
         line = f"does not fit these flags ({' '.join(str(error).split())[:150]})"
         raise Refusal(f"{saved['path']}: {line}; give those that it was trained with") from None
     return saved["step"]
+
+
+def load_optimizer(saved, optimizer):
+    """Fills an optimizer from a checkpoint's dict. Raises Refusal."""
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        for params in optimizer.param_groups:
+            for p in params["params"]:
+                momentum = optimizer.state[p].get("momentum_buffer", p)
+                if momentum.shape != p.shape:
+                    raise ValueError(f"a momentum of shape {tuple(momentum.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refusal(f"{saved['path']}: its optimizer is not that of this run ({error})") from None
+
+
+def load_state(saved, state):
+    """Fills a method's state, {name: tensor or plain value}, in place. Raises Refusal."""
+    values = saved["state"]
+    if not isinstance(values, dict) or set(values) != set(state):
+        raise Refusal(f"{saved['path']}: its state is not that of this run ({', '.join(state)})")
+    for name, value in values.items():
+        own = state[name]
+        if torch.is_tensor(own):
+            if not torch.is_tensor(value) or (value.shape, value.dtype) != (own.shape, own.dtype):
+                raise Refusal(f"{saved['path']}: its state {name} is not that of this run")
+            state[name] = value.to(own.device)
+        elif type(value) is not type(own):
+            raise Refusal(f"{saved['path']}: its state {name} is not that of this run")
+        else:
+            state[name] = value
 
 
 def load_init(path, networks):

@@ -1,6 +1,9 @@
 """The run folder: refusals, signals, log, progress, exact resume. No number is made here.
 
-runs/<name>/  log.jsonl  last.pt  previous.pt  best.pt  panels/*.png
+runs/<name>/  log.jsonl  last.pt  previous.pt  best.pt  best-before.pt  panels/*.png  lock
+
+A run folder has one owner, process 0 of one run, from its first second to its last; every
+checkpoint knows the log that it belongs to, by its length and hash. Nothing is ever deleted.
 """
 
 import contextlib
@@ -28,15 +31,23 @@ from common import Refusal, pictures
 from common.checkpoints import (
     NEVER,
     check_finite,
+    check_form,
     check_tensors,
     load_checkpoint,
     load_init,
     load_networks,
+    load_optimizer,
+    load_state,
     write_checkpoint,
     writing,
 )
 from common.distributed import ReduceOp, from_first, reduced
 from common.flags import NO_NUMBER, plain
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked there
+    fcntl = None
 
 COLUMNS = 119  # of a line on the console
 
@@ -92,7 +103,7 @@ def end_loaders():
 
 
 class Run:
-    """One run folder. Only process 0 writes; the folder appears with the first line of the log."""
+    """One run folder. Only process 0 writes."""
 
     def __init__(self, args, script, group, data):
         """args: resolved flags. script: path. data: its lists are counted and hashed for the log.
@@ -111,6 +122,7 @@ class Run:
         self.asked = False  # a process has had SIGTERM: the loop is to end
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "signalled", True))
         self.sha256 = hashlib.sha256(self.script.read_bytes()).hexdigest()
+        self.lock = None
         self.bar = None
         self.board = None
         self.file = None
@@ -118,30 +130,57 @@ class Run:
         self.clock = Counter()  # steps, and seconds for data and all, likewise
         self.bad_step = torch.full((), NEVER, dtype=torch.int64, device=group.device)
         self.best = {"miou": -1.0, "step": 0}
-        name, self.resume = from_first(self._folder())
-        self.folder = Path(name)
-        above = next(p for p in (self.folder, *self.folder.parents) if p.exists())
-        if not above.is_dir():
-            raise Refusal(f"{above}: a file, no folder: give another --out")
-        if self.folder.exists() and not self.resume:
-            raise Refusal(f"{self.folder} exists: --resume goes on there, or give another --out")
+        self.hash = hashlib.sha256()  # of all lines of the log
+        self.saved_best = 0  # the step of the best weights that last.pt names
+        self.written_best = 0  # the step of those in best.pt
         if args.tensorboard and not importlib.util.find_spec("tensorboard"):
             raise Refusal("--tensorboard: not installed; pip install tensorboard")
+        name, self.resume = from_first(self._own_folder() if self.first else None)
+        self.folder = Path(name)
 
-    def _folder(self):
-        """--out or runs/<script>-<dataset>-<split>-s<seed>, and whether the run there goes on.
+    def _own_folder(self):
+        """Makes this process the owner of a folder; returns its name, and whether its run goes on.
 
-        That is the newest with --resume, or if this torchrun began it and starts it again; or free.
+        --out, or runs/<script>-<dataset>-<split>-s<seed>: the newest with --resume, or if this
+        torchrun began it and starts it again; else the first that is free. Raises Refusal.
         """
         args = self.args
         split = args.split.replace("/", "_")
         name = f"runs/{self.script.stem}-{args.dataset}-{split}-s{args.seed}"
         names = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
-        free = next(i for i, n in enumerate(names) if not Path(n).exists())
-        newest = args.out or names[max(free - 1, 0)]
-        if args.resume or began_here(Path(newest)):
-            return newest, True
-        return args.out or names[free], False
+        free = next(i for i, n in enumerate(names) if holds_nothing(Path(n)))
+        newest = Path(args.out or names[max(free - 1, 0)])
+        if args.resume or began_here(newest):
+            make_folder(newest)
+            if owner := self._lock(newest):
+                raise Refusal(f"{newest}: {owner} writes there: end it first")
+            return str(newest), True
+        for folder in map(Path, [args.out] if args.out else names[free:]):
+            if not (make_folder(folder) or holds_nothing(folder)):
+                wrong = f"{folder} exists: --resume goes on there, or give another --out"
+            elif owner := self._lock(folder):
+                wrong = f"{folder}: {owner} writes there: give another --out"
+            else:
+                return str(folder), False
+        raise Refusal(wrong)
+
+    def _lock(self, folder):
+        """Holds folder/lock until this process ends; returns who does, if it is another."""
+        if fcntl is None:
+            return ""
+        with writing(folder / "lock"):
+            self.lock = open(folder / "lock", "a+")
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no child inherits it
+        except BlockingIOError:
+            self.lock.seek(0)
+            return self.lock.read().strip() or "another run"
+        except OSError as error:  # a file system without locks
+            self.say(f"{folder}: not locked ({error.strerror}): start no second run there")
+        self.lock.truncate(0)
+        self.lock.write(f"process {os.getpid()} of {platform.node()}\n")
+        self.lock.flush()
+        return ""
 
     # ---- starting ----
 
@@ -156,26 +195,37 @@ class Run:
         self._introduce(networks)
         if not self.resume or not from_first(found):
             source = load_init(self.args.init, networks) if self.args.init else "zero"
-            if self.first:  # of a run that was killed before its first checkpoint
-                with writing(self.folder / "log.jsonl"):
-                    (self.folder / "log.jsonl").unlink(missing_ok=True)
+            self._put_aside()
             self.say(f"run folder: {self.folder}, starting from {source}")
             return 0
         saved = self._newest_whole()
         self._refuse_other(saved)
         load_networks(saved, networks)
-        optimizer.load_state_dict(saved["optimizer"])
-        for name, value in saved["state"].items():
-            state[name] = value.to(state[name].device) if torch.is_tensor(value) else value
+        load_optimizer(saved, optimizer)
+        load_state(saved, state)
         self.meter = saved["meter"].to(self.group.device) * self.first  # all processes' in one
         self.best = saved["best"]
         self.begin = saved["step"]
         self.spent = saved["time"]["elapsed_s"]
-        self._cut_log(self.begin)
-        if saved["sha256"] != self.sha256:
-            self.log("resume", self.begin, sha256=self.sha256, was=saved["sha256"])
+        if self.first:
+            self._cut_log(saved)
+            self._match_best()
+        self.best = from_first(self.best)
+        self.saved_best = self.best["step"]
+        self.written_best = self.best["step"]
         self.say(f"run folder: {self.folder}, going on from step {self.begin}")
+        self._log_resume()
         return self.begin
+
+    def _put_aside(self):
+        """Renames what a run has left that was ended before its first checkpoint."""
+        log = self.folder / "log.jsonl"
+        if self.first and log.exists():
+            best = self.folder / "best.pt"
+            with writing(log):
+                os.replace(log, free_name(log))
+                if best.exists():
+                    os.replace(best, free_name(best))
 
     def _introduce(self, networks):
         """Says what computes what on what."""
@@ -206,8 +256,7 @@ class Run:
     def _refuse_other(self, saved):
         """Raises Refusal where a checkpoint's dict is not one of this very run."""
         path = saved["path"]
-        if not {"optimizer", "state", "meter", "best", "time", "lists"} <= set(saved):
-            raise Refusal(f"{path}: a best.pt, which holds no optimizer; --init starts from it")
+        check_form(saved)
         if saved["script"] != self.script.name:
             wrong = f"written by {saved['script']}, not by {self.script.name}"
             raise Refusal(f"{path}: {wrong}; --init starts from it")
@@ -220,29 +269,68 @@ class Run:
                     wrong = f"{old.get(name)} there and {new.get(name)} here"
                     wrong = f"{kind.format(name.replace('_', '-'))} {wrong}"
                     raise Refusal(f"{path}: {wrong}; another --out starts anew")
+        if not 0 < saved["step"] <= self.args.total_iters:
+            raise Refusal(f"{path}: step {saved['step']} of {self.args.total_iters}")
         step = torch.tensor(saved["step"])
         if reduced(step.clone(), ReduceOp.MIN) != reduced(step, ReduceOp.MAX):
             raise Refusal(f"{path}: processes see different ones: one file system for all")
 
-    def _cut_log(self, step):
-        """Takes from the log what came after a step."""
+    def _cut_log(self, saved):
+        """Takes from the log what came after a checkpoint, into lost.jsonl. Raises Refusal.
+
+        The log must begin with the very bytes that stood there when the checkpoint was saved.
+        """
         path = self.folder / "log.jsonl"
-        if not (self.first and path.exists()):
-            return
-        kept = b""
         with writing(path):
-            lines = path.read_bytes().splitlines()
-            for number, line in enumerate(lines, 1):
-                try:
-                    entry = json.loads(line)
-                    if entry["kind"] != "done" and entry.get("step", -1) <= step:
-                        kept += line + b"\n"
-                except (ValueError, TypeError, LookupError):
-                    if number < len(lines):  # a kill cuts off the last one
-                        wrong = f"line {number} is no line of a log; move the file away"
-                        raise Refusal(f"{path}: {wrong}") from None
+            lines = path.read_bytes() if path.exists() else b""
+        kept = lines[: saved["log"]["bytes"]]
+        self.hash = hashlib.sha256(kept)
+        if self.hash.hexdigest() != saved["log"]["sha256"]:
+            wrong = "is not there" if not lines else "is not the log that belongs to it"
+            raise Refusal(
+                f"{saved['path']}: {path.name} beside it {wrong}: put that back, or start anew "
+                f"with another --out and --init {saved['path']}"
+            )
+        if lines == kept:
+            return
+        with writing(path):
+            with open(self.folder / "lost.jsonl", "ab") as lost:
+                lost.write(lines[len(kept) :])
             path.with_suffix(".tmp").write_bytes(kept)
             os.replace(path.with_suffix(".tmp"), path)
+
+    def _match_best(self):
+        """Finds the best.pt that the checkpoint names; one of a future that is lost goes aside."""
+        best = self.folder / "best.pt"
+        before = self.folder / "best-before.pt"
+        step = self.best["step"]
+        if step and step_of(best) != step:
+            if best.exists():
+                os.replace(best, free_name(best))
+            if step_of(before) == step:
+                os.replace(before, best)
+            else:
+                self.say(f"{best}: not the weights of step {step}: the best is looked for anew")
+                self.best = {"miou": -1.0, "step": 0}
+        elif not step and best.exists():
+            os.replace(best, free_name(best))
+
+    def _log_resume(self):
+        """Writes and says how this start differs from the one before."""
+        if not self.first:
+            return
+        old = self._starts()[-1]
+        new = self._header() | {"kind": "resume"}
+        for name in ("versions", "device", "threads", "world", "sha256", "common"):
+            if old.get(name) != new[name]:
+                self.say(f"{name}: {old.get(name)} before, {new[name]} now")
+        del new["kind"]
+        self.log("resume", self.begin, best_step=self.best["step"], **new)
+
+    def _starts(self):
+        """Returns the lines of the log that begin a run or go on with it."""
+        lines = (self.folder / "log.jsonl").read_text().splitlines()
+        return [entry for entry in map(json.loads, lines) if entry["kind"] in ("start", "resume")]
 
     # ---- checkpoints ----
 
@@ -254,8 +342,23 @@ class Run:
         content["script"] = self.script.name
         content["args"] = plain(self.args)
         content["sha256"] = self.sha256
-        previous = self.folder / "previous.pt" if name == "last.pt" else None
+        self._check_log()
+        content["log"] = {"bytes": self.file.tell(), "sha256": self.hash.hexdigest()}
+        previous = None
+        if name == "last.pt":
+            previous = self.folder / "previous.pt"
+        elif self.saved_best and self.written_best == self.saved_best:
+            previous = self.folder / "best-before.pt"  # last.pt names it
         write_checkpoint(self.folder / name, content, previous)
+        if name == "best.pt":
+            self.written_best = content["step"]
+
+    def _check_log(self):
+        """Raises Refusal if the log at its path is not the file that this run writes."""
+        path = self.folder / "log.jsonl"
+        own = os.fstat(self.file.fileno())
+        if not path.exists() or not os.path.samestat(own, path.stat()):
+            raise Refusal(f"{path}: moved, removed or replaced while this run writes it")
 
     def keep_last(self, step, networks, optimizer, state):
         """Saves last.pt: all that the run needs to go on, tensors and plain values.
@@ -274,6 +377,7 @@ class Run:
             time={"elapsed_s": self.spent + time.time() - self.start},
             lists=self.data.hashes(),
         )
+        self.saved_best = self.best["step"]
 
     def keep_best(self, step, result, maps, networks):
         """Logs a validation (scores, panels); saves best.pt if its mIoU is the highest so far."""
@@ -347,9 +451,7 @@ class Run:
         if not self.first:
             return
         self._open()
-        with writing(self.folder / "log.jsonl"):
-            self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            self.file.flush()
+        self._write({"kind": kind, "step": step, **values})
         for name, value in values.items() if self.board else ():
             if isinstance(value, float):
                 self.board.add_scalar(f"{kind}/{name}", value, step)
@@ -358,14 +460,20 @@ class Run:
         if self.file is None:
             with writing(self.folder / "log.jsonl"):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                self.file = open(self.folder / "log.jsonl", "a")
-                if not self.file.tell():
-                    self.file.write(json.dumps(self._header()) + "\n")
-                    self.file.flush()
+                self.file = open(self.folder / "log.jsonl", "ab")
+            if not self.file.tell():
+                self._write(self._header())
             if self.args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder))
+
+    def _write(self, entry):
+        line = (json.dumps(entry) + "\n").encode()
+        with writing(self.folder / "log.jsonl"):
+            self.file.write(line)
+            self.file.flush()
+        self.hash.update(line)
 
     def _header(self):
         modules = {"numpy": numpy, "pillow": PIL, "torch": torch, "torchvision": torchvision}
@@ -378,6 +486,7 @@ class Run:
             "git": git_state(self.script.resolve().parent),
             "job": job(),
             "sha256": self.sha256,
+            "common": hash_of_folder(Path(__file__).parent),
             "args": plain(self.args),
             "lists": self.data.hashes(),
             "versions": versions,
@@ -419,11 +528,23 @@ class Run:
             with writing(path):
                 pictures.save_panels(path, rows, self.data.palette)
 
+    def load_best(self, networks):
+        """Fills networks from best.pt; returns its step, or None with a word if it is not there."""
+        path = self.folder / "best.pt"
+        try:
+            saved = load_checkpoint(path, self.script)
+            if saved["step"] != self.best["step"]:
+                raise Refusal(f"{path}: of step {saved['step']}, not of {self.best['step']}")
+            return load_networks(saved, networks)
+        except Refusal as error:
+            self.say(f"{error}; only the last weights are scored")
+            return None
+
     def finish(self, results, on):
         """Logs and prints the scores of last and best, and what can be done next."""
         self.log("done", self.args.total_iters, on=on, best_step=self.best["step"], **results)
         self.say(report(self.data, results, on))
-        checkpoint = self.folder / "best.pt"
+        checkpoint = self.folder / ("best.pt" if "best" in results else "last.pt")
         self.say(f"next: python {self.script.name} --eval-only --checkpoint {checkpoint}")
         for writer in (self.bar, self.board, self.file):
             if writer is not None:
@@ -431,10 +552,38 @@ class Run:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def make_folder(folder):
+    """Makes a folder and those above; returns False if it is there already. Raises Refusal."""
+    above = next(p for p in (folder, *folder.parents) if p.exists())
+    if not above.is_dir():
+        raise Refusal(f"{above}: a file, no folder: give another --out")
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()  # of two starts at once one fails here
+        except FileExistsError:
+            return False
+    return True
+
+
+def holds_nothing(folder):
+    """Returns whether a folder is absent, or holds nothing but the lock of a start that failed."""
+    return not folder.exists() or (
+        folder.is_dir() and {p.name for p in folder.iterdir()} <= {"lock"}
+    )
+
+
 def job():
     """Returns what names the torchrun that started this process, now and after a failure."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{name}, process {os.getppid()}" if name else None
+    if not name:
+        return None
+    began = ""  # in a container every torchrun is process 1
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        ticks = Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19]
+        began = f", began at tick {ticks} of boot {boot}"
+    return f"{name}, process {os.getppid()}{began}"
 
 
 def began_here(folder):
@@ -443,6 +592,28 @@ def began_here(folder):
         with open(folder / "log.jsonl") as file:
             return json.loads(file.readline())["job"] == job() is not None
     return False
+
+
+def free_name(path):
+    """Returns a name beside a file that no file has: log-2.jsonl and so on."""
+    names = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(2, 10_000))
+    return next(name for name in names if not name.exists())
+
+
+def step_of(path):
+    """Returns the step of a checkpoint file; None if there is none, or it is damaged."""
+    with contextlib.suppress(Refusal):
+        return load_checkpoint(path)["step"]
+    return None
+
+
+def hash_of_folder(folder):
+    """Returns the first 16 digits of a sha256 over the code and the facts in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".py", ".json"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def git_state(folder):

@@ -680,7 +680,7 @@ def random_offset(rng, length, crop):
 
 
 class Samples(Dataset):
-    """Sample number -> dict of image, inside and, if masks are opened, label (int64).
+    """Sample number -> dict of image, inside and, if masks are opened, label (uint8).
 
     A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4];
     stream "a.b" takes them in the order of stream "a", with an augmentation of its own.
@@ -711,7 +711,7 @@ class Samples(Dataset):
         image, label, inside = augment(image, label, rng, self.crop, self.scales)
         sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
         if label is not None:
-            sample["label"] = torch.from_numpy(label).long()
+            sample["label"] = torch.from_numpy(label)
         return sample
 
 
@@ -891,8 +891,10 @@ def main(args):
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
         for stream in batch.values():
-            for key, tensor in stream.items():
-                stream[key] = tensor.to(group.device, non_blocking=True)
+            for name, tensor in stream.items():
+                stream[name] = tensor.to(group.device, non_blocking=True)
+            if "label" in stream:
+                stream["label"] = stream["label"].long()  # uint8 until here: less to move
         x_l = batch["labeled"]["image"]
         y_l = batch["labeled"]["label"]
         decay = (1 - step / args.total_iters) ** 0.9  # poly

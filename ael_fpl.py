@@ -26,7 +26,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
 from common.checkpoints import load_checkpoint, load_networks
-from common.data import IGNORE, counts
+from common.data import IGNORE
 from common.flags import Above0, AtLeast0, Count, Number, Scales, Seed, Share, about, fill, parse
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
@@ -135,6 +135,32 @@ class Args:
     teacher_mode: Literal["train", "eval"] = "train"  # eval: no dropout, BN averaged as the weights
     ema_decay: float = 0.99  # of the teacher's moving average
     # <<< method: args
+
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        # >>> method: needs
+        "unsup_loss": "unsup_weight",
+        "consistency_on": "unsup_weight",
+        "T": "unsup_weight, unsup_loss=fpl",
+        "k_max": "unsup_weight, unsup_loss=fpl",
+        "strict": "unsup_weight, unsup_loss=fpl",
+        "weight": "unsup_weight, unsup_loss=fpl",
+        "mean_over": "unsup_weight, unsup_loss=fpl, weight!=none",
+        "balance": "unsup_weight, unsup_loss=fpl",
+        "threshold": "unsup_weight",
+        "gamma": "unsup_weight",
+        "beta": "unsup_weight",
+        "region_area": "unsup_weight",
+        "bank_area": "unsup_weight",
+        "paste_prob": "paste_draws",
+        "paste_power": "paste_draws",
+        "paste_not": "paste_draws",
+        "paste_scales": "paste_draws",
+        # <<< method: needs
+    }
 
 
 # >>> method: recipe
@@ -1057,6 +1083,6 @@ if __name__ == "__main__":
     with refusals():  # what the user gave wrong is one line and exit code 2
         args = fill(parse(Args, preset), preset)
         if args.dry_run or args.list_presets:
-            print(about(args, __file__))
+            about(args, __file__)
         else:
             main(args)

@@ -26,7 +26,7 @@ import math
 import time
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
 from common.checkpoints import load_checkpoint, load_networks
-from common.data import IGNORE, counts
+from common.data import IGNORE
 from common.flags import (
     Above0,
     AtLeast0,
@@ -139,6 +139,27 @@ class Args:
     # network that is scored, mean: of both networks' probabilities
     evaluate: Literal["branch1", "branch2", "mean"] = "branch1"
     # <<< method: args
+
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        # >>> method: needs
+        "batch_size_unlabeled": "unsup_weight",
+        "unsup_loss": "unsup_weight",
+        "T": "unsup_weight, unsup_loss=fpl, k_strategy=n-1|n",
+        "k_strategy": "unsup_weight, unsup_loss=fpl",
+        "k_max": "unsup_weight, unsup_loss=fpl",
+        "strict": "unsup_weight, unsup_loss=fpl, k_strategy=n-1|n",
+        "weight": "unsup_weight, unsup_loss=fpl",
+        "mean_over": "unsup_weight, unsup_loss=fpl, weight!=none",
+        "balance": "unsup_weight, unsup_loss=fpl",
+        "cutmix": "unsup_weight",
+        "same_image_cutmix": "unsup_weight, cutmix",
+        "aux_weight": "never",
+        # <<< method: needs
+    }
 
 
 # >>> method: recipe
@@ -986,6 +1007,6 @@ if __name__ == "__main__":
     with refusals():  # what the user gave wrong is one line and exit code 2
         args = fill(parse(Args, preset), preset)
         if args.dry_run or args.list_presets:
-            print(about(args, __file__))
+            about(args, __file__)
         else:
             main(args)

@@ -23,7 +23,7 @@ import time
 import zlib
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -124,6 +124,29 @@ class Args:
     cutmix: bool = True  # mix the student's unlabelled images in pairs
     cutmix_prob: float = 1.0  # probability of mixing in a step
     # <<< method: args
+
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        # >>> method: needs
+        "parts": "contrast, contrast_weight",
+        "theta": "contrast, contrast_weight",
+        "zeta": "contrast, contrast_weight",
+        "anchor_share": "contrast, contrast_weight",
+        "anchors": "contrast, contrast_weight",
+        "negatives": "contrast, contrast_weight",
+        "sigma": "contrast, contrast_weight",
+        "queue": "contrast, contrast_weight",
+        "fused": "contrast, contrast_weight",
+        "contrast_weight": "contrast",
+        "label": "unsup_weight",
+        "eta": "unsup_weight, label=dynamic",
+        "top_k": "unsup_weight, label=topk",
+        "cutmix_prob": "cutmix",
+        # <<< method: needs
+    }
 
 
 # >>> method: recipe
@@ -1092,6 +1115,6 @@ if __name__ == "__main__":
     with refusals():  # what the user gave wrong is one line and exit code 2
         args = fill(parse(Args, preset), preset)
         if args.dry_run or args.list_presets:
-            print(about(args, __file__))
+            about(args, __file__)
         else:
             main(args)

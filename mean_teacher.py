@@ -27,7 +27,7 @@ import time
 import zlib
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -121,6 +121,21 @@ class Args:
     cutmix: bool = False  # mix the student's unlabelled images in pairs (CutMix-MT)
     cutmix_prob: Share = 0.5  # probability of mixing in a step
     # <<< method: args
+
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        # >>> method: needs
+        "consistency": "consistency_weight",
+        "rampup_iters": "consistency_weight",
+        "cutmix_prob": "cutmix",
+        "ema_decay": "warmup_iters<total_iters",
+        "teacher_bn": "warmup_iters<total_iters",
+        "recipe": "dataset=cityscapes",
+        # <<< method: needs
+    }
 
 
 # >>> method: recipe
@@ -874,6 +889,6 @@ if __name__ == "__main__":
     with refusals():  # what the user gave wrong is one line and exit code 2
         args = fill(parse(Args, preset), preset)
         if args.dry_run or args.list_presets:
-            print(about(args, __file__))
+            about(args, __file__)
         else:
             main(args)

@@ -20,7 +20,7 @@ import math
 import time
 import zlib
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -107,6 +107,18 @@ class Args:
     schedule: Literal["paper", "matched"] = "paper"
     # <<< method: args
 
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        # >>> method: needs
+        "schedule": "dataset=voc|voc_aug|cityscapes, no total_iters",
+        "recipe": "never",  # [D11]
+        "unlabeled_list": "never",
+        # <<< method: needs
+    }
+
 
 # >>> method: recipe
 # fmt: off
@@ -183,7 +195,7 @@ def preset(args):
         values["total_iters"] = passes * -(-labels // batch_size)
     elif labels:
         values["total_iters"] = semi_supervised
-    return values  # --recipe changes nothing [D11]
+    return values
 
 
 # <<< method: recipe
@@ -719,6 +731,6 @@ if __name__ == "__main__":
     with refusals():  # what the user gave wrong is one line and exit code 2
         args = fill(parse(Args, preset), preset)
         if args.dry_run or args.list_presets:
-            print(about(args, __file__))
+            about(args, __file__)
         else:
             main(args)

@@ -24,7 +24,7 @@ import time
 import zlib
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -128,6 +128,31 @@ class Args:
     cutmix: bool = True  # mix the student's unlabelled images in pairs
     cutmix_prob: float = 0.5  # probability of mixing in a step
     # <<< method: args
+
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        # >>> method: needs
+        "contrast_weight": "unreliable_loss!=none",
+        "anchors": "unreliable_loss!=none",
+        "negatives": "unreliable_loss!=none",
+        "negatives_from": "unreliable_loss!=none",
+        "ranks": "unreliable_loss!=none",
+        "delta_p": "unreliable_loss!=none",
+        "tau": "unreliable_loss!=none",
+        "bank": "unreliable_loss!=none",
+        "bank_sizes": "unreliable_loss!=none",
+        "bank_dtype": "unreliable_loss!=none",
+        "keys": "unreliable_loss!=none",
+        "fused": "unreliable_loss!=none",
+        "epochs": "dpa, alpha_0",
+        "dpa": "alpha_0",
+        "cutmix_prob": "cutmix",
+        "ema_decay": "warmup_iters<total_iters",
+        # <<< method: needs
+    }
 
 
 # >>> method: recipe
@@ -1055,6 +1080,6 @@ if __name__ == "__main__":
     with refusals():  # what the user gave wrong is one line and exit code 2
         args = fill(parse(Args, preset), preset)
         if args.dry_run or args.list_presets:
-            print(about(args, __file__))
+            about(args, __file__)
         else:
             main(args)

@@ -114,7 +114,7 @@ def drawn_prototypes(net, data, width, args, group):
 def resolved(script, words):
     """Returns the arguments that a script's `main` would get from a list of flags."""
     argv = [str(word) for word in words]
-    return flags.fill(flags.parse(script.Args, script.preset, argv), script.preset)
+    return flags.fill(flags.parse(script.Args, script.preset, argv), script.preset, argv)
 
 
 def take(

@@ -96,13 +96,14 @@ def merge(args, preset):
     return replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
 
 
-def fill(args, preset):
+def fill(args, preset, argv=None):
     """Returns args with every None filled: field default < preset < recipe < explicit flag.
 
-    preset: function of args to a dict. Raises Refusal for a field that nothing sets, and for a
-    number outside the range that its field declares.
+    preset: function of args to a dict. Raises Refusal for a field that nothing sets, for a number
+    outside the range that its field declares, and for a flag of argv that cannot act.
     """
     filled = merge(args, preset)
+    given = given_names(args, sys.argv[1:] if argv is None else argv)
     advise_rate(args, preset(args))
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(filled, name)
@@ -111,7 +112,72 @@ def fill(args, preset):
             raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
         if value is not None:
             check(flag, value, rules(kind))
+        need = type(args).NEEDS.get(name, "")
+        if name in given and not met(need, filled, given):
+            raise Refusal(f"{flag} {value} does nothing {in_words(need)}")
     return filled
+
+
+def given_names(args, argv):
+    """Returns the names of the flags in argv whose value is not the field's own default."""
+    defaults = {field.name: field.default for field in fields(args)}
+    names = set()
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        names |= {name, name.removeprefix("no_")}
+    return {n for n in names & set(defaults) if getattr(args, n) != defaults[n]}
+
+
+# what NEEDS of a script says a flag needs, all of it, separated by ", ": "cutmix" (it is not 0),
+# "label=soft|hard" (one of these), "split!=all", "a<b", "no total_iters" (not given), "never"
+
+
+def met(need, args, given=()):
+    """Returns whether what a flag needs holds."""
+    return all(clause_met(clause, args, given) for clause in need.split(", ") if clause)
+
+
+def clause_met(clause, args, given):
+    """Returns whether one clause of a need holds."""
+    if clause == "never":
+        return False
+    if clause.startswith("no "):
+        return clause[3:] not in given
+    name, sign, value = re.match(r"(\w+)(!=|=|<|)(.*)", clause).groups()
+    own = getattr(args, name)
+    if sign == "<":
+        return own < getattr(args, value)
+    if sign == "=":
+        return str(own) in value.split("|")
+    if sign == "!=":
+        return str(own) != value
+    return bool(own)
+
+
+def in_words(need):
+    """Returns where a flag acts, in the words that one would type."""
+    if need == "never":
+        return "in this script"
+    clauses = []
+    for clause in need.split(", "):
+        name, sign, value = re.match(r"(?:no )?(\w+)(!=|=|<|)(.*)", clause).groups()
+        flag = "--" + name.replace("_", "-")
+        if clause.startswith("no "):
+            flag = f"no {flag}"
+        elif sign == "!=":
+            flag += f" other than {value}"
+        elif sign == "<":
+            flag += " below --" + value.replace("_", "-")
+        elif sign:
+            flag += " " + value.replace("|", " or ")
+        clauses.append(flag)
+    return "here: it needs " + " and ".join(clauses)
+
+
+def acting(args):
+    """Returns the flags that act, as a dict of JSON values."""
+    needs = type(args).NEEDS
+    return {name: value for name, value in plain(args).items() if met(needs.get(name, ""), args)}
 
 
 def advise_rate(args, recipe):
@@ -189,28 +255,32 @@ def flag_lines(cls, name, sentence, value):
 
 
 def about(args, script):
-    """Returns what --dry-run or --list-presets print for a script (a path)."""
-    return papers_results(script) if args.list_presets else describe(args)
+    """Does what --dry-run or --list-presets ask of a script (a path). Raises Refusal."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if args.list_presets:
+        print(papers_results(script))
+    else:
+        describe(args)
 
 
 def describe(args):
-    """Returns the resolved recipe, images per process and what is found on the disk."""
-    rows = [(name, value) for name, value in plain(args).items() if value not in ("", None)]
+    """Prints the flags that act, images per process and what is found on the disk."""
     world = os.environ.get("WORLD_SIZE", "1")
     if not world.isdecimal() or world == "0":
         raise Refusal(f"WORLD_SIZE {world} not set as torchrun does: start with torchrun")
+    rows = {name: value for name, value in acting(args).items() if value not in ("", None)}
     group = Group(0, int(world), None)
-    rows.append(("labelled per process", share(args.batch_size, group, "labelled")))
-    try:
-        found = load(args).hashes()
-        rows += [(f"{n} images", f"{count}, set {h}") for n, (count, h) in found.items() if count]
-    except Refusal as error:
-        rows.append(("files", error))
-    return "\n".join(f"{name:22} {value}" for name, value in rows)
+    rows["labelled per process"] = share(args.batch_size, group, "labelled")
+    for name, value in rows.items():
+        print(f"{name:22} {value}")
+    for name, (count, key) in load(args).hashes().items():
+        if count:
+            print(f"{name + ' images':22} {count}, set {key}")
 
 
 def papers_results(script):
-    """Returns the papers' results for a script, flags and mIoU."""
+    """Returns the papers' results for a script, flags and mIoU, as lines."""
     lines = []
     for entry in json.loads((Path(__file__).parent / "papers.json").read_text()):
         if entry["script"] != Path(script).stem:

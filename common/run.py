@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from common.checkpoints import (
     writing,
 )
 from common.distributed import ReduceOp, from_first, reduced
-from common.flags import NO_NUMBER, plain
+from common.flags import NO_NUMBER, acting
 
 try:
     import fcntl
@@ -50,6 +51,20 @@ except ImportError:  # Windows: nothing is locked there
     fcntl = None
 
 COLUMNS = 119  # of a line on the console
+
+
+# what the machine refuses, as torch and Python word it, and the remedy
+MACHINE = {
+    r"shared memory|Bus error|No space left on device.*torch_": (
+        "no shared memory for the loaders: --workers 0, or a larger /dev/shm (docker: --shm-size)"
+    ),
+    r"Too many open files|received 0 items of ancdata": (
+        "too many open files: ulimit -n 4096, or --workers 0"
+    ),
+    r"can't allocate memory|Cannot allocate memory|out of memory|Unable to allocate": (
+        "out of memory: a smaller --batch-size or --crop-size, --protocol slide or fewer --workers"
+    ),
+}
 
 
 class Stopped(Exception):
@@ -80,18 +95,34 @@ def refusals():
     except (KeyboardInterrupt, Stopped) as error:
         code = 143 if isinstance(error, Stopped) else 130
         line = f"{str(error) or 'stopped'}; the same command with --resume goes on"
-    except BaseException:
+    except BaseException as error:
         end_loaders()  # deaf to SIGTERM: the exit would wait for them for ever
-        raise
+        remedy = machine_remedy(error)
+        if not remedy:
+            raise
+        line = f"{Path(sys.argv[0]).name}: {remedy}"
+        code = 2
     end_loaders()
     # where all processes stop alike, before there is a group or by a signal, one of them says it
     rank = os.environ.get("RANK", "0")
     alone = code == 2 and torch.distributed.is_initialized()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
     if rank == "0" or not rank.isdecimal() or alone:
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the live line
         print(clear + line, file=sys.stderr, flush=True)
     os._exit(code)  # others may wait in a collective: no orderly end of the process group
+
+
+def machine_remedy(error):
+    """Returns the line for an error that the machine's limits cause, "" for any other."""
+    if not isinstance(error, (MemoryError, OSError, RuntimeError)):
+        return ""
+    text = " ".join(str(error).split()) or "out of memory"  # MemoryError says nothing
+    for pattern, remedy in MACHINE.items():
+        if re.search(pattern, text):
+            return f"{remedy} ({text[:150]})"
+    return ""
 
 
 def end_loaders():
@@ -261,7 +292,7 @@ class Run:
             wrong = f"written by {saved['script']}, not by {self.script.name}"
             raise Refusal(f"{path}: {wrong}; --init starts from it")
         for old, new, kind in (
-            (saved["args"], plain(self.args), "another recipe, --{}"),
+            (saved["args"], acting(self.args), "another recipe, --{}"),
             (saved["lists"], self.data.hashes(), "other {} images,"),
         ):
             for name in sorted((set(old) | set(new)) - set(NO_NUMBER)):
@@ -340,7 +371,7 @@ class Run:
             return
         self._open()
         content["script"] = self.script.name
-        content["args"] = plain(self.args)
+        content["args"] = acting(self.args)
         content["sha256"] = self.sha256
         self._check_log()
         content["log"] = {"bytes": self.file.tell(), "sha256": self.hash.hexdigest()}
@@ -487,7 +518,7 @@ class Run:
             "job": job(),
             "sha256": self.sha256,
             "common": hash_of_folder(Path(__file__).parent),
-            "args": plain(self.args),
+            "args": acting(self.args),
             "lists": self.data.hashes(),
             "versions": versions,
             "device": self._device(),
@@ -517,7 +548,14 @@ class Run:
         if self.bar is not None:
             self.bar.write(text, file=sys.stdout)
         elif self.first:
+            self._print(text)
+
+    def _print(self, text):
+        """Prints a line; where nobody reads any more, the run goes on: log.jsonl is the record."""
+        try:
             print(text, flush=True)
+        except (OSError, ValueError):
+            sys.stdout = open(os.devnull, "w")
 
     def panels(self, name, maps):
         """Saves panels/<name>.png of the first 4; maps: {title: (B, ...) tensor or B tensors}."""

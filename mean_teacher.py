@@ -477,12 +477,17 @@ def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
 
 
 def upsample(x, size):
-    """Bilinear with align_corners=True, as all released networks do."""
+    """Bilinear with align_corners=True, as all released networks do; size None: as it is."""
+    if size is None:
+        return x
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 class Network(nn.Module):
-    """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict."""
+    """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict.
+
+    upsampled=False: logits at the stride of the head, for what is too large for C maps.
+    """
 
     def __init__(self, args, num_classes, head):
         super().__init__()
@@ -495,7 +500,7 @@ class Network(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x, upsampled=True):
         h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
         net = self.backbone
         stages = []
@@ -504,7 +509,7 @@ class Network(nn.Module):
             for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
                 h = stage(h)
                 stages.append(h)
-            return self.head(stages, x.shape[2:])
+            return self.head(stages, x.shape[2:] if upsampled else None)
 
 
 def build(args, num_classes, head, group):
@@ -677,31 +682,55 @@ class Images(Dataset):
 
 
 def predict(net, image, args, num_classes):
-    """Returns the logits (C, H, W) of one image, (3, H, W) uint8, by the protocol of args.
+    """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
-    whole: in one piece. slide: summed over square windows of crop_size, 2/3 of it apart, the last
-    shifted inside; an image smaller than a window stands in the middle of the mean colour.
+    By the protocol of args, whole: in one piece. slide: logits are summed over square windows of
+    crop_size, 2/3 of it apart, the last shifted inside; an image smaller than a window stands in
+    the middle of the mean colour. Never are there C maps of a whole image.
     """
     if args.protocol == "whole":
-        return net(image[None])["logits"][0]
+        return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
     h, w = image.shape[1:]
     window = args.crop_size
-    stride = math.ceil(2 * window / 3)
-    last_y = max(h - window, 0)  # where the last window begins
-    last_x = max(w - window, 0)
-    top = max(window - h, 0) // 2
-    left = max(window - w, 0) // 2
+    canvas_h = max(h, window)
+    canvas_w = max(w, window)
+    top = (canvas_h - h) // 2
+    left = (canvas_w - w) // 2
     mean = image.new_tensor([round(m) for m in MEAN]).view(3, 1, 1)
-    canvas = mean.repeat(1, last_y + window, last_x + window)
+    canvas = mean.repeat(1, canvas_h, canvas_w)
     canvas[:, top : top + h, left : left + w] = image
-    logits = torch.zeros(num_classes, *canvas.shape[1:], device=image.device)
-    for y in range(0, last_y + stride, stride):
-        for x in range(0, last_x + stride, stride):
-            y0 = min(y, last_y)
-            x0 = min(x, last_x)
-            place = (slice(None), slice(y0, y0 + window), slice(x0, x0 + window))
-            logits[place] += net(canvas[place][None])["logits"][0]
-    return logits[:, top : top + h, left : left + w]
+    starts = window_starts(canvas_h, window)
+    sums = torch.zeros(num_classes, window, canvas_w, device=image.device)  # of the rows from y on
+    classes = []
+    for y, next_y in zip(starts, [*starts[1:], canvas_h], strict=True):
+        for x in window_starts(canvas_w, window):
+            part = canvas[None, :, y : y + window, x : x + window]
+            sums[:, :, x : x + window] += net(part)["logits"][0]
+        done = next_y - y  # rows that no later window reaches
+        classes.append(sums[:, :done].argmax(0))
+        rest = sums[:, done:].clone()
+        sums.zero_()[:, : window - done] = rest
+    return torch.cat(classes)[top : top + h, left : left + w]
+
+
+def window_starts(length, window):
+    """Returns where windows begin, 2/3 of a window apart; the last is shifted inside."""
+    last = length - window
+    stride = math.ceil(2 * window / 3)
+    return [min(start, last) for start in range(0, last + stride, stride)]
+
+
+def likeliest(logits, size):
+    """Returns the argmax over classes, (B, H, W), of (B, C, h, w) upsampled to size.
+
+    24 classes at a time. Ties go to the lowest class, as argmax has it.
+    """
+    best, classes = upsample(logits[:, :24], size).max(1)
+    for first in range(24, logits.shape[1], 24):
+        value, index = upsample(logits[:, first : first + 24], size).max(1)
+        classes = torch.where(value > best, first + index, classes)
+        best = torch.maximum(value, best)
+    return classes
 
 
 @torch.no_grad()
@@ -727,7 +756,7 @@ def evaluate(net, data, items, args, group):
     confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
     for index, (image, label) in zip(indices, loader, strict=True):
-        pred = predict(net, image.to(group.device), args, data.num_classes).argmax(0)
+        pred = predict(net, image.to(group.device), args, data.num_classes)
         confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
         if index in pictured:
             maps["image"].append(image)

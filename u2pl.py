@@ -856,14 +856,22 @@ class Images(Dataset):
 def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
-    By the protocol of args, whole: in one piece. slide: logits are summed over square windows of
-    crop_size, 2/3 of it apart, the last shifted inside; an image smaller than a window stands in
-    the middle of the mean colour. Never are there C maps of a whole image.
+    By the protocol of args, whole: in one piece. slide: in windows. Never are there C maps of a
+    whole image.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
+    rows = [logits.argmax(0) for logits in slide(net, image, args.crop_size, num_classes)]
+    return torch.cat(rows)
+
+
+def slide(net, image, window, num_classes):
+    """Yields the logits of an image from top to bottom, (C, some rows, W).
+
+    They are summed over square windows, 2/3 of one apart, the last shifted inside; an image smaller
+    than a window stands in the middle of the mean colour.
+    """
     h, w = image.shape[1:]
-    window = args.crop_size
     canvas_h = max(h, window)
     canvas_w = max(w, window)
     top = (canvas_h - h) // 2
@@ -873,16 +881,15 @@ def predict(net, image, args, num_classes):
     canvas[:, top : top + h, left : left + w] = image
     starts = window_starts(canvas_h, window)
     sums = torch.zeros(num_classes, window, canvas_w, device=image.device)  # of the rows from y on
-    classes = []
     for y, next_y in zip(starts, [*starts[1:], canvas_h], strict=True):
         for x in window_starts(canvas_w, window):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        classes.append(sums[:, :done].argmax(0))
+        first = top if y == 0 else 0
+        yield sums[:, first : min(done, top + h - y), left : left + w]
         rest = sums[:, done:].clone()
         sums.zero_()[:, : window - done] = rest
-    return torch.cat(classes)[top : top + h, left : left + w]
 
 
 def window_starts(length, window):

@@ -78,7 +78,12 @@ def main(argv):
     found = torch.zeros(2, data.num_classes, dtype=torch.int64)
     for i in range(n):  # evenly spread: neighbours may be frames of one video
         image, label = u2pl.Images(data, data.val)[i * len(data.val) // n]
-        logits = u2pl.predict(net, image.to(group.device), args, data.num_classes)
+        image = image.to(group.device)
+        if args.protocol == "slide":
+            rows = u2pl.slide(net, image, args.crop_size, data.num_classes)
+            logits = torch.cat([part.clone() for part in rows], 1)
+        else:
+            logits = net(image[None])["logits"][0]
         label = label[None].long().to(group.device)
         found += counts(F.softmax(logits[None].float(), 1), label, args.alpha_0).cpu()
     print(f"{name} of step {saved['step']}, {n} images of val; the truth's rank, from 0")

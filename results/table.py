@@ -3,11 +3,12 @@
     python results/table.py           # print
     python results/table.py --write   # put them into README.md and docs/data.md, between two marks
 
-A log is evidence as its run wrote it: results/<script>/<name>.jsonl.
+A log is evidence as its run wrote it: results/<script>/<name>.jsonl. A row links to its log and
+says at which commit the log was written.
 """
 
-import hashlib
 import json
+import os.path
 import sys
 from pathlib import Path
 
@@ -19,14 +20,26 @@ USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule"
 USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}
 USUAL |= {"teacher_mode": "train", "skip_absent": False}
 USUAL |= {"same_image_cutmix": False, "evaluate": "branch1", "seed": 0, "stem": "classic"}
-USUAL |= {"contrast": True}
-ORDER = "supervised.py mean_teacher.py cps_fpl.py ael_fpl.py u2pl.py esl.py".split()
-LOSSES = {  # the first word of a row
-    "cps_fpl.py": {"fpl": "FPL", "ce": "CPS"},
-    "ael_fpl.py": {"fpl": "FPL+AEL", "ce": "AEL"},
-    "u2pl.py": {"contrastive": "L_c", "binary": "L_b", "none": "neither L_c nor L_b"},
-    "esl.py": {"dynamic": "ESL", "topk": "top k", "soft": "soft labels", "hard": "hard labels"},
+METHODS = {  # script -> (flag that names the method, {its value: the first words of a row})
+    "supervised.py": ("", {"": "supervised"}),
+    "mean_teacher.py": ("", {"": "Mean Teacher"}),
+    "cps_fpl.py": ("unsup_loss", {"fpl": "FPL+CPS", "ce": "CPS"}),
+    "ael_fpl.py": ("unsup_loss", {"fpl": "FPL+AEL", "ce": "AEL"}),
+    "u2pl.py": (
+        "unreliable_loss",
+        {"contrastive": "U2PL, L_c", "binary": "U2PL, L_b", "none": "U2PL, neither L_c nor L_b"},
+    ),
+    "esl.py": (
+        "label",
+        {
+            "dynamic": "ESL",
+            "topk": "ESL, top k",
+            "soft": "ESL, all classes",
+            "hard": "ESL, hard labels",
+        },
+    ),
 }
+HEAD = "| method | last | best (step) | minutes | log at its commit |\n|-|-|-|-|-|\n"
 
 
 def read(path):
@@ -36,43 +49,71 @@ def read(path):
     return entries[0], kinds["train"], kinds["eval"], kinds["done"][-1]
 
 
-def row(path):
-    """Returns the cells of one log's row, sort key first."""
-    start, train, evals, done = read(path)
-    args, script = start["args"], start["script"]
-    flags = [f"{k} {args[k]}" for k in USUAL if args.get(k, USUAL[k]) != USUAL[k]]
+def method(start):
+    """Returns a row's words from the first line of its log: the method, then what is unusual."""
+    args = start["args"]
+    flag, names = METHODS[start["script"]]
+    words = [names[args.get(flag, "")]]
     if args.get("unsup_weight") == 0:
-        flags.insert(0, "labels alone")
-    else:
-        flags[:0] = ["CutMix"] * args.get("cutmix", False)
-        for loss in {"unsup_loss", "unreliable_loss", "label"} & set(args):
-            flags.insert(0, LOSSES[script].get(args[loss], args[loss]))
-    flags = ", ".join(flags) or "-"
-    same = hashlib.sha256((ROOT / script).read_bytes()).hexdigest() == start["sha256"]
-    minutes = train[-1]["time"]["elapsed_s"] / 60
-    link = path.relative_to(ROOT).as_posix() + ("" if same else ", older script")
-    return (
-        (ORDER.index(script), -start["lists"]["labeled"][0], flags != "labels alone", flags),
-        f"| {script} | {flags} | {args['split']} ({start['lists']['labeled'][0]}) "
-        f"| {args['total_iters']} | {100 * done['last']['miou']:.2f} "
-        f"| {100 * done['best']['miou']:.2f} ({done['best_step']}) "
-        f"| {100 * max(e['miou'] for e in evals):.2f} | {100 * done['last']['constant']:.2f} "
-        f"| {minutes:.0f} | {link} |",
-    )
+        words = ["CPS's two networks, labels alone"]
+    elif args.get("cutmix"):
+        words.append("CutMix")
+    if args.get("contrast") is False:
+        words.append("no L_CTR")
+    for name, usual in USUAL.items():
+        value = args.get(name, usual)
+        if isinstance(value, list):
+            value = " ".join(str(x) for x in value)
+            usual = " ".join(str(x) for x in usual)
+        if value != usual:
+            words.append(f"{name} {value}")
+    return ", ".join(words)
 
 
-def table(pattern):
-    """Returns the Markdown table of all logs whose path under results/ fits the pattern."""
-    head = "| script | flags | labels | steps | test mIoU, last | test mIoU, best on val (step) "
-    head += "| val, best | constant | minutes | |\n|-|-|-|-|-|-|-|-|-|-|\n"
-    rows = sorted(row(path) for path in (ROOT / "results").glob(pattern))
-    return head + "".join(text + "\n" for _, text in rows)
+def commit(start):
+    """Returns seven digits of the commit that a log names; "-dirty": with changes beside it."""
+    digits, *dirty = start["git"].split("-")
+    return "-".join([digits[:7], *dirty])
+
+
+def table(pattern, folder=ROOT):
+    """Returns caption and Markdown table of the logs under results/ whose paths fit the pattern.
+
+    folder: that of the page, which links are relative to.
+    """
+    logs = [(path, *read(path)) for path in (ROOT / "results").glob(pattern)]
+    few = min(start["lists"]["labeled"][0] for _, start, *_ in logs)
+    constants = set()
+    rows = []
+    for path, start, train, _, done in logs:
+        args = start["args"]
+        labels = start["lists"]["labeled"][0]
+        words = method(start)
+        if labels == few:
+            share = args["split"]
+        else:
+            words += f", {labels} labels"
+        constant = f"{100 * done['last']['constant']:.2f}"
+        constants.add((args["dataset"], args["total_iters"], done["on"], constant))
+        last = f"{100 * done['last']['miou']:.2f}"
+        best = f"{100 * done['best']['miou']:.2f} ({done['best_step']})"
+        minutes = f"{train[-1]['time']['elapsed_s'] / 60:.0f}"
+        link = f"[{path.stem} at {commit(start)}]({os.path.relpath(path, folder)})"
+        alone = args.get("unsup_weight") == 0
+        order = (list(METHODS).index(start["script"]), -labels, not alone, words)
+        rows.append((order, f"| {words} | {last} | {best} | {minutes} | {link} |\n"))
+    ((dataset, steps, on, constant),) = constants  # one table, one setting
+    caption = f"{dataset}: mIoU on {on} in per cent after {steps} steps (last), and after the step "
+    caption += f"that is best on val.\n{few} labels ({share}) where a row does not say how many. "
+    caption += f"The best constant prediction has {constant}.\n\n"
+    return caption + HEAD + "".join(row for _, row in sorted(rows))
 
 
 def inserted(page):
     """Returns the text of a page with its table between the marks."""
     before, rest = (ROOT / page).read_text().split(MARKS[0])
-    return before + MARKS[0] + table(PAGES[page]) + MARKS[1] + rest.split(MARKS[1])[1]
+    between = table(PAGES[page], (ROOT / page).parent)
+    return before + MARKS[0] + between + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 if __name__ == "__main__":
@@ -80,4 +121,4 @@ if __name__ == "__main__":
         if sys.argv[1:] == ["--write"]:
             (ROOT / name).write_text(inserted(name))
         else:
-            print(table(logs))
+            print(table(logs, (ROOT / name).parent))

@@ -223,8 +223,8 @@ def supervised_loss(out, label, args):
 
 
 # >>> method: functions
-# Below: logits_s, logits_t (B, C, H, W), any float type; prob_t (B, C, H, W), the teacher's, or for
-# FPL the pair (p, order) that by_rank made of it; K, results (B, H, W). No gradient to the teacher.
+# Shapes: logits_s, logits_t, prob_t, p, order (B, C, H, W); K and results of FPL (B, H, W). s: the
+# student. t: its teacher; no gradient reaches it.
 
 
 def upcast(x):
@@ -233,31 +233,29 @@ def upcast(x):
 
 
 def by_rank(prob_t):
-    """Returns (p, order): p^1 >= p^2 ... of Alg. 1 and their classes. Ties: lowest class first."""
-    if isinstance(prob_t, tuple):
-        return prob_t
-    return upcast(prob_t).sort(dim=1, descending=True, stable=True)
+    """Returns (p, order): p^1 >= p^2 >= ... of Alg. 1, and whose they are. Ties: lowest class."""
+    return prob_t.sort(dim=1, descending=True, stable=True)
 
 
-def cumulative_classes(prob_t, T, strict=True):
-    """Alg. 1, n: the fewest likeliest classes with V^n > T, or >= T [D14]; int64, C if none are."""
-    if not 0 < T < 1:
-        raise Refusal(f"cumulative probability {T}: a number between 0 and 1")
-    V = by_rank(prob_t)[0].cumsum(1)
-    return ((V <= T if strict else V < T).sum(1) + 1).clamp(max=V.shape[1])
+def cumulative_classes(p, T, strict=True):
+    """Alg. 1, n: how many of the likeliest classes it takes until V^n > T (or >= T [D14])."""
+    V = p.cumsum(1)
+    below = V <= T if strict else V < T
+    return (below.sum(1) + 1).clamp(max=p.shape[1])
 
 
-def fuzzy_positive_assignment(prob_t, T, *, k_max=0, strict=True):
-    """Alg. 1: K = max(n - 1, 1) positive classes, int64; k_max caps it, 0 does not [D13]."""
-    return (cumulative_classes(prob_t, T, strict) - 1).clamp(min=1, max=k_max or None)
+def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
+    """Alg. 1: K = max(n - 1, 1) positive classes, int64; at most k_max, if that is not 0 [D13]."""
+    K = (cumulative_classes(p, T, strict) - 1).clamp(min=1)
+    return K.clamp(max=k_max) if k_max else K
 
 
-def fuzzy_positive_regularization(logits_s, prob_t, K):
-    """Eq. (7), log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
+def fuzzy_positive_regularization(logits_s, order, K):
+    """Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
 
     Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
-    (_, order), z = by_rank(prob_t), upcast(logits_s)
+    z = upcast(logits_s)
     first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
     Y = torch.zeros_like(first_K).scatter(1, order, first_K)
     positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # -min, Eq. (6)
@@ -265,12 +263,11 @@ def fuzzy_positive_regularization(logits_s, prob_t, K):
     return F.softplus(positives + negatives)
 
 
-def adaptive_weight(prob_t, K, kind="concave", mean_over="positives"):
+def adaptive_weight(p, K, kind="concave", mean_over="positives"):
     """Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
 
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
-    p = by_rank(prob_t)[0].detach()
     total = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]
     rest = F.pad(p, (0, 0, 0, 0, 0, 1)).gather(1, K[:, None])[:, 0]  # max over j not in Y, or 0
     mean = total / K if mean_over == "positives" else (total + rest) / (K + 1)
@@ -284,11 +281,11 @@ def adaptive_weight(prob_t, K, kind="concave", mean_over="positives"):
 def fuzzy_positive_loss(
     logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
 ):
-    """Returns (loss, weight) of every pixel, Eq. (7) and Eq. (11), to be multiplied."""
-    prob_t = by_rank(F.softmax(upcast(logits_t.detach()), 1))
-    K = fuzzy_positive_assignment(prob_t, T, k_max=k_max, strict=strict)
-    loss = fuzzy_positive_regularization(logits_s, prob_t, K)
-    return loss, adaptive_weight(prob_t, K, weight, mean_over)
+    """FPL's loss of every pixel: Eq. (7) times the weight of Eq. (11). Logits of any float type."""
+    p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+    K = fuzzy_positive_assignment(p, T, k_max=k_max, strict=strict)
+    loss = fuzzy_positive_regularization(logits_s, order, K)
+    return loss * adaptive_weight(p, K, weight, mean_over)
 
 
 def class_confidence(prob, label, pooled, skip_absent=False):
@@ -421,23 +418,40 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
     teacher is below the threshold it is 0, the weight remains [D18]. Returns (what is minimized,
     parts): unsup, before the balance [D16]; balance; kept by sampling; conf_t; K_gt_1, at stride 4.
     """
-    prob = F.softmax(upcast(logits_t.detach()), 1)
-    conf_t, pseudo = prob.amax(1), prob.argmax(1)
-    loss = ce = F.cross_entropy(upcast(logits_s), pseudo, reduction="none")
+    prob_t = F.softmax(upcast(logits_t.detach()), 1)
+    conf_t = prob_t.amax(1)
+    ce = F.cross_entropy(upcast(logits_s), prob_t.argmax(1), reduction="none")
+    loss = ce
     if args.unsup_loss == "fpl":
-        how = dict(strict=args.strict, weight=args.weight, mean_over=args.mean_over)
-        loss = torch.mul(*fuzzy_positive_loss(logits_s, logits_t, args.T, k_max=args.k_max, **how))
-    weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
-    certain, plain = conf_t >= args.threshold, loss.detach() * inside
-    sums = torch.stack([weight * loss * certain, weight, ce.detach() * inside, plain])
-    top, bottom, ce, plain = sums.sum((2, 3)).unflatten(1, (-1, pooled)).sum(2)
-    unsup, balance = top / bottom.clamp(min=1e-12), ce / plain.clamp(min=1e-12)
-    balance = balance.where(plain > 0, 1.0)
-    parts = {"unsup": unsup.mean().detach(), "balance": balance.mean()}
-    parts |= {"kept": masked_mean(weight > 0, inside), "conf_t": masked_mean(conf_t, inside)}
-    K = fuzzy_positive_assignment(prob[..., ::4, ::4], args.T, k_max=args.k_max, strict=args.strict)
-    parts["K_gt_1"] = masked_mean(K > 1, inside[..., ::4, ::4])
-    return (unsup * balance if args.balance else unsup).mean(), parts
+        loss = fuzzy_positive_loss(
+            logits_s,
+            logits_t,
+            args.T,
+            k_max=args.k_max,
+            strict=args.strict,
+            weight=args.weight,
+            mean_over=args.mean_over,
+        )
+    u = torch.rand_like(conf_t)
+    weight = pixel_weight(conf_t, logits_s, rate, u, args.gamma) * inside
+    certain = conf_t >= args.threshold
+    maps = [weight * loss * certain, weight, ce.detach() * inside, loss.detach() * inside]
+    sums = torch.stack(maps).sum((2, 3)).unflatten(1, (-1, pooled)).sum(2)  # (4, groups)
+    weighted_loss, total_weight, total_ce, total_loss = sums
+    unsup = weighted_loss / total_weight.clamp(min=1e-12)
+    balance = total_ce / total_loss.clamp(min=1e-12)
+    balance = balance.where(total_loss > 0, 1.0)
+    minimized = unsup * balance if args.balance else unsup
+    p, _ = by_rank(prob_t[..., ::4, ::4])
+    K = fuzzy_positive_assignment(p, args.T, k_max=args.k_max, strict=args.strict)
+    parts = {
+        "unsup": unsup.mean().detach(),
+        "balance": balance.mean(),
+        "kept": masked_mean(weight > 0, inside),
+        "conf_t": masked_mean(conf_t, inside),
+        "K_gt_1": masked_mean(K > 1, inside[..., ::4, ::4]),
+    }
+    return minimized.mean(), parts
 
 
 def ema_decay(count, decay):

@@ -44,6 +44,7 @@ from sources import load
 # isort: split
 # >>> method: imports
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 
 from scipy import ndimage
@@ -109,9 +110,9 @@ class Args:
     protocol: Literal["whole", "slide"] | None = None  # an image in one piece, or in windows
     # >>> method: args
     batch_size_unlabeled: int | None = None  # mixed images per step, over all processes
-    unsup_loss: Literal["fpl", "ce"] = "fpl"  # ce: AEL
-    unsup_weight: float = 1.0  # of the consistency losses
-    consistency_on: Literal["mixed", "all"] | None = None  # all: on labelled images too [D17]
+    unsup_loss: Literal["fpl", "ce"] = "fpl"  # FPL's, or ce, cross-entropy: AEL
+    unsup_weight: float = 1.0  # of the consistency loss in AEL Eq. (1)
+    consistency_on: Literal["mixed", "all"] | None = None  # all: labelled images too [D17]
     T: float | None = None  # upper bound of the cumulative probability, in (0, 1)
     k_max: int | None = None  # K at most; 0: no cap
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
@@ -119,18 +120,18 @@ class Args:
     mean_over: Literal["positives", "positives_and_next"] | None = None  # the mean in that weight
     balance: bool | None = None  # rescale FPL's loss to the value of cross-entropy
     threshold: float | None = None  # no loss where the teacher is less confident
-    gamma: float = 2.0  # dynamic re-weighting: exponent of the teacher's confidence
-    beta: float = 1.0  # equalization sampling: exponent of its rate
-    pooled: int | None = None  # labelled images pooled in Eq. (4), and in Eq. (12) on them
-    bank_momentum: float | None = None  # of the confidence bank, Eq. (7)
-    skip_absent: bool = False  # a class that is not there leaves the bank as it is; or counts 0
-    region_area: float | None = None  # adaptive CutMix: share of the crop of a region that is cut
-    bank_area: float | None = None  # share of a crop that makes a class present in the image bank
-    paste_draws: int | None = None  # adaptive Copy-Paste: classes drawn in a step; 0: none
-    paste_prob: float | None = None  # of pasting onto a labelled image
-    paste_power: float | None = None  # classes ~ softmax((1 - conf)^power)
-    paste_not: tuple[int, ...] | None = None  # classes that are never pasted
-    paste_scales: tuple[float, ...] = (0.1, 2.0)  # random scale of what is pasted
+    gamma: float = 2.0  # exponent of the teacher's confidence in Eq. (13)
+    beta: float = 1.0  # exponent of the rate of equalization sampling
+    pooled: int | None = None  # labelled images that are one group in Eq. (4) and (12)
+    bank_momentum: float | None = None  # share of the confidence bank that Eq. (7) keeps
+    skip_absent: bool = False  # absent classes leave the bank as it is; False: count 0
+    region_area: float | None = None  # CutMix: a region above this share of the crop is cut
+    bank_area: float | None = None  # CutMix: share of a crop that makes a class present
+    paste_draws: int | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
+    paste_prob: float | None = None  # Copy-Paste: share of labelled images that are pasted onto
+    paste_power: float | None = None  # Copy-Paste: classes by softmax((1 - confidence)^power)
+    paste_not: tuple[int, ...] | None = None  # Copy-Paste: ids of classes that are never pasted
+    paste_scales: tuple[float, ...] = (0.1, 2.0)  # Copy-Paste: random scale of what is pasted
     teacher_mode: Literal["train", "eval"] = "train"  # eval: no dropout, BN averaged as the weights
     ema_decay: float = 0.99  # of the teacher's moving average
     # <<< method: args
@@ -311,10 +312,22 @@ def update_confidence(bank, sums, momentum):
     return torch.where(sums[1] > 0, new, bank)
 
 
+def confidence_after(bank, logits, label, args):
+    """AEL Eq. (4), (7): the bank (C,) after a step, from labelled images of all processes.
+
+    logits (B, C, H, W): the student's, detached here. label (B, H, W) int64: of this process.
+    """
+    prob = logits.detach().softmax(1)
+    sums = class_confidence(prob, label, args.pooled, args.skip_absent)
+    return update_confidence(bank, distributed.reduced(sums), args.bank_momentum)
+
+
 def sampling_probability(bank, allowed=None, power=1.0):
     """AEL Eq. (9): softmax((1 - bank)^power) over allowed classes, (C,) bool; 0 for the others."""
-    score = (1 - torch.as_tensor(bank).double()).clamp(min=0) ** power
-    return (score if allowed is None else score.masked_fill(~allowed, -torch.inf)).softmax(0)
+    score = (1 - bank.double()).clamp(min=0) ** power
+    if allowed is not None:
+        score = score.masked_fill(~allowed, -torch.inf)
+    return score.softmax(0)
 
 
 def draw_classes(prob, u):
@@ -326,7 +339,8 @@ def draw_classes(prob, u):
 def draw_partners(bank, present, count, rng):
     """AEL's adaptive CutMix: draws (count, 2) int64, classes by Eq. (9) and images that show them.
 
-    present: (C, N) bool, the teacher last saw class c in unlabelled image n; any image if nowhere.
+    bank: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled image
+    n; any image if nowhere.
     """
     if not present.shape[1]:
         raise Refusal("no unlabelled images to draw a partner from")
@@ -341,18 +355,19 @@ def draw_partners(bank, present, count, rng):
 def half_area_box(rng, size):
     """A random box of half a square crop of size pixels, height log-uniform: top, left, h, w."""
     tall = 0.5 ** rng.random()
-    h, w = round(size * tall), round(size * 0.5 / tall)
+    h = round(size * tall)
+    w = round(size * 0.5 / tall)
     return int(rng.integers(size - h + 1)), int(rng.integers(size - w + 1)), h, w
 
 
-def component_box(seen, c, area, size, rng):
+def component_box(coarse, c, area, size, rng):
     """The tight box of a connected component of class c (8 neighbours): top, left, h, w, in pixels.
 
-    seen: (h, w) uint8 array, the teacher's class of every 4th pixel each way [D23], 255 outside the
-    image. Components above `area`, a share of the crop, are equally likely; None without one.
+    coarse: (h, w) uint8 array, the teacher's class of every 4th pixel each way [D23], 255 outside
+    the image. Components above `area`, a share of the crop, are equally likely; None without one.
     """
-    labels, _ = ndimage.label(seen == c, np.ones((3, 3)))
-    large = np.flatnonzero(np.bincount(labels.ravel())[1:] > area * seen.size)
+    labels, _ = ndimage.label(coarse == c, np.ones((3, 3)))
+    large = np.flatnonzero(np.bincount(labels.ravel())[1:] > area * coarse.size)
     if not len(large):
         return None
     rows, columns = ndimage.find_objects(labels)[rng.choice(large)]
@@ -360,25 +375,70 @@ def component_box(seen, c, area, size, rng):
     return top, left, min(4 * rows.stop, size) - top, min(4 * columns.stop, size) - left
 
 
-def partner_mask(seen, classes, rngs, area, size):
+def partner_mask(coarse, classes, rngs, area, size):
     """AEL's adaptive CutMix: where mixed images show their partners, (B, size, size) bool.
 
-    seen (B, h, w), area, size: as component_box takes them; without a component a box of half the
+    coarse (B, h, w), area, size: as component_box takes them; without a component a box of half the
     crop. classes, rngs: one per image. Returns also the number of components.
     """
-    mask, regions = torch.zeros(len(seen), size, size, dtype=torch.bool), 0
-    for one, of, c, rng in zip(mask, seen, classes, rngs, strict=True):
-        box = component_box(of, c, area, size, rng)
+    mask = torch.zeros(len(coarse), size, size, dtype=torch.bool)
+    regions = 0
+    for i, (c, rng) in enumerate(zip(classes, rngs, strict=True)):
+        box = component_box(coarse[i], c, area, size, rng)
         regions += box is not None
         top, left, h, w = box or half_area_box(rng, size)
-        one[top : top + h, left : left + w] = True
+        mask[i, top : top + h, left : left + w] = True
     return mask, regions
 
 
-def presence(seen, num_classes, area):
-    """Which classes cover at least `area`, a share of the crop: (B, C) bool; seen: (B, h, w)."""
-    classes = torch.arange(num_classes, device=seen.device).view(-1, 1, 1)
-    return (seen[:, None] == classes).sum((2, 3)) >= area * seen[0].numel()
+def presence(coarse, num_classes, area):
+    """Which classes cover at least `area`, a share of the crop: (B, C) bool; coarse: (B, h, w)."""
+    classes = torch.arange(num_classes, device=coarse.device).view(-1, 1, 1)
+    return (coarse[:, None] == classes).sum((2, 3)) >= area * coarse[0].numel()
+
+
+def own_slice(total, group):
+    """Returns which of a step's images, `total` over all processes, are this process's."""
+    count = total // group.world
+    return slice(group.rank * count, (group.rank + 1) * count)
+
+
+def teacher_sight(logits_t, inside, confidence, args, group):
+    """What banks and boxes need of a step, on the CPU: one copy, the only wait for the device.
+
+    logits_t (2b, C, H, W), inside (2b, H, W): of this process's unlabelled images, then of their
+    partners. Returns the confidence bank (C,); presence (2B, C) uint8 in the images of all
+    processes, then in all their partners; coarse (b, h, w) of this process's partners.
+    """
+    coarse = logits_t[..., ::4, ::4].argmax(1).masked_fill(~inside[..., ::4, ::4], IGNORE).byte()
+    present = presence(coarse, len(confidence), args.bank_area).byte()
+    present = distributed.gathered(present).unflatten(1, (2, -1))  # (world, 2, b, C)
+    present = present.transpose(0, 1).flatten(0, 2)
+    return distributed.to_host(confidence, present, coarse.chunk(2)[1])
+
+
+def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
+    """AEL's adaptive CutMix of a step: masks (b, H, W) bool, and how many of them are a region.
+
+    logits_t, inside: as teacher_sight takes them. images: indices of the unlabelled images that
+    all processes mix; the first of state["draws"] are their partners. Partners of the step four
+    later are drawn from both banks as they are [D27]; then the image bank takes in this step.
+    """
+    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args, group)
+    classes, partners = state["draws"][0].T.tolist()
+    draws = draw_partners(bank, state["present"], len(classes), rng)
+    state["draws"] = torch.cat([state["draws"][1:], draws[None]])
+    for image, row in zip([*images, *partners], present, strict=True):
+        state["present"][:, image] = row  # an image that comes twice: as it was seen last
+    own = own_slice(len(classes), group)
+    mask, regions = partner_mask(
+        coarse.numpy(),
+        classes[own],
+        rng.spawn(len(classes))[own],  # a generator of its own for every box
+        args.region_area,
+        args.crop_size,
+    )
+    return distributed.to_device(mask, group), regions
 
 
 def copy_paste(base, source, drawn, chosen):
@@ -389,6 +449,19 @@ def copy_paste(base, source, drawn, chosen):
     alpha = (source["label"][:, None] == drawn[..., None, None]).any(1) & chosen.view(-1, 1, 1)
     masks = {"image": alpha[:, None], "label": alpha, "inside": alpha}
     return {key: torch.where(mask, source[key], base[key]) for key, mask in masks.items()}
+
+
+def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
+    """AEL's adaptive Copy-Paste of a step: a dict as batch["labeled"], covered by batch["paste"].
+
+    Classes are drawn from the confidence bank by Eq. (9), one set for each group of `pooled` images
+    [D19]. allowed: (C,) bool. rng: equal on all processes.
+    """
+    shape = group.world, args.batch_size // group.world, args.paste_draws + 1
+    u = distributed.to_device(rng.random(shape)[group.rank], group)
+    prob = sampling_probability(confidence, allowed, args.paste_power)
+    drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
+    return copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
 
 
 def equalization_rate(bank, beta=1.0):
@@ -432,8 +505,7 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
             weight=args.weight,
             mean_over=args.mean_over,
         )
-    u = torch.rand_like(conf_t)
-    weight = pixel_weight(conf_t, logits_s, rate, u, args.gamma) * inside
+    weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
     certain = conf_t >= args.threshold
     maps = [weight * loss * certain, weight, ce.detach() * inside, loss.detach() * inside]
     sums = torch.stack(maps).sum((2, 3)).unflatten(1, (-1, pooled)).sum(2)  # (4, groups)
@@ -470,6 +542,54 @@ def update_teacher(teacher, student, decay, buffers):
         pairs += zip(teacher.buffers(), student.buffers(), strict=True)
     pairs = [(t, s) for t, s in pairs if t.is_floating_point()]
     torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+class Partners:
+    """The images that unlabelled ones are mixed with, loaded by threads while steps go on [D27].
+
+    A sample is a function of (seed, its number, the image that was drawn) alone.
+    """
+
+    def __init__(self, data, args, group):
+        self.samples = Samples(data, data.unlabeled, False, args.scales, "unlabeled.partner", args)
+        self.args = args
+        self.group = group
+        self.threads = ThreadPoolExecutor(4)
+        self.loading = {}  # step -> its samples, as they come
+
+    def numbers(self, step):
+        """Returns the numbers of the samples of a step, of all processes."""
+        count = self.args.batch_size_unlabeled
+        return range(step * count, (step + 1) * count)
+
+    def images(self, step):
+        """Returns the indices of the unlabelled images of a step, of all processes."""
+        return [self.samples.which(number) for number in self.numbers(step)]
+
+    def prefetch(self, step, draws):
+        """Begins to load what draws, (steps, B, 2), has for this step and those after it."""
+        for ahead, images in enumerate(draws[:, :, 1].tolist(), step):
+            if ahead not in self.loading and ahead < self.args.total_iters:
+                own = own_slice(len(images), self.group)
+                numbers = self.numbers(ahead)[own]
+                self.loading[ahead] = self.threads.map(self.samples.sample, images[own], numbers)
+
+    def take(self, step):
+        """Returns this process's partners of a step on the device: image, inside (b, ..., H, W)."""
+        samples = torch.utils.data.default_collate(list(self.loading.pop(step)))
+        return {key: distributed.to_device(x, self.group) for key, x in samples.items()}
+
+    def finish(self):
+        """Waits until no thread is at work."""
+        self.loading = {step: list(samples) for step, samples in self.loading.items()}
+
+
+@contextmanager
+def timed(spent, name):
+    """Adds the seconds of a with block to spent[name]."""
+    begin = time.time()
+    yield
+    spent[name] = spent.get(name, 0.0) + time.time() - begin
 
 
 # <<< method: functions
@@ -806,7 +926,8 @@ def main(args):
     student = build(args, data.num_classes, DeepLabV3Plus, group)
     student_parallel = parallel(student, args, group)
     teacher = deepcopy(student).requires_grad_(False).train(args.teacher_mode == "train")  # [D25]
-    networks, trained = {"student": student, "teacher": teacher}, [student]
+    networks = {"student": student, "teacher": teacher}
+    trained = [student]
 
     def scored(step):
         """The network that evaluation scores."""
@@ -822,21 +943,24 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     distributed.need_float64(group, "classes and partners are drawn")
-    C, B = data.num_classes, args.batch_size_unlabeled
-    here, here_l = B // group.world, args.batch_size // group.world
-    mine = slice(group.rank * here, (group.rank + 1) * here)
-    pasted = [c not in args.paste_not for c in range(C)]
-    if args.paste_draws and not any(pasted) or max(args.paste_not, default=0) >= C:
+    C = data.num_classes
+    count = args.batch_size // group.world
+    if count % args.pooled:
+        raise Refusal(f"--pooled {args.pooled}: {count} labelled images per process do not divide")
+    pasted = set(range(C)) - set(args.paste_not)
+    if args.paste_draws and not pasted or max(args.paste_not, default=0) >= C:
         raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")
-    if here_l % args.pooled:
-        raise Refusal(f"--pooled {args.pooled}: {here_l} labelled images per process do not divide")
-    allowed = torch.tensor(pasted, device=group.device)
+    allowed = torch.tensor([c in pasted for c in range(C)], device=group.device)
     rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
-    bank, empty = rng.random(C, np.float32), torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
-    draws = torch.stack([draw_partners(bank, empty, B, rng) for _ in range(4)])  # [D26] [D27]
-    state = {"confidence": distributed.to_device(bank, group), "present": empty, "draws": draws}
-    pool, loads = ThreadPoolExecutor(4), {}
-    partner = Samples(data, data.unlabeled, False, args.scales, "unlabeled.partner", args)
+    bank = torch.from_numpy(rng.random(C, np.float32))  # [D26]
+    present = torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
+    draws = [draw_partners(bank, present, args.batch_size_unlabeled, rng) for _ in range(4)]
+    state = {
+        "confidence": distributed.to_device(bank, group),
+        "present": present,
+        "draws": torch.stack(draws),  # of the next four steps [D27]
+    }
+    partners = Partners(data, args, group)
     # <<< method: state
     run = Run(args, __file__, group, data)
     start = run.restore(networks, optimizer, state)
@@ -857,66 +981,50 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        t0, rng = time.time(), np.random.default_rng([args.seed, step])  # equal everywhere [D29]
-        for later, draws in enumerate(state["draws"][:, mine, 1].tolist(), step):
-            if later not in loads and later < args.total_iters:
-                numbers = range(later * B + mine.start, later * B + mine.stop)
-                loads[later] = pool.map(partner.sample, draws, numbers)
-        first, loaded = batch["unlabeled"], list(loads.pop(step))
-        second = {key: torch.stack([one[key] for one in loaded]) for key in first}
-        second = {key: distributed.to_device(x, group) for key, x in second.items()}
-        u = rng.random((group.world, here_l, args.paste_draws + 1))[group.rank]
-        u = distributed.to_device(u, group)
-        prob = sampling_probability(state["confidence"], allowed, args.paste_power)
-        drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
-        labeled = copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
-        spent["bank"] = time.time() - t0
+        rng = np.random.default_rng([args.seed, step])  # equal on all processes [D29]
+        u0 = batch["unlabeled"]
+        with timed(spent, "bank"):
+            partners.prefetch(step, state["draws"])
+            u1 = partners.take(step)
+            labeled = adaptive_copy_paste(batch, state["confidence"], allowed, rng, args, group)
         x_l, y_l = labeled["image"], labeled["label"]
         out = student_parallel(x_l)
         sup = supervised_loss(out, y_l, args)
-        with torch.no_grad():  # the teacher sees the clean views
-            logits_t = teacher(x_l)["logits"] if args.consistency_on == "all" else None
-            views = teacher(torch.cat([first["image"], second["image"]]))["logits"]
-            t0, inside = time.time(), torch.cat([first["inside"], second["inside"]])[..., ::4, ::4]
-            seen = views[..., ::4, ::4].argmax(1).masked_fill(~inside, IGNORE).byte()
-            shown = seen.new_zeros(group.world, 2, here, C)
-            shown[group.rank] = presence(seen, C, args.bank_area).unflatten(0, (2, here))
-            shown = distributed.reduced(shown).transpose(0, 1).flatten(0, 2)  # of all processes
-            bank, shown, seen = distributed.to_host(state["confidence"], shown, seen[here:])  # sync
-            classes, images = state["draws"][0].unbind(1)
-            draws = draw_partners(bank, state["present"], B, rng)
-            state["draws"] = torch.cat([state["draws"][1:], draws[None]])
-            images = [*(partner.which(step * B + i) for i in range(B)), *images.tolist()]
-            for image, row in zip(images, shown, strict=True):
-                state["present"][:, image] = row
-            regions = seen.numpy(), classes[mine].tolist(), rng.spawn(B)[mine]
-            mask, count = partner_mask(*regions, args.region_area, args.crop_size)
-            sums = class_confidence(out["logits"].softmax(1), y_l, args.pooled, args.skip_absent)
-            sums = distributed.reduced(sums)
-            state["confidence"] = update_confidence(state["confidence"], sums, args.bank_momentum)
-            rate = equalization_rate(state["confidence"], args.beta)
-            spent["bank"] += time.time() - t0
-        mask = distributed.to_device(mask, group)
-        x_u = torch.where(mask[:, None], second["image"], first["image"])
-        inside = torch.where(mask, second["inside"], first["inside"])
-        mixed_t = torch.where(mask[:, None], views[here:], views[:here])
+        clean = {key: torch.cat([u0[key], u1[key]]) for key in u1}
+        with torch.no_grad():
+            if args.consistency_on == "all":
+                labeled_t = teacher(x_l)["logits"]
+            clean_t = teacher(clean["image"])["logits"]
+        with timed(spent, "bank"):
+            images = partners.images(step)
+            mask, regions = adaptive_cutmix(
+                clean_t, clean["inside"], images, state, rng, args, group
+            )
+            state["confidence"] = confidence_after(state["confidence"], out["logits"], y_l, args)
+        x_u = torch.where(mask[:, None], u1["image"], u0["image"])
+        inside = torch.where(mask, u1["inside"], u0["inside"])
+        z0, z1 = clean_t.chunk(2)
+        mixed_t = torch.where(mask[:, None], z1, z0)
         logits_s = student_parallel(x_u)["logits"]
-        unsup, parts = consistency_loss(logits_s, mixed_t, inside, rate, 1, args)
+        rate = equalization_rate(state["confidence"], args.beta)
+        unsup, parts = consistency_loss(logits_s, mixed_t, inside, rate, 1, args)  # Eq. (12)
         if args.consistency_on == "all":
-            pairs = out["logits"], logits_t, labeled["inside"]
-            more, parts_l = consistency_loss(*pairs, rate, args.pooled, args)
-            unsup, parts["unsup_l"] = unsup + more, parts_l["unsup"]
-        loss = sup + args.unsup_weight * unsup
+            unsup_l, parts_l = consistency_loss(
+                out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args
+            )
+            unsup = unsup + unsup_l
+            parts["unsup_l"] = parts_l["unsup"]
+        loss = sup + args.unsup_weight * unsup  # Eq. (1)
         loss.backward()
         parts = {"loss": loss, "sup": sup} | parts | {"bank": state["confidence"].mean()}
-        parts["regions"] = torch.full_like(loss, count / here)
+        parts["regions"] = torch.full_like(loss, regions / len(x_u))
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
         buffers = "own" if args.teacher_mode == "train" else "average"
         update_teacher(teacher, student, ema_decay(step, args.ema_decay), buffers)
         if run.due(step + 1, args.eval_every):  # its loaders fork: no thread may be at work
-            loads = {later: list(samples) for later, samples in loads.items()}
+            partners.finish()
         # <<< method: after-step
         if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
             distributed.copy_buffers(*networks.values())
@@ -926,9 +1034,15 @@ def main(args):
             # >>> method: panels
             conf_t = F.softmax(mixed_t, 1).amax(1)
             weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma)
-            maps = {"labelled, pasted": x_l, "label": y_l, "mixed": x_u, "box": mask}
-            maps |= {"pseudo label": mixed_t.argmax(1), "weight": weight * inside}
-            maps["student"] = logits_s.argmax(1)
+            maps = {
+                "labelled, pasted": x_l,
+                "label": y_l,
+                "mixed": x_u,
+                "box": mask,
+                "pseudo label": mixed_t.argmax(1),
+                "weight": weight * inside,
+                "student": logits_s.argmax(1),
+            }
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):

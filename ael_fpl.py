@@ -1,4 +1,3 @@
-# >>> method: header
 """AEL and FPL+AEL: Adaptive Equalization Learning (2110.05474), FPL (arXiv:2210.08519v2) on it.
 
 A student learns from labels and from a mean teacher's pseudo labels. AEL keeps a bank of how sure
@@ -18,209 +17,250 @@ pixels by Copy-Paste, pixels in the loss. FPL replaces the loss with one pseudo 
 
 Measured: the table in README.md. Papers, released code [D30] and this script: docs/ael_fpl.md.
 """
-# <<< method: header
 
 # ---- 1. Imports ------------------------------------------------------------------------------
 
+import math
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from scipy import ndimage
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
+from common.checkpoints import load_checkpoint, load_networks
 from common.data import IGNORE
-from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
+from common.flags import (
+    Above0,
+    AtLeast0,
+    Count,
+    Inside01,
+    Number,
+    Scales,
+    Seed,
+    Share,
+    about,
+    fill,
+    parse,
+)
+from common.run import Run, Stopped, refusals, report
+from common.sources import load
 from common.weights import load_backbone
-from sources import load
-
-# isort: split
-# >>> method: imports
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from copy import deepcopy
-
-from scipy import ndimage
-
-# <<< method: imports
 
 # ---- 2. Recipe -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Every flag. None: the preset of data set, split, backbone and recipe decides."""
+    """All flags. A flag left out takes its value from the recipe below."""
 
-    # run
-    out: str = ""  # run folder; left out: runs/<script>-<dataset>-<split>-s<seed>
-    seed: int = 0  # of weights, sample stream and augmentation
+    # -- run --
+    out: str = ""  # folder of the run; left out: runs/<script>-<dataset>-<split>-s<seed>
+    seed: Seed = 0  # of weights, sample stream and augmentation
     resume: bool = False  # go on from last.pt in the run folder (from zero if there is none)
     eval_only: bool = False  # score --checkpoint on the --eval-on images, and stop
     checkpoint: str = ""  # a last.pt or best.pt, for --eval-only
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
-    list_presets: bool = False  # print the papers' cells with their mIoU, and stop
+    list_presets: bool = False  # print the papers' results with their flags, and stop
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
-    workers: int | None = None  # loader processes per stream and training process
+    workers: Number | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
-    deterministic: bool = False  # deterministic operations only
-    log_every: int | None = None  # steps
-    eval_every: int | None = None  # steps
-    save_every: int | None = None  # steps between checkpoints
-    pictures_every: int | None = None  # steps between panels; 0: none
-    tensorboard: bool = False  # TensorBoard events too, if it is installed
-    # data
+    deterministic: bool = False  # allow deterministic operations only
+    log_every: Count | None = None  # steps between lines of the log
+    eval_every: Count | None = None  # steps between validations
+    save_every: Count | None = None  # steps between checkpoints
+    pictures_every: Number | None = None  # steps between panels; 0: none
+    tensorboard: bool = False  # write TensorBoard events too, if it is installed
+    # -- data --
+    # which images: shapes are generated, folder is any of your own
     dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
-    split_seed: int | None = None  # None: every r-th image; a number: a random subset
+    split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
-    num_classes: int = 0  # of --dataset folder
-    ignore_index: int = 255  # of --dataset folder: the value in a mask that is no class
-    crop_size: int | None = None  # pixels, square
-    scales: tuple[float, ...] | None = None  # random scale: two values a range, more a choice
-    # network
+    num_classes: Number = 0  # classes of --dataset folder
+    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    crop_size: Count | None = None  # side of the square crops, in pixels
+    scales: Scales | None = None  # random scale: two values are a range, more are a choice
+    # -- network --
+    # ResNet below the head
     backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
-    stem: Literal["classic", "deep", "v1c"] | None = None  # 7x7; three 3x3, released; narrow
+    # first layers, classic: one 7x7; deep: three 3x3 of 64, 64, 128 channels; v1c: 32, 32, 64
+    stem: Literal["classic", "deep", "v1c"] | None = None
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
-    output_stride: Literal[8, 16] | None = None  # of the backbone's last stage
-    aspp_rates: tuple[int, ...] | None = None  # dilations of ASPP's 3x3 convolutions, in cells
-    # optimization
-    recipe: Literal["paper", "official"] = "paper"  # as printed, or as the released code computes
-    batch_size: int | None = None  # labelled images per step, over all processes
-    total_iters: int | None = None  # optimizer steps
-    lr: float | None = None  # of the backbone; decays as (1 - step / total)^0.9
-    lr_head: float | None = None  # of the head, as a multiple of --lr
-    weight_decay: float | None = None  # of SGD
-    decay_on: Literal["all", "weights"] | None = None  # weights: not on BN and biases
-    aux_weight: float | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem_kept: float | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
-    # evaluation
-    protocol: Literal["whole", "slide"] | None = None  # an image in one piece, or in windows
+    output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
+    aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
+    # -- optimization --
+    # paper: as printed; official: as the released code computes
+    recipe: Literal["paper", "official"] = "paper"
+    batch_size: Count | None = None  # labelled images per step, over all processes
+    total_iters: Count | None = None  # optimizer steps
+    lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
+    lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
+    weight_decay: Share | None = None  # of SGD
+    # what decays, weights: neither BN nor biases
+    decay_on: Literal["all", "weights"] | None = None
+    aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
+    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    # -- evaluation --
+    # whole: an image in one piece; slide: in overlapping windows
+    protocol: Literal["whole", "slide"] | None = None
     # >>> method: args
-    batch_size_unlabeled: int | None = None  # mixed images per step, over all processes
-    unsup_loss: Literal["fpl", "ce"] = "fpl"  # FPL's, or ce, cross-entropy: AEL
-    unsup_weight: float = 1.0  # of the consistency loss in AEL Eq. (1)
-    consistency_on: Literal["mixed", "all"] | None = None  # all: labelled images too [D17]
-    T: float | None = None  # upper bound of the cumulative probability, in (0, 1)
-    k_max: int | None = None  # K at most; 0: no cap
+    # -- method --
+    batch_size_unlabeled: Count | None = None  # mixed images per step, over all processes
+    # loss of a pixel, fpl: FPL+AEL; ce: cross-entropy, AEL
+    unsup_loss: Literal["fpl", "ce"] = "fpl"
+    unsup_weight: AtLeast0 = 1.0  # of the consistency loss in AEL Eq. (1)
+    # which images have a consistency loss, all: labelled ones too [D17]
+    consistency_on: Literal["mixed", "all"] | None = None
+    T: Inside01 | None = None  # upper bound of the cumulative probability
+    k_max: Number | None = None  # K at most; 0: no cap
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
-    weight: Literal["concave", "linear", "convex", "none"] = "concave"  # FPL Eq. (11), (16) [D33]
-    mean_over: Literal["positives", "positives_and_next"] | None = None  # the mean in that weight
+    # weight of a pixel, concave: FPL Eq. (11); linear, convex: Eq. (16) [D33]
+    weight: Literal["concave", "linear", "convex", "none"] = "concave"
+    # classes of the mean in that weight
+    mean_over: Literal["positives", "positives_and_next"] | None = None
     balance: bool | None = None  # rescale FPL's loss to the value of cross-entropy
-    threshold: float | None = None  # no loss where the teacher is less confident
-    gamma: float = 2.0  # exponent of the teacher's confidence in Eq. (13)
-    beta: float = 1.0  # exponent of the rate of equalization sampling
-    pooled: int | None = None  # labelled images that are one group in Eq. (4) and (12)
-    bank_momentum: float | None = None  # share of the confidence bank that Eq. (7) keeps
-    skip_absent: bool = False  # absent classes leave the bank as it is; False: count 0
-    region_area: float | None = None  # CutMix: a region above this share of the crop is cut
-    bank_area: float | None = None  # CutMix: share of a crop that makes a class present
-    paste_draws: int | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
-    paste_prob: float | None = None  # Copy-Paste: share of labelled images that are pasted onto
-    paste_power: float | None = None  # Copy-Paste: classes by softmax((1 - confidence)^power)
-    paste_not: tuple[int, ...] | None = None  # Copy-Paste: ids of classes that are never pasted
-    paste_scales: tuple[float, ...] = (0.1, 2.0)  # Copy-Paste: random scale of what is pasted
-    teacher_mode: Literal["train", "eval"] = "train"  # eval: no dropout, BN averaged as the weights
-    ema_decay: float = 0.99  # of the teacher's moving average
+    threshold: Share | None = None  # no loss where the teacher is less confident than this
+    gamma: AtLeast0 = 2.0  # exponent of the teacher's confidence in Eq. (13)
+    beta: AtLeast0 = 1.0  # exponent of the rate of equalization sampling
+    pooled: Count | None = None  # labelled images that are one group in Eq. (4) and (12)
+    bank_momentum: Share | None = None  # share of the confidence bank that Eq. (7) keeps
+    skip_absent: bool = False  # absent classes leave the bank as it is; False: they count 0
+    region_area: Share | None = None  # CutMix: a region above this share of the crop is cut
+    bank_area: Share | None = None  # CutMix: share of a crop that makes a class present
+    paste_draws: Number | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
+    paste_prob: Share | None = None  # Copy-Paste: share of labelled images that are pasted onto
+    paste_power: AtLeast0 | None = None  # Copy-Paste: classes by softmax((1 - confidence)^power)
+    paste_not: tuple[Number, ...] | None = None  # Copy-Paste: ids of classes never pasted
+    paste_scales: Scales = (0.1, 2.0)  # Copy-Paste: random scale of what is pasted
+    # mode of the teacher, eval: no dropout, BN averaged as the weights
+    teacher_mode: Literal["train", "eval"] = "train"
+    ema_decay: Share = 0.99  # of the teacher's moving average
     # <<< method: args
+
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        # >>> method: needs
+        "unsup_loss": "unsup_weight",
+        "consistency_on": "unsup_weight",
+        "T": "unsup_weight, unsup_loss=fpl",
+        "k_max": "unsup_weight, unsup_loss=fpl",
+        "strict": "unsup_weight, unsup_loss=fpl",
+        "weight": "unsup_weight, unsup_loss=fpl",
+        "mean_over": "unsup_weight, unsup_loss=fpl, weight!=none",
+        "balance": "unsup_weight, unsup_loss=fpl",
+        "threshold": "unsup_weight",
+        "gamma": "unsup_weight",
+        "beta": "unsup_weight",
+        "region_area": "unsup_weight",
+        "bank_area": "unsup_weight",
+        "paste_prob": "paste_draws",
+        "paste_power": "paste_draws",
+        "paste_not": "paste_draws",
+        "paste_scales": "paste_draws",
+        # <<< method: needs
+    }
+
+
+# >>> method: recipe
+# fmt: off
+VOC = dict(
+    backbone="resnet101", stem="v1c", weights="auto", output_stride=8,  # [D9]
+    split_family="cps", crop_size=513, scales=(0.5, 2.0),
+    batch_size=16, batch_size_unlabeled=8,  # [D32]
+    total_iters=39_680, lr=0.00125, lr_head=10.0, weight_decay=8e-4, decay_on="all",  # [D10] [D11]
+    aux_weight=0.4, ohem_kept=50_000 / 513**2, protocol="slide", workers=4,
+    pooled=2, bank_momentum=0.999, region_area=0.03, bank_area=0.03, paste_not=(0,),  # [D20] [D31]
+    log_every=50, eval_every=1000, save_every=500, pictures_every=5000,
+)
+CITYSCAPES = VOC | dict(
+    crop_size=769, total_iters=18_000, ohem_kept=50_000 / 769**2,
+    region_area=0.005, bank_area=0.01, paste_not=(0, 1, 2, 8, 10),
+)
+FOLDER = VOC | dict(
+    backbone="resnet50", stem="classic", split="all", protocol="whole", paste_not=(),
+)
+CAMVID = FOLDER | dict(  # this project's small protocols [D8]
+    backbone="resnet18", weights="none", output_stride=16,
+    split="1/8", crop_size=128, batch_size=4, total_iters=600,
+    lr=0.01, lr_head=2.0, weight_decay=1e-4, aux_weight=0.0, ohem_kept=0.0, workers=2,
+    bank_momentum=0.97, region_area=0.005, bank_area=0.01, paste_not=(0, 1, 3, 4, 5),
+    log_every=10, eval_every=150, save_every=150, pictures_every=300,
+)
+SHAPES = CAMVID | dict(
+    split="1/16", crop_size=64, scales=(0.75, 1.5), total_iters=80, lr=0.02,
+    region_area=0.03, bank_area=0.03, paste_not=(0,),
+)
+PAPER = dict(
+    k_max=0, strict=True, mean_over="positives", balance=False, threshold=0.0,
+    consistency_on="mixed", paste_draws=3, paste_prob=1.0, paste_power=1.0,  # [D19]
+)
+OFFICIAL = dict(
+    k_max=3, strict=False, mean_over="positives_and_next", balance=True, threshold=0.0,
+    consistency_on="all", paste_draws=3, paste_prob=0.5, paste_power=0.5,
+)
+T_TABLE = {  # FPL supplement Tables 1 and 2: (data set, backbone): split -> T, where it is not 0.9
+    ("cityscapes", "resnet50"): {"1/16": 0.95, "1/32": 0.95},
+    ("cityscapes", "resnet101"): {"1/4": 0.85, "1/8": 0.85},
+    ("voc_aug", "resnet50"): {"1/4": 0.95, "1/8": 0.95, "1/16": 0.95},
+    ("voc_aug", "resnet101"): {"1/16": 0.95},
+}
+# fmt: on
+DATASETS = {
+    "shapes": SHAPES,
+    "camvid": CAMVID,
+    "voc": VOC,
+    "voc_aug": VOC,
+    "cityscapes": CITYSCAPES,
+    "folder": FOLDER,
+}
 
 
 def preset(args):
     """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
-    # >>> method: presets
-    city, voc = args.dataset == "cityscapes", args.dataset.startswith("voc")
-    values = dict(backbone="resnet101", stem="v1c", output_stride=8, protocol="slide")  # [D9]
-    values |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
-    values |= dict(scales=(0.5, 2.0), weights="auto", workers=4, split_family="cps")  # [D32]
-    values |= dict(log_every=50, eval_every=1000, save_every=500, pictures_every=5000)
-    values |= dict(batch_size=16, batch_size_unlabeled=8, lr=0.00125, lr_head=10.0)  # [D10]
-    values |= dict(weight_decay=8e-4, decay_on="all", aux_weight=0.4, bank_momentum=0.999)
-    crop, steps = (769, 18_000) if city else (513, 39_680)  # [D11]
-    values |= dict(crop_size=crop, total_iters=steps, pooled=2, ohem_kept=50_000 / crop**2)
-    never = {"cityscapes": (0, 1, 2, 8, 10), "camvid": (0, 1, 3, 4, 5), "folder": ()}  # [D20]
-    values["paste_not"], road = never.get(args.dataset, (0,)), city or args.dataset == "camvid"
-    values["region_area"], values["bank_area"] = (0.005, 0.01) if road else (0.03, 0.03)  # [D31]
-    if not city and not voc:
-        values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
-    if args.dataset in ("camvid", "shapes"):  # this project's small protocols [D8]
-        values |= dict(weights="none", workers=2, batch_size=4, lr=0.01, lr_head=2.0, split="1/8")
-        values |= dict(batch_size_unlabeled=args.batch_size or 4, weight_decay=1e-4, crop_size=128)
-        values |= dict(log_every=10, eval_every=150, save_every=150, pictures_every=300)
-        values |= dict(backbone="resnet18", aspp_rates=(1, 2, 3), aux_weight=0.0, ohem_kept=0.0)
-        values |= dict(total_iters=600, output_stride=16, bank_momentum=0.97)
-    if args.dataset == "shapes":
-        values |= dict(split="1/16", crop_size=64, total_iters=80, lr=0.02, scales=(0.75, 1.5))
-    bounds = {  # T, FPL supplement Tables 1, 2: 1/4, 1/8, 1/16 (, 1/32)
-        ("cityscapes", "resnet50"): (0.90, 0.90, 0.95, 0.95),
-        ("cityscapes", "resnet101"): (0.85, 0.85, 0.90, 0.90),
-        ("voc_aug", "resnet50"): (0.95, 0.95, 0.95),
-        ("voc_aug", "resnet101"): (0.90, 0.90, 0.95),
-    }
-    row = bounds.get((args.dataset, args.backbone or values["backbone"]), ())
-    values["T"] = dict(zip(("1/4", "1/8", "1/16", "1/32"), row, strict=False)).get(args.split, 0.9)
-    paper = dict(k_max=0, strict=True, mean_over="positives", balance=False, threshold=0.0)
-    paper |= dict(consistency_on="mixed", paste_draws=3, paste_prob=1.0, paste_power=1.0)
-    official = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True)
-    official |= dict(threshold=0.7 if voc and args.unsup_loss == "ce" else 0.0)  # [D18]
-    official |= dict(paste_draws=1 if voc else 3, paste_prob=0.5, paste_power=0.5)  # [D19]
-    recipes = {"paper": paper, "official": official | dict(consistency_on="all")}
-    return values | recipes[args.recipe]
-    # <<< method: presets
+    values = dict(DATASETS[args.dataset])
+    if args.dataset in ("shapes", "camvid"):
+        values["aspp_rates"] = (1, 2, 3)  # a crop of 128 is 8x8 there: wide taps never learn
+        values["batch_size_unlabeled"] = args.batch_size or values["batch_size"]
+    elif args.output_stride == 16:
+        values["aspp_rates"] = (6, 12, 18)
+    else:
+        values["aspp_rates"] = (12, 24, 36)
+    table = T_TABLE.get((args.dataset, args.backbone or values["backbone"]), {})
+    values["T"] = table.get(args.split, 0.9)
+    if args.recipe == "paper":
+        return values | PAPER
+    values = values | OFFICIAL
+    if args.dataset.startswith("voc"):
+        values["paste_draws"] = 1
+        if args.unsup_loss == "ce":
+            values["threshold"] = 0.7  # [D18]
+    return values
 
+
+# <<< method: recipe
 
 # ---- 3. Method -------------------------------------------------------------------------------
-
-
-def cross_entropy(logits, label):
-    """U2PL Eq. (2): mean of -log p_label over the pixels with label != 255; 0 if there is none.
-
-    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
-    """
-    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
-    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
-
-
-def ohem_cross_entropy(logits, label, threshold, min_kept):
-    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
-
-    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
-    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
-    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
-    """
-    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
-    valid = (label != IGNORE).flatten(1)
-    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
-    rank = min(max(min_kept, 1), p.shape[1])
-    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
-    kept = valid & (p <= limit)
-    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
-
-
-def supervised_loss(out, label, args):
-    """U2PL L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary's.
-
-    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
-    """
-    losses = []
-    for logits in (out["logits"], out.get("aux")):
-        if logits is not None and args.ohem_kept:
-            pixels = round(args.ohem_kept * args.crop_size**2)
-            losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
-        elif logits is not None:
-            losses.append(cross_entropy(logits, label))
-    return losses[0] + (args.aux_weight * losses[1] if len(losses) > 1 else 0.0)
 
 
 # >>> method: functions
@@ -248,7 +288,9 @@ def cumulative_classes(p, T, strict=True):
 def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
     """Alg. 1: K = max(n - 1, 1) positive classes, int64; at most k_max, if that is not 0 [D13]."""
     K = (cumulative_classes(p, T, strict) - 1).clamp(min=1)
-    return K.clamp(max=k_max) if k_max else K
+    if k_max:
+        K = K.clamp(max=k_max)
+    return K
 
 
 def fuzzy_positive_regularization(logits_s, order, K):
@@ -259,8 +301,8 @@ def fuzzy_positive_regularization(logits_s, order, K):
     z = upcast(logits_s)
     first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
     Y = torch.zeros_like(first_K).scatter(1, order, first_K)
-    positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # -min, Eq. (6)
-    negatives = z.masked_fill(Y, -torch.inf).logsumexp(1)  # max
+    positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # the smooth -min of Eq. (6)
+    negatives = z.masked_fill(Y, -torch.inf).logsumexp(1)  # its smooth max
     return F.softplus(positives + negatives)
 
 
@@ -270,13 +312,19 @@ def adaptive_weight(p, K, kind="concave", mean_over="positives"):
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
     total = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]
-    rest = F.pad(p, (0, 0, 0, 0, 0, 1)).gather(1, K[:, None])[:, 0]  # max over j not in Y, or 0
-    mean = total / K if mean_over == "positives" else (total + rest) / (K + 1)
+    padded = F.pad(p, (0, 0, 0, 0, 0, 1))  # a class C + 1 of p = 0: K = C has a negative too
+    rest = padded.gather(1, K[:, None])[:, 0]  # max over j not in Y
+    mean = total / K
+    if mean_over == "positives_and_next":
+        mean = (total + rest) / (K + 1)
     gap = (mean - rest).clamp(min=0)  # below 0 by rounding only
     if kind == "concave":
         return torch.log1p(50 * gap) / torch.log1p(50 * mean)
-    other = {"linear": gap / mean, "convex": gap / (mean + 4 * rest), "none": torch.ones_like(gap)}
-    return other[kind]
+    if kind == "linear":
+        return gap / mean
+    if kind == "convex":
+        return gap / (mean + 4 * rest)
+    return torch.ones_like(gap)
 
 
 def fuzzy_positive_loss(
@@ -299,7 +347,9 @@ def class_confidence(prob, label, pooled, skip_absent=False):
     hit = label[:, None] == torch.arange(prob.shape[1], device=prob.device).view(-1, 1, 1)
     total = torch.where(hit, upcast(prob), 0.0).sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
     pixels = hit.sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
-    counted = pixels > 0 if skip_absent else torch.ones_like(pixels)
+    counted = torch.ones_like(pixels)
+    if skip_absent:
+        counted = pixels > 0
     return torch.stack([(total / pixels.clamp(min=1)).sum(0), counted.sum(0).to(total.dtype)])
 
 
@@ -357,7 +407,9 @@ def half_area_box(rng, size):
     tall = 0.5 ** rng.random()
     h = round(size * tall)
     w = round(size * 0.5 / tall)
-    return int(rng.integers(size - h + 1)), int(rng.integers(size - w + 1)), h, w
+    top = int(rng.integers(size - h + 1))
+    left = int(rng.integers(size - w + 1))
+    return top, left, h, w
 
 
 def component_box(coarse, c, area, size, rng):
@@ -371,7 +423,8 @@ def component_box(coarse, c, area, size, rng):
     if not len(large):
         return None
     rows, columns = ndimage.find_objects(labels)[rng.choice(large)]
-    top, left = 4 * rows.start, 4 * columns.start
+    top = 4 * rows.start
+    left = 4 * columns.start
     return top, left, min(4 * rows.stop, size) - top, min(4 * columns.stop, size) - left
 
 
@@ -489,7 +542,7 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
 
     The loss is cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's. Where the
     teacher is below the threshold it is 0, the weight remains [D18]. Returns (what is minimized,
-    parts): unsup, before the balance [D16]; balance; kept by sampling; conf_t; K_gt_1, at stride 4.
+    logged): unsup, before the balance [D16]; balance; kept by sampling; conf_t; K_gt_1, stride 4.
     """
     prob_t = F.softmax(upcast(logits_t.detach()), 1)
     conf_t = prob_t.amax(1)
@@ -513,17 +566,19 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
     unsup = weighted_loss / total_weight.clamp(min=1e-12)
     balance = total_ce / total_loss.clamp(min=1e-12)
     balance = balance.where(total_loss > 0, 1.0)
-    minimized = unsup * balance if args.balance else unsup
+    minimized = unsup
+    if args.balance:
+        minimized = unsup * balance
     p, _ = by_rank(prob_t[..., ::4, ::4])
     K = fuzzy_positive_assignment(p, args.T, k_max=args.k_max, strict=args.strict)
-    parts = {
+    logged = {
         "unsup": unsup.mean().detach(),
         "balance": balance.mean(),
         "kept": masked_mean(weight > 0, inside),
         "conf_t": masked_mean(conf_t, inside),
         "K_gt_1": masked_mean(K > 1, inside[..., ::4, ::4]),
     }
-    return minimized.mean(), parts
+    return minimized.mean(), logged
 
 
 def ema_decay(count, decay):
@@ -551,7 +606,8 @@ class Partners:
     """
 
     def __init__(self, data, args, group):
-        self.samples = Samples(data, data.unlabeled, False, args.scales, "unlabeled.partner", args)
+        stream = streams(data, args)["unlabeled"]
+        self.samples = Samples("unlabeled.partner", stream, data, args)
         self.args = args
         self.group = group
         self.threads = ThreadPoolExecutor(4)
@@ -594,7 +650,53 @@ def timed(spent, name):
 
 # <<< method: functions
 
+
+def cross_entropy(logits, label):
+    """FPL Eq. (2), U2PL Eq. (2): mean of -log p_label over the pixels with label != 255, or 0.
+
+    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(logits, label, threshold, min_kept):
+    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
+
+    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
+    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
+    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
+    valid = (label != IGNORE).flatten(1)
+    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
+    rank = min(max(min_kept, 1), p.shape[1])
+    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
+    kept = valid & (p <= limit)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+def supervised_loss(out, label, args):
+    """L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary head's.
+
+    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
+    """
+
+    def loss(logits):
+        if args.ohem_kept:
+            pixels = round(args.ohem_kept * args.crop_size**2)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)
+        return cross_entropy(logits, label)
+
+    if "aux" in out:
+        return loss(out["logits"]) + args.aux_weight * loss(out["aux"])
+    return loss(out["logits"])
+
+
 # ---- 4. Model --------------------------------------------------------------------------------
+
+MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
+STD = (58.395, 57.12, 57.375)
 
 
 def make_backbone(args):
@@ -605,32 +707,43 @@ def make_backbone(args):
     """
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
-    if args.stem != "classic":
-        wide, last = (64, 128) if args.stem == "deep" else (32, 64)
-
-        def unit(inputs, outputs, stride):
-            """Convolution, BN, ReLU."""
-            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-            return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-
-        third = nn.Conv2d(wide, last, 3, 1, 1, bias=False)
-        net.conv1 = nn.Sequential(*unit(3, wide, 2), *unit(wide, wide, 1), third)
-        net.bn1, net.inplanes = nn.BatchNorm2d(last), last
-        net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
-        for module in (*net.conv1.modules(), *net.layer1.modules()):
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if args.stem == "deep":
+        deepen_stem(net, (64, 64, 128))
+    elif args.stem == "v1c":
+        deepen_stem(net, (32, 32, 64))
     load_backbone(net, args.weights, args.backbone, args.stem)
-    base = 32 // args.output_stride
-    if base == 4:
-        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
-    dilate(net.layer4, [base, 2 * base, 4 * base][: len(net.layer4)])
+    if args.output_stride == 16:
+        dilate(net.layer4, (2, 4, 8))
+    else:
+        dilate(net.layer3, (1, *[2] * (len(net.layer3) - 1)))
+        dilate(net.layer4, (4, 8, 16))
     return net
 
 
+def deepen_stem(net, channels):
+    """Puts three 3x3 convolutions of these channels in place of a ResNet's one of 7x7."""
+    first, second, third = channels
+    net.conv1 = nn.Sequential(
+        nn.Conv2d(3, first, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(first, second, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(second),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(second, third, 3, 1, 1, bias=False),
+    )
+    net.bn1 = nn.BatchNorm2d(third)
+    # layer1 again, for its new number of input channels: torchvision's own way to make a stage
+    net.inplanes = third
+    net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+    for module in (*net.conv1.modules(), *net.layer1.modules()):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 def dilate(stage, dilations):
-    """Takes the stride out of a ResNet stage; the 3x3 convolutions of each block get a dilation."""
-    for block, d in zip(stage, dilations, strict=True):
+    """Takes the stride out of a ResNet stage; the 3x3 convolutions of block i get dilations[i]."""
+    for block, d in zip(stage, dilations, strict=False):  # ResNet-18 has two blocks
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d):
                 conv.stride = (1, 1)
@@ -663,9 +776,11 @@ class DeepLabV3Plus(nn.Module):
 
     def fuse(self, stages):
         """Low-level and ASPP features at stride 4: (B, 512, H/4, W/4)."""
-        low, high = self.low(stages[0]), stages[3]
+        low = self.low(stages[0])
+        high = stages[3]
         pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
-        aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
+        dilated = [branch(high) for branch in self.branches]
+        aspp = self.project(torch.cat([pooled, *dilated], 1))
         aspp = upsample(aspp, low.shape[2:]).to(low.dtype)  # float32 under CUDA's autocast
         return torch.cat([low, aspp], 1)
 
@@ -698,9 +813,6 @@ def upsample(x, size):
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
-
-
 class Network(nn.Module):
     """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict."""
 
@@ -708,14 +820,17 @@ class Network(nn.Module):
         super().__init__()
         self.amp = args.amp == "bf16"
         self.backbone = make_backbone(args)
-        channels = [(1 if args.backbone == "resnet18" else 4) * c for c in (64, 128, 256, 512)]
+        channels = [64, 128, 256, 512]
+        if args.backbone != "resnet18":  # bottlenecks
+            channels = [4 * c for c in channels]
         self.head = head(channels, num_classes, args)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x):
         h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        net, stages = self.backbone, []
+        net = self.backbone
+        stages = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             h = net.maxpool(net.relu(net.bn1(net.conv1(h))))
             for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -727,8 +842,9 @@ class Network(nn.Module):
 def build(args, num_classes, head, group):
     """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
     net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
-    sync = group.world > 1 and group.device.type == "cuda"
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
+    if group.world > 1 and group.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net
 
 
 def parallel(net, args, group):
@@ -737,7 +853,9 @@ def parallel(net, args, group):
         ids = [group.device.index] if group.device.type == "cuda" else None
         net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
         net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
-    return torch.compile(net) if args.compile else net
+    if args.compile:
+        return torch.compile(net)
+    return net
 
 
 # ---- 5. Data and augmentation ----------------------------------------------------------------
@@ -746,53 +864,80 @@ def parallel(net, args, group):
 def augment(image, label, rng, crop, scales):
     """Random scale, flip and crop in one warp; a result that is too small is padded around.
 
-    image: PIL RGB. label: PIL L or None. crop: pixels. scales: two values are a range whose halves
-    below and above 1 are equally likely, more are a choice. Returns (3, crop, crop) uint8,
-    (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel: bilinear without antialiasing,
-    as all released code [D3], nearest for the label. Padding: mean colour, 255 [D2], inside False.
+    image: PIL RGB. label: PIL L or None. crop: pixels. scales: as random_scale takes them. Returns
+    (3, crop, crop) uint8, (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel:
+    bilinear without antialiasing, as all released code [D3], nearest for the label. Padding: mean
+    colour, 255 [D2], inside False.
     """
-    (w, h), low, high = image.size, scales[0], scales[-1]
-    if len(scales) != 2:
-        scale = float(rng.choice(scales))
-    elif low < 1 < high:
-        scale = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
-    else:
-        scale = rng.uniform(low, high)
-    nw, nh = max(int(w * scale), 1), max(int(h * scale), 1)  # the whole image after scaling
+    w, h = image.size
+    scale = random_scale(rng, scales)
+    new_w = max(int(w * scale), 1)  # of the whole image after scaling
+    new_h = max(int(h * scale), 1)
     flip = rng.random() < 0.5
-    x, y = ((n - crop) // 2 if n < crop else int(rng.integers(n - crop + 1)) for n in (nw, nh))
-    sx, sy = w / nw, h / nh
-    warp = (-sx, 0, w - x * sx, 0, sy, y * sy) if flip else (sx, 0, x * sx, 0, sy, y * sy)
+    x = random_offset(rng, new_w, crop)
+    y = random_offset(rng, new_h, crop)
+    sx = w / new_w  # pixels of the image per pixel of the crop
+    sy = h / new_h
+    if flip:
+        warp = (-sx, 0, w - x * sx, 0, sy, y * sy)
+    else:
+        warp = (sx, 0, x * sx, 0, sy, y * sy)
 
-    def apply(picture, kernel, fill):
-        """The warped picture as an array."""
+    def warped(picture, kernel, padding):
         mode = Image.Transform.AFFINE
-        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=fill))
+        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=padding))
 
-    pixels = apply(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
-    columns, rows = np.arange(x, x + crop), np.arange(y, y + crop)
-    inside = np.outer((0 <= rows) & (rows < nh), (0 <= columns) & (columns < nw))
-    label = label and apply(label, Image.Resampling.NEAREST, IGNORE)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), label, inside
+    pixels = warped(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
+    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    if label is not None:
+        label = warped(label, Image.Resampling.NEAREST, IGNORE)
+    columns = np.arange(x, x + crop)
+    rows = np.arange(y, y + crop)
+    inside = np.outer((0 <= rows) & (rows < new_h), (0 <= columns) & (columns < new_w))
+    return pixels, label, inside
+
+
+def random_scale(rng, scales):
+    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    low = scales[0]
+    high = scales[-1]
+    if len(scales) != 2:
+        return float(rng.choice(scales))
+    if not low < 1 < high:
+        return rng.uniform(low, high)
+    if rng.random() < 0.5:
+        return rng.uniform(low, 1)
+    return rng.uniform(1, high)
+
+
+def random_offset(rng, length, crop):
+    """Where a crop begins in so many pixels; they stand in its middle if they are fewer."""
+    if length < crop:
+        return (length - crop) // 2
+    return int(rng.integers(length - crop + 1))
 
 
 class Samples(Dataset):
-    """Sample number -> dict of image, inside and, if masks are opened, label (int64).
+    """Sample number -> dict of image, inside and, if masks are opened, label (uint8).
 
     A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4];
     stream "a.b" takes them in the order of stream "a", with an augmentation of its own.
     """
 
-    def __init__(self, data, items, with_label, scales, stream, args):
-        self.data, self.items, self.with_label = data, items, with_label
-        self.crop, self.scales = args.crop_size, scales
-        names = (stream.split(".")[0], stream)
-        self.order, self.warp = ([args.seed, zlib.crc32(name.encode())] for name in names)
+    def __init__(self, name, stream, data, args):
+        self.data = data
+        self.items = stream.items
+        self.with_label = stream.with_label
+        self.crop = args.crop_size
+        self.scales = stream.scales
+        self.order_seed = [args.seed, zlib.crc32(name.split(".")[0].encode()), 0]
+        self.warp_seed = [args.seed, zlib.crc32(name.encode()), 1]
 
     def which(self, number):
         """Returns the index of the item that sample `number` shows."""
         lap, place = divmod(number, len(self.items))
-        return np.random.default_rng([*self.order, 0, lap]).permutation(len(self.items))[place]
+        order = np.random.default_rng([*self.order_seed, lap]).permutation(len(self.items))
+        return order[place]
 
     def __getitem__(self, number):
         return self.sample(self.which(number), number)
@@ -800,39 +945,53 @@ class Samples(Dataset):
     def sample(self, index, number):
         """Returns the item of this index as sample `number` would show it."""
         image, label = self.data.read(self.items[index], self.with_label)
-        rng = np.random.default_rng([*self.warp, 1, number])
+        rng = np.random.default_rng([*self.warp_seed, number])
         image, label, inside = augment(image, label, rng, self.crop, self.scales)
         sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
-        return sample if label is None else sample | {"label": torch.from_numpy(label).long()}
+        if label is not None:
+            sample["label"] = torch.from_numpy(label)
+        return sample
+
+
+class Stream(NamedTuple):
+    """What is drawn: from which items, images per step over all processes, and how."""
+
+    items: list
+    batch: int
+    with_label: bool  # are masks opened?
+    scales: tuple
 
 
 def streams(data, args):
-    """Returns {name: (items, images per step over all processes, open the masks?, scales)}."""
+    """Returns {name: Stream}."""
     # >>> method: draw
     return {
-        "labeled": (data.labeled, args.batch_size, True, args.scales),
-        "paste": (data.labeled, args.batch_size, True, args.paste_scales),  # [D28]
-        "unlabeled": (data.unlabeled, args.batch_size_unlabeled, False, args.scales),
+        "labeled": Stream(data.labeled, args.batch_size, True, args.scales),
+        "paste": Stream(data.labeled, args.batch_size, True, args.paste_scales),  # [D28]
+        "unlabeled": Stream(data.unlabeled, args.batch_size_unlabeled, False, args.scales),
     }
     # <<< method: draw
 
 
 def open_stream(name, data, args, group, start):
     """Returns an iterator over this process's batches of a stream, from step start to the end."""
-    items, batch, with_label, scales = streams(data, args)[name]
-    here = distributed.share(batch, group, name)
-    if not items:
+    stream = streams(data, args)[name]
+    batch = distributed.share(stream.batch, group, name)  # of this process
+    if not stream.items:
         what = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
-        raise Refusal(f"no {name} images {what} of {args.dataset}: label fewer")
-    if here < 2 and not (group.world > 1 and group.device.type == "cuda"):
-        raise Refusal(f"{here} {name} image per process: plain BN needs two, enlarge the batch")
-    first = [step * batch + group.rank * here for step in range(start, args.total_iters)]
-    samples = Samples(data, items, with_label, scales, name, args)
-    batches = [range(n, n + here) for n in first]
-    options = dict(num_workers=args.workers, pin_memory=group.device.type == "cuda")
-    # a generator of its own: the global one stays a function of the step
-    options |= dict(generator=torch.Generator(), worker_init_fn=distributed.unstoppable)
-    return iter(DataLoader(samples, batch_sampler=batches, **options))
+        raise Refusal(f"no {name} images {what} of {args.dataset}: give fewer images labels")
+    if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
+    first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]
+    loader = DataLoader(
+        Samples(name, stream, data, args),
+        batch_sampler=[range(number, number + batch) for number in first],
+        num_workers=args.workers,
+        pin_memory=group.device.type == "cuda",
+        generator=torch.Generator(),  # the global one stays a function of the step
+        worker_init_fn=distributed.unstoppable,
+    )
+    return iter(loader)
 
 
 # ---- 6. Evaluation ---------------------------------------------------------------------------
@@ -842,7 +1001,8 @@ class Images(Dataset):
     """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
 
     def __init__(self, data, items):
-        self.data, self.items = data, items
+        self.data = data
+        self.items = items
 
     def __getitem__(self, index):
         image, label = self.data.read(self.items[index], True)
@@ -857,16 +1017,23 @@ def predict(net, image, args, num_classes):
     """
     if args.protocol == "whole":
         return net(image[None])["logits"][0]
-    (h, w), n, step = image.shape[1:], args.crop_size, -(-2 * args.crop_size // 3)
-    top, left, down, right = max(n - h, 0) // 2, max(n - w, 0) // 2, max(h - n, 0), max(w - n, 0)
-    canvas = image.new_tensor([[[round(m)]] for m in MEAN]).repeat(1, down + n, right + n)
+    h, w = image.shape[1:]
+    window = args.crop_size
+    stride = math.ceil(2 * window / 3)
+    last_y = max(h - window, 0)  # where the last window begins
+    last_x = max(w - window, 0)
+    top = max(window - h, 0) // 2
+    left = max(window - w, 0) // 2
+    mean = image.new_tensor([round(m) for m in MEAN]).view(3, 1, 1)
+    canvas = mean.repeat(1, last_y + window, last_x + window)
     canvas[:, top : top + h, left : left + w] = image
     logits = torch.zeros(num_classes, *canvas.shape[1:], device=image.device)
-    for y in range(0, down + step, step):
-        for x in range(0, right + step, step):
-            y0, x0 = min(y, down), min(x, right)
-            window = (slice(None), slice(y0, y0 + n), slice(x0, x0 + n))
-            logits[window] += net(canvas[window][None])["logits"][0]
+    for y in range(0, last_y + stride, stride):
+        for x in range(0, last_x + stride, stride):
+            y0 = min(y, last_y)
+            x0 = min(x, last_x)
+            place = (slice(None), slice(y0, y0 + window), slice(x0, x0 + window))
+            logits[place] += net(canvas[place][None])["logits"][0]
     return logits[:, top : top + h, left : left + w]
 
 
@@ -878,21 +1045,27 @@ def evaluate(net, data, items, args, group):
     """
     training = net.training
     net.eval()
-    mine = range(group.rank, len(items), group.world)
-    shown = mine[:: max(len(mine) // 4, 1)][:4]
-    # beside gloo none: a child that is forked soon after a collective may hang (Python 3.11)
-    workers = 0 if group.world > 1 and group.device.type == "cpu" else args.workers
-    options = dict(num_workers=workers, generator=torch.Generator())
-    options |= dict(sampler=mine, batch_size=None, worker_init_fn=distributed.unstoppable)
-    loader = DataLoader(Images(data, items), **options)
+    indices = range(group.rank, len(items), group.world)  # of this process
+    pictured = indices[:: max(len(indices) // 4, 1)][:4]
+    # gloo, the CPU's backend: a loader forked soon after a collective may hang (Python 3.11)
+    gloo = group.world > 1 and group.device.type == "cpu"
+    loader = DataLoader(
+        Images(data, items),
+        sampler=indices,
+        batch_size=None,
+        num_workers=0 if gloo else args.workers,
+        generator=torch.Generator(),
+        worker_init_fn=distributed.unstoppable,
+    )
     confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
-    for index, (image, label) in zip(mine, loader, strict=True):
+    for index, (image, label) in zip(indices, loader, strict=True):
         pred = predict(net, image.to(group.device), args, data.num_classes).argmax(0)
         confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
-        if index in shown:
-            for name, shot in zip(maps, (image, label, pred), strict=True):
-                maps[name].append(shot)
+        if index in pictured:
+            maps["image"].append(image)
+            maps["label"].append(label)
+            maps["prediction"].append(pred)
     net.train(training)
     return metrics.scores(distributed.reduced(confusion).cpu()), maps
 
@@ -903,19 +1076,18 @@ def evaluate(net, data, items, args, group):
 def make_optimizer(trained, args):
     """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
     groups = []
-    for part, scale in (("backbone", 1.0), ("head", args.lr_head)):
-        params = [p for net in trained for p in getattr(net, part).parameters()]
-        for vector in (False, True):  # BN and biases are vectors, all other weights are not
-            decay = 0.0 if vector and args.decay_on == "weights" else args.weight_decay
-            some = [p for p in params if (p.ndim == 1) == vector]
-            groups.append({"params": some, "scale": scale, "weight_decay": decay})
+    for module, scale in (("backbone", 1.0), ("head", args.lr_head)):
+        params = [p for net in trained for p in getattr(net, module).parameters()]
+        weights = [p for p in params if p.ndim > 1]
+        vectors = [p for p in params if p.ndim == 1]  # of BN, and biases
+        vector_decay = 0.0 if args.decay_on == "weights" else args.weight_decay
+        groups.append({"params": weights, "scale": scale, "weight_decay": args.weight_decay})
+        groups.append({"params": vectors, "scale": scale, "weight_decay": vector_decay})
     return torch.optim.SGD(groups, args.lr, momentum=0.9)
 
 
 def main(args):
-    """Trains, or does what --eval-only, --dry-run or --list-presets ask; args as resolved."""
-    if args.list_presets or args.dry_run:
-        return print(cells(__file__) if args.list_presets else describe(args, load))
+    """Trains, or scores with --eval-only; args as fill returns them."""
     group = distributed.setup(args.device)
     torch.use_deterministic_algorithms(args.deterministic)
     data = load(args)
@@ -973,9 +1145,12 @@ def main(args):
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
         for stream in batch.values():
-            for key, tensor in stream.items():
-                stream[key] = tensor.to(group.device, non_blocking=True)
-        x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
+            for name, tensor in stream.items():
+                stream[name] = tensor.to(group.device, non_blocking=True)
+            if "label" in stream:
+                stream["label"] = stream["label"].long()  # uint8 until here: less to move
+        x_l = batch["labeled"]["image"]
+        y_l = batch["labeled"]["label"]
         decay = (1 - step / args.total_iters) ** 0.9  # poly
         for params in optimizer.param_groups:
             params["lr"] = args.lr * params["scale"] * decay
@@ -987,7 +1162,8 @@ def main(args):
             partners.prefetch(step, state["draws"])
             u1 = partners.take(step)
             labeled = adaptive_copy_paste(batch, state["confidence"], allowed, rng, args, group)
-        x_l, y_l = labeled["image"], labeled["label"]
+        x_l = labeled["image"]
+        y_l = labeled["label"]
         out = student_parallel(x_l)
         sup = supervised_loss(out, y_l, args)
         clean = {key: torch.cat([u0[key], u1[key]]) for key in u1}
@@ -1007,17 +1183,18 @@ def main(args):
         mixed_t = torch.where(mask[:, None], z1, z0)
         logits_s = student_parallel(x_u)["logits"]
         rate = equalization_rate(state["confidence"], args.beta)
-        unsup, parts = consistency_loss(logits_s, mixed_t, inside, rate, 1, args)  # Eq. (12)
+        unsup, logged = consistency_loss(logits_s, mixed_t, inside, rate, 1, args)  # Eq. (12)
         if args.consistency_on == "all":
-            unsup_l, parts_l = consistency_loss(
+            unsup_l, logged_l = consistency_loss(
                 out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args
             )
             unsup = unsup + unsup_l
-            parts["unsup_l"] = parts_l["unsup"]
+            logged["unsup_l"] = logged_l["unsup"]
         loss = sup + args.unsup_weight * unsup  # Eq. (1)
         loss.backward()
-        parts = {"loss": loss, "sup": sup} | parts | {"bank": state["confidence"].mean()}
-        parts["regions"] = torch.full_like(loss, regions / len(x_u))
+        logged = {"loss": loss, "sup": sup} | logged
+        logged["bank"] = state["confidence"].mean()
+        logged["regions"] = torch.full_like(loss, regions / len(x_u))
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
@@ -1029,7 +1206,7 @@ def main(args):
         if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
             distributed.copy_buffers(*networks.values())
         done = step + 1
-        run.step(done, parts, args.lr * decay, begin, spent)
+        run.log_step(done, logged, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
             conf_t = F.softmax(mixed_t, 1).amax(1)
@@ -1047,17 +1224,29 @@ def main(args):
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):
             run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
-        if run.due(done, args.save_every) or run.asked:  # by SIGTERM: it ends here
+        if run.due(done, args.save_every) or run.asked:
             run.keep_last(done, networks, optimizer, state)
+        if run.asked:  # by SIGTERM; all processes learn of it in the same step
+            break
+    if run.asked:
+        raise Stopped(done)
 
     # -- last and best --
     on = "test" if data.test else "val"
-    results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
-    best = load_networks(load_checkpoint(run.folder / "best.pt", __file__), networks)
-    results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
+    items = getattr(data, on)
+    results = {}
+    results["last"], _ = evaluate(scored(args.total_iters), data, items, args, group)
+    best = run.load_best(networks)
+    if best is not None:
+        results["best"], _ = evaluate(scored(best), data, items, args, group)
     run.finish(results, on)
     distributed.teardown()
 
 
 if __name__ == "__main__":
-    launch(Args, preset, main)
+    with refusals():  # what the user gave wrong is one line and exit code 2
+        args = fill(parse(Args, preset), preset)
+        if args.dry_run or args.list_presets:
+            about(args, __file__)
+        else:
+            main(args)

@@ -37,8 +37,19 @@ from tqdm import tqdm
 
 from common import Refusal
 from common.data import FACTS, IGNORE, SPLITS, set_hash
-from common.run import cli, refusing
-from sources import LISTS, Tree, check_md5, download, fetch_list, keys_of, load, same_set, write
+from common.flags import cli
+from common.run import refusals
+from common.sources import (
+    LISTS,
+    Tree,
+    check_md5,
+    download,
+    fetch_list,
+    keys_of,
+    load,
+    same_set,
+    write,
+)
 
 ARCHIVES = {  # of VOC and SBD: address, md5
     "VOCtrainval_11-May-2012.tar": (
@@ -642,4 +653,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    refusing(main)
+    with refusals():
+        main()

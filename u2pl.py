@@ -1,4 +1,3 @@
-# >>> method: header
 """U2PL (arXiv:2203.03884v2): semi-supervised segmentation with unreliable pseudo labels.
 
 Unlabelled pixels that a mean teacher is certain of give pseudo labels. The others are negatives of
@@ -17,14 +16,15 @@ the classes that they are unlikely to be: a bank of them feeds a contrastive (L_
 This is the paper's L_c; no recipe is the released one, whose three defects interact [D16].
 Measured: the table in README.md. Paper, released code and this script: docs/u2pl.md.
 """
-# <<< method: header
 
 # ---- 1. Imports ------------------------------------------------------------------------------
 
+import math
 import time
 import zlib
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,76 +35,76 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from common import Refusal, distributed, metrics
-from common.data import IGNORE
-from common.run import Run, cells, describe, launch, load_checkpoint, load_networks, report
+from common.checkpoints import load_checkpoint, load_networks
+from common.data import IGNORE, counts
+from common.flags import Above0, AtLeast0, Count, Number, Scales, Seed, Share, about, fill, parse
+from common.run import Run, Stopped, refusals, report
+from common.sources import load
 from common.weights import load_backbone
-from sources import load
-
-# isort: split
-# >>> method: imports
-from copy import deepcopy
-
-from common.data import counts
-
-# <<< method: imports
 
 # ---- 2. Recipe -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Every flag. None: the preset of data set, split, backbone and recipe decides."""
+    """All flags. A flag left out takes its value from the recipe below."""
 
-    # run
-    out: str = ""  # run folder; left out: runs/<script>-<dataset>-<split>-s<seed>
-    seed: int = 0  # of weights, sample stream and augmentation
+    # -- run --
+    out: str = ""  # folder of the run; left out: runs/<script>-<dataset>-<split>-s<seed>
+    seed: Seed = 0  # of weights, sample stream and augmentation
     resume: bool = False  # go on from last.pt in the run folder (from zero if there is none)
     eval_only: bool = False  # score --checkpoint on the --eval-on images, and stop
     checkpoint: str = ""  # a last.pt or best.pt, for --eval-only
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
-    list_presets: bool = False  # print the papers' cells with their mIoU, and stop
+    list_presets: bool = False  # print the papers' results with their flags, and stop
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
-    workers: int | None = None  # loader processes per stream and training process
+    workers: Number | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
-    deterministic: bool = False  # deterministic operations only
-    log_every: int | None = None  # steps
-    eval_every: int | None = None  # steps
-    save_every: int | None = None  # steps between checkpoints
-    pictures_every: int | None = None  # steps between panels; 0: none
-    tensorboard: bool = False  # TensorBoard events too, if it is installed
-    # data
+    deterministic: bool = False  # allow deterministic operations only
+    log_every: Count | None = None  # steps between lines of the log
+    eval_every: Count | None = None  # steps between validations
+    save_every: Count | None = None  # steps between checkpoints
+    pictures_every: Number | None = None  # steps between panels; 0: none
+    tensorboard: bool = False  # write TensorBoard events too, if it is installed
+    # -- data --
+    # which images: shapes are generated, folder is any of your own
     dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
-    split_seed: int | None = None  # None: every r-th image; a number: a random subset
+    split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
-    num_classes: int = 0  # of --dataset folder
-    ignore_index: int = 255  # of --dataset folder: the value in a mask that is no class
-    crop_size: int | None = None  # pixels, square
-    scales: tuple[float, ...] | None = None  # random scale: two values a range, more a choice
-    # network
+    num_classes: Number = 0  # classes of --dataset folder
+    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    crop_size: Count | None = None  # side of the square crops, in pixels
+    scales: Scales | None = None  # random scale: two values are a range, more are a choice
+    # -- network --
+    # ResNet below the head
     backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
-    stem: Literal["classic", "deep", "v1c"] | None = None  # 7x7; three 3x3, released; narrow
+    # first layers, classic: one 7x7; deep: three 3x3 of 64, 64, 128 channels; v1c: 32, 32, 64
+    stem: Literal["classic", "deep", "v1c"] | None = None
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
-    output_stride: Literal[8, 16] | None = None  # of the backbone's last stage
-    aspp_rates: tuple[int, ...] | None = None  # dilations of ASPP's 3x3 convolutions, in cells
-    # optimization
-    recipe: Literal["paper", "official"] = "paper"  # as printed, or as the released code computes
-    batch_size: int | None = None  # labelled images per step, over all processes
-    total_iters: int | None = None  # optimizer steps
-    lr: float | None = None  # of the backbone; decays as (1 - step / total)^0.9
-    lr_head: float | None = None  # of the head, as a multiple of --lr
-    weight_decay: float | None = None  # of SGD
-    decay_on: Literal["all", "weights"] | None = None  # weights: not on BN and biases
-    aux_weight: float | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem_kept: float | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
-    # evaluation
-    protocol: Literal["whole", "slide"] | None = None  # an image in one piece, or in windows
+    output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
+    aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
+    # -- optimization --
+    # paper: as printed; official: as the released code computes
+    recipe: Literal["paper", "official"] = "paper"
+    batch_size: Count | None = None  # labelled images per step, over all processes
+    total_iters: Count | None = None  # optimizer steps
+    lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
+    lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
+    weight_decay: Share | None = None  # of SGD
+    # what decays, weights: neither BN nor biases
+    decay_on: Literal["all", "weights"] | None = None
+    aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
+    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    # -- evaluation --
+    # whole: an image in one piece; slide: in overlapping windows
+    protocol: Literal["whole", "slide"] | None = None
     # >>> method: args
     batch_size_unlabeled: int | None = None  # unlabelled images per step, over all processes
     epochs: int | None = None  # E: values that alpha_t of Eq. (7) takes, one after another
@@ -129,106 +129,130 @@ class Args:
     cutmix_prob: float = 0.5  # probability of mixing in a step
     # <<< method: args
 
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        # >>> method: needs
+        "contrast_weight": "unreliable_loss!=none",
+        "anchors": "unreliable_loss!=none",
+        "negatives": "unreliable_loss!=none",
+        "negatives_from": "unreliable_loss!=none",
+        "ranks": "unreliable_loss!=none",
+        "delta_p": "unreliable_loss!=none",
+        "tau": "unreliable_loss!=none",
+        "bank": "unreliable_loss!=none",
+        "bank_sizes": "unreliable_loss!=none",
+        "bank_dtype": "unreliable_loss!=none",
+        "keys": "unreliable_loss!=none",
+        "fused": "unreliable_loss!=none",
+        "epochs": "dpa, alpha_0",
+        "dpa": "alpha_0",
+        "cutmix_prob": "cutmix",
+        "ema_decay": "warmup_iters<total_iters",
+        # <<< method: needs
+    }
+
+
+# >>> method: recipe
+# fmt: off
+VOC = dict(  # U2PL Sec. 4.1 and its released configurations
+    backbone="resnet101", stem="v1c", weights="auto", output_stride=8,  # [D9]
+    split_family="u2pl", crop_size=513, scales=(0.5, 2.0), batch_size=16,
+    lr=0.001, lr_head=10.0, weight_decay=1e-4, decay_on="all", aux_weight=0.0, ohem_kept=0.0,
+    protocol="slide", workers=4,
+    log_every=50, eval_every=1000, save_every=500, pictures_every=5000,
+)
+CITYSCAPES = VOC | dict(
+    crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4, aux_weight=0.4,  # [D7]
+    ohem_kept=50_000 / 769**2,  # 100,000 pixels of the two crops of a process [D1]
+)
+FOLDER = VOC | dict(  # what fits any images
+    backbone="resnet50", stem="classic", protocol="whole", split="all", total_iters=20_000,
+)
+CAMVID = VOC | dict(  # this project's small protocols [D8]
+    backbone="resnet18", stem="classic", weights="none", output_stride=16,
+    split="1/8", crop_size=128, batch_size=4, total_iters=600,
+    lr=0.01, lr_head=2.0, protocol="whole", workers=2,
+    log_every=20, eval_every=150, save_every=150, pictures_every=300,
+)
+SHAPES = CAMVID | dict(
+    split="1/16", crop_size=64, scales=(0.75, 1.5), batch_size=8, total_iters=120, lr=0.02,
+    eval_every=60, save_every=60, pictures_every=60,
+)
+# fmt: on
+DATASETS = {
+    "shapes": SHAPES,
+    "camvid": CAMVID,
+    "voc": VOC,
+    "voc_aug": VOC,
+    "cityscapes": CITYSCAPES,
+    "folder": FOLDER,
+}
+
+
+def u2pl_recipe(args):
+    """U2PL Sec. 4.1: {flag: value} of a data set, and ASPP's dilations for the output stride."""
+    values = dict(DATASETS[args.dataset])
+    if args.dataset in ("shapes", "camvid"):
+        values["aspp_rates"] = (1, 2, 3)  # a crop of 128 is 8x8 there: wide taps never learn
+    elif args.output_stride == 16:
+        values["aspp_rates"] = (6, 12, 18)
+    else:
+        values["aspp_rates"] = (12, 24, 36)
+    return values
+
+
+def u2pl_schedule(args, batch_size):
+    """U2PL Sec. 4.1: (passes over the unlabelled images, the steps of such a run).
+
+    0 steps where the split's counts are unknown. Each of U2PL's processes drops its last batch.
+    """
+    passes = 80
+    processes = 4
+    if args.dataset == "cityscapes":
+        passes = 200
+        processes = 8
+    _, unlabeled = counts(args.dataset, args.split)
+    images = -(-unlabeled // processes)  # of a process, rounded up
+    batch = max(batch_size // processes, 1)
+    return passes, passes * (images // batch)
+
+
+PAPER = {"anchors": 50, "negatives": 256, "contrast_weight": 0.1}  # Table A1 [D17]
+OFFICIAL = {"anchors": 256, "negatives": 50, "contrast_weight": 0.25}  # [D18]
+OFFICIAL_CITYSCAPES = {"anchors": 256, "negatives": 50, "contrast_weight": 0.125}
+
 
 def preset(args):
     """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
-    # >>> method: presets
-    values, passes, semi_iters = u2pl_recipe(args)
-    city, small = args.dataset == "cityscapes", args.dataset in ("shapes", "camvid")  # [D8]
-    values |= dict(total_iters=semi_iters) if semi_iters else {}
-    batch, total = values["batch_size"], args.total_iters or values.get("total_iters", 0)
-    values |= dict(batch_size_unlabeled=args.batch_size or batch, epochs=passes)
+    values = u2pl_recipe(args)
+    batch_size = args.batch_size or values["batch_size"]
+    passes, steps = u2pl_schedule(args, batch_size)
+    if steps:
+        values["total_iters"] = steps
+    total = args.total_iters or values.get("total_iters", 0)
+    values["batch_size_unlabeled"] = batch_size
+    values["epochs"] = passes
     # App. A: 1 pass of VOC's 80, 20 of Cityscapes' 200; the small protocols take a tenth
     values["warmup_iters"] = total // (passes if args.dataset.startswith("voc") else 10)
-    values["bank_sizes"] = (5_000, 3_000) if small else (50_000, 30_000)  # App. A
-    paper = dict(anchors=50, negatives=256, contrast_weight=0.1)  # Table A1 [D17]
-    official = dict(anchors=256, negatives=50, contrast_weight=0.125 if city else 0.25)  # [D18]
-    official |= dict(warmup_iters=0) if city else {}  # [D19]
-    return values | {"paper": paper, "official": official}[args.recipe]
-    # <<< method: presets
+    values["bank_sizes"] = (50_000, 30_000)  # App. A
+    if args.dataset in ("shapes", "camvid"):  # [D8]
+        values["bank_sizes"] = (5_000, 3_000)
+    if args.recipe == "paper":
+        return values | PAPER
+    if args.dataset == "cityscapes":
+        return values | OFFICIAL_CITYSCAPES | {"warmup_iters": 0}  # [D19]
+    return values | OFFICIAL
 
+
+# <<< method: recipe
 
 # ---- 3. Method -------------------------------------------------------------------------------
 
 
-def cross_entropy(logits, label):
-    """U2PL Eq. (2): mean of -log p_label over the pixels with label != 255; 0 if there is none.
-
-    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
-    """
-    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
-    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
-
-
-def ohem_cross_entropy(logits, label, threshold, min_kept):
-    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
-
-    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
-    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
-    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
-    """
-    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
-    valid = (label != IGNORE).flatten(1)
-    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
-    rank = min(max(min_kept, 1), p.shape[1])
-    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
-    kept = valid & (p <= limit)
-    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
-
-
-def supervised_loss(out, label, args):
-    """U2PL L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary's.
-
-    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
-    """
-    losses = []
-    for logits in (out["logits"], out.get("aux")):
-        if logits is not None and args.ohem_kept:
-            pixels = round(args.ohem_kept * args.crop_size**2)
-            losses.append(ohem_cross_entropy(logits, label, 0.7, pixels))
-        elif logits is not None:
-            losses.append(cross_entropy(logits, label))
-    return losses[0] + (args.aux_weight * losses[1] if len(losses) > 1 else 0.0)
-
-
 # >>> method: functions
-def u2pl_recipe(args):
-    """U2PL Sec. 4.1, its released configurations, and this project's two small protocols [D8].
-
-    Returns ({flag: value}, passes over the unlabelled images, steps of a semi-supervised run or 0
-    where the split's counts are unknown).
-    """
-    values = dict(scales=(0.5, 2.0), protocol="whole", decay_on="all", split_family="u2pl")
-    values |= dict(aux_weight=0.0, ohem_kept=0.0)
-    small = dict(backbone="resnet18", stem="classic", weights="none", output_stride=16, workers=2)
-    small |= dict(aspp_rates=(1, 2, 3))  # a crop of 128 has 8 cells a side: wide taps never learn
-    large = dict(backbone="resnet101", stem="v1c", weights="auto", output_stride=8)  # [D9]
-    large |= dict(aspp_rates=tuple(96 * i // (args.output_stride or 8) for i in (1, 2, 3)))
-    large |= dict(batch_size=16, log_every=50, eval_every=1000, save_every=500)
-    large |= dict(pictures_every=5000, workers=4, protocol="slide")
-    if args.dataset == "shapes":
-        values |= small | dict(split="1/16", crop_size=64, batch_size=8, total_iters=120)
-        values |= dict(lr=0.02, lr_head=2.0, weight_decay=1e-4, scales=(0.75, 1.5))
-        values |= dict(log_every=20, eval_every=60, save_every=60, pictures_every=60)
-    elif args.dataset == "camvid":  # the protocol camvid-small
-        values |= small | dict(split="1/8", crop_size=128, batch_size=4, total_iters=600)
-        values |= dict(lr=0.01, lr_head=2.0, weight_decay=1e-4)
-        values |= dict(log_every=20, eval_every=150, save_every=150, pictures_every=300)
-    elif args.dataset == "cityscapes":
-        values |= large | dict(crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4)  # [D7]
-        # 100,000 pixels of the two crops of a process [D1]
-        values |= dict(aux_weight=0.4, ohem_kept=50_000 / 769**2)
-    else:  # VOC
-        values |= large | dict(crop_size=513, lr=0.001, lr_head=10.0, weight_decay=1e-4)
-    if args.dataset == "folder":  # VOC's recipe, with what fits any images
-        values |= dict(backbone="resnet50", stem="classic", protocol="whole", split="all")
-        values |= dict(total_iters=20_000)
-    passes, gpus = (200, 8) if args.dataset == "cityscapes" else (80, 4)
-    # each process drops its last batch: floor(ceil(unlabelled / GPUs) / images per GPU)
-    here = max((args.batch_size or values["batch_size"]) // gpus, 1)
-    return values, passes, passes * (-(-counts(args.dataset, args.split)[1] // gpus) // here)
-
-
 # Below, P = B h w pixels are those of a process's labelled and then unlabelled images at stride 4:
 # prob (P, C), label (P,), rep (P, D), masks (C, P) bool. The teacher's is detached, and float32.
 # u: numbers in [0, 1), float64, from which all is drawn.
@@ -446,7 +470,53 @@ def cutmix(boxes, *maps):
 
 # <<< method: functions
 
+
+def cross_entropy(logits, label):
+    """FPL Eq. (2), U2PL Eq. (2): mean of -log p_label over the pixels with label != 255, or 0.
+
+    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(logits, label, threshold, min_kept):
+    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
+
+    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
+    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
+    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
+    valid = (label != IGNORE).flatten(1)
+    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
+    rank = min(max(min_kept, 1), p.shape[1])
+    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
+    kept = valid & (p <= limit)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+def supervised_loss(out, label, args):
+    """L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary head's.
+
+    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
+    """
+
+    def loss(logits):
+        if args.ohem_kept:
+            pixels = round(args.ohem_kept * args.crop_size**2)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)
+        return cross_entropy(logits, label)
+
+    if "aux" in out:
+        return loss(out["logits"]) + args.aux_weight * loss(out["aux"])
+    return loss(out["logits"])
+
+
 # ---- 4. Model --------------------------------------------------------------------------------
+
+MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
+STD = (58.395, 57.12, 57.375)
 
 
 def make_backbone(args):
@@ -457,32 +527,43 @@ def make_backbone(args):
     """
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
-    if args.stem != "classic":
-        wide, last = (64, 128) if args.stem == "deep" else (32, 64)
-
-        def unit(inputs, outputs, stride):
-            """Convolution, BN, ReLU."""
-            conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-            return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-
-        third = nn.Conv2d(wide, last, 3, 1, 1, bias=False)
-        net.conv1 = nn.Sequential(*unit(3, wide, 2), *unit(wide, wide, 1), third)
-        net.bn1, net.inplanes = nn.BatchNorm2d(last), last
-        net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
-        for module in (*net.conv1.modules(), *net.layer1.modules()):
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    if args.stem == "deep":
+        deepen_stem(net, (64, 64, 128))
+    elif args.stem == "v1c":
+        deepen_stem(net, (32, 32, 64))
     load_backbone(net, args.weights, args.backbone, args.stem)
-    base = 32 // args.output_stride
-    if base == 4:
-        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
-    dilate(net.layer4, [base, 2 * base, 4 * base][: len(net.layer4)])
+    if args.output_stride == 16:
+        dilate(net.layer4, (2, 4, 8))
+    else:
+        dilate(net.layer3, (1, *[2] * (len(net.layer3) - 1)))
+        dilate(net.layer4, (4, 8, 16))
     return net
 
 
+def deepen_stem(net, channels):
+    """Puts three 3x3 convolutions of these channels in place of a ResNet's one of 7x7."""
+    first, second, third = channels
+    net.conv1 = nn.Sequential(
+        nn.Conv2d(3, first, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(first, second, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(second),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(second, third, 3, 1, 1, bias=False),
+    )
+    net.bn1 = nn.BatchNorm2d(third)
+    # layer1 again, for its new number of input channels: torchvision's own way to make a stage
+    net.inplanes = third
+    net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+    for module in (*net.conv1.modules(), *net.layer1.modules()):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
 def dilate(stage, dilations):
-    """Takes the stride out of a ResNet stage; the 3x3 convolutions of each block get a dilation."""
-    for block, d in zip(stage, dilations, strict=True):
+    """Takes the stride out of a ResNet stage; the 3x3 convolutions of block i get dilations[i]."""
+    for block, d in zip(stage, dilations, strict=False):  # ResNet-18 has two blocks
         for conv in block.modules():
             if isinstance(conv, nn.Conv2d):
                 conv.stride = (1, 1)
@@ -515,9 +596,11 @@ class DeepLabV3Plus(nn.Module):
 
     def fuse(self, stages):
         """Low-level and ASPP features at stride 4: (B, 512, H/4, W/4)."""
-        low, high = self.low(stages[0]), stages[3]
+        low = self.low(stages[0])
+        high = stages[3]
         pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
-        aspp = self.project(torch.cat([pooled, *(b(high) for b in self.branches)], 1))
+        dilated = [branch(high) for branch in self.branches]
+        aspp = self.project(torch.cat([pooled, *dilated], 1))
         aspp = upsample(aspp, low.shape[2:]).to(low.dtype)  # float32 under CUDA's autocast
         return torch.cat([low, aspp], 1)
 
@@ -570,9 +653,6 @@ def upsample(x, size):
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet, RGB, 0..255
-
-
 class Network(nn.Module):
     """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict."""
 
@@ -580,14 +660,17 @@ class Network(nn.Module):
         super().__init__()
         self.amp = args.amp == "bf16"
         self.backbone = make_backbone(args)
-        channels = [(1 if args.backbone == "resnet18" else 4) * c for c in (64, 128, 256, 512)]
+        channels = [64, 128, 256, 512]
+        if args.backbone != "resnet18":  # bottlenecks
+            channels = [4 * c for c in channels]
         self.head = head(channels, num_classes, args)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x):
         h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        net, stages = self.backbone, []
+        net = self.backbone
+        stages = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             h = net.maxpool(net.relu(net.bn1(net.conv1(h))))
             for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
@@ -599,8 +682,9 @@ class Network(nn.Module):
 def build(args, num_classes, head, group):
     """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
     net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
-    sync = group.world > 1 and group.device.type == "cuda"
-    return nn.SyncBatchNorm.convert_sync_batchnorm(net) if sync else net
+    if group.world > 1 and group.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net
 
 
 def parallel(net, args, group):
@@ -609,7 +693,9 @@ def parallel(net, args, group):
         ids = [group.device.index] if group.device.type == "cuda" else None
         net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
         net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
-    return torch.compile(net) if args.compile else net
+    if args.compile:
+        return torch.compile(net)
+    return net
 
 
 # ---- 5. Data and augmentation ----------------------------------------------------------------
@@ -618,53 +704,80 @@ def parallel(net, args, group):
 def augment(image, label, rng, crop, scales):
     """Random scale, flip and crop in one warp; a result that is too small is padded around.
 
-    image: PIL RGB. label: PIL L or None. crop: pixels. scales: two values are a range whose halves
-    below and above 1 are equally likely, more are a choice. Returns (3, crop, crop) uint8,
-    (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel: bilinear without antialiasing,
-    as all released code [D3], nearest for the label. Padding: mean colour, 255 [D2], inside False.
+    image: PIL RGB. label: PIL L or None. crop: pixels. scales: as random_scale takes them. Returns
+    (3, crop, crop) uint8, (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel:
+    bilinear without antialiasing, as all released code [D3], nearest for the label. Padding: mean
+    colour, 255 [D2], inside False.
     """
-    (w, h), low, high = image.size, scales[0], scales[-1]
-    if len(scales) != 2:
-        scale = float(rng.choice(scales))
-    elif low < 1 < high:
-        scale = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
-    else:
-        scale = rng.uniform(low, high)
-    nw, nh = max(int(w * scale), 1), max(int(h * scale), 1)  # the whole image after scaling
+    w, h = image.size
+    scale = random_scale(rng, scales)
+    new_w = max(int(w * scale), 1)  # of the whole image after scaling
+    new_h = max(int(h * scale), 1)
     flip = rng.random() < 0.5
-    x, y = ((n - crop) // 2 if n < crop else int(rng.integers(n - crop + 1)) for n in (nw, nh))
-    sx, sy = w / nw, h / nh
-    warp = (-sx, 0, w - x * sx, 0, sy, y * sy) if flip else (sx, 0, x * sx, 0, sy, y * sy)
+    x = random_offset(rng, new_w, crop)
+    y = random_offset(rng, new_h, crop)
+    sx = w / new_w  # pixels of the image per pixel of the crop
+    sy = h / new_h
+    if flip:
+        warp = (-sx, 0, w - x * sx, 0, sy, y * sy)
+    else:
+        warp = (sx, 0, x * sx, 0, sy, y * sy)
 
-    def apply(picture, kernel, fill):
-        """The warped picture as an array."""
+    def warped(picture, kernel, padding):
         mode = Image.Transform.AFFINE
-        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=fill))
+        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=padding))
 
-    pixels = apply(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
-    columns, rows = np.arange(x, x + crop), np.arange(y, y + crop)
-    inside = np.outer((0 <= rows) & (rows < nh), (0 <= columns) & (columns < nw))
-    label = label and apply(label, Image.Resampling.NEAREST, IGNORE)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), label, inside
+    pixels = warped(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
+    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    if label is not None:
+        label = warped(label, Image.Resampling.NEAREST, IGNORE)
+    columns = np.arange(x, x + crop)
+    rows = np.arange(y, y + crop)
+    inside = np.outer((0 <= rows) & (rows < new_h), (0 <= columns) & (columns < new_w))
+    return pixels, label, inside
+
+
+def random_scale(rng, scales):
+    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    low = scales[0]
+    high = scales[-1]
+    if len(scales) != 2:
+        return float(rng.choice(scales))
+    if not low < 1 < high:
+        return rng.uniform(low, high)
+    if rng.random() < 0.5:
+        return rng.uniform(low, 1)
+    return rng.uniform(1, high)
+
+
+def random_offset(rng, length, crop):
+    """Where a crop begins in so many pixels; they stand in its middle if they are fewer."""
+    if length < crop:
+        return (length - crop) // 2
+    return int(rng.integers(length - crop + 1))
 
 
 class Samples(Dataset):
-    """Sample number -> dict of image, inside and, if masks are opened, label (int64).
+    """Sample number -> dict of image, inside and, if masks are opened, label (uint8).
 
     A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4];
     stream "a.b" takes them in the order of stream "a", with an augmentation of its own.
     """
 
-    def __init__(self, data, items, with_label, scales, stream, args):
-        self.data, self.items, self.with_label = data, items, with_label
-        self.crop, self.scales = args.crop_size, scales
-        names = (stream.split(".")[0], stream)
-        self.order, self.warp = ([args.seed, zlib.crc32(name.encode())] for name in names)
+    def __init__(self, name, stream, data, args):
+        self.data = data
+        self.items = stream.items
+        self.with_label = stream.with_label
+        self.crop = args.crop_size
+        self.scales = stream.scales
+        self.order_seed = [args.seed, zlib.crc32(name.split(".")[0].encode()), 0]
+        self.warp_seed = [args.seed, zlib.crc32(name.encode()), 1]
 
     def which(self, number):
         """Returns the index of the item that sample `number` shows."""
         lap, place = divmod(number, len(self.items))
-        return np.random.default_rng([*self.order, 0, lap]).permutation(len(self.items))[place]
+        order = np.random.default_rng([*self.order_seed, lap]).permutation(len(self.items))
+        return order[place]
 
     def __getitem__(self, number):
         return self.sample(self.which(number), number)
@@ -672,14 +785,25 @@ class Samples(Dataset):
     def sample(self, index, number):
         """Returns the item of this index as sample `number` would show it."""
         image, label = self.data.read(self.items[index], self.with_label)
-        rng = np.random.default_rng([*self.warp, 1, number])
+        rng = np.random.default_rng([*self.warp_seed, number])
         image, label, inside = augment(image, label, rng, self.crop, self.scales)
         sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
-        return sample if label is None else sample | {"label": torch.from_numpy(label).long()}
+        if label is not None:
+            sample["label"] = torch.from_numpy(label)
+        return sample
+
+
+class Stream(NamedTuple):
+    """What is drawn: from which items, images per step over all processes, and how."""
+
+    items: list
+    batch: int
+    with_label: bool  # are masks opened?
+    scales: tuple
 
 
 def streams(data, args):
-    """Returns {name: (items, images per step over all processes, open the masks?, scales)}."""
+    """Returns {name: Stream}."""
     # >>> method: draw
     return {
         "labeled": (data.labeled, args.batch_size, True, args.scales),
@@ -690,20 +814,23 @@ def streams(data, args):
 
 def open_stream(name, data, args, group, start):
     """Returns an iterator over this process's batches of a stream, from step start to the end."""
-    items, batch, with_label, scales = streams(data, args)[name]
-    here = distributed.share(batch, group, name)
-    if not items:
+    stream = streams(data, args)[name]
+    batch = distributed.share(stream.batch, group, name)  # of this process
+    if not stream.items:
         what = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
-        raise Refusal(f"no {name} images {what} of {args.dataset}: label fewer")
-    if here < 2 and not (group.world > 1 and group.device.type == "cuda"):
-        raise Refusal(f"{here} {name} image per process: plain BN needs two, enlarge the batch")
-    first = [step * batch + group.rank * here for step in range(start, args.total_iters)]
-    samples = Samples(data, items, with_label, scales, name, args)
-    batches = [range(n, n + here) for n in first]
-    options = dict(num_workers=args.workers, pin_memory=group.device.type == "cuda")
-    # a generator of its own: the global one stays a function of the step
-    options |= dict(generator=torch.Generator(), worker_init_fn=distributed.unstoppable)
-    return iter(DataLoader(samples, batch_sampler=batches, **options))
+        raise Refusal(f"no {name} images {what} of {args.dataset}: give fewer images labels")
+    if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
+    first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]
+    loader = DataLoader(
+        Samples(name, stream, data, args),
+        batch_sampler=[range(number, number + batch) for number in first],
+        num_workers=args.workers,
+        pin_memory=group.device.type == "cuda",
+        generator=torch.Generator(),  # the global one stays a function of the step
+        worker_init_fn=distributed.unstoppable,
+    )
+    return iter(loader)
 
 
 # ---- 6. Evaluation ---------------------------------------------------------------------------
@@ -713,7 +840,8 @@ class Images(Dataset):
     """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
 
     def __init__(self, data, items):
-        self.data, self.items = data, items
+        self.data = data
+        self.items = items
 
     def __getitem__(self, index):
         image, label = self.data.read(self.items[index], True)
@@ -728,16 +856,23 @@ def predict(net, image, args, num_classes):
     """
     if args.protocol == "whole":
         return net(image[None])["logits"][0]
-    (h, w), n, step = image.shape[1:], args.crop_size, -(-2 * args.crop_size // 3)
-    top, left, down, right = max(n - h, 0) // 2, max(n - w, 0) // 2, max(h - n, 0), max(w - n, 0)
-    canvas = image.new_tensor([[[round(m)]] for m in MEAN]).repeat(1, down + n, right + n)
+    h, w = image.shape[1:]
+    window = args.crop_size
+    stride = math.ceil(2 * window / 3)
+    last_y = max(h - window, 0)  # where the last window begins
+    last_x = max(w - window, 0)
+    top = max(window - h, 0) // 2
+    left = max(window - w, 0) // 2
+    mean = image.new_tensor([round(m) for m in MEAN]).view(3, 1, 1)
+    canvas = mean.repeat(1, last_y + window, last_x + window)
     canvas[:, top : top + h, left : left + w] = image
     logits = torch.zeros(num_classes, *canvas.shape[1:], device=image.device)
-    for y in range(0, down + step, step):
-        for x in range(0, right + step, step):
-            y0, x0 = min(y, down), min(x, right)
-            window = (slice(None), slice(y0, y0 + n), slice(x0, x0 + n))
-            logits[window] += net(canvas[window][None])["logits"][0]
+    for y in range(0, last_y + stride, stride):
+        for x in range(0, last_x + stride, stride):
+            y0 = min(y, last_y)
+            x0 = min(x, last_x)
+            place = (slice(None), slice(y0, y0 + window), slice(x0, x0 + window))
+            logits[place] += net(canvas[place][None])["logits"][0]
     return logits[:, top : top + h, left : left + w]
 
 
@@ -749,21 +884,27 @@ def evaluate(net, data, items, args, group):
     """
     training = net.training
     net.eval()
-    mine = range(group.rank, len(items), group.world)
-    shown = mine[:: max(len(mine) // 4, 1)][:4]
-    # beside gloo none: a child that is forked soon after a collective may hang (Python 3.11)
-    workers = 0 if group.world > 1 and group.device.type == "cpu" else args.workers
-    options = dict(num_workers=workers, generator=torch.Generator())
-    options |= dict(sampler=mine, batch_size=None, worker_init_fn=distributed.unstoppable)
-    loader = DataLoader(Images(data, items), **options)
+    indices = range(group.rank, len(items), group.world)  # of this process
+    pictured = indices[:: max(len(indices) // 4, 1)][:4]
+    # gloo, the CPU's backend: a loader forked soon after a collective may hang (Python 3.11)
+    gloo = group.world > 1 and group.device.type == "cpu"
+    loader = DataLoader(
+        Images(data, items),
+        sampler=indices,
+        batch_size=None,
+        num_workers=0 if gloo else args.workers,
+        generator=torch.Generator(),
+        worker_init_fn=distributed.unstoppable,
+    )
     confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
-    for index, (image, label) in zip(mine, loader, strict=True):
+    for index, (image, label) in zip(indices, loader, strict=True):
         pred = predict(net, image.to(group.device), args, data.num_classes).argmax(0)
         confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
-        if index in shown:
-            for name, shot in zip(maps, (image, label, pred), strict=True):
-                maps[name].append(shot)
+        if index in pictured:
+            maps["image"].append(image)
+            maps["label"].append(label)
+            maps["prediction"].append(pred)
     net.train(training)
     return metrics.scores(distributed.reduced(confusion).cpu()), maps
 
@@ -774,19 +915,18 @@ def evaluate(net, data, items, args, group):
 def make_optimizer(trained, args):
     """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
     groups = []
-    for part, scale in (("backbone", 1.0), ("head", args.lr_head)):
-        params = [p for net in trained for p in getattr(net, part).parameters()]
-        for vector in (False, True):  # BN and biases are vectors, all other weights are not
-            decay = 0.0 if vector and args.decay_on == "weights" else args.weight_decay
-            some = [p for p in params if (p.ndim == 1) == vector]
-            groups.append({"params": some, "scale": scale, "weight_decay": decay})
+    for module, scale in (("backbone", 1.0), ("head", args.lr_head)):
+        params = [p for net in trained for p in getattr(net, module).parameters()]
+        weights = [p for p in params if p.ndim > 1]
+        vectors = [p for p in params if p.ndim == 1]  # of BN, and biases
+        vector_decay = 0.0 if args.decay_on == "weights" else args.weight_decay
+        groups.append({"params": weights, "scale": scale, "weight_decay": args.weight_decay})
+        groups.append({"params": vectors, "scale": scale, "weight_decay": vector_decay})
     return torch.optim.SGD(groups, args.lr, momentum=0.9)
 
 
 def main(args):
-    """Trains, or does what --eval-only, --dry-run or --list-presets ask; args as resolved."""
-    if args.list_presets or args.dry_run:
-        return print(cells(__file__) if args.list_presets else describe(args, load))
+    """Trains, or scores with --eval-only; args as fill returns them."""
     group = distributed.setup(args.device)
     torch.use_deterministic_algorithms(args.deterministic)
     data = load(args)
@@ -837,9 +977,12 @@ def main(args):
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
         for stream in batch.values():
-            for key, tensor in stream.items():
-                stream[key] = tensor.to(group.device, non_blocking=True)
-        x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
+            for name, tensor in stream.items():
+                stream[name] = tensor.to(group.device, non_blocking=True)
+            if "label" in stream:
+                stream["label"] = stream["label"].long()  # uint8 until here: less to move
+        x_l = batch["labeled"]["image"]
+        y_l = batch["labeled"]["label"]
         decay = (1 - step / args.total_iters) ** 0.9  # poly
         for params in optimizer.param_groups:
             params["lr"] = args.lr * params["scale"] * decay
@@ -903,7 +1046,7 @@ def main(args):
         if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
             distributed.copy_buffers(*networks.values())
         done = step + 1
-        run.step(done, parts, args.lr * decay, begin, spent)
+        run.log_step(done, logged, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
             maps = {"image": x_l, "label": y_l, "prediction": out["logits"][:n].argmax(1)}
@@ -914,17 +1057,29 @@ def main(args):
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):
             run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
-        if run.due(done, args.save_every) or run.asked:  # by SIGTERM: it ends here
+        if run.due(done, args.save_every) or run.asked:
             run.keep_last(done, networks, optimizer, state)
+        if run.asked:  # by SIGTERM; all processes learn of it in the same step
+            break
+    if run.asked:
+        raise Stopped(done)
 
     # -- last and best --
     on = "test" if data.test else "val"
-    results = {"last": evaluate(scored(args.total_iters), data, getattr(data, on), args, group)[0]}
-    best = load_networks(load_checkpoint(run.folder / "best.pt", __file__), networks)
-    results["best"] = evaluate(scored(best), data, getattr(data, on), args, group)[0]
+    items = getattr(data, on)
+    results = {}
+    results["last"], _ = evaluate(scored(args.total_iters), data, items, args, group)
+    best = run.load_best(networks)
+    if best is not None:
+        results["best"], _ = evaluate(scored(best), data, items, args, group)
     run.finish(results, on)
     distributed.teardown()
 
 
 if __name__ == "__main__":
-    launch(Args, preset, main)
+    with refusals():  # what the user gave wrong is one line and exit code 2
+        args = fill(parse(Args, preset), preset)
+        if args.dry_run or args.list_presets:
+            about(args, __file__)
+        else:
+            main(args)

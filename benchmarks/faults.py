@@ -135,7 +135,7 @@ def install(kind, call, share):
     elif kind in ("renames", "locked"):
         os.replace = cut_rename
     elif kind == "error":
-        run.Run.step = raised
+        run.Run.log_step = raised
     elif kind == "log":
         run.Run.log = cut_log
 
@@ -148,7 +148,8 @@ def child(words):
         setattr(script, part, value)
     if fault:
         install(*fault)
-    run.refusing(lambda: tiny.train(script, argv))
+    with run.refusals():
+        tiny.train(script, argv)
 
 
 # ---- in the process that kills ----

@@ -338,7 +338,7 @@ def one_step(name, flags, device, float64=False, tiny=False):
 
 def step_values(watch):
     """Returns {name: tensor}: the parts of the loss, all networks' gradients, what changed."""
-    found = dict(watch.parts[-1])
+    found = dict(watch.logged[-1])
     gradients = watch.gradients()
     for name in watch.networks:
         own = [g.flatten() for key, g in gradients.items() if key.startswith(f"{name}.")]
@@ -515,7 +515,7 @@ def compare_compiled(name, flags, options, report):
         group, count = Group(0, 1, report.device), 2 if "--warmup-iters 1" in flags else 1
         with drawn_on_cpu():
             watch = steps.take(name, (flags + more).split(), group, count, **how)
-        found.append(watch.parts[-1]["loss"].cpu())
+        found.append(watch.logged[-1]["loss"].cpu())
         seconds = time.time() - begin
     report.row(
         f"{name}.py",

@@ -44,7 +44,7 @@ def max_ce(logits_s, logits_t, T):
 
 def product(logits_s, logits_t, T):
     """cps_fpl.py, Eq. (7) times Eq. (11), as printed."""
-    loss, weight = importlib.import_module("cps_fpl").fuzzy_positive_loss(logits_s, logits_t, T)
+    loss, weight = importlib.import_module("ael_fpl").fuzzy_positive_loss(logits_s, logits_t, T)
     return (loss * weight).mean()
 
 

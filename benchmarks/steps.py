@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from common import distributed, run  # noqa: E402
+from common import distributed, flags, run  # noqa: E402
 
 # every loss of every script: {script: {mode: flags}}; the first is the script's own default, with
 # its warm-up cut short so that the second step is a whole one
@@ -70,11 +70,11 @@ class Enough(Exception):
 
 
 class Watch:
-    """What a run of `steps` steps shows: its networks, optimizer, state, and each step's parts."""
+    """What a run of `steps` steps shows: networks, optimizer, state, and what each step logs."""
 
     def __init__(self):
         self.args, self.networks, self.optimizer, self.state = None, {}, None, {}
-        self.parts = []  # of each step: {name: 0-dim tensor}
+        self.logged = []  # of each step: {name: 0-dim tensor}
         self.spent = []  # of each step: {name: seconds}
 
     def gradients(self):
@@ -111,9 +111,10 @@ def drawn_prototypes(net, data, width, args, group):
     return drawn.to(group.device, non_blocking=True).float()
 
 
-def resolved(script, flags):
+def resolved(script, words):
     """Returns the arguments that a script's `main` would get from a list of flags."""
-    return run.resolve(run.parse(script.Args, [str(flag) for flag in flags]), script.preset)
+    argv = [str(word) for word in words]
+    return flags.fill(flags.parse(script.Args, script.preset, argv), script.preset, argv)
 
 
 def take(
@@ -153,9 +154,9 @@ def take(
                 before(watch)
             return 0
 
-        def step(self, done, parts, lr, begin, spent):
-            super().step(done, parts, lr, begin, spent)
-            watch.parts.append({name: value.detach() for name, value in parts.items()})
+        def log_step(self, done, logged, lr, begin, spent):
+            super().log_step(done, logged, lr, begin, spent)
+            watch.logged.append({name: value.detach() for name, value in logged.items()})
             watch.spent.append(spent)
             if after is not None:
                 after(watch, done)
@@ -164,8 +165,9 @@ def take(
 
     def stream(name, data, args, group, start):
         """In place of open_stream: batches of the size that this process would get."""
-        _, images, with_label, _ = script.streams(data, args)[name]
-        return batches(name, distributed.share(images, group, name), with_label, args)
+        opened = script.streams(data, args)[name]
+        images = distributed.share(opened.batch, group, name)
+        return batches(name, images, opened.with_label, args)
 
     def load(args):
         """The data set, with as many classes as are asked for."""
@@ -249,4 +251,5 @@ if __name__ == "__main__":
     sys.argv = [script.__file__, *sys.argv[2:]]
     for name, stand_in in tiny_modules(script).items():
         setattr(script, name, stand_in)
-    run.launch(script.Args, script.preset, script.main)
+    with run.refusals():
+        script.main(resolved(script, sys.argv[1:]))

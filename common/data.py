@@ -1,7 +1,7 @@
 """What a data set is, and how one of its images is read. No augmentation here.
 
 facts.json has classes, palettes, layouts and id tables; splits.json the published splits with their
-hashes. sources.py finds the images and says which are labelled.
+hashes. common/sources.py finds the images and says which are labelled.
 """
 
 import hashlib
@@ -36,18 +36,28 @@ class Data:
     """A data set: name, classes, palette (C, 3) uint8; lists labeled, unlabeled, val, test."""
 
     def __init__(self, args, labeled, unlabeled, val, test):
-        facts, self.name = FACTS[args.dataset], args.dataset
-        self.labeled, self.unlabeled, self.val, self.test = labeled, unlabeled, val, test
+        facts = FACTS[args.dataset]
+        self.name = args.dataset
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+        self.val = val
+        self.test = test
         self.classes = facts.get("classes") or [f"class {i}" for i in range(args.num_classes)]
         self.num_classes = len(self.classes)
         bits = np.arange(self.num_classes)[:, None] >> np.arange(3)
         spread = sum(((bits >> 3 * i) & 1) << (7 - i) for i in range(8))  # VOC's rule
         self.palette = np.array(facts.get("palette") or spread, np.uint8)
-        self.tables = {}  # end of a mask's name -> (256,) class of each value, 254 for a stranger
+        self.tables = {}  # end of a mask's name -> (256,) class of a value, 254: unknown
         for end, ids in (facts.get("ids", {}) | {"": range(self.num_classes)}).items():
             self.tables[end] = np.full(256, 254, np.uint8)
             self.tables[end][: len(ids)] = ids
             self.tables[end][args.ignore_index] = IGNORE
+
+    def hashes(self):
+        """Returns {list: [number of images, set hash]}."""
+        names = ("labeled", "unlabeled", "val", "test")
+        keys = {name: [item.key for item in getattr(self, name)] for name in names}
+        return {name: [len(keys[name]), set_hash(keys[name])] for name in names}
 
     def read(self, item, with_label):
         """Returns PIL (image RGB, mask L or None) of one size; mask values are in [0, C) or 255.
@@ -110,8 +120,12 @@ def counts(dataset, split):
     1/r of any r, as --split-seed draws it, or a published name.
     """
     known = {k: e["images"] for f in SPLITS.get(dataset, {}).values() for k, e in f.items()}
-    pool, fraction = known.get("train", 0), re.fullmatch(r"1/([1-9]\d*)", split or "")
-    labels = math.ceil(pool / int(fraction[1])) if fraction else known.get(split, 0)
+    pool = known.get("train", 0)
+    labels = known.get(split, 0)
+    if fraction := re.fullmatch(r"1/([1-9]\d*)", split or ""):
+        labels = math.ceil(pool / int(fraction[1]))
     if split == "all":
         return pool, pool
-    return (labels, pool - labels) if 0 < labels < pool else (0, 0)
+    if not 0 < labels < pool:
+        return 0, 0
+    return labels, pool - labels

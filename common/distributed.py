@@ -40,7 +40,8 @@ def setup(device="auto"):
     cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Group(0, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
-    host, *numbers = "MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"
+    host = "MASTER_ADDR"
+    numbers = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"]
     wrong = [n for n in numbers if not os.environ.get(n, "").isdecimal()]
     wrong += [host] * (not os.environ.get(host))
     if not wrong:
@@ -75,7 +76,8 @@ def fresh_store(rank, world):
 
     Process 0 answers the word of each other process, new at every start, with its own.
     """
-    store, word = next(dist.rendezvous("env://", rank, world))[0], uuid4().hex
+    store, *_ = next(dist.rendezvous("env://", rank, world))
+    word = uuid4().hex
     if rank:
         store.set(f"ask {rank}", word)
         answer = store.get(f"answer {word}").decode()
@@ -140,8 +142,10 @@ def to_host(*tensors):
 
 def to_device(array, group):
     """Returns an array or tensor of the CPU on the device, without waiting for the device."""
-    tensor, cuda = torch.as_tensor(array), group.device.type == "cuda"
-    return (tensor.pin_memory() if cuda else tensor).to(group.device, non_blocking=True)
+    tensor = torch.as_tensor(array)
+    if group.device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(group.device, non_blocking=True)
 
 
 def no_sync(net):

@@ -6,7 +6,7 @@
 `scores` takes a checkpoint of cps_fpl.py: branch 2 teaches branch 1, in eval mode, on N images of
 val; it prints means over the pixels of each case. Other flags go to cps_fpl.py (--T, --data-root).
 
-Below: logits_s, prob_t (B, C, H, W), the student's and the teacher's (or by_rank of the latter); K
+Below: logits_s, prob_t (B, C, H, W), the student's and the teacher's; K
 and label (B, H, W) int64, label 255 where unknown; gradients G, H (B, C, H, W), those of a pixel's
 loss with respect to logits_s; all else (B, H, W).
 """
@@ -25,10 +25,11 @@ if str(ROOT) not in sys.path:
 
 import cps_fpl  # noqa: E402
 from common import Refusal, distributed  # noqa: E402
+from common.checkpoints import load_checkpoint, load_networks  # noqa: E402
 from common.data import IGNORE  # noqa: E402
-from common.run import NO_NUMBER, load_checkpoint, load_networks, parse, resolve  # noqa: E402
+from common.flags import NO_NUMBER, fill, parse  # noqa: E402
+from common.sources import load  # noqa: E402
 from cps_fpl import by_rank, upcast  # noqa: E402
-from sources import load  # noqa: E402
 
 # ---- gradients and scores ----
 
@@ -63,7 +64,8 @@ def gradient_sum(logits_s, prob_t, K):
 
     ab / (1 + ab) = sigmoid(log a + log b): no exponential overflows. 0 where K = C.
     """
-    Y, z = positives(prob_t, K), upcast(logits_s)
+    Y = positives(prob_t, K)
+    z = upcast(logits_s)
     a = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)
     b = z.masked_fill(Y, -torch.inf).logsumexp(1)
     return torch.sigmoid(a + b)
@@ -71,7 +73,8 @@ def gradient_sum(logits_s, prob_t, K):
 
 def shares(logits_s, prob_t, K):
     """G^f / gradient_sum: -softmax(-z) inside Y, softmax(z) outside; each sums to -1 or 1."""
-    Y, z = positives(prob_t, K), upcast(logits_s)
+    Y = positives(prob_t, K)
+    z = upcast(logits_s)
     inside = F.softmax((-z).masked_fill(~Y, -torch.inf), 1)
     outside = F.softmax(z.masked_fill(Y, -torch.inf), 1)  # NaN where K = C: taken nowhere
     return torch.where(Y, -inside, outside)
@@ -198,7 +201,8 @@ def plot_k(paths, out):
 
 def measures(logits_s, prob_t, K, label):
     """Returns {column: (B, H, W)}, what `scores` averages over the pixels of a case."""
-    fuzzy, vanilla = fuzzy_gradient(logits_s, prob_t, K), vanilla_gradient(logits_s, prob_t)
+    fuzzy = fuzzy_gradient(logits_s, prob_t, K)
+    vanilla = vanilla_gradient(logits_s, prob_t)
     ideal = ideal_gradient(logits_s, label)
     similar = cosine(fuzzy, ideal)
     return {
@@ -220,7 +224,7 @@ def print_scores(checkpoint, images, flags):
     """Prints the means of `measures` over a case's pixels (nan: none), in val. Raises Refusal."""
     saved = load_checkpoint(checkpoint, cps_fpl.__file__)
     argv = [*flags, "--eval-only", "--checkpoint", checkpoint]
-    args = resolve(parse(cps_fpl.Args, argv), cps_fpl.preset)
+    args = fill(parse(cps_fpl.Args, cps_fpl.preset, argv), cps_fpl.preset)
     group, data = distributed.setup(args.device), load(args)
     student, teacher = (
         cps_fpl.build(args, data.num_classes, cps_fpl.CPSHead, group).eval() for _ in (1, 2)
@@ -233,8 +237,9 @@ def print_scores(checkpoint, images, flags):
     for i in range(images):  # evenly spread: neighbours may be frames of one video
         image, label = cps_fpl.Images(data, data.val)[i * len(data.val) // images]
         image, label = image[None].to(group.device), label[None].long().to(group.device)
-        prob_t = by_rank(F.softmax(upcast(teacher(image)["logits"]), 1))
-        K = cps_fpl.k_values(prob_t, phase, args)
+        prob_t = F.softmax(upcast(teacher(image)["logits"]), 1)
+        p, _ = by_rank(prob_t)
+        K = cps_fpl.k_values(p, phase, args)
         logits_s = student(image)["logits"].double()  # float32 has no gradient of a sure pixel
         columns = measures(logits_s, prob_t, K, label)
         masks = [case(prob_t, K, label) == c for c in (1, 2, 3)]

@@ -20,7 +20,8 @@ if str(ROOT) not in sys.path:
 
 from common import Refusal  # noqa: E402
 from common.data import FACTS  # noqa: E402
-from common.run import cli, refusing  # noqa: E402
+from common.flags import cli  # noqa: E402
+from common.run import refusals  # noqa: E402
 from results.table import read  # noqa: E402
 
 
@@ -106,4 +107,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    refusing(main)
+    with refusals():
+        main()

@@ -20,10 +20,12 @@ if str(ROOT) not in sys.path:
 
 import u2pl  # noqa: E402
 from common import Refusal, distributed  # noqa: E402
+from common.checkpoints import load_checkpoint, load_networks  # noqa: E402
 from common.data import IGNORE  # noqa: E402
-from common.run import load_checkpoint, load_networks, parse, refusing, resolve  # noqa: E402
+from common.flags import fill, parse  # noqa: E402
+from common.run import refusals  # noqa: E402
+from common.sources import load  # noqa: E402
 from results.analysis import Parser  # noqa: E402
-from sources import load  # noqa: E402
 
 SHOWN = ((0, 1), (1, 2), (2, 3), (3, 5), (5, 10), (10, 20), (20, None))  # ranks of a column
 
@@ -65,7 +67,7 @@ def main(argv):
     given, flags = parser.parse_known_args(argv)
     saved = load_checkpoint(given.checkpoint, u2pl.__file__)
     argv = [*flags, "--eval-only", "--checkpoint", given.checkpoint]
-    args = resolve(parse(u2pl.Args, argv), u2pl.preset)
+    args = fill(parse(u2pl.Args, u2pl.preset, argv), u2pl.preset)
     group, data = distributed.setup(args.device), load(args)
     n = len(data.val) if given.images is None else given.images
     if not 1 <= n <= len(data.val):
@@ -84,4 +86,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    refusing(lambda: main(sys.argv[1:]))
+    with refusals():
+        main(sys.argv[1:])

@@ -40,20 +40,31 @@ def read_list(path, pattern):
         raise Refusal(f"{path}: not a readable list ({error})") from None
     rows = {}
     for number, line in enumerate(map(str.strip, lines), 1):
-        columns = [c.strip().lstrip("/") for c in line.split("\t" if "\t" in line else None)]
         if not line:
             continue
-        match = re.search(pattern, columns[0])
-        wrong = "no image key" if not match else "twice" if match[0] in rows else ""
-        wrong = "more than two columns" if len(columns) > 2 else wrong
-        wrong = "a path with .." if any(".." in Path(c).parts for c in columns) else wrong
-        wrong = "a NUL" if "\0" in line else wrong
-        if wrong:
+        separator = "\t" if "\t" in line else None
+        image, *masks = [column.strip().lstrip("/") for column in line.split(separator)]
+        match = re.search(pattern, image)
+        if wrong := fault(line, [image, *masks], match, rows):
             raise Refusal(f"{path}:{number}: {wrong}: {line}")
-        rows[match[0]] = (columns[0], columns[-1] if columns[1:] not in ([], ["None"]) else None)
+        mask = None if masks in ([], ["None"]) else masks[0]
+        rows[match[0]] = (image, mask)
     if not rows:
         raise Refusal(f"{path}: an empty list")
     return rows
+
+
+def fault(line, columns, match, rows):
+    """Returns what is wrong with a line of a list, "" if nothing; rows: those before it."""
+    if "\0" in line:
+        return "a NUL"
+    if any(".." in Path(column).parts for column in columns):
+        return "a path with .."
+    if len(columns) > 2:
+        return "more than two columns"
+    if not match:
+        return "no image key"
+    return "twice" if match[0] in rows else ""
 
 
 def load(args):
@@ -63,32 +74,40 @@ def load(args):
     `training` has it (with eval_only none are looked for). All lists are sorted: a set gives one
     stream of samples, in whatever order it came.
     """
-    own, tree = args.dataset == "folder", Tree(args.dataset, args.data_root)
+    own = args.dataset == "folder"
+    tree = Tree(args.dataset, args.data_root)
     if own and not 2 <= args.num_classes <= 254:
         raise Refusal(f"--num-classes {args.num_classes}: how many the masks have, 2 to 254")
     if not own and (args.num_classes or args.ignore_index != IGNORE):
         raise Refusal("--num-classes, --ignore-index: with --dataset folder alone")
     if not 0 <= args.ignore_index <= 255:
         raise Refusal(f"--ignore-index {args.ignore_index}: a value of a mask, 0 to 255")
-    scored = getattr(args, "eval_only", False) and args.eval_on
-    held = {p: tree.part(p) if scored in (False, p) else {} for p in ("val", "test")}
-    part = scored or "val"
+    scored = getattr(args, "eval_only", False)
+    held = {"val": {}, "test": {}}
+    for part in [args.eval_on] if scored else held:
+        held[part] = tree.part(part)
+    part = args.eval_on if scored else "val"
     if not held[part]:
-        where = ", ".join(tree.facts["parts"].get(part, ["it has no such part"]))
+        where = ", ".join(tree.facts["parts"].get(part, ["it has no such images"]))
         raise Refusal(f"{tree.root}: no {part} of {args.dataset} here ({where})")
     if published(args) and part == "val":
         known_set(f"val of {args.dataset}", held["val"], SPLITS[args.dataset]["parts"]["val"])
-    lists = [tree.items(part, rows) for part, rows in held.items()]
+    val = tree.items("val", held["val"])
+    test = tree.items("test", held["test"])
     if scored:
-        return Data(args, [], [], *lists)
+        return Data(args, [], [], val, test)
     labeled, unlabeled, train = training(args, tree)
-    first = tree.items("train", labeled, train, args.labeled_list)
-    lists[:0] = first, tree.items("train", unlabeled, train, args.unlabeled_list, masks=False)
-    files = [{item.image or item.key for item in one} for one in lists]
-    leak = (files[0] | files[1]) & (files[2] | files[3])
+    labeled = tree.items("train", labeled, train, args.labeled_list)
+    unlabeled = tree.items("train", unlabeled, train, args.unlabeled_list, masks=False)
+    leak = files_of(labeled + unlabeled) & files_of(val + test)
     if leak:
         raise Refusal(f"{len(leak)} images to train on are in val or test, {min(leak)} first")
-    return Data(args, *lists)
+    return Data(args, labeled, unlabeled, val, test)
+
+
+def files_of(items):
+    """Returns the files of Items, the keys of those that have none."""
+    return {item.image or item.key for item in items}
 
 
 def training(args, tree):
@@ -136,7 +155,8 @@ class Tree:
 
     def __init__(self, name, root=""):
         """root: "" takes the usual folder. Raises Refusal if there is none."""
-        self.name, self.facts = name, FACTS[name]
+        self.name = name
+        self.facts = FACTS[name]
         self.root = Path(root or self.facts.get("root", "."))
         self.real = os.path.realpath(self.root)
         if not self.root.is_dir():
@@ -240,12 +260,14 @@ def named(args, pool):
     pool: the keys of the training images that are here. Raises Refusal where that set or the
     labelled one is not the published one.
     """
-    splits, what = SPLITS[args.dataset], f"--split {args.split} of {args.dataset}"
-    family, pool = splits[args.split_family], sorted(pool)
+    splits = SPLITS[args.dataset]
+    what = f"--split {args.split} of {args.dataset}"
+    family = splits[args.split_family]
+    pool = sorted(pool)
     if args.split not in ("all", *family):
         names = ", ".join(["all", *family])
-        some = f"{args.split_family} has {names}; else --split-seed (1/r) or --labeled-list"
-        raise Refusal(f"{what}: {some}")
+        remedy = f"{args.split_family} has {names}; else --split-seed (1/r) or --labeled-list"
+        raise Refusal(f"{what}: {remedy}")
     known_set(f"{what}, training images", pool, splits["parts"]["train"])
     if args.split == "all":
         return pool, pool
@@ -268,10 +290,11 @@ def known_set(what, keys, entry, remedy=""):
 
 def same_set(keys, entry):
     """Returns "" if keys are the published set, else what differs."""
-    found, true = (len(keys), set_hash(keys)), (entry["images"], entry["set"])
-    if found == true:
+    count = len(keys)
+    found = set_hash(keys)
+    if (count, found) == (entry["images"], entry["set"]):
         return ""
-    return "{} images, set {}, instead of {}, set {}".format(*found, *true)
+    return f"{count} images, set {found}, instead of {entry['images']}, set {entry['set']}"
 
 
 def keys_of(path, pattern):
@@ -298,7 +321,8 @@ def fetch_list(dataset, family, split, source=""):
     family: "parts" (split: train or val) or a family of splits. source: a folder with lists in any
     format, searched for one with the right set, instead of the network. Raises Refusal.
     """
-    entry, pattern = SPLITS[dataset][family][split], FACTS[dataset]["key"]
+    entry = SPLITS[dataset][family][split]
+    pattern = FACTS[dataset]["key"]
     path = LISTS / dataset / family / f"{split.replace('/', '_')}.txt"
     if path.is_file():
         if wrong := same_set(keys_of(path, pattern), entry):
@@ -367,7 +391,8 @@ def download(url, path, md5=""):
     Raises Refusal: no network, cut off, another scheme, or not the file with this md5.
     """
     check_scheme(url)
-    part, total = path.with_name(path.name + ".part"), 0
+    part = path.with_name(path.name + ".part")
+    total = 0
     again = "; the same command goes on from there" if md5 else ""  # not for lists
     begin = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})

@@ -1,0 +1,189 @@
+"""Checkpoint files: written whole or not at all, checked when read, and what fits what."""
+
+import contextlib
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+from common import Refusal
+
+NEVER = 2**62  # later than any step
+
+
+def load_checkpoint(path, script=None):
+    """Returns a checkpoint's dict, on the CPU (weights_only: no code is run).
+
+    Raises Refusal if it is absent, damaged or, with script (a path), written by another script.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            if bad := file.testzip():  # torch.load does not check the sums
+                raise ValueError(f"checksum of {bad}")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        writer = saved["script"]
+        dict(saved["args"])
+        dict(next(iter(saved["networks"].values())), step=saved["step"])
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such checkpoint") from None
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        line = f"damaged, or no checkpoint of these scripts ({line})"
+        raise Refusal(f"{path}: {line}; give another --checkpoint, --init or --out") from None
+    if script and writer != Path(script).name:
+        wrong = f"written by {writer}, not by {Path(script).name}"
+        raise Refusal(f"{path}: {wrong}; --init starts from it")
+    return saved | {"path": str(path)}
+
+
+def check_form(saved):
+    """Raises Refusal, naming the part, if a checkpoint's dict cannot be one to go on from."""
+    path = saved["path"]
+    if "optimizer" not in saved:
+        raise Refusal(f"{path}: a best.pt, which holds no optimizer; --init starts from it")
+    forms = {
+        "step": int,
+        "optimizer": dict,
+        "state": dict,
+        "meter": torch.Tensor,
+        "best": {"miou", "step"},
+        "time": {"elapsed_s"},
+        "lists": dict,
+        "log": {"bytes", "sha256"},
+    }
+    for name, form in forms.items():
+        value = saved.get(name)
+        if isinstance(form, set):  # a dict with these names
+            fits = isinstance(value, dict) and form <= set(value)
+        else:
+            fits = isinstance(value, form)
+        if not fits:
+            raise Refusal(f"{path}: its {name} is none to go on from; --init starts from it")
+
+
+def load_networks(saved, networks):
+    """Fills {name: network} from a checkpoint's dict; returns its step. Raises Refusal."""
+    try:
+        for name, net in networks.items():
+            net.load_state_dict(saved["networks"][name])
+    except KeyError as error:
+        raise Refusal(f"{saved['path']}: it holds no network {error}") from None
+    except (RuntimeError, TypeError, AttributeError) as error:
+        line = f"does not fit these flags ({' '.join(str(error).split())[:150]})"
+        raise Refusal(f"{saved['path']}: {line}; give those that it was trained with") from None
+    return saved["step"]
+
+
+def load_optimizer(saved, optimizer):
+    """Fills an optimizer from a checkpoint's dict. Raises Refusal."""
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        for params in optimizer.param_groups:
+            for p in params["params"]:
+                momentum = optimizer.state[p].get("momentum_buffer", p)
+                if momentum.shape != p.shape:
+                    raise ValueError(f"a momentum of shape {tuple(momentum.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refusal(f"{saved['path']}: its optimizer is not that of this run ({error})") from None
+
+
+def load_state(saved, state):
+    """Fills a method's state, {name: tensor or plain value}, in place. Raises Refusal."""
+    values = saved["state"]
+    if not isinstance(values, dict) or set(values) != set(state):
+        raise Refusal(f"{saved['path']}: its state is not that of this run ({', '.join(state)})")
+    for name, value in values.items():
+        own = state[name]
+        if torch.is_tensor(own):
+            if not torch.is_tensor(value) or (value.shape, value.dtype) != (own.shape, own.dtype):
+                raise Refusal(f"{saved['path']}: its state {name} is not that of this run")
+            state[name] = value.to(own.device)
+        elif type(value) is not type(own):
+            raise Refusal(f"{saved['path']}: its state {name} is not that of this run")
+        else:
+            state[name] = value
+
+
+def load_init(path, networks):
+    """Starts networks from a checkpoint of any of these scripts; returns in words what was taken.
+
+    Each takes the network of its name, or else the first. A head that does not fit stays random; so
+    does that of a second network which trains and would equal the first: such a pair never
+    disagrees.
+    """
+    saved = load_checkpoint(path)
+    sentences = []
+    used = set()
+    for name, net in networks.items():
+        source = name if name in saved["networks"] else next(iter(saved["networks"]))
+        trains = any(p.requires_grad for p in net.parameters())
+        equal = source in used and trains
+        used.add(source)
+        weights = saved["networks"][source]
+        own_head = head_of(net.state_dict())
+        fits = shapes(head_of(weights)) == shapes(own_head)
+        keeps_own = equal or not fits
+        if keeps_own:
+            weights = {k: v for k, v in weights.items() if not k.startswith("head.")} | own_head
+        load_networks(saved | {"networks": {name: weights}}, {name: net})
+        sentences.append(f"{name} from its {source}" + (", head random" if keeps_own else ""))
+    return f"{path}, step {saved['step']}: {'; '.join(sentences)}"
+
+
+def head_of(weights):
+    """Returns the part of a network's state dict that is its head."""
+    return {name: value for name, value in weights.items() if name.startswith("head.")}
+
+
+def shapes(weights):
+    """Returns {name: shape} of a state dict."""
+    return {name: value.shape for name, value in weights.items()}
+
+
+def write_checkpoint(path, content, previous=None):
+    """Writes beside the file, then renames: a kill leaves the old one, the new one, or both.
+
+    previous: where the file that stands there goes, if it is to be kept. Raises Refusal.
+    """
+    new = path.with_suffix(".tmp")
+    with writing(path, new):
+        with open(new, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(new, path)
+
+
+@contextlib.contextmanager
+def writing(path, new=None):
+    """What cannot be written becomes a Refusal that names it; the file `new` is removed."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's
+        if not isinstance(cause, OSError):
+            raise
+        with contextlib.suppress(OSError):
+            if new:
+                new.unlink()
+        why = f"cannot be written ({cause.strerror})"
+        raise Refusal(f"{path}: {why}; what was saved before is whole") from None
+
+
+def check_finite(bad_step):
+    """Raises Refusal if bad_step, the first with a number that is not finite, is not NEVER."""
+    if bad_step < NEVER:
+        wrong = f"loss or weights not finite at step {bad_step}: nothing saved since"
+        raise Refusal(f"{wrong}; a lower --lr, or --resume")
+
+
+def check_tensors(step, networks, state=()):
+    """Raises Refusal, naming step, if a network or a tensor of state is not finite."""
+    tensors = [v for net in networks.values() for v in net.state_dict().values()]
+    tensors += [v for v in dict(state).values() if torch.is_tensor(v)]
+    device = tensors[0].device
+    fine = torch.stack([v.isfinite().all().to(device, non_blocking=True) for v in tensors])
+    check_finite(NEVER if fine.all() else step)

@@ -1,0 +1,291 @@
+"""The command line: parse, fill from the recipe, check ranges, explain. It knows no method's flag.
+
+A script's Args declares what a flag takes at the field: `lr: Above0 | None = None  # sentence`.
+"""
+
+import contextlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import tyro
+
+from common import Refusal
+from common.checkpoints import load_checkpoint
+from common.distributed import Group, share
+from common.sources import load
+
+
+class Range(NamedTuple):
+    """The numbers that a flag takes, both ends included."""
+
+    low: float
+    high: float = math.inf
+
+
+class Rising(NamedTuple):
+    """The numbers of a flag rise; strict: none comes twice."""
+
+    strict: bool = False
+
+
+Count = Annotated[int, Range(1)]
+Number = Annotated[int, Range(0)]  # whole, or none
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # of steps, in torch's 64 bits
+AtLeast0 = Annotated[float, Range(0)]
+Above0 = Annotated[float, Range(1e-12)]
+Share = Annotated[float, Range(0, 1)]
+Inside01 = Annotated[float, Range(1e-12, 0.9999)]  # neither nothing nor all
+Scales = Annotated[tuple[Above0, ...], Rising()]
+
+# what no number of a run depends on: these may change at a resume
+NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
+log_every save_every pictures_every tensorboard""".split()
+
+
+def cli(kind, argv=None, **more):
+    """Returns what tyro.cli makes of the flags; its box around a mistake becomes a Refusal."""
+    with contextlib.redirect_stderr(io.StringIO()) as text:
+        try:
+            return tyro.cli(kind, args=argv, **more)
+        except SystemExit as stop:
+            if stop.code != 2:  # --help
+                raise
+    lines = [line.strip("│ ") for line in text.getvalue().splitlines()]
+    lines = [line for line in lines if line and line[0] not in "╭╰─"]
+    ends = [i for i, line in enumerate(lines) if line.startswith(("Argument help", "For full"))]
+    raise Refusal(" ".join(lines[: min(ends, default=None)]).replace(" .", "."))
+
+
+def parse(cls, preset, argv=None):
+    """Returns cls filled from the flags; with --eval-only a checkpoint's stand below them.
+
+    --help prints every flag with the value that it would have beside the others, and exits.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    asked = {"-h", "--help"} & set(argv)
+    args = cli(cls, [word for word in argv if word not in asked])
+    if asked:
+        print(explain(cls, merge(args, preset)))
+        raise SystemExit(0)
+    if not args.eval_only and (args.checkpoint or args.eval_on != "val"):
+        raise Refusal("--checkpoint, --eval-on: with --eval-only; --init starts from a checkpoint")
+    if not args.eval_only:
+        return args
+    saved = load_checkpoint(args.checkpoint or "--eval-only needs --checkpoint")["args"]
+    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    kept = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
+    saved = {name: saved[name] for name in kept} | {"weights": "none"}
+    return cli(cls, argv, default=replace(args, **saved))
+
+
+def merge(args, preset):
+    """Returns args with what preset(args), a dict, has for a field that is None."""
+    if args.labeled_list and args.split is None:
+        args = replace(args, split="list")
+    values = preset(args)
+    if args.init:
+        values["weights"] = "none"
+    return replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
+
+
+def fill(args, preset, argv=None):
+    """Returns args with every None filled: field default < preset < recipe < explicit flag.
+
+    preset: function of args to a dict. Raises Refusal for a field that nothing sets, for a number
+    outside the range that its field declares, and for a flag of argv that cannot act.
+    """
+    filled = merge(args, preset)
+    given = given_names(args, sys.argv[1:] if argv is None else argv)
+    advise_rate(args, preset(args))
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(filled, name)
+        flag = "--" + name.replace("_", "-")
+        if value is None and name != "split_seed" and not args.list_presets:
+            raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
+        if value is not None:
+            check(flag, value, rules(kind))
+        need = type(args).NEEDS.get(name, "")
+        if name in given and not met(need, filled, given):
+            raise Refusal(f"{flag} {value} does nothing {in_words(need)}")
+    return filled
+
+
+def given_names(args, argv):
+    """Returns the names of the flags in argv whose value is not the field's own default."""
+    defaults = {field.name: field.default for field in fields(args)}
+    names = set()
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        names |= {name, name.removeprefix("no_")}
+    return {n for n in names & set(defaults) if getattr(args, n) != defaults[n]}
+
+
+# what NEEDS of a script says a flag needs, all of it, separated by ", ": "cutmix" (it is not 0),
+# "label=soft|hard" (one of these), "split!=all", "a<b", "no total_iters" (not given), "never"
+
+
+def met(need, args, given=()):
+    """Returns whether what a flag needs holds."""
+    return all(clause_met(clause, args, given) for clause in need.split(", ") if clause)
+
+
+def clause_met(clause, args, given):
+    """Returns whether one clause of a need holds."""
+    if clause == "never":
+        return False
+    if clause.startswith("no "):
+        return clause[3:] not in given
+    name, sign, value = re.match(r"(\w+)(!=|=|<|)(.*)", clause).groups()
+    own = getattr(args, name)
+    if sign == "<":
+        return own < getattr(args, value)
+    if sign == "=":
+        return str(own) in value.split("|")
+    if sign == "!=":
+        return str(own) != value
+    return bool(own)
+
+
+def in_words(need):
+    """Returns where a flag acts, in the words that one would type."""
+    if need == "never":
+        return "in this script"
+    clauses = []
+    for clause in need.split(", "):
+        name, sign, value = re.match(r"(?:no )?(\w+)(!=|=|<|)(.*)", clause).groups()
+        flag = "--" + name.replace("_", "-")
+        if clause.startswith("no "):
+            flag = f"no {flag}"
+        elif sign == "!=":
+            flag += f" other than {value}"
+        elif sign == "<":
+            flag += " below --" + value.replace("_", "-")
+        elif sign:
+            flag += " " + value.replace("|", " or ")
+        clauses.append(flag)
+    return "here: it needs " + " and ".join(clauses)
+
+
+def acting(args):
+    """Returns the flags that act, as a dict of JSON values."""
+    needs = type(args).NEEDS
+    return {name: value for name, value in plain(args).items() if met(needs.get(name, ""), args)}
+
+
+def advise_rate(args, recipe):
+    """Says which rate the linear rule would have for another batch size; --lr stays as it is."""
+    batch = recipe.get("batch_size")
+    lr = recipe.get("lr")
+    if args.lr is None and lr and args.batch_size not in (None, batch):
+        if args.batch_size > 0 and os.environ.get("RANK", "0") == "0":
+            rate = lr * args.batch_size / batch
+            print(f"--lr {lr:g} is kept; the linear rule would have {rate:g} for this batch")
+
+
+def rules(kind):
+    """Returns all Range and Rising of an annotation, in whatever it is wrapped."""
+    if get_origin(kind) is not Annotated:
+        return [rule for inner in get_args(kind) for rule in rules(inner)]
+    inner, *notes = get_args(kind)
+    return [note for note in notes if isinstance(note, (Range, Rising))] + rules(inner)
+
+
+def check(flag, value, wanted):
+    """Raises Refusal if a value, a number or a tuple of them, breaks one of the rules."""
+    numbers = value if isinstance(value, tuple) else [value]
+    for rule in wanted:
+        if isinstance(rule, Rising):
+            twice = rule.strict and len(set(numbers)) < len(numbers)
+            if not numbers or list(numbers) != sorted(numbers) or twice:
+                raise Refusal(f"{flag} {value}: one number or more, rising")
+            continue
+        for number in numbers:
+            if not rule.low <= number <= rule.high:
+                raise Refusal(f"{flag} {number}: a number from {rule.low:g} to {rule.high}")
+
+
+def plain(args):
+    """Returns the flags as a dict of JSON values (tuples become lists)."""
+    return json.loads(json.dumps(asdict(args)))
+
+
+# ---- what --help, --dry-run and --list-presets print ----
+
+
+def explain(cls, args):
+    """Returns --help: each flag in its group, with its sentence and its value in args."""
+    script = Path(sys.argv[0]).name
+    lines = [f"usage: python {script} [flags]", "", inspect.getdoc(cls)]
+    lines.append("[In brackets: the values for the flags given on this command line.]")
+    sentence = ""
+    for line in inspect.getsource(cls).splitlines():
+        text = line.strip()
+        if text.startswith("# -- "):
+            lines += ["", text.strip("# -")]
+        elif text.startswith("# ") and ">>>" not in text and "<<<" not in text:
+            sentence = text[2:]  # of the field below, whose own line has no room for it
+        elif match := re.match(r"(\w+): [^#]+(?:  # (.+))?$", text):
+            lines += flag_lines(cls, match[1], match[2] or sentence, getattr(args, match[1]))
+    return "\n".join(lines)
+
+
+def flag_lines(cls, name, sentence, value):
+    """Returns the lines of one flag: its sentence and value; the words that it takes, if few."""
+    flag = "--" + name.replace("_", "-")
+    kind = next(field.type for field in fields(cls) if field.name == name)
+    if kind is bool:
+        flag = f"--[no-]{flag[2:]}"
+        value = "on" if value else "off"
+    if isinstance(value, tuple):
+        value = " ".join(map(str, value))
+    ending = "" if value in ("", None) else f" [{value}]"
+    lines = [f"  {flag:24} {sentence}{ending}"]
+    for literal in (kind, *get_args(kind)):
+        if get_origin(literal) is Literal:
+            lines.append(" " * 29 + " | ".join(map(str, get_args(literal))))
+    return lines
+
+
+def about(args, script):
+    """Does what --dry-run or --list-presets ask of a script (a path). Raises Refusal."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if args.list_presets:
+        print(papers_results(script))
+    else:
+        describe(args)
+
+
+def describe(args):
+    """Prints the flags that act, images per process and what is found on the disk."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not world.isdecimal() or world == "0":
+        raise Refusal(f"WORLD_SIZE {world} not set as torchrun does: start with torchrun")
+    rows = {name: value for name, value in acting(args).items() if value not in ("", None)}
+    group = Group(0, int(world), None)
+    rows["labelled per process"] = share(args.batch_size, group, "labelled")
+    for name, value in rows.items():
+        print(f"{name:22} {value}")
+    for name, (count, key) in load(args).hashes().items():
+        if count:
+            print(f"{name + ' images':22} {count}, set {key}")
+
+
+def papers_results(script):
+    """Returns the papers' results for a script, flags and mIoU, as lines."""
+    lines = []
+    for entry in json.loads((Path(__file__).parent / "papers.json").read_text()):
+        if entry["script"] != Path(script).stem:
+            continue
+        for split, miou in entry["miou"].items():
+            flags = f"--dataset {entry['dataset']} --split {split} {entry['flags']}"
+            lines.append(f"{miou:6.2f}  {flags:82}  {entry['source']}")
+    return "\n".join(lines)

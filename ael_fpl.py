@@ -24,6 +24,7 @@ import math
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -40,7 +41,19 @@ from torch.utils.data import DataLoader, Dataset
 from common import Refusal, distributed, metrics
 from common.checkpoints import load_checkpoint, load_networks
 from common.data import IGNORE
-from common.flags import Above0, AtLeast0, Count, Number, Scales, Seed, Share, about, fill, parse
+from common.flags import (
+    Above0,
+    AtLeast0,
+    Count,
+    Inside01,
+    Number,
+    Scales,
+    Seed,
+    Share,
+    about,
+    fill,
+    parse,
+)
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
 from common.weights import load_backbone
@@ -109,31 +122,37 @@ class Args:
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
     # >>> method: args
-    batch_size_unlabeled: int | None = None  # mixed images per step, over all processes
-    unsup_loss: Literal["fpl", "ce"] = "fpl"  # ce: AEL
-    unsup_weight: float = 1.0  # of the consistency losses
-    consistency_on: Literal["mixed", "all"] | None = None  # all: on labelled images too [D17]
-    T: float | None = None  # upper bound of the cumulative probability, in (0, 1)
-    k_max: int | None = None  # K at most; 0: no cap
+    # -- method --
+    batch_size_unlabeled: Count | None = None  # mixed images per step, over all processes
+    # loss of a pixel, fpl: FPL+AEL; ce: cross-entropy, AEL
+    unsup_loss: Literal["fpl", "ce"] = "fpl"
+    unsup_weight: AtLeast0 = 1.0  # of the consistency loss in AEL Eq. (1)
+    # which images have a consistency loss, all: labelled ones too [D17]
+    consistency_on: Literal["mixed", "all"] | None = None
+    T: Inside01 | None = None  # upper bound of the cumulative probability
+    k_max: Number | None = None  # K at most; 0: no cap
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
-    weight: Literal["concave", "linear", "convex", "none"] = "concave"  # FPL Eq. (11), (16) [D33]
-    mean_over: Literal["positives", "positives_and_next"] | None = None  # the mean in that weight
+    # weight of a pixel, concave: FPL Eq. (11); linear, convex: Eq. (16) [D33]
+    weight: Literal["concave", "linear", "convex", "none"] = "concave"
+    # classes of the mean in that weight
+    mean_over: Literal["positives", "positives_and_next"] | None = None
     balance: bool | None = None  # rescale FPL's loss to the value of cross-entropy
-    threshold: float | None = None  # no loss where the teacher is less confident
-    gamma: float = 2.0  # dynamic re-weighting: exponent of the teacher's confidence
-    beta: float = 1.0  # equalization sampling: exponent of its rate
-    pooled: int | None = None  # labelled images pooled in Eq. (4), and in Eq. (12) on them
-    bank_momentum: float | None = None  # of the confidence bank, Eq. (7)
-    skip_absent: bool = False  # a class that is not there leaves the bank as it is; or counts 0
-    region_area: float | None = None  # adaptive CutMix: share of the crop of a region that is cut
-    bank_area: float | None = None  # share of a crop that makes a class present in the image bank
-    paste_draws: int | None = None  # adaptive Copy-Paste: classes drawn in a step; 0: none
-    paste_prob: float | None = None  # of pasting onto a labelled image
-    paste_power: float | None = None  # classes ~ softmax((1 - conf)^power)
-    paste_not: tuple[int, ...] | None = None  # classes that are never pasted
-    paste_scales: tuple[float, ...] = (0.1, 2.0)  # random scale of what is pasted
-    teacher_mode: Literal["train", "eval"] = "train"  # eval: no dropout, BN averaged as the weights
-    ema_decay: float = 0.99  # of the teacher's moving average
+    threshold: Share | None = None  # no loss where the teacher is less confident than this
+    gamma: AtLeast0 = 2.0  # exponent of the teacher's confidence in Eq. (13)
+    beta: AtLeast0 = 1.0  # exponent of the rate of equalization sampling
+    pooled: Count | None = None  # labelled images that are one group in Eq. (4) and (12)
+    bank_momentum: Share | None = None  # share of the confidence bank that Eq. (7) keeps
+    skip_absent: bool = False  # absent classes leave the bank as it is; False: they count 0
+    region_area: Share | None = None  # CutMix: a region above this share of the crop is cut
+    bank_area: Share | None = None  # CutMix: share of a crop that makes a class present
+    paste_draws: Number | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
+    paste_prob: Share | None = None  # Copy-Paste: share of labelled images that are pasted onto
+    paste_power: AtLeast0 | None = None  # Copy-Paste: classes by softmax((1 - confidence)^power)
+    paste_not: tuple[Number, ...] | None = None  # Copy-Paste: ids of classes never pasted
+    paste_scales: Scales = (0.1, 2.0)  # Copy-Paste: random scale of what is pasted
+    # mode of the teacher, eval: no dropout, BN averaged as the weights
+    teacher_mode: Literal["train", "eval"] = "train"
+    ema_decay: Share = 0.99  # of the teacher's moving average
     # <<< method: args
 
     NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
@@ -245,8 +264,8 @@ def preset(args):
 
 
 # >>> method: functions
-# Below: logits_s, logits_t (B, C, H, W), any float type; prob_t (B, C, H, W), the teacher's, or for
-# FPL the pair (p, order) that by_rank made of it; K, results (B, H, W). No gradient to the teacher.
+# Shapes: logits_s, logits_t, prob_t, p, order (B, C, H, W); K and results of FPL (B, H, W). s: the
+# student. t: its teacher; no gradient reaches it.
 
 
 def upcast(x):
@@ -255,62 +274,67 @@ def upcast(x):
 
 
 def by_rank(prob_t):
-    """Returns (p, order): p^1 >= p^2 ... of Alg. 1 and their classes. Ties: lowest class first."""
-    if isinstance(prob_t, tuple):
-        return prob_t
-    return upcast(prob_t).sort(dim=1, descending=True, stable=True)
+    """Returns (p, order): p^1 >= p^2 >= ... of Alg. 1, and whose they are. Ties: lowest class."""
+    return prob_t.sort(dim=1, descending=True, stable=True)
 
 
-def cumulative_classes(prob_t, T, strict=True):
-    """Alg. 1, n: the fewest likeliest classes with V^n > T, or >= T [D14]; int64, C if none are."""
-    if not 0 < T < 1:
-        raise Refusal(f"cumulative probability {T}: a number between 0 and 1")
-    V = by_rank(prob_t)[0].cumsum(1)
-    return ((V <= T if strict else V < T).sum(1) + 1).clamp(max=V.shape[1])
+def cumulative_classes(p, T, strict=True):
+    """Alg. 1, n: how many of the likeliest classes it takes until V^n > T (or >= T [D14])."""
+    V = p.cumsum(1)
+    below = V <= T if strict else V < T
+    return (below.sum(1) + 1).clamp(max=p.shape[1])
 
 
-def fuzzy_positive_assignment(prob_t, T, *, k_max=0, strict=True):
-    """Alg. 1: K = max(n - 1, 1) positive classes, int64; k_max caps it, 0 does not [D13]."""
-    return (cumulative_classes(prob_t, T, strict) - 1).clamp(min=1, max=k_max or None)
+def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
+    """Alg. 1: K = max(n - 1, 1) positive classes, int64; at most k_max, if that is not 0 [D13]."""
+    K = (cumulative_classes(p, T, strict) - 1).clamp(min=1)
+    if k_max:
+        K = K.clamp(max=k_max)
+    return K
 
 
-def fuzzy_positive_regularization(logits_s, prob_t, K):
-    """Eq. (7), log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
+def fuzzy_positive_regularization(logits_s, order, K):
+    """Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
 
     Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
-    (_, order), z = by_rank(prob_t), upcast(logits_s)
+    z = upcast(logits_s)
     first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
     Y = torch.zeros_like(first_K).scatter(1, order, first_K)
-    positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # -min, Eq. (6)
-    negatives = z.masked_fill(Y, -torch.inf).logsumexp(1)  # max
+    positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # the smooth -min of Eq. (6)
+    negatives = z.masked_fill(Y, -torch.inf).logsumexp(1)  # its smooth max
     return F.softplus(positives + negatives)
 
 
-def adaptive_weight(prob_t, K, kind="concave", mean_over="positives"):
+def adaptive_weight(p, K, kind="concave", mean_over="positives"):
     """Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
 
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
-    p = by_rank(prob_t)[0].detach()
     total = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]
-    rest = F.pad(p, (0, 0, 0, 0, 0, 1)).gather(1, K[:, None])[:, 0]  # max over j not in Y, or 0
-    mean = total / K if mean_over == "positives" else (total + rest) / (K + 1)
+    padded = F.pad(p, (0, 0, 0, 0, 0, 1))  # a class C + 1 of p = 0: K = C has a negative too
+    rest = padded.gather(1, K[:, None])[:, 0]  # max over j not in Y
+    mean = total / K
+    if mean_over == "positives_and_next":
+        mean = (total + rest) / (K + 1)
     gap = (mean - rest).clamp(min=0)  # below 0 by rounding only
     if kind == "concave":
         return torch.log1p(50 * gap) / torch.log1p(50 * mean)
-    other = {"linear": gap / mean, "convex": gap / (mean + 4 * rest), "none": torch.ones_like(gap)}
-    return other[kind]
+    if kind == "linear":
+        return gap / mean
+    if kind == "convex":
+        return gap / (mean + 4 * rest)
+    return torch.ones_like(gap)
 
 
 def fuzzy_positive_loss(
     logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
 ):
-    """Returns (loss, weight) of every pixel, Eq. (7) and Eq. (11), to be multiplied."""
-    prob_t = by_rank(F.softmax(upcast(logits_t.detach()), 1))
-    K = fuzzy_positive_assignment(prob_t, T, k_max=k_max, strict=strict)
-    loss = fuzzy_positive_regularization(logits_s, prob_t, K)
-    return loss, adaptive_weight(prob_t, K, weight, mean_over)
+    """FPL's loss of every pixel: Eq. (7) times the weight of Eq. (11). Logits of any float type."""
+    p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+    K = fuzzy_positive_assignment(p, T, k_max=k_max, strict=strict)
+    loss = fuzzy_positive_regularization(logits_s, order, K)
+    return loss * adaptive_weight(p, K, weight, mean_over)
 
 
 def class_confidence(prob, label, pooled, skip_absent=False):
@@ -323,7 +347,9 @@ def class_confidence(prob, label, pooled, skip_absent=False):
     hit = label[:, None] == torch.arange(prob.shape[1], device=prob.device).view(-1, 1, 1)
     total = torch.where(hit, upcast(prob), 0.0).sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
     pixels = hit.sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
-    counted = pixels > 0 if skip_absent else torch.ones_like(pixels)
+    counted = torch.ones_like(pixels)
+    if skip_absent:
+        counted = pixels > 0
     return torch.stack([(total / pixels.clamp(min=1)).sum(0), counted.sum(0).to(total.dtype)])
 
 
@@ -336,10 +362,22 @@ def update_confidence(bank, sums, momentum):
     return torch.where(sums[1] > 0, new, bank)
 
 
+def confidence_after(bank, logits, label, args):
+    """AEL Eq. (4), (7): the bank (C,) after a step, from labelled images of all processes.
+
+    logits (B, C, H, W): the student's, detached here. label (B, H, W) int64: of this process.
+    """
+    prob = logits.detach().softmax(1)
+    sums = class_confidence(prob, label, args.pooled, args.skip_absent)
+    return update_confidence(bank, distributed.reduced(sums), args.bank_momentum)
+
+
 def sampling_probability(bank, allowed=None, power=1.0):
     """AEL Eq. (9): softmax((1 - bank)^power) over allowed classes, (C,) bool; 0 for the others."""
-    score = (1 - torch.as_tensor(bank).double()).clamp(min=0) ** power
-    return (score if allowed is None else score.masked_fill(~allowed, -torch.inf)).softmax(0)
+    score = (1 - bank.double()).clamp(min=0) ** power
+    if allowed is not None:
+        score = score.masked_fill(~allowed, -torch.inf)
+    return score.softmax(0)
 
 
 def draw_classes(prob, u):
@@ -351,7 +389,8 @@ def draw_classes(prob, u):
 def draw_partners(bank, present, count, rng):
     """AEL's adaptive CutMix: draws (count, 2) int64, classes by Eq. (9) and images that show them.
 
-    present: (C, N) bool, the teacher last saw class c in unlabelled image n; any image if nowhere.
+    bank: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled image
+    n; any image if nowhere.
     """
     if not present.shape[1]:
         raise Refusal("no unlabelled images to draw a partner from")
@@ -366,44 +405,93 @@ def draw_partners(bank, present, count, rng):
 def half_area_box(rng, size):
     """A random box of half a square crop of size pixels, height log-uniform: top, left, h, w."""
     tall = 0.5 ** rng.random()
-    h, w = round(size * tall), round(size * 0.5 / tall)
-    return int(rng.integers(size - h + 1)), int(rng.integers(size - w + 1)), h, w
+    h = round(size * tall)
+    w = round(size * 0.5 / tall)
+    top = int(rng.integers(size - h + 1))
+    left = int(rng.integers(size - w + 1))
+    return top, left, h, w
 
 
-def component_box(seen, c, area, size, rng):
+def component_box(coarse, c, area, size, rng):
     """The tight box of a connected component of class c (8 neighbours): top, left, h, w, in pixels.
 
-    seen: (h, w) uint8 array, the teacher's class of every 4th pixel each way [D23], 255 outside the
-    image. Components above `area`, a share of the crop, are equally likely; None without one.
+    coarse: (h, w) uint8 array, the teacher's class of every 4th pixel each way [D23], 255 outside
+    the image. Components above `area`, a share of the crop, are equally likely; None without one.
     """
-    labels, _ = ndimage.label(seen == c, np.ones((3, 3)))
-    large = np.flatnonzero(np.bincount(labels.ravel())[1:] > area * seen.size)
+    labels, _ = ndimage.label(coarse == c, np.ones((3, 3)))
+    large = np.flatnonzero(np.bincount(labels.ravel())[1:] > area * coarse.size)
     if not len(large):
         return None
     rows, columns = ndimage.find_objects(labels)[rng.choice(large)]
-    top, left = 4 * rows.start, 4 * columns.start
+    top = 4 * rows.start
+    left = 4 * columns.start
     return top, left, min(4 * rows.stop, size) - top, min(4 * columns.stop, size) - left
 
 
-def partner_mask(seen, classes, rngs, area, size):
+def partner_mask(coarse, classes, rngs, area, size):
     """AEL's adaptive CutMix: where mixed images show their partners, (B, size, size) bool.
 
-    seen (B, h, w), area, size: as component_box takes them; without a component a box of half the
+    coarse (B, h, w), area, size: as component_box takes them; without a component a box of half the
     crop. classes, rngs: one per image. Returns also the number of components.
     """
-    mask, regions = torch.zeros(len(seen), size, size, dtype=torch.bool), 0
-    for one, of, c, rng in zip(mask, seen, classes, rngs, strict=True):
-        box = component_box(of, c, area, size, rng)
+    mask = torch.zeros(len(coarse), size, size, dtype=torch.bool)
+    regions = 0
+    for i, (c, rng) in enumerate(zip(classes, rngs, strict=True)):
+        box = component_box(coarse[i], c, area, size, rng)
         regions += box is not None
         top, left, h, w = box or half_area_box(rng, size)
-        one[top : top + h, left : left + w] = True
+        mask[i, top : top + h, left : left + w] = True
     return mask, regions
 
 
-def presence(seen, num_classes, area):
-    """Which classes cover at least `area`, a share of the crop: (B, C) bool; seen: (B, h, w)."""
-    classes = torch.arange(num_classes, device=seen.device).view(-1, 1, 1)
-    return (seen[:, None] == classes).sum((2, 3)) >= area * seen[0].numel()
+def presence(coarse, num_classes, area):
+    """Which classes cover at least `area`, a share of the crop: (B, C) bool; coarse: (B, h, w)."""
+    classes = torch.arange(num_classes, device=coarse.device).view(-1, 1, 1)
+    return (coarse[:, None] == classes).sum((2, 3)) >= area * coarse[0].numel()
+
+
+def own_slice(total, group):
+    """Returns which of a step's images, `total` over all processes, are this process's."""
+    count = total // group.world
+    return slice(group.rank * count, (group.rank + 1) * count)
+
+
+def teacher_sight(logits_t, inside, confidence, args, group):
+    """What banks and boxes need of a step, on the CPU: one copy, the only wait for the device.
+
+    logits_t (2b, C, H, W), inside (2b, H, W): of this process's unlabelled images, then of their
+    partners. Returns the confidence bank (C,); presence (2B, C) uint8 in the images of all
+    processes, then in all their partners; coarse (b, h, w) of this process's partners.
+    """
+    coarse = logits_t[..., ::4, ::4].argmax(1).masked_fill(~inside[..., ::4, ::4], IGNORE).byte()
+    present = presence(coarse, len(confidence), args.bank_area).byte()
+    present = distributed.gathered(present).unflatten(1, (2, -1))  # (world, 2, b, C)
+    present = present.transpose(0, 1).flatten(0, 2)
+    return distributed.to_host(confidence, present, coarse.chunk(2)[1])
+
+
+def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
+    """AEL's adaptive CutMix of a step: masks (b, H, W) bool, and how many of them are a region.
+
+    logits_t, inside: as teacher_sight takes them. images: indices of the unlabelled images that
+    all processes mix; the first of state["draws"] are their partners. Partners of the step four
+    later are drawn from both banks as they are [D27]; then the image bank takes in this step.
+    """
+    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args, group)
+    classes, partners = state["draws"][0].T.tolist()
+    draws = draw_partners(bank, state["present"], len(classes), rng)
+    state["draws"] = torch.cat([state["draws"][1:], draws[None]])
+    for image, row in zip([*images, *partners], present, strict=True):
+        state["present"][:, image] = row  # an image that comes twice: as it was seen last
+    own = own_slice(len(classes), group)
+    mask, regions = partner_mask(
+        coarse.numpy(),
+        classes[own],
+        rng.spawn(len(classes))[own],  # a generator of its own for every box
+        args.region_area,
+        args.crop_size,
+    )
+    return distributed.to_device(mask, group), regions
 
 
 def copy_paste(base, source, drawn, chosen):
@@ -414,6 +502,19 @@ def copy_paste(base, source, drawn, chosen):
     alpha = (source["label"][:, None] == drawn[..., None, None]).any(1) & chosen.view(-1, 1, 1)
     masks = {"image": alpha[:, None], "label": alpha, "inside": alpha}
     return {key: torch.where(mask, source[key], base[key]) for key, mask in masks.items()}
+
+
+def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
+    """AEL's adaptive Copy-Paste of a step: a dict as batch["labeled"], covered by batch["paste"].
+
+    Classes are drawn from the confidence bank by Eq. (9), one set for each group of `pooled` images
+    [D19]. allowed: (C,) bool. rng: equal on all processes.
+    """
+    shape = group.world, args.batch_size // group.world, args.paste_draws + 1
+    u = distributed.to_device(rng.random(shape)[group.rank], group)
+    prob = sampling_probability(confidence, allowed, args.paste_power)
+    drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
+    return copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
 
 
 def equalization_rate(bank, beta=1.0):
@@ -441,25 +542,43 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
 
     The loss is cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's. Where the
     teacher is below the threshold it is 0, the weight remains [D18]. Returns (what is minimized,
-    parts): unsup, before the balance [D16]; balance; kept by sampling; conf_t; K_gt_1, at stride 4.
+    logged): unsup, before the balance [D16]; balance; kept by sampling; conf_t; K_gt_1, stride 4.
     """
-    prob = F.softmax(upcast(logits_t.detach()), 1)
-    conf_t, pseudo = prob.amax(1), prob.argmax(1)
-    loss = ce = F.cross_entropy(upcast(logits_s), pseudo, reduction="none")
+    prob_t = F.softmax(upcast(logits_t.detach()), 1)
+    conf_t = prob_t.amax(1)
+    ce = F.cross_entropy(upcast(logits_s), prob_t.argmax(1), reduction="none")
+    loss = ce
     if args.unsup_loss == "fpl":
-        how = dict(strict=args.strict, weight=args.weight, mean_over=args.mean_over)
-        loss = torch.mul(*fuzzy_positive_loss(logits_s, logits_t, args.T, k_max=args.k_max, **how))
+        loss = fuzzy_positive_loss(
+            logits_s,
+            logits_t,
+            args.T,
+            k_max=args.k_max,
+            strict=args.strict,
+            weight=args.weight,
+            mean_over=args.mean_over,
+        )
     weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
-    certain, plain = conf_t >= args.threshold, loss.detach() * inside
-    sums = torch.stack([weight * loss * certain, weight, ce.detach() * inside, plain])
-    top, bottom, ce, plain = sums.sum((2, 3)).unflatten(1, (-1, pooled)).sum(2)
-    unsup, balance = top / bottom.clamp(min=1e-12), ce / plain.clamp(min=1e-12)
-    balance = balance.where(plain > 0, 1.0)
-    parts = {"unsup": unsup.mean().detach(), "balance": balance.mean()}
-    parts |= {"kept": masked_mean(weight > 0, inside), "conf_t": masked_mean(conf_t, inside)}
-    K = fuzzy_positive_assignment(prob[..., ::4, ::4], args.T, k_max=args.k_max, strict=args.strict)
-    parts["K_gt_1"] = masked_mean(K > 1, inside[..., ::4, ::4])
-    return (unsup * balance if args.balance else unsup).mean(), parts
+    certain = conf_t >= args.threshold
+    maps = [weight * loss * certain, weight, ce.detach() * inside, loss.detach() * inside]
+    sums = torch.stack(maps).sum((2, 3)).unflatten(1, (-1, pooled)).sum(2)  # (4, groups)
+    weighted_loss, total_weight, total_ce, total_loss = sums
+    unsup = weighted_loss / total_weight.clamp(min=1e-12)
+    balance = total_ce / total_loss.clamp(min=1e-12)
+    balance = balance.where(total_loss > 0, 1.0)
+    minimized = unsup
+    if args.balance:
+        minimized = unsup * balance
+    p, _ = by_rank(prob_t[..., ::4, ::4])
+    K = fuzzy_positive_assignment(p, args.T, k_max=args.k_max, strict=args.strict)
+    logged = {
+        "unsup": unsup.mean().detach(),
+        "balance": balance.mean(),
+        "kept": masked_mean(weight > 0, inside),
+        "conf_t": masked_mean(conf_t, inside),
+        "K_gt_1": masked_mean(K > 1, inside[..., ::4, ::4]),
+    }
+    return minimized.mean(), logged
 
 
 def ema_decay(count, decay):
@@ -478,6 +597,55 @@ def update_teacher(teacher, student, decay, buffers):
         pairs += zip(teacher.buffers(), student.buffers(), strict=True)
     pairs = [(t, s) for t, s in pairs if t.is_floating_point()]
     torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+class Partners:
+    """The images that unlabelled ones are mixed with, loaded by threads while steps go on [D27].
+
+    A sample is a function of (seed, its number, the image that was drawn) alone.
+    """
+
+    def __init__(self, data, args, group):
+        stream = streams(data, args)["unlabeled"]
+        self.samples = Samples("unlabeled.partner", stream, data, args)
+        self.args = args
+        self.group = group
+        self.threads = ThreadPoolExecutor(4)
+        self.loading = {}  # step -> its samples, as they come
+
+    def numbers(self, step):
+        """Returns the numbers of the samples of a step, of all processes."""
+        count = self.args.batch_size_unlabeled
+        return range(step * count, (step + 1) * count)
+
+    def images(self, step):
+        """Returns the indices of the unlabelled images of a step, of all processes."""
+        return [self.samples.which(number) for number in self.numbers(step)]
+
+    def prefetch(self, step, draws):
+        """Begins to load what draws, (steps, B, 2), has for this step and those after it."""
+        for ahead, images in enumerate(draws[:, :, 1].tolist(), step):
+            if ahead not in self.loading and ahead < self.args.total_iters:
+                own = own_slice(len(images), self.group)
+                numbers = self.numbers(ahead)[own]
+                self.loading[ahead] = self.threads.map(self.samples.sample, images[own], numbers)
+
+    def take(self, step):
+        """Returns this process's partners of a step on the device: image, inside (b, ..., H, W)."""
+        samples = torch.utils.data.default_collate(list(self.loading.pop(step)))
+        return {key: distributed.to_device(x, self.group) for key, x in samples.items()}
+
+    def finish(self):
+        """Waits until no thread is at work."""
+        self.loading = {step: list(samples) for step, samples in self.loading.items()}
+
+
+@contextmanager
+def timed(spent, name):
+    """Adds the seconds of a with block to spent[name]."""
+    begin = time.time()
+    yield
+    spent[name] = spent.get(name, 0.0) + time.time() - begin
 
 
 # <<< method: functions
@@ -803,9 +971,9 @@ def streams(data, args):
     """Returns {name: Stream}."""
     # >>> method: draw
     return {
-        "labeled": (data.labeled, args.batch_size, True, args.scales),
-        "paste": (data.labeled, args.batch_size, True, args.paste_scales),  # [D28]
-        "unlabeled": (data.unlabeled, args.batch_size_unlabeled, False, args.scales),
+        "labeled": Stream(data.labeled, args.batch_size, True, args.scales),
+        "paste": Stream(data.labeled, args.batch_size, True, args.paste_scales),  # [D28]
+        "unlabeled": Stream(data.unlabeled, args.batch_size_unlabeled, False, args.scales),
     }
     # <<< method: draw
 
@@ -966,7 +1134,8 @@ def main(args):
     student = build(args, data.num_classes, DeepLabV3Plus, group)
     student_parallel = parallel(student, args, group)
     teacher = deepcopy(student).requires_grad_(False).train(args.teacher_mode == "train")  # [D25]
-    networks, trained = {"student": student, "teacher": teacher}, [student]
+    networks = {"student": student, "teacher": teacher}
+    trained = [student]
 
     def scored(step):
         """The network that evaluation scores."""
@@ -982,21 +1151,24 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     distributed.need_float64(group, "classes and partners are drawn")
-    C, B = data.num_classes, args.batch_size_unlabeled
-    here, here_l = B // group.world, args.batch_size // group.world
-    mine = slice(group.rank * here, (group.rank + 1) * here)
-    pasted = [c not in args.paste_not for c in range(C)]
-    if args.paste_draws and not any(pasted) or max(args.paste_not, default=0) >= C:
+    C = data.num_classes
+    count = args.batch_size // group.world
+    if count % args.pooled:
+        raise Refusal(f"--pooled {args.pooled}: {count} labelled images per process do not divide")
+    pasted = set(range(C)) - set(args.paste_not)
+    if args.paste_draws and not pasted or max(args.paste_not, default=0) >= C:
         raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")
-    if here_l % args.pooled:
-        raise Refusal(f"--pooled {args.pooled}: {here_l} labelled images per process do not divide")
-    allowed = torch.tensor(pasted, device=group.device)
+    allowed = torch.tensor([c in pasted for c in range(C)], device=group.device)
     rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
-    bank, empty = rng.random(C, np.float32), torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
-    draws = torch.stack([draw_partners(bank, empty, B, rng) for _ in range(4)])  # [D26] [D27]
-    state = {"confidence": distributed.to_device(bank, group), "present": empty, "draws": draws}
-    pool, loads = ThreadPoolExecutor(4), {}
-    partner = Samples(data, data.unlabeled, False, args.scales, "unlabeled.partner", args)
+    bank = torch.from_numpy(rng.random(C, np.float32))  # [D26]
+    present = torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
+    draws = [draw_partners(bank, present, args.batch_size_unlabeled, rng) for _ in range(4)]
+    state = {
+        "confidence": distributed.to_device(bank, group),
+        "present": present,
+        "draws": torch.stack(draws),  # of the next four steps [D27]
+    }
+    partners = Partners(data, args, group)
     # <<< method: state
     run = Run(args, __file__, group, data)
     start = run.restore(networks, optimizer, state)
@@ -1020,66 +1192,52 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        t0, rng = time.time(), np.random.default_rng([args.seed, step])  # equal everywhere [D29]
-        for later, draws in enumerate(state["draws"][:, mine, 1].tolist(), step):
-            if later not in loads and later < args.total_iters:
-                numbers = range(later * B + mine.start, later * B + mine.stop)
-                loads[later] = pool.map(partner.sample, draws, numbers)
-        first, loaded = batch["unlabeled"], list(loads.pop(step))
-        second = {key: torch.stack([one[key] for one in loaded]) for key in first}
-        second = {key: distributed.to_device(x, group) for key, x in second.items()}
-        u = rng.random((group.world, here_l, args.paste_draws + 1))[group.rank]
-        u = distributed.to_device(u, group)
-        prob = sampling_probability(state["confidence"], allowed, args.paste_power)
-        drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
-        labeled = copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
-        spent["bank"] = time.time() - t0
-        x_l, y_l = labeled["image"], labeled["label"]
+        rng = np.random.default_rng([args.seed, step])  # equal on all processes [D29]
+        u0 = batch["unlabeled"]
+        with timed(spent, "bank"):
+            partners.prefetch(step, state["draws"])
+            u1 = partners.take(step)
+            labeled = adaptive_copy_paste(batch, state["confidence"], allowed, rng, args, group)
+        x_l = labeled["image"]
+        y_l = labeled["label"]
         out = student_parallel(x_l)
         sup = supervised_loss(out, y_l, args)
-        with torch.no_grad():  # the teacher sees the clean views
-            logits_t = teacher(x_l)["logits"] if args.consistency_on == "all" else None
-            views = teacher(torch.cat([first["image"], second["image"]]))["logits"]
-            t0, inside = time.time(), torch.cat([first["inside"], second["inside"]])[..., ::4, ::4]
-            seen = views[..., ::4, ::4].argmax(1).masked_fill(~inside, IGNORE).byte()
-            shown = seen.new_zeros(group.world, 2, here, C)
-            shown[group.rank] = presence(seen, C, args.bank_area).unflatten(0, (2, here))
-            shown = distributed.reduced(shown).transpose(0, 1).flatten(0, 2)  # of all processes
-            bank, shown, seen = distributed.to_host(state["confidence"], shown, seen[here:])  # sync
-            classes, images = state["draws"][0].unbind(1)
-            draws = draw_partners(bank, state["present"], B, rng)
-            state["draws"] = torch.cat([state["draws"][1:], draws[None]])
-            images = [*(partner.which(step * B + i) for i in range(B)), *images.tolist()]
-            for image, row in zip(images, shown, strict=True):
-                state["present"][:, image] = row
-            regions = seen.numpy(), classes[mine].tolist(), rng.spawn(B)[mine]
-            mask, count = partner_mask(*regions, args.region_area, args.crop_size)
-            sums = class_confidence(out["logits"].softmax(1), y_l, args.pooled, args.skip_absent)
-            sums = distributed.reduced(sums)
-            state["confidence"] = update_confidence(state["confidence"], sums, args.bank_momentum)
-            rate = equalization_rate(state["confidence"], args.beta)
-            spent["bank"] += time.time() - t0
-        mask = distributed.to_device(mask, group)
-        x_u = torch.where(mask[:, None], second["image"], first["image"])
-        inside = torch.where(mask, second["inside"], first["inside"])
-        mixed_t = torch.where(mask[:, None], views[here:], views[:here])
+        clean = {key: torch.cat([u0[key], u1[key]]) for key in u1}
+        with torch.no_grad():
+            if args.consistency_on == "all":
+                labeled_t = teacher(x_l)["logits"]
+            clean_t = teacher(clean["image"])["logits"]
+        with timed(spent, "bank"):
+            images = partners.images(step)
+            mask, regions = adaptive_cutmix(
+                clean_t, clean["inside"], images, state, rng, args, group
+            )
+            state["confidence"] = confidence_after(state["confidence"], out["logits"], y_l, args)
+        x_u = torch.where(mask[:, None], u1["image"], u0["image"])
+        inside = torch.where(mask, u1["inside"], u0["inside"])
+        z0, z1 = clean_t.chunk(2)
+        mixed_t = torch.where(mask[:, None], z1, z0)
         logits_s = student_parallel(x_u)["logits"]
-        unsup, parts = consistency_loss(logits_s, mixed_t, inside, rate, 1, args)
+        rate = equalization_rate(state["confidence"], args.beta)
+        unsup, logged = consistency_loss(logits_s, mixed_t, inside, rate, 1, args)  # Eq. (12)
         if args.consistency_on == "all":
-            pairs = out["logits"], logits_t, labeled["inside"]
-            more, parts_l = consistency_loss(*pairs, rate, args.pooled, args)
-            unsup, parts["unsup_l"] = unsup + more, parts_l["unsup"]
-        loss = sup + args.unsup_weight * unsup
+            unsup_l, logged_l = consistency_loss(
+                out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args
+            )
+            unsup = unsup + unsup_l
+            logged["unsup_l"] = logged_l["unsup"]
+        loss = sup + args.unsup_weight * unsup  # Eq. (1)
         loss.backward()
-        parts = {"loss": loss, "sup": sup} | parts | {"bank": state["confidence"].mean()}
-        parts["regions"] = torch.full_like(loss, count / here)
+        logged = {"loss": loss, "sup": sup} | logged
+        logged["bank"] = state["confidence"].mean()
+        logged["regions"] = torch.full_like(loss, regions / len(x_u))
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
         buffers = "own" if args.teacher_mode == "train" else "average"
         update_teacher(teacher, student, ema_decay(step, args.ema_decay), buffers)
         if run.due(step + 1, args.eval_every):  # its loaders fork: no thread may be at work
-            loads = {later: list(samples) for later, samples in loads.items()}
+            partners.finish()
         # <<< method: after-step
         if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
             distributed.copy_buffers(*networks.values())
@@ -1089,9 +1247,15 @@ def main(args):
             # >>> method: panels
             conf_t = F.softmax(mixed_t, 1).amax(1)
             weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma)
-            maps = {"labelled, pasted": x_l, "label": y_l, "mixed": x_u, "box": mask}
-            maps |= {"pseudo label": mixed_t.argmax(1), "weight": weight * inside}
-            maps["student"] = logits_s.argmax(1)
+            maps = {
+                "labelled, pasted": x_l,
+                "label": y_l,
+                "mixed": x_u,
+                "box": mask,
+                "pseudo label": mixed_t.argmax(1),
+                "weight": weight * inside,
+                "student": logits_s.argmax(1),
+            }
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):

@@ -232,7 +232,8 @@ def explain(cls, args):
             lines += ["", text.strip("# -")]
         elif text.startswith("# ") and ">>>" not in text and "<<<" not in text:
             sentence = text[2:]  # of the field below, whose own line has no room for it
-        elif match := re.match(r"(\w+): [^#]+(?:  # (.+))?$", text):
+        match = re.match(r"(\w+): [^#]+(?:  # (.+))?$", text)
+        if match and match[1] in vars(args):
             lines += flag_lines(cls, match[1], match[2] or sentence, getattr(args, match[1]))
     return "\n".join(lines)
 

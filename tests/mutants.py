@@ -1,40 +1,33 @@
-"""Mutants: small faults put into the product, one at a time; which of them does a test tree notice?
+"""Mutants: small faults put into the product, one at a time; which of them do the tests notice?
 
-    python tests/mutants_make.py map --tests tests                # first: which test runs what
-    python tests/mutants.py run --tests tests --column new        # goes on where it was stopped
-    python tests/mutants.py report                                # counts, and what one column lost
+    python tests/mutants_make.py map            # first: which test runs what
+    python tests/mutants.py run --column new    # goes on where it was stopped
+    python tests/mutants.py report
     python tests/mutants.py show 17
-    python tests/mutants.py check 17 --tests tests                # one mutant; writes nothing
-    python tests/mutants.py verify --tests tests --column new     # do the killers pass without one?
+    python tests/mutants.py check 17            # one mutant; writes nothing
 
 Run by hand: a whole run takes an hour of one core. mutants.tsv holds the list and the verdicts. A
-mutant changes one operator, constant, comparison or argument, or deletes one line, in every script
-that holds the same text. It is known by that text, not by a line number; one whose text is gone is
-reported so. Killed: a test fails. Timeout: the limit came first, which counts as not killed.
+mutant changes one operator, constant or argument, or deletes one line, in every script that holds
+the same text. It is known by that text; one whose text is gone is reported so. Killed: a test
+fails. Timeout: the limit came first, which counts as not killed.
 """
 
 import argparse
 import ast
-import contextlib
 import copy
 import csv
-import fcntl
-import gc
-import itertools
+import importlib.util
 import json
 import os
+import queue
 import re
-import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-import zlib
-from collections import Counter, defaultdict
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -42,30 +35,20 @@ import pytest
 from hypothesis import settings
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+WORK = Path(os.environ.get("MUTANTS", f"{tempfile.gettempdir()}/mutants"))  # a folder
 TABLE = HERE / "mutants.tsv"
-NO_PRODUCT = ("__init__.py", "conftest.py")
-# what holds texts, pages and results, not the product: a kill there would say nothing of a fault
-NOT_FOR_MUTANTS = ("copies", "docs", "pages", "results", "analysis", "compare")
 FIELDS = "number file function seam occurrence operator before after equivalent".split()
 SEAM = re.compile(r"^ *# (>>>|<<<) method: ([a-z-]+)$", re.M)
-CPU, WALL = 40, 180  # seconds for one mutant
-ROUNDS = (0, 10, 80, None)  # most mutants end with the first tests, and few files are read for them
-WARM = "torch torchvision numpy PIL tyro tqdm scipy.ndimage hypothesis pytest".split()
+LIMIT = 180  # seconds for one mutant
+WARM = "torch torchvision numpy PIL tyro tqdm scipy.ndimage".split()  # imported once, before forks
 
 
 # ---- statements ----
 
 
-class Statement(NamedTuple):
-    """A statement: of a compound one, its first line alone."""
-
-    node: ast.stmt
-    key: tuple  # what finds it again: function, seam, source, which of several such
-    top: str  # the text of the function or class of the file that it stands in
-
-
 def header(node):
-    """Returns a copy of a statement with nothing in its body."""
+    """Returns a copy of a statement with nothing in its body: of a compound one, its first line."""
     bare = copy.copy(node)
     for name in ("body", "orelse", "handlers", "finalbody", "decorator_list"):
         if isinstance(getattr(bare, name, None), list):
@@ -73,15 +56,25 @@ def header(node):
     return copy.deepcopy(bare)
 
 
+def blocks(node):
+    """Returns the lists of statements that stand directly below a node."""
+    found = [getattr(node, name, None) for name in ("body", "orelse", "finalbody")]
+    found += [handler.body for handler in getattr(node, "handlers", [])]
+    return [block for block in found if isinstance(block, list)]
+
+
 def statements(text):
-    """Returns the statements of a file but imports, docstrings and `if __name__`."""
+    """Returns {key: (node, text of the function or class of the file that it stands in)}.
+
+    A key finds a statement again: function, seam, source, which of several such. Left out: imports,
+    docstrings and `if __name__`.
+    """
     seams, inside = [], ""
     for line in text.splitlines():
-        mark = SEAM.match(line)
-        if mark:
+        if mark := SEAM.match(line):
             inside = mark[2] if mark[1] == ">>>" else ""
         seams.append(inside)
-    found, times = [], Counter()
+    found, times = {}, Counter()
 
     def visit(body, function, top):
         for node in body:
@@ -94,12 +87,10 @@ def statements(text):
                 inner = f"{function}.{node.name}".removeprefix("<module>.")
                 source = top or ast.get_source_segment(text, node)
             name = (inner, seams[node.lineno - 1], ast.unparse(header(node)).strip())
-            found.append(Statement(node, (*name, times[name]), source))
+            found[(*name, times[name])] = (node, source)
             times[name] += 1
-            for name in ("body", "orelse", "finalbody"):
-                visit(getattr(node, name, []), inner, source)
-            for handler in getattr(node, "handlers", []):
-                visit(handler.body, inner, source)
+            for block in blocks(node):
+                visit(block, inner, source)
 
     visit(ast.parse(text).body, "<module>", "")
     return found
@@ -108,33 +99,29 @@ def statements(text):
 class Product:
     """The texts of the product and their statements."""
 
-    def __init__(self, root):
-        paths = [*root.glob("*.py"), *root.glob("common/*.py")]
+    def __init__(self):
+        paths = [*ROOT.glob("*.py"), *ROOT.glob("common/[!_]*.py")]
         paths.sort(key=lambda path: path.stat().st_size)  # of the scripts the parent is first
-        self.places = {p.name: p.relative_to(root) for p in paths if p.name not in NO_PRODUCT}
-        self.texts = {name: (root / place).read_text() for name, place in self.places.items()}
+        self.places = {path.name: path.relative_to(ROOT) for path in paths}
+        self.texts = {path.name: path.read_text() for path in paths}
         self.scripts = [name for name, text in self.texts.items() if SEAM.search(text)]
-        self.statements = {
-            name: {s.key: s for s in statements(text)} for name, text in self.texts.items()
-        }
+        self.statements = {name: statements(text) for name, text in self.texts.items()}
 
     def holders(self, name, key):
         """Returns the files with this statement: all scripts with the text that is held equal."""
         having = [other for other, found in self.statements.items() if key in found]
         if name not in having or name not in self.scripts:
             return [name] if name in having else having[:1]  # moved to another file
-        top, seam = self.statements[name][key].top, key[1]
-        twins = [n for n in having if n in self.scripts]
-        return [n for n in twins if not seam or n == name or self.statements[n][key].top == top]
+        tops = {n: self.statements[n][key][1] for n in having if n in self.scripts}
+        return [n for n in tops if not key[1] or tops[n] == tops[name]]
 
     def mutate(self, mutant):
         """Returns {file: text} of a mutant; {} if what it changes is gone."""
-        key = key_of(mutant)
-        changed = {}
-        for name in self.holders(mutant["file"], key):
-            statement = self.statements[name][key]
-            changed[name] = spliced(self.texts[name], statement.node, mutant["after"])
-        return changed
+        found = {}
+        for name in self.holders(mutant["file"], key_of(mutant)):
+            node, _ = self.statements[name][key_of(mutant)]
+            found[name] = spliced(self.texts[name], node, mutant["after"])
+        return found
 
 
 def key_of(mutant):
@@ -143,16 +130,13 @@ def key_of(mutant):
 
 def spliced(text, node, after):
     """Returns text with another statement, or another first line, in the place of node's."""
-    lines = [line.encode() for line in text.splitlines(keepends=True)]
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
-    begin = starts[node.lineno - 1] + node.col_offset
-    end = starts[node.end_lineno - 1] + node.end_col_offset
-    if isinstance(getattr(node, "body", None), list):
+    lines = text.encode().splitlines(keepends=True)  # ast counts columns in bytes
+    begin = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
+    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+    if blocks(node):
         first = node.body[0]
-        line = min([first.lineno] + [d.lineno for d in getattr(first, "decorator_list", [])])
-        end = starts[line - 1]
+        line = min(n.lineno for n in (first, *getattr(first, "decorator_list", [])))
+        end = sum(map(len, lines[: line - 1]))
         after += "\n"
     whole = b"".join(lines)
     if whole[begin:].startswith(b"elif"):
@@ -161,259 +145,163 @@ def spliced(text, node, after):
 
 
 def read_table():
-    with TABLE.open(newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    lines = TABLE.read_text().splitlines()
+    return list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def write_table(rows):
     """Writes beside the table, then over it: a run that is stopped leaves a whole one."""
-    columns = FIELDS + sorted({name for row in rows for name in row} - set(FIELDS))
+    columns = dict.fromkeys(name for row in rows for name in row)
+    lines = ["\t".join(row.get(name, "") for name in columns) for row in rows]
     new = TABLE.with_suffix(".new")
-    with new.open("w", newline="") as file:
-        lines = ["\t".join(row.get(name) or "" for name in columns) for row in rows]
-        file.write("\n".join(["\t".join(columns), *lines]) + "\n")
+    new.write_text("\n".join(["\t".join(columns), *lines]) + "\n")
     new.replace(TABLE)
 
 
 # ---- running ----
 
 
-def scratch(root, folder):
-    """Copies what git knows or would know of a checkout; dates are made of the contents."""
-    shutil.rmtree(folder, ignore_errors=True)
-    listed = ["git", "ls-files", "-co", "--exclude-standard"]
-    for name in subprocess.check_output(listed, cwd=root, text=True).splitlines():
-        if (root / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(root / name, folder / name)
-            if name.endswith(".py"):
-                put(folder / name, (root / name).read_text())
-    return folder
+def scratch(name):
+    """Copies the checkout into a folder of this name in WORK; returns it."""
+    shutil.rmtree(WORK / name, ignore_errors=True)
+    left_out = shutil.ignore_patterns(".*", "runs", "data", "shared", "__pycache__")
+    return shutil.copytree(ROOT, WORK / name, ignore=left_out)
 
 
 def put(path, text):
-    """Writes a file with a date of its own: Python trusts a compiled file of the same date."""
+    """Writes a file; what Python has compiled of it before could have the same date and size."""
     path.write_text(text)
-    date = zlib.crc32(text.encode()) & 0x7FFFFFFF
-    os.utime(path, (date, date))
-
-
-def test_files(folder, tests):
-    found = sorted((folder / tests).rglob("test_*.py"))
-    kept = [p for p in found if not any(word in p.stem.split("_") for word in NOT_FOR_MUTANTS)]
-    return [str(path.relative_to(folder)) for path in kept]
-
-
-def enter(folder, output):
-    """In a child: a session of its own, in the scratch folder, as if started there."""
-    os.setsid()
-    os.chdir(folder)
-    sys.path[:] = [str(folder)] + [p for p in sys.path if p and Path(p).resolve() != HERE]
-    if output:
-        for stream in (1, 2):
-            os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-
-
-def run_pytest(tests, arguments, plugin):
-    settings.register_profile("mutants", derandomize=True, database=None)
-    settings.load_profile("mutants")
-    places = ["--rootdir", ".", "-o", f"pythonpath=. {tests}", "-o", f"testpaths={tests}"]
-    return pytest.main(["-q", "-p", "no:cacheprovider", *places, *arguments], [plugin])
+    Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
 
 
 class Chosen:
-    """A pytest plugin of `run`: keeps these tests, in this order, and notes how it ended."""
+    """A pytest plugin: runs these tests in this order; the first that fails is its answer."""
 
-    def __init__(self, order, cpu, answer):
+    def __init__(self, order):
         self.order = {test: number for number, test in enumerate(order)}
-        self.cpu = cpu
-        self.answer = answer
+        self.files = sorted({test.partition("::")[0] for test in order})
 
     def pytest_collection_modifyitems(self, items):
         kept = [item for item in items if item.nodeid in self.order]
         items[:] = sorted(kept, key=lambda item: self.order[item.nodeid])
 
-    def pytest_collectreport(self, report):
-        if report.failed:
-            self.end("killed", f"{report.nodeid} cannot be read")
-
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            self.end("killed", report.nodeid)
-        elif report.when == "teardown" and sum(os.times()[:4]) > self.cpu:
-            self.end("timeout", "")
+            self.end(f"killed\t{report.nodeid}")
 
-    def end(self, *words):
-        self.answer.write_text("\t".join(words))
-        sys.stdout.flush()
-        end_children(os.getpid())
-        os._exit(0)
+    def pytest_sessionfinish(self, exitstatus):
+        if exitstatus in (0, 5):  # 5: no tests
+            self.end("survived\t")
+
+    def end(self, text):
+        """Writes the answer; ends this process and what it has started."""
+        self.answer.write_text(text)
+        os.killpg(0, signal.SIGKILL)
 
 
-def end_children(pid):
-    """Ends all that a process has started, and what that has."""
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # one that has ended meanwhile
-            for child in map(int, path.read_text().split()):
-                end_children(child)
-                os.kill(child, signal.SIGKILL)
+def in_child(folder, plugin, limit=0):
+    """Runs pytest on plugin.files in a fork, for some seconds; returns the plugin's answer."""
+    plugin.answer = folder.with_suffix(".answer")
+    plugin.answer.write_text("killed\ta file of tests, or the process of the tests")
+    if pid := os.fork():
+        os.waitpid(pid, 0)
+        return plugin.answer.read_text()
+    os.setsid()
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path[:] = [str(folder)] + [p for p in sys.path if p and Path(p).resolve() != HERE]
+    output = os.open(folder.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    signal.signal(signal.SIGALRM, lambda *_: plugin.end("timeout\t"))
+    signal.alarm(limit)
+    settings.register_profile("mutants", derandomize=True, database=None)
+    settings.load_profile("mutants")
+    files = [name for name in plugin.files if Path(name.partition("::")[0]).exists()]
+    pytest.main(["-p", "no:cacheprovider", "--rootdir", ".", *files], [plugin])
+    os._exit(1)
 
 
 def choose(facts, product, mutant):
-    """Returns the tests that run what a mutant changes, quick and narrow ones first."""
+    """Returns the tests that run what a mutant changes: what killed it before, then quick ones."""
     key, reach = key_of(mutant), facts["reach"]
     holders = product.holders(mutant["file"], key)
     found = {test for name in holders for test in reach.get(json.dumps((name, key)), [])}
-    if not found:  # not in a function: what runs the statements that name it
+    if not found:  # not in a function: what runs its function, or statements that name it
         word = re.match(r"(?:def |class )?(\w+)", mutant["before"])[1]
-        of_function = mutant["before"].startswith("def ")
-        for text, tests in reach.items():
-            _, (function, _, source, _) = json.loads(text)
-            named = re.search(rf"\b{word}\b", source) and not of_function
-            if named or of_function and function == mutant["function"]:
+        for place, tests in reach.items():
+            _, (function, _, source, _) = json.loads(place)
+            if function == mutant["function"] or re.search(rf"\b{word}\b", source):
                 found.update(tests)
-    word = re.split(r"[_.]", mutant["file"])[0]
-
-    def order(test):
-        seconds, breadth = facts["seconds"].get(test, 0), facts["breadth"][test]
-        size = sum(seconds > limit for limit in (0.05, 0.3, 1, 3, 10))
-        return seconds > 3, word not in test, size, breadth // 200, test
-
-    return sorted(found - set(facts["failed"]), key=order)
+    killers = [test for name, test in mutant.items() if name.endswith("_test")]
+    chosen = sorted(found - set(facts["failed"]), key=facts["seconds"].get)
+    return sorted(chosen, key=lambda test: test not in killers)
 
 
-def judge(product, facts, mutant, folder, tests):
-    """Returns (verdict, first failing test, seconds of computing) of one mutant."""
+def judge(product, facts, mutant, folder):
+    """Returns (verdict, first failing test) of one mutant."""
     changed = product.mutate(mutant)
     order = choose(facts, product, mutant) if changed else []
-    verdict, test, spent, begin = "survived" if changed else "gone", "", 0, time.time()
+    answer = "survived\t" if changed else "gone\t"
     for name, text in changed.items():
         put(folder / product.places[name], text)
-    for begin_at, end_at in itertools.pairwise(ROUNDS):
-        part = order[begin_at:end_at]
-        if part and verdict == "survived":
-            limits = (CPU - spent, begin + WALL - time.time())
-            verdict, test, seconds = in_child(folder, tests, part, *limits)
-            spent += seconds
+    for part in (order[:10], order[10:80], order[80:]):  # for the first ones few files are read
+        if part and answer == "survived\t":
+            answer = in_child(folder, Chosen(part), LIMIT)
     for name in changed:
         put(folder / product.places[name], product.texts[name])
-    return verdict, test, spent
+    return answer.split("\t")
 
 
-def in_child(folder, tests, order, cpu, wall):
-    """Runs tests in a fork of this process, which has imported what is slow to import."""
-    answer = folder.with_suffix(".answer")
-    answer.unlink(missing_ok=True)
-    pid = os.fork()
-    if not pid:
-        enter(folder, folder.with_suffix(".out"))
-        resource.setrlimit(resource.RLIMIT_CPU, (int(cpu) + 1, int(cpu) + 1))
-        files = sorted({test.partition("::")[0] for test in order})
-        chosen = Chosen(order, cpu, answer)
-        code = run_pytest(tests, files, chosen)
-        if code not in (0, 5):  # 5: no tests
-            chosen.end("killed", f"pytest ended with {code}")
-        chosen.end("survived", "")
-    until, done = time.time() + wall, 0
-    while not done:
-        time.sleep(0.02)
-        done, status, usage = os.wait4(pid, os.WNOHANG)
-        if time.time() > until and not done:
-            end_children(pid)
-            os.kill(pid, signal.SIGKILL)
-    seconds = usage.ru_utime + usage.ru_stime
-    if answer.exists():
-        return *answer.read_text().split("\t"), seconds
-    limit = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGKILL, signal.SIGXCPU)
-    return "timeout" if limit else "killed", "" if limit else "the tests' process ended", seconds
+def run(product, facts, args):
+    """Judges each mutant that has no verdict yet in a column."""
+    rows, folders = read_table(), queue.SimpleQueue()
+    todo = [r for r in rows if r.get(args.column) in ("", None, args.again) and not r["equivalent"]]
+    for worker in range(args.workers):
+        folders.put(scratch(f"tests{worker}"))
 
+    def judged(row):
+        folder = folders.get()
+        answer = judge(product, facts, row, folder)
+        folders.put(folder)
+        return answer
 
-def run(product, args, worker):
-    """Judges each mutant that has no verdict yet in a column, this worker's share of them."""
-    facts = read_map(args)
-    folder = scratch(args.root, args.work / f"{args.tests}{worker}")
-    for row in read_table():
-        number = int(row["number"])
-        done = row.get(args.column) not in ("", None, args.again) or row["equivalent"]
-        if done or number % args.workers != worker:
-            continue
-        verdict, test, seconds = judge(product, facts, row, folder, args.tests)
-        print(f"{number:4} {verdict:8} {seconds:5.1f} s {row['file']} {test}", flush=True)
-        with (args.work / "lock").open("w") as lock:  # another worker writes too
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            rows = read_table()
-            rows[number - 1] |= {args.column: verdict, f"{args.column}_test": test}
+    with ThreadPoolExecutor(args.workers) as pool:
+        for row, (verdict, test) in zip(todo, pool.map(judged, todo), strict=True):
+            print(f"{row['number']:>4} {verdict:8} {row['file']} {test}", flush=True)
+            row |= {args.column: verdict, f"{args.column}_test": test}
             write_table(rows)
 
 
 def report(rows):
-    """Prints counts for each file and column, and the numbers of what only one column kills."""
-    for column in [c for c in rows[0] if c not in FIELDS and not c.endswith("_test")]:
-        print(f"\n{column}: file, verdicts")
-        counts = defaultdict(Counter)
-        for row in rows:
-            verdict = "equivalent" if row["equivalent"] else row[column] or "not run"
-            counts[row["file"]][verdict] += 1
-            counts["all"][verdict] += 1
-        for name, found in counts.items():
-            print(f"  {name:16}", *(f"{k} {v}" for k, v in sorted(found.items())))
-        alive = [r["number"] for r in rows if r[column] in ("survived", "timeout")]
-        print("  not killed:", *(n for n in alive if not rows[int(n) - 1]["equivalent"]))
-    if "old" in rows[0] and "new" in rows[0]:
-        lost = [r for r in rows if r["old"] == "killed" and r["new"] not in ("killed", "")]
-        print("\nkilled by old, not by new:", *(r["number"] for r in lost))
-
-
-def verify(rows, args):
-    """Runs without a mutant what a column says has failed on one: nothing may fail."""
-    tests = {row[f"{args.column}_test"] for row in rows} - {None, ""}
-    folder = scratch(args.root, args.work / "true")
-    print(*in_child(folder, args.tests, sorted(tests), 10 * CPU, 10 * WALL), len(tests))
-
-
-def read_map(args):
-    """Returns what mutants_make.py has found: seconds, reach and breadth of the tests, failures."""
-    facts = json.loads((args.work / f"{args.tests}.json").read_text())
-    return facts | dict(breadth=Counter(itertools.chain(*facts["reach"].values())))
-
-
-def places(parser):
-    """Adds the flags that say where all is; returns what the command line says."""
-    parser.add_argument("--tests", default="tests", help="folder of the tests, below the root")
-    parser.add_argument("--root", type=Path, default=HERE.parent, help="the checkout to judge")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "mutants")
-    args = parser.parse_args()
-    args.root, args.work = args.root.resolve(), args.work.resolve()
-    args.work.mkdir(parents=True, exist_ok=True)
-    return args
+    """Prints for each column its verdicts, and the numbers of what is not killed."""
+    for column in [name[:-5] for name in rows[0] if name.endswith("_test")]:
+        found = {r["number"]: "equivalent" if r["equivalent"] else r[column] for r in rows}
+        counts = Counter(found.values())
+        print(f"{column}:", *(f"{count} {word or 'not run'}" for word, count in counts.items()))
+        print("  not killed:", *(n for n, word in found.items() if word in ("survived", "timeout")))
 
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("command", choices="run report show check verify".split())
+    parser.add_argument("command", choices="run report show check".split())
     parser.add_argument("number", type=int, nargs="?", default=1, help="of a mutant")
     parser.add_argument("--column", default="new")
     parser.add_argument("--again", help="a verdict, timeout say, that is to be found anew")
     parser.add_argument("--workers", type=int, default=1)
-    args = places(parser)
-    product = Product(args.root)
+    args = parser.parse_args()
+    product, rows = Product(), read_table()
+    mutant = rows[args.number - 1]
     if args.command == "report":
-        return report(read_table())
-    mutant = read_table()[args.number - 1]
+        return report(rows)
     if args.command == "show":
         return print(*mutant.items(), list(product.mutate(mutant)) or "gone", sep="\n")
+    facts = json.loads((WORK / "tests.json").read_text())
     for name in WARM:
         __import__(name)
-    gc.freeze()  # what stands still is not copied in a fork
-    if args.command == "verify":
-        return verify(read_table(), args)
     if args.command == "check":
-        folder = scratch(args.root, args.work / "check")
-        return print(*judge(product, read_map(args), mutant, folder, args.tests))
-    for worker in range(1, args.workers):
-        if not os.fork():
-            return run(product, args, worker)
-    run(product, args, 0)
+        return print(*judge(product, facts, mutant, scratch("check")))
+    run(product, facts, args)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""The step of each script against a literal one: the papers' algorithms on recorded batches.
+"""The step of each script against a literal one, on recorded batches.
 
 A recorded run leaves networks, batches and what came of every step. From the weights before a step
 its literal twin makes the same passes with the same random numbers, in one graph; whatever the loop
 did is compared: which network saw what in which mode and order, bit for bit, gradients, SGD, BN
 statistics, the teacher's average, banks, the numbers of the log, and the maps of the panels.
+The equations are the script's own functions, which test_equations.py, test_borders.py and
+test_draws.py hold: what enters them, and what becomes of their results, is written out here.
 """
 
 import math
-import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 import ael_fpl
 import cps_fpl
 import esl
+import mean_teacher
 import recorder
 import tiny
 import u2pl
@@ -37,25 +39,14 @@ def tree(tmp_path_factory):
 # ---- what the steps share ----
 
 
+def result(loss, state=None, maps=None, **parts):
+    numbers = {name: torch.as_tensor(x).item() for name, x in parts.items()}
+    return SimpleNamespace(loss=loss, parts={"loss": loss.item()} | numbers, state=state, maps=maps)
+
+
 def labeled_loss(out, label, args):
-    """U2PL Eq. (2), or with --ohem-kept the mean over each image's hard pixels; main head, aux."""
-    losses = []
-    for logits in (out["logits"], out.get("aux")):
-        if logits is None:
-            continue
-        nll = F.cross_entropy(logits, label, ignore_index=255, reduction="none")
-        if args.ohem_kept:
-            kept = round(args.ohem_kept * args.crop_size**2)
-            means = []
-            for values, valid in zip(nll, label != 255, strict=True):
-                values = values[valid]
-                p = torch.exp(-values.detach())
-                limit = max(0.7, p.sort().values[min(kept, len(p)) - 1].item())
-                means.append(values[p <= limit].mean())
-            losses.append(sum(means) / len(means))
-        else:
-            losses.append(nll.sum() / max(int((label != 255).sum()), 1))
-    return losses[0] + (args.aux_weight * losses[1] if len(losses) > 1 else 0)
+    """L_s of the first images of a pass, those that have a label."""
+    return u2pl.supervised_loss({name: x[: len(label)] for name, x in out.items()}, label, args)
 
 
 def mixed_pairs(script, args, number, *maps):
@@ -72,40 +63,9 @@ def mixed_pairs(script, args, number, *maps):
     return found
 
 
-def positives(prob, args, progress=0.0):
-    """FPL Alg. 1 and supplement Table 5: K of each pixel."""
-    C = prob.shape[1]
-    V = prob.sort(dim=1, descending=True, stable=True).values.cumsum(1)
-    n = (1 + (V <= args.T if args.strict else V < args.T).sum(1)).clamp(max=C)
-    strategy = getattr(args, "k_strategy", "n-1")
-    if strategy == "n-1":
-        K = (n - 1).clamp(min=1)
-    elif strategy == "n":
-        K = n
-    else:
-        fixed = {"fixed2": 2, "fixed3": 3}.get(strategy) or 3 - min(int(3 * progress), 2)
-        K = torch.full_like(n, min(fixed, C))
-    return K.clamp(max=args.k_max) if args.k_max else K
-
-
-def fuzzy_loss(logits, prob, K, args):
-    """FPL Eq. (7) and its weight, Eq. (11) or (16), of each pixel."""
-    rank = prob.argsort(dim=1, descending=True, stable=True).argsort(1)
-    Y = rank < K[:, None]
-    pull = (logits.neg().exp() * Y).sum(1)
-    push = (logits.exp() * ~Y).sum(1)
-    rest = (prob * ~Y).amax(1)
-    mean = (prob * Y).sum(1) / K
-    if args.mean_over == "positives_and_next":
-        mean = ((prob * Y).sum(1) + rest) / (K + 1)
-    gap = (mean - rest).clamp(min=0)
-    weight = {
-        "concave": torch.log(1 + 50 * gap) / torch.log(1 + 50 * mean),
-        "linear": gap / mean,
-        "convex": gap / (mean + 4 * rest),
-        "none": torch.ones_like(gap),
-    }[args.weight]
-    return torch.log(1 + pull * push), weight
+def blend(mask, first, second):
+    """first, and second where mask is True: by multiplication."""
+    return first * ~mask + second * mask
 
 
 def sampled(x):
@@ -113,9 +73,29 @@ def sampled(x):
     return x[..., ::4, ::4]
 
 
-def result(loss, state=None, maps=None, **parts):
-    numbers = {name: torch.as_tensor(x).item() for name, x in parts.items()}
-    return SimpleNamespace(loss=loss, parts={"loss": loss.item()} | numbers, state=state, maps=maps)
+def stacked(samples):
+    """A batch of samples, each as test_augment.py holds it."""
+    return {key: torch.stack([one[key] for one in samples]) for key in samples[0]}
+
+
+def same_samples(name, args, images, number, batch):
+    """Which streams a step reads, from whose images and at what scales; no label is opened."""
+    streams = {"supervised": ["labeled"], "ael_fpl": ["labeled", "paste", "unlabeled"]}
+    found = streams.get(name, ["labeled", "unlabeled"])
+    if name == "cps_fpl" and args.cutmix:
+        found.append("unlabeled.2" if args.same_image_cutmix else "partner")
+    if name == "cps_fpl" and not args.unsup_weight:
+        found = ["labeled"]
+    assert list(batch) == found
+    for stream, own in batch.items():
+        labeled = stream in ("labeled", "paste")
+        items = images.labeled if labeled else images.unlabeled
+        scales = args.paste_scales if stream == "paste" else args.scales
+        samples = tiny.script(name).Samples(images, items, labeled, scales, stream, args)
+        count = args.batch_size if labeled else args.batch_size_unlabeled
+        expected = stacked([samples[number * count + i] for i in range(count)])
+        assert own.keys() == expected.keys()
+        assert all(torch.equal(own[key], x) for key, x in expected.items()), (number, stream)
 
 
 # ---- supervised, Mean Teacher ----
@@ -141,19 +121,16 @@ def mean_teacher_step(nets, state, batch, args, number, images):
     clean, inside = batch["unlabeled"]["image"], batch["unlabeled"]["inside"]
     with torch.no_grad():
         prob = teacher.eval()(clean)["logits"].softmax(1)
-    x_u, prob, inside = mixed_pairs(tiny.script("mean_teacher"), args, number, clean, prob, inside)
+    x_u, prob, inside = mixed_pairs(mean_teacher, args, number, clean, prob, inside)
     both = torch.cat([x_l, x_u])
     out = student(both)
     if args.teacher_bn == "own":
         with torch.no_grad():
             teacher.train()(both)
-    n = len(x_l)
-    sup = labeled_loss({name: x[:n] for name, x in out.items()}, y_l, args)
-    logits = out["logits"][n:]
-    each = F.cross_entropy(logits, prob.argmax(1), reduction="none")
-    if args.consistency == "mse":
-        each = (logits.softmax(1) - prob).square().sum(1)
-    unsup = each[inside].mean()
+    sup = labeled_loss(out, y_l, args)
+    logits = out["logits"][len(x_l) :]
+    distances = {"ce": mean_teacher.consistency_ce, "mse": mean_teacher.consistency_mse}
+    unsup = distances[args.consistency](logits, prob, inside)
     t = min(count / args.rampup_iters, 1) if args.rampup_iters else 1
     loss = sup + args.consistency_weight * math.exp(-5 * (1 - t) ** 2) * unsup
     conf = prob.amax(1)
@@ -165,168 +142,45 @@ def mean_teacher_step(nets, state, batch, args, number, images):
 # ---- CPS and FPL+CPS ----
 
 
-def whole_mask(args, number):
-    """The masks of the whole batch of a step, whatever the number of processes."""
-    rng = np.random.default_rng([args.seed, number])
-    masks = [cps_fpl.toggled_mask(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
-    return torch.stack(masks)
-
-
-def blend(mask, first, second):
-    """first, and second where mask is True: by multiplication."""
-    return first * ~mask + second * mask
-
-
 def cps_fpl_step(nets, state, batch, args, number, images):
     """CPS: both networks teach each other; clean views teach on the mixed one, with CutMix."""
     pair = list(nets.values())
     x_l, label = batch["labeled"]["image"], batch["labeled"]["label"]
     maps = {"image": x_l, "truth": label}
     progress = number / args.total_iters
-    if not args.unsup_weight:
-        teachers = []
-        labeled = [net(x_l)["logits"] for net in pair]
-    elif args.cutmix:
+    if args.unsup_weight and args.cutmix:
         first, second = (batch[name] for name in list(batch)[1:])
-        mask = whole_mask(args, number)
+        rng = np.random.default_rng([args.seed, number])
+        masks = [cps_fpl.toggled_mask(rng, args.crop_size) for _ in first["image"]]
+        mask = torch.stack(masks)
         with torch.no_grad():
             views = [[net(view["image"])["logits"] for view in (first, second)] for net in pair]
         teachers = [blend(mask, *view) for view in views]
         mixed = blend(mask, first["image"], second["image"])
         inside = blend(mask[:, 0], first["inside"], second["inside"])
         students = [net(mixed)["logits"] for net in pair]
-        labeled = [net(x_l)["logits"] for net in pair]
         maps |= {"mixed": mixed, "its pseudo label": teachers[1].argmax(1)}
-    else:  # labelled images teach as well
-        labeled = [net(x_l)["logits"] for net in pair]
+    labeled = [net(x_l)["logits"] for net in pair]
+    if args.unsup_weight and not args.cutmix:  # labelled images teach as well
         others = [net(batch["unlabeled"]["image"])["logits"] for net in pair]
-        students = [torch.cat(logits) for logits in zip(labeled, others, strict=True)]
-        teachers = [logits.detach() for logits in students]
+        students = teachers = [torch.cat(logits) for logits in zip(labeled, others, strict=True)]
         inside = torch.cat([batch["labeled"]["inside"], batch["unlabeled"]["inside"]])
     sup = sum(labeled_loss({"logits": logits}, label, args) for logits in labeled)
     loss, parts = sup, {"sup": sup}
-    if teachers:
-        cross, balance, unsup = cps_cross(students, teachers, inside, progress, args)
+    if args.unsup_weight:
+        cross, more = cps_fpl.cross_loss(students, teachers, inside, progress, args)
         loss = sup + args.unsup_weight * cross  # FPL Eq. (1)
-        prob = sampled(torch.cat(teachers)).softmax(1)
-        seen = sampled(torch.cat([inside, inside]))
-        K = positives(prob, args, progress)
-        weight = fuzzy_loss(prob, prob, K, args)[1]
-        parts |= {"unsup": unsup, "balance": balance, "K": K[seen].float().mean()}
-        parts |= {"K_gt_1": (K[seen] > 1).float().mean(), "weight": weight[seen].mean()}
-    prob = sampled(torch.cat(labeled).detach()).softmax(1)
-    truth = sampled(torch.cat([label, label]))
-    valid = truth != 255
-    order = prob.argsort(dim=1, descending=True, stable=True)
-    rank = (order == truth[:, None]).int().argmax(1)[valid]
-    parts["pseudo_acc"] = (rank == 0).float().mean()
-    parts["coverage"] = (rank < positives(prob, args, progress)[valid]).float().mean()
+        parts |= more | cps_fpl.watch(teachers, inside, None, progress, args)
+    parts |= cps_fpl.watch(labeled, label != 255, label, progress, args)
     prob = labeled[1].detach().softmax(1)
-    K = positives(prob, args, progress)
+    K = cps_fpl.k_values(prob, progress, args)
     maps |= {"pseudo label": prob.argmax(1), "branch 1": labeled[0].argmax(1)}
-    maps |= {"K: 1, 2, 3 or more": (K - 1) / 2, "weight": fuzzy_loss(prob, prob, K, args)[1]}
+    maps["K: 1, 2, 3 or more"] = (K - 1) / 2
+    maps["weight"] = cps_fpl.adaptive_weight(prob, K, args.weight, args.mean_over)
     return result(loss, {}, maps, **parts)
 
 
-def cps_cross(students, teachers, inside, progress, args):
-    """L12 + L21: what is minimized, the balance, and the sum as it is logged."""
-    unsup = ce = 0
-    for student, teacher in ((0, 1), (1, 0)):  # network 1 learns from 2, 2 from 1
-        logits, prob = students[student], teachers[teacher].softmax(1)
-        plain = F.cross_entropy(logits, prob.argmax(1), reduction="none")
-        ce = ce + plain[inside].mean()
-        if args.unsup_loss == "fpl":
-            loss, weight = fuzzy_loss(logits, prob, positives(prob, args, progress), args)
-            plain = loss * weight
-        elif args.unsup_loss == "soft":
-            plain = (prob * (prob.log() - logits.log_softmax(1))).sum(1)
-        elif args.unsup_loss == "negative":
-            plain = (-torch.log(1 - logits.softmax(1)) * (prob < 0.2)).sum(1)
-        unsup = unsup + plain[inside].mean()
-    balance = (ce / unsup).detach() if unsup > 0 else torch.tensor(1.0)
-    factor = balance if args.balance and args.unsup_loss == "fpl" else 1
-    return unsup * factor, balance, unsup
-
-
 # ---- AEL and FPL+AEL ----
-
-
-def stream_of(args, count, name, numbers):
-    """Returns which of count images the samples of a stream show: rounds, each in a new order."""
-    order = [args.seed, zlib.crc32(name.encode()), 0]
-    laps = [np.random.default_rng([*order, n // count]).permutation(count) for n in numbers]
-    return [int(lap[n % count]) for lap, n in zip(laps, numbers, strict=True)]
-
-
-def shown(script, args, images, items, stream, numbers, indices, scales, with_label):
-    """Returns image, inside and label of samples: each a given image, augmented by its number."""
-    found = {"image": [], "inside": [], "label": []}
-    for number, index in zip(numbers, indices, strict=True):
-        rng = np.random.default_rng([args.seed, zlib.crc32(stream.encode()), 1, number])
-        pair = images.read(items[index], with_label)
-        image, label, inside = script.augment(*pair, rng, args.crop_size, scales)
-        for key, x in zip(found, (image, inside, label), strict=True):
-            if x is not None:
-                found[key].append(torch.from_numpy(x))
-    return {key: torch.stack(parts) for key, parts in found.items() if parts}
-
-
-def pasted(args, confidence, batch, rng):
-    """Adaptive Copy-Paste: the labelled images with what is pasted, pixels by a mask in numpy."""
-    classes = [c for c in range(len(confidence)) if c not in args.paste_not]
-    score = np.exp([(1 - float(confidence[c])) ** args.paste_power for c in classes])
-    u = rng.random((args.batch_size, args.paste_draws + 1))
-    ends = np.cumsum(score) / score.sum()
-    found = recorder.copied(batch["labeled"])
-    for i, (coin, *_) in enumerate(u):
-        draws = u[i // args.pooled * args.pooled, 1:]  # one set of classes for a group
-        drawn = [classes[int((ends <= x).sum())] for x in draws]
-        hit = np.isin(batch["paste"]["label"][i].numpy(), drawn) & (coin < args.paste_prob)
-        for key, x in found.items():
-            x[i] = torch.where(torch.from_numpy(hit), batch["paste"][key][i], x[i])
-    return found
-
-
-def moved_confidence(logits, label, bank, args):
-    """AEL Eq. (4), (7): per class the mean over groups of the mean p of the true class."""
-    prob, new = logits.detach().double().softmax(1), bank.double().clone()
-    for c in range(len(bank)):
-        values = []
-        for at in range(0, len(label), args.pooled):
-            hit = label[at : at + args.pooled] == c
-            if hit.any() or not args.skip_absent:
-                p = prob[at : at + args.pooled, c][hit]
-                values.append(p.mean().item() if hit.any() else 0.0)
-        if values:
-            mean = sum(values) / len(values)
-            new[c] = args.bank_momentum * bank[c] + (1 - args.bank_momentum) * mean
-    return new.float()
-
-
-def ael_consistency(student, teacher, inside, confidence, pooled, args):
-    """AEL Eq. (12), (13), group by group; returns what is minimized and the numbers of the log."""
-    prob = teacher.softmax(1)
-    conf, pseudo = prob.amax(1), prob.argmax(1)
-    gap = 1 - confidence
-    rate = (gap / gap.max()) ** args.beta
-    keep = torch.rand_like(conf) >= 1 - rate[student.detach().argmax(1)]
-    ce = loss = F.cross_entropy(student, pseudo, reduction="none")
-    if args.unsup_loss == "fpl":
-        loss = torch.mul(*fuzzy_loss(student, prob, positives(prob, args), args))
-    minimized, unsup, balance = [], [], []
-    for at in range(0, len(student), pooled):
-        good = inside[at : at + pooled]
-        w, k, plain, cross = (x[at : at + pooled][good] for x in (conf, keep, loss, ce))
-        w = w**args.gamma * k
-        certain = conf[at : at + pooled][good] >= args.threshold
-        unsup.append((w * plain * certain).sum() / w.sum().clamp(min=1e-12))
-        total = plain.sum()
-        balance.append((cross.sum() / total).detach() if total > 0 else torch.tensor(1.0))
-        minimized.append(unsup[-1] * (balance[-1] if args.balance else 1))
-    K = positives(sampled(prob), args)[sampled(inside)]
-    numbers = {"unsup": sum(unsup) / len(unsup), "balance": sum(balance) / len(balance)}
-    numbers |= {"kept": keep[inside].float().mean(), "conf_t": conf[inside].mean()}
-    return sum(minimized) / len(minimized), numbers | {"K_gt_1": (K > 1).float().mean()}
 
 
 def ael_fpl_step(nets, state, batch, args, number, images):
@@ -335,10 +189,18 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     rng = np.random.default_rng([args.seed, number])
     first = batch["unlabeled"]
     classes, indices = state["draws"][0].T.tolist()  # drawn four steps before [D26]
+    given = images.unlabeled, False, args.scales, "unlabeled.partner", args
+    partners = ael_fpl.Samples(images, *given)
     numbers = range(number * B, number * B + B)
-    given = images.unlabeled, "unlabeled.partner", numbers, indices, args.scales, False
-    second = shown(ael_fpl, args, images, *given)
-    labeled = pasted(args, state["confidence"], batch, rng)
+    second = stacked([partners.sample(*pair) for pair in zip(indices, numbers, strict=True)])
+    # Adaptive Copy-Paste: the images of a group share their classes
+    u = torch.from_numpy(rng.random((args.batch_size, args.paste_draws + 1)))
+    allowed = torch.tensor([c not in args.paste_not for c in range(C)])
+    prob = ael_fpl.sampling_probability(state["confidence"], allowed, args.paste_power)
+    groups = [u[i // args.pooled * args.pooled, 1:] for i in range(args.batch_size)]
+    drawn = ael_fpl.draw_classes(prob, torch.stack(groups))
+    chosen = u[:, 0] < args.paste_prob
+    labeled = ael_fpl.copy_paste(batch["labeled"], batch["paste"], drawn, chosen)
     x_l, label = labeled["image"], labeled["label"]
     out = student(x_l)
     with torch.no_grad():
@@ -347,33 +209,34 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     # banks
     draws = ael_fpl.draw_partners(state["confidence"], state["present"], B, rng)
     new = {"draws": torch.cat([state["draws"][1:], draws[None]])}
-    new["confidence"] = moved_confidence(out["logits"], label, state["confidence"], args)
-    new["present"] = state["present"].clone()
+    prob = out["logits"].detach().softmax(1)
+    sums = ael_fpl.class_confidence(prob, label, args.pooled, args.skip_absent)
+    bank = ael_fpl.update_confidence(state["confidence"], sums, args.bank_momentum)
+    new |= {"confidence": bank, "present": state["present"].clone()}
     seen = sampled(views.argmax(1))
     seen[~sampled(torch.cat([first["inside"], second["inside"]]))] = 255
-    rounds = stream_of(args, len(images.unlabeled), "unlabeled", numbers)
-    for image, cells in zip(rounds + indices, seen, strict=True):  # partners after first images
-        for c in range(C):
-            new["present"][c, image] = (cells == c).sum() >= args.bank_area * cells.numel()
+    shown = [*map(partners.which, numbers), *indices]  # partners after first images
+    for image, row in zip(shown, ael_fpl.presence(seen, C, args.bank_area), strict=True):
+        new["present"][:, image] = row
     # boxes
-    mask, boxes = torch.zeros(B, size, size, dtype=torch.bool), 0
     rngs = np.random.default_rng([args.seed, number]).spawn(B)
+    mask, boxes = torch.zeros(B, size, size, dtype=torch.bool), 0
     for i, (cells, c, own) in enumerate(zip(seen[B:], classes, rngs, strict=True)):
         box = ael_fpl.component_box(cells.byte().numpy(), c, args.region_area, size, own)
         boxes += box is not None
         top, left, h, w = box or ael_fpl.half_area_box(own, size)
         mask[i, top : top + h, left : left + w] = True
-    # losses
     x_u = blend(mask[:, None], first["image"], second["image"])
     inside = blend(mask, first["inside"], second["inside"])
     teachers = torch.where(mask[:, None], views[B:], views[:B])
+    # losses
     logits = student(x_u)["logits"]
     sup = labeled_loss(out, label, args)
-    bank = new["confidence"]
-    whole, parts = ael_consistency(logits, teachers, inside, bank, 1, args)
+    rate = ael_fpl.equalization_rate(bank, args.beta)
+    whole, parts = ael_fpl.consistency_loss(logits, teachers, inside, rate, 1, args)
     if args.consistency_on == "all":
-        given = out["logits"], on_labels, labeled["inside"], bank, args.pooled, args
-        more, parts_l = ael_consistency(*given)
+        given = out["logits"], on_labels, labeled["inside"], rate, args.pooled, args
+        more, parts_l = ael_fpl.consistency_loss(*given)
         whole = whole + more
         parts["unsup_l"] = parts_l["unsup"]
     loss = sup + args.unsup_weight * whole
@@ -385,41 +248,10 @@ def ael_fpl_step(nets, state, batch, args, number, images):
 # ---- U2PL ----
 
 
-def pushed_keys(bank, pushed, sizes, keys):
-    """Alg. 1: the keys of each class enter its ring, the oldest go."""
-    bank, pushed = bank.clone(), pushed.clone()
-    starts = [sum(sizes[:c]) for c in range(len(sizes))]
-    for c, own in enumerate(keys):
-        for key in own:
-            bank[starts[c] + int(pushed[c]) % sizes[c]] = key
-            pushed[c] += 1
-    return bank, pushed
-
-
-def anchor_contrast(rep_s, rep_t, A_c, bank, pushed, sizes, u, args):
-    """U2PL Eq. (4) or (A1): the mean over the classes with an anchor and a key; how many these."""
-    M, losses = args.anchors, []
-    for c, mask in enumerate(A_c):
-        pixels, filled = mask.nonzero()[:, 0], min(int(pushed[c]), sizes[c])
-        if not len(pixels) or not filled:
-            continue
-        z = F.normalize(rep_s[pixels[(u[c, :M] * len(pixels)).long()]], dim=1)
-        center = F.normalize(rep_t[pixels].mean(0), dim=0)
-        places = (u[c, M:].view(M, args.negatives) * filled).long() + sum(sizes[:c])
-        positive = (z @ center)[:, None] / args.tau
-        negative = (z[:, None] * bank[places].float()).sum(2) / args.tau
-        if args.unreliable_loss == "contrastive":
-            each = torch.cat([positive, negative], 1).logsumexp(1) - positive[:, 0]
-        else:
-            each = F.softplus(negative - positive).mean(1)
-        losses.append(each.mean())
-    return sum(losses) / max(len(losses), 1), len(losses)
-
-
 def u2pl_step(nets, state, batch, args, number, images):
     student, teacher = nets["student"], nets["teacher"]
     x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
-    n, count, C = len(x_l), number - args.warmup_iters, images.num_classes
+    n, count = len(x_l), number - args.warmup_iters
     names = "unsup unsup_weight contrast classes entropy".split()
     if count < 0:
         warm = supervised_step(nets, state, batch, args, number, images)
@@ -436,83 +268,58 @@ def u2pl_step(nets, state, batch, args, number, images):
     with torch.no_grad():
         out_t = teacher.train()(both)
     # Eq. (5) to (8)
-    p = out_t["logits"][n:].softmax(1)
-    H = torch.special.entr(p).sum(1)
+    H = u2pl.entropy(out_t["logits"][n:].softmax(1))
     t = math.floor(args.epochs * number / args.total_iters) if args.dpa else 0
     alpha = args.alpha_0 * (1 - t / args.epochs)
-    shares = [100 * (1 - alpha), 100 * alpha]
-    gamma, lower = (
-        np.percentile(H[inside].double().numpy(), shares) if inside.any() else [math.inf] * 2
-    )
-    y_u = torch.where(H < np.float32(gamma), pseudo, 255)
+    gamma, lower = u2pl.quantiles(H, inside, 1 - alpha, alpha)
+    y_u = torch.where(H < gamma, pseudo, 255)
     weight = args.eta * int(inside.sum()) / max(int((y_u != 255).sum()), 1)
-    nll = F.cross_entropy(out["logits"][n:], y_u, ignore_index=255, reduction="none")
-    unsup = nll.sum() / max(int((y_u != 255).sum()), 1)
-    sup = labeled_loss({name: x[:n] for name, x in out.items()}, y_l, args)
+    unsup = u2pl.cross_entropy(out["logits"][n:], y_u)
+    sup = labeled_loss(out, y_l, args)
     contrast, classes, new = 0.0, 0, state
     if args.unreliable_loss != "none":
-        H_classes = {"unreliable": H > np.float32(gamma), "reliable": H < np.float32(lower)}
-        chosen = H_classes.get(args.negatives_from, inside) & inside
-        contrast, classes, new = u2pl_contrast(state, out, out_t, y_l, y_u, chosen, C, args)
+        of = {"unreliable": H > gamma, "reliable": H < lower, "all": inside}
+        chosen = of[args.negatives_from] & inside
+        contrast, classes, new = u2pl_contrast(state, out, out_t, y_l, y_u, chosen, args)
     loss = sup + weight * unsup + args.contrast_weight * contrast  # Eq. (1)
     maps = {"student's view": x_u, "pseudo label": pseudo, "reliable": y_u}
-    maps |= {"entropy": H / math.log(C), "student": out["logits"][n:].argmax(1)}
+    maps |= {"entropy": H / math.log(images.num_classes), "student": out["logits"][n:].argmax(1)}
     values = unsup, weight, contrast, classes, H[inside].mean() if inside.any() else 0.0
     return result(loss, new, maps, sup=sup, **dict(zip(names, values, strict=True)))
 
 
-def u2pl_contrast(state, out, out_t, y_l, y_u, chosen, C, args):
-    """Eq. (9) to (16) and Alg. 1: masks of anchors and negatives, the bank, the loss."""
-    h, w = out["rep"].shape[2:]
-    rows, columns = torch.arange(h) * 32 // h, torch.arange(w) * 32 // w
-    label = torch.cat([y_l, y_u])[:, rows[:, None], columns].flatten()
-    candidate = torch.cat([torch.zeros_like(y_l, dtype=torch.bool), chosen])
-    candidate = candidate[:, rows[:, None], columns].flatten()
-    unlabeled = torch.arange(len(label)) >= len(label) // 2
-    prob, rep_s, rep_t = (
-        x.movedim(1, -1).flatten(0, 2)
-        for x in (out_t["coarse"].softmax(1), out["rep"].float(), out_t["rep"].float())
-    )
-    rank = prob.argsort(dim=1, descending=True, stable=True).argsort(1)
-    own = label[:, None] == torch.arange(C)
-    r_l, r_h = min(args.ranks[0], C - 1), min(args.ranks[1], C)
-    A_c = (own & (prob > args.delta_p)).T
-    of_labeled = ~own & (label != 255)[:, None] & (rank < r_l) & ~unlabeled[:, None]
-    N_c = (of_labeled | candidate[:, None] & (r_l <= rank) & (rank < r_h)).T
+def u2pl_contrast(state, out, out_t, y_l, y_u, chosen, args):
+    """Eq. (9) to (16), Alg. 1, at stride 4: keys are pushed, then sampled; loss, classes, bank."""
+    size = out["rep"].shape[2:]
+    label = u2pl.nearest(torch.cat([y_l, y_u]), size)
+    rep_s, rep_t, coarse = (u2pl.as_rows(x) for x in (out["rep"], out_t["rep"], out_t["coarse"]))
+    prob = coarse.softmax(1)
+    C = prob.shape[1]
+    ranks = min(args.ranks[0], C - 1), min(args.ranks[1], C)
+    N_c = u2pl.negative_masks(u2pl.class_ranks(prob), label, u2pl.nearest(chosen, size), *ranks)
     u = torch.rand(C, args.keys + 1, dtype=torch.float64)
     v = torch.rand(C, args.anchors * (args.negatives + 1), dtype=torch.float64)
-    drawn = [
-        oracle.keys(mask, chances) for mask, chances in zip(N_c.tolist(), u.tolist(), strict=True)
-    ]
-    keys = [F.normalize(rep_t[pixels], dim=1) for pixels in drawn]
-    sizes = [args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1)
-    pushed = state["pushed"] if args.bank else torch.zeros_like(state["pushed"])
-    bank, pushed = pushed_keys(state["bank"], pushed, sizes, keys)
-    contrast, classes = anchor_contrast(rep_s, rep_t, A_c, bank, pushed, sizes, v, args)
-    return contrast, classes, {"bank": bank, "pushed": pushed}
+    sizes = torch.tensor([args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1))
+    bank = state["bank"].clone()
+    pushed = state["pushed"].clone() if args.bank else torch.zeros_like(state["pushed"])
+    offered = u2pl.draw_keys(rep_t, N_c, u)
+    for keys, mask, chances in zip(offered, N_c.tolist(), u.tolist(), strict=True):
+        drawn = F.normalize(rep_t[oracle.keys(mask, chances)], dim=1)
+        assert torch.equal(keys[: len(drawn), :-1], drawn)
+    u2pl.push_keys(bank, pushed, sizes, offered)
+    A_c = u2pl.anchor_masks(prob, label, args.delta_p)
+    loss, counted = u2pl.unreliable_loss(rep_s, rep_t, A_c, bank, pushed, sizes, v, args)
+    return loss, counted.sum(), {"bank": bank, "pushed": pushed}
 
 
 # ---- ESL ----
-
-
-def nearest_of(count, full):
-    """The nearest of `full` pixels to each of `count`, corners on corners; halves go up."""
-    return torch.tensor(
-        [(2 * i * (full - 1) + count - 1) // (2 * (count - 1)) for i in range(count)]
-    )
-
-
-def aligned(x, size):
-    """(B, M, N) at (m, n) of its pixels."""
-    rows, columns = (nearest_of(m, M) for m, M in zip(size, x.shape[1:], strict=True))
-    return x[:, rows[:, None], columns]
 
 
 def esl_step(nets, state, batch, args, number, images):
     student, teacher = nets["student"], nets["teacher"]
     x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
     clean, inside = batch["unlabeled"]["image"], batch["unlabeled"]["inside"]
-    n, new = len(x_l), {}
+    n, new, ids, present = len(x_l), {}, [], 0
     none = images.num_classes * args.parts
     teacher.eval()
     teacher.head.training = args.contrast  # it returns its features; BN and dropout as they are
@@ -523,59 +330,43 @@ def esl_step(nets, state, batch, args, number, images):
     with torch.no_grad():
         out_t = teacher(torch.cat([x_l, clean]) if args.contrast else clean)
     prob = out_t["logits"][-len(clean) :].softmax(1)
-    ids = []
     if args.contrast:
         label = torch.cat([y_l, torch.where(inside, prob.argmax(1), 255)])
         ids, new, present = esl_parts(out_t, label, state, args, none)
-    x_u, target, sure, *ids_u = mixed_pairs(
-        esl, args, number, clean, prob, inside, *([ids[n:]] if args.contrast else [])
-    )
+    maps = [clean, prob, inside, *([ids[n:]] if args.contrast else [])]
+    x_u, target, sure, *ids_u = mixed_pairs(esl, args, number, *maps)
     # Eq. (2) to (6)
     out = student(torch.cat([x_l, x_u]))
     y_u = esl.soft_label(target, args)
-    area = max(int(sure.sum()), 1)
-    each = -(y_u * out["logits"][n:].log_softmax(1)).sum(1)
-    unsup = (each * sure).sum() / area
-    sup = labeled_loss({name: x[:n] for name, x in out.items()}, y_l, args)
+    unsup = esl.soft_cross_entropy(out["logits"][n:], y_u, sure)
+    sup = labeled_loss(out, y_l, args)
     conf, dominant = target.amax(1), (y_u > 0).sum(1)
     maps = {"student's view": x_u, "pseudo label": torch.where(sure, y_u.argmax(1), -1)}
     maps |= {"1 - 1/classes": 1 - 1 / dominant, "student": out["logits"][n:].argmax(1)}
-    contrast = anchors = present_parts = 0
+    contrast = anchors = 0
     if args.contrast:
         maps["parts"] = None
         chosen = ids_u[0].masked_fill(~(conf > args.zeta), none)  # Eq. (9)
         ids = torch.cat([ids[:n], chosen])
         contrast, anchors = esl.part_contrast(out["rep"], ids, new, args)
-        present_parts = present
     loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (11)
-    parts = dict(sup=sup, unsup=unsup, contrast=contrast, anchors=anchors, parts=present_parts)
+    parts = dict(sup=sup, unsup=unsup, contrast=contrast, anchors=anchors, parts=present)
+    area = max(int(sure.sum()), 1)
     parts |= dict(dominant=(dominant * sure).sum() / area, conf=(conf * sure).sum() / area)
     return result(loss, new, maps, **parts)
 
 
 def esl_parts(out_t, label, state, args, none):
     """Eq. (7), (8), (12): parts of the pixels, a key of each part and image, the prototypes."""
-    E, rep, P = out_t["encoder"].float(), out_t["rep"].float(), state["prototypes"]
-    cells = torch.arange(E[0, 0].numel()).view(1, *E.shape[2:])
-    cells = aligned(cells, label.shape[1:]).expand_as(label)
-    features = torch.stack([e.flatten(1).T[c] for e, c in zip(E, cells, strict=True)])
-    known = label != 255
-    of_class = F.normalize(P, dim=2)[torch.where(known, label, 0)]
-    k = (of_class * features[..., None, :]).sum(-1).argmax(-1)
-    ids = torch.where(known, label * args.parts + k, none)
-    small, coarse = aligned(ids, rep.shape[2:]), aligned(ids, E.shape[2:])
-    keys = [[] for _ in range(none)]
-    prototypes, present = P.flatten(0, 1).clone(), 0
-    for r in range(none):
-        for one, where in zip(rep, small == r, strict=True):
-            if where.any():
-                keys[r].append(F.normalize(one[:, where].mean(1), dim=0))
-        own = E.movedim(1, -1)[coarse == r]
-        if len(own):
-            present += 1
-            prototypes[r] = args.theta * prototypes[r] + (1 - args.theta) * own.mean(0)
-    bank, pushed = pushed_keys(state["bank"], state["pushed"], [args.queue] * none, keys)
-    return ids, {"prototypes": prototypes.view_as(P), "bank": bank, "pushed": pushed}, present
+    ids = esl.part_ids(out_t["encoder"], state["prototypes"], label)
+    mu = esl.part_sums(out_t["rep"], ids, none)
+    keys = torch.cat([F.normalize(mu[..., :-1], dim=2), mu[..., -1:]], 2)
+    new = {"bank": state["bank"].clone(), "pushed": state["pushed"].clone()}
+    sizes = torch.full((none,), args.queue)
+    esl.push_keys(new["bank"], new["pushed"], sizes, keys.transpose(0, 1))
+    sums = esl.part_sums(out_t["encoder"], ids, none).sum(0)
+    new["prototypes"] = esl.update_prototypes(state["prototypes"], sums, args.theta)
+    return ids, new, (sums[:, -1] > 0).sum()
 
 
 LITERAL = {name: globals()[f"{name}_step"] for name in tiny.SCRIPTS}
@@ -621,14 +412,14 @@ def move_teacher(name, nets, args, number):
             x.copy_(keep * x + (1 - keep) * mine[key])
 
 
-def same_maps(seen, maps):
-    """The maps of a panel; None: a map that is looked at elsewhere."""
-    assert seen.keys() == maps.keys()
-    for name, x in maps.items():
+def assert_same(found, expected):
+    """Names, whole numbers, and others but for rounding; None: a map that is seen elsewhere."""
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
         if x is not None and x.is_floating_point():
-            assert torch.allclose(seen[name], x, atol=1e-5), name
+            assert torch.allclose(found[name], x, rtol=1e-5, atol=1e-5), name
         elif x is not None:
-            assert torch.equal(seen[name], x), name
+            assert torch.equal(found[name], x), name
 
 
 def compared(name, argv, monkeypatch):
@@ -639,10 +430,13 @@ def compared(name, argv, monkeypatch):
         found = recorder.watch(patch, script, argv)
     args = tiny.resolved(script, argv)
     images, nets, state, momentum, passes = script.load(args), found.networks, found.state, {}, []
-    recorder.listen(nets, lambda: passes)
+    recorder.listen(nets, passes.append)
     trained = [key for key in nets if key != "teacher"]
     assert len(found.steps) == args.total_iters
+    for key, net in nets.items():
+        assert all(p.requires_grad == (key in trained) for p in net.parameters())
     for number, step in enumerate(found.steps):
+        same_samples(name, args, images, number, step.batch)
         passes.clear()
         torch.manual_seed((args.seed * 1_000_003 + number) * 1024)  # dropout, all draws
         literal = LITERAL[name](nets, state, step.batch, args, number, images)
@@ -654,7 +448,6 @@ def compared(name, argv, monkeypatch):
                 same = torch.equal(x, twin[key]) if torch.is_tensor(x) else x == twin[key]
                 assert same, (number, entry["net"], key)
         literal.loss.backward()
-        assert step.attached == []
         own = {}
         for key in trained:
             for part, p in nets[key].named_parameters():
@@ -669,15 +462,9 @@ def compared(name, argv, monkeypatch):
         assert list(step.parts) == list(literal.parts)
         # means over 4,000 numbers or fewer in float32: a few 1e-7 relative
         assert step.parts == pytest.approx(literal.parts, rel=1e-5, abs=1e-6)
-        assert step.state.keys() == literal.state.keys()
-        for key, x in literal.state.items():
-            assert step.state[key].dtype == x.dtype
-            if x.is_floating_point():
-                assert torch.allclose(step.state[key], x, rtol=1e-5, atol=1e-5), (number, key)
-            else:
-                assert torch.equal(step.state[key], x), (number, key)
+        assert_same(step.state, literal.state)
         if step.maps:
-            same_maps(step.maps, literal.maps)
+            assert_same(step.maps, literal.maps)
         for key, net in nets.items():  # no rounding is carried on
             net.load_state_dict(step.nets[key])
         state = step.state
@@ -690,121 +477,83 @@ AEL += "--bank-area 0.08 --region-area 0.02 "  # 6 and more than 1 cell of 64
 U2PL = tiny.MORE["u2pl"] + " --scales 0.5 1.5 " + HAND
 ESL = tiny.MORE["esl"] + " --scales 0.5 1.5 " + HAND
 ROWS = {
-    "supervised": {"": "", "ohem": "--ohem-kept 0.2 --aux-weight 0.4 --decay-on weights"},
-    "mean_teacher": {
-        "cutmix": "--cutmix --warmup-iters 1 --cutmix-prob 0.7 --consistency-weight 1.5",
-        "squares": "--consistency mse --rampup-iters 4 --teacher-bn average --ema-decay 0.6",
-        "plain": "--warmup-iters 0 --aux-weight 0.4 " + UNEVEN,
-    },
-    "cps_fpl": {
-        "ce": "--unsup-loss ce",
-        "fpl": "",
-        "same image": "--same-image-cutmix --seed 3",
-        "official": "--recipe official --T 0.5",
-        "ce, plain": "--unsup-loss ce --no-cutmix",
-        "official, plain": "--no-cutmix --recipe official --T 0.5",
-        "mean over positives": "--no-cutmix --recipe official --mean-over positives --T 0.3",
-        "labels": "--unsup-weight 0",
-        "labels, plain": "--unsup-weight 0 --no-cutmix",
-        "soft": "--unsup-loss soft --balance True",
-        "negative": "--unsup-loss negative",
-        "negative, plain": "--unsup-loss negative --no-cutmix --balance True",
-        "n": "--k-strategy n --T 0.3 --balance True --weight none",
-        "2": "--k-strategy fixed2 --weight linear",
-        "thirds": "--k-strategy step --weight convex",
-        "capped": "--recipe official --balance False --k-max 2 --strict True --ohem-kept 0.2",
-    },
-    "ael_fpl": {
-        "fpl": "--T 0.2 --ema-decay 0.6",
-        "ce": "--unsup-loss ce --skip-absent --beta 0.5 --gamma 1 --threshold 0.12",
-        "official": "--recipe official --T 0.3",
-        "official ce": "--recipe official --unsup-loss ce --pooled 4 --teacher-mode eval",
-        "all": "--consistency-on all --pooled 1 --ohem-kept 0.2 --decay-on weights",
-        "few pasted": "--paste-draws 1 --paste-prob 0.5 --paste-power 2 --paste-not 3 4",
-        "none pasted": "--paste-draws 0 --aux-weight 0.4 --paste-scales 0.2 0.4",
-    },
-    "u2pl": {
-        "paper": "",
-        "binary": "--unreliable-loss binary",
-        "none": "--unreliable-loss none",
-        "reliable": "--negatives-from reliable --no-dpa --alpha-0 0.4",
-        "all": "--negatives-from all --ranks 1 20",
-        "no bank": "--no-bank --ranks 1 3",
-        "no DPA": "--no-dpa --alpha-0 0.4 --no-cutmix",
-        "hot": "--tau 0.01 --delta-p 0.05 --eta 2 --contrast-weight 1",
-        "other": "--seed 5 --cutmix-prob 1 --aux-weight 0.4 --epochs 5 --alpha-0 0.5",
-    },
-    "esl": {
-        "paper": "",
-        "hard": "--label hard",
-        "soft": "--label soft --no-contrast",
-        "topk": "--label topk --top-k 2 --theta 0.5",
-        "eta": "--eta 0.5 --unsup-weight 1 --contrast-weight 2 --aux-weight 0.4",
-        "no CutMix": "--no-cutmix --parts 1",
-        "other": "--seed 5 --cutmix-prob 0.5",
-    },
+    "supervised": ["", "--ohem-kept 0.2 --aux-weight 0.4 --decay-on weights"],
+    "mean_teacher": [
+        "--cutmix --warmup-iters 1 --cutmix-prob 0.7 --consistency-weight 1.5",
+        "--consistency mse --rampup-iters 4 --teacher-bn average --ema-decay 0.6",
+        "--warmup-iters 0 --aux-weight 0.4 " + UNEVEN,
+    ],
+    "cps_fpl": [
+        "",
+        "--unsup-loss ce",
+        "--same-image-cutmix --seed 3",
+        "--recipe official --T 0.5 --ohem-kept 0.2",
+        "--no-cutmix --recipe official --T 0.5",
+        "--no-cutmix --unsup-loss negative",
+        "--unsup-weight 0",
+        "--k-strategy step --weight convex",
+    ],
+    "ael_fpl": [
+        "--T 0.2 --ema-decay 0.6",
+        "--unsup-loss ce --skip-absent --beta 0.5 --gamma 1 --threshold 0.12",
+        "--recipe official --T 0.3",
+        "--recipe official --unsup-loss ce --pooled 4 --teacher-mode eval",
+        "--consistency-on all --pooled 1 --ohem-kept 0.2 --decay-on weights",
+        "--paste-draws 1 --paste-prob 0.5 --paste-power 2 --paste-not 3 4",
+        "--paste-draws 0 --aux-weight 0.4 --paste-scales 0.2 0.4",
+    ],
+    "u2pl": [
+        "",
+        "--unreliable-loss none",
+        "--negatives-from reliable --no-dpa --alpha-0 0.4",
+        "--negatives-from all --ranks 1 20",
+        "--no-bank --ranks 1 3 --no-cutmix",
+        "--seed 5 --cutmix-prob 1 --aux-weight 0.4 --epochs 5 --eta 2 --contrast-weight 1",
+    ],
+    "esl": [
+        "",
+        "--label soft --no-contrast",
+        "--label topk --top-k 2 --theta 0.5 --unsup-weight 1 --contrast-weight 2 --aux-weight 0.4",
+        "--no-cutmix --parts 1",
+        "--seed 5 --cutmix-prob 0.5",
+    ],
 }
 SHARED = {"cps_fpl": CPS, "ael_fpl": AEL, "u2pl": U2PL, "esl": ESL}
 NUMBERS = {"ael_fpl": dict(iters=6, batch=4), "u2pl": dict(iters=6), "cps_fpl": dict(iters=3)}
 
 
-def sight_of_cps(args, found):
-    if args.unsup_weight and not args.cutmix:  # padding occurs, and void that is inside
-        assert not all(step.batch["unlabeled"]["inside"].all() for step in found.steps)
-    if args.unsup_weight and args.unsup_loss == "fpl" and args.k_strategy == "n-1":
-        assert all(step.parts["K_gt_1"] > 0 for step in found.steps)
-
-
-def sight_of_ael(args, found):
+def see_all_parts_at_work(name, args, found):
+    """What a row is there for does occur in its steps."""
     parts = [step.parts for step in found.steps]
-    present = [step.state["present"] for step in found.steps]
-    assert sum(int(x.any() and not x.all()) for x in present) >= 5  # it tells images apart
-    assert any(0 < part["kept"] < 1 for part in parts) and any(part["regions"] for part in parts)
-    assert all((part["balance"] == 1) == (args.unsup_loss == "ce") for part in parts)
-
-
-def sight_of_u2pl(args, found):
-    counted = [step.parts["classes"] for step in found.steps[2:]]
-    assert any(count > 1 for count in counted) == (args.unreliable_loss != "none")
-    for step in found.steps:  # L_c reaches the head's features, and nothing else does
-        slopes = [x.any() for key, x in step.grads.items() if ".represent." in key]
-        assert len(slopes) == 2 and any(slopes) == (step.parts["classes"] > 0)
-
-
-def sight_of_esl(args, found):
-    assert all((step.parts["anchors"] > 0) == args.contrast for step in found.steps)
-    assert all((step.parts["contrast"] > 0) == args.contrast for step in found.steps)
-
-
-SIGHT = dict(cps_fpl=sight_of_cps, ael_fpl=sight_of_ael, u2pl=sight_of_u2pl, esl=sight_of_esl)
+    if name == "cps_fpl" and args.unsup_weight and not args.cutmix:  # padding, and void inside
+        assert not all(step.batch["unlabeled"]["inside"].all() for step in found.steps)
+    if name == "ael_fpl":
+        present = [step.state["present"] for step in found.steps]
+        assert sum(int(x.any() and not x.all()) for x in present) >= 5  # it tells images apart
+        assert any(0 < one["kept"] < 1 for one in parts) and any(one["regions"] for one in parts)
+    if name == "u2pl":
+        assert any(one["classes"] > 1 for one in parts) == (args.unreliable_loss != "none")
+        for step in found.steps:  # L_c reaches the head's features, and nothing else does
+            slopes = [x.any() for key, x in step.grads.items() if ".represent." in key]
+            assert len(slopes) == 2 and any(slopes) == (step.parts["classes"] > 0)
+    if name == "esl":
+        assert all((one["anchors"] > 0) == (one["contrast"] > 0) == args.contrast for one in parts)
 
 
 def marked(name, row):
     """The first row of each script runs on the oldest versions too."""
-    marks = [pytest.mark.smoke] if row == next(iter(ROWS[name])) else []
-    return pytest.param(name, row, marks=marks)
+    return pytest.param(name, row, marks=[pytest.mark.smoke] if row == ROWS[name][0] else [])
 
 
 @pytest.mark.parametrize("name, row", [marked(name, row) for name in ROWS for row in ROWS[name]])
 def test_every_step_is_the_literal_one(name, row, tree, tmp_path, monkeypatch):
     numbers = dict(log=1, iters=4, evaluate=2, save=9, pictures=3) | NUMBERS.get(name, {})
     argv = tiny.flags(tree, tmp_path / "run", **numbers)
-    argv += f"{SHARED.get(name, HAND)} {ROWS[name][row]}".split()
+    argv += f"{SHARED.get(name, HAND)} {row}".split()
     args, found = compared(name, argv, monkeypatch)
-    SIGHT.get(name, lambda *_: None)(args, found)
+    see_all_parts_at_work(name, args, found)
 
 
-FEW = {
-    "supervised": [""],
-    "mean_teacher": ["--cutmix --warmup-iters 1"],
-    "cps_fpl": ["", "--recipe official --no-cutmix", "--k-strategy fixed3", "--k-strategy n"],
-    "ael_fpl": [
-        f"--recipe {r} --unsup-loss {x}" for r in ("paper", "official") for x in ("fpl", "ce")
-    ],
-    "u2pl": [tiny.MORE["u2pl"]],
-    "esl": [tiny.MORE["esl"]],
-}
-FEW["cps_fpl"] += ["--unsup-loss soft", "--unsup-loss negative"]
 SURE = {("u2pl", 2): "--delta-p 0.3", ("u2pl", 81): "--delta-p 0.005"}
 SURE |= {("esl", 2): "--zeta 0.5", ("esl", 81): "--zeta 0.01"}
 
@@ -813,75 +562,11 @@ SURE |= {("esl", 2): "--zeta 0.5", ("esl", 81): "--zeta 0.01"}
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
 def test_steps_of_2_and_of_81_classes_are_the_literal_ones(name, classes, tmp_path, monkeypatch):
     root = tiny.draw_folder(tmp_path / "data", classes)
-    for turn, words in enumerate(FEW[name]):
-        out = tmp_path / str(turn)
-        iters = 4 if name == "u2pl" else 2
-        numbers = dict(iters=iters, log=1, evaluate=9, save=9, pictures=2, batch=4)
-        argv = tiny.own_folder(root, out, classes, **numbers)
-        _, found = compared(
-            name, argv + f"{words} {SURE.get((name, classes), '')}".split(), monkeypatch
-        )
-        assert all(math.isfinite(x) for step in found.steps for x in step.parts.values())
-        done = runs.log(out)[-1]
-        assert done["kind"] == "done" and len(done["best"]["iou"]) == classes
-        last = found.steps[-1].parts
-        assert name not in ("u2pl", "esl") or last["contrast"] > 0
-        if name == "cps_fpl" and classes == 2 and "fixed3" in words:
-            # every class is a positive: nothing to learn
-            assert (last["K"], last["unsup"], last["loss"]) == (2, 0, last["sup"])
-        elif name == "cps_fpl" and classes == 2 and "strategy" not in words:
-            assert (last["K"], last["K_gt_1"]) == (1, 0)
-        elif name == "cps_fpl" and classes == 81 and ("n" in words.split() or not words):
-            assert last["K"] > 50  # nothing is known: K takes nearly all of T
-        elif name == "ael_fpl" and classes == 2:  # FPL is cross-entropy with a weight
-            assert last["K_gt_1"] == 0
-
-
-def test_an_image_that_comes_twice_is_remembered_as_it_was_seen_last(tree, tmp_path, monkeypatch):
-    """AEL's image bank: six views of two unlabelled images in every step."""
-    (tmp_path / "one.txt").write_text("train/train0.jpg\ntrain/train4.jpg\n")
-    (tmp_path / "two.txt").write_text("train/train1.jpg\ntrain/train2.jpg\n")
-    argv = tiny.flags(tree, tmp_path / "run", log=1, iters=6, batch=4)
-    argv = [word for word in argv if word not in ("--split", "1/4")]
-    for kind, name in (("labeled", "one"), ("unlabeled", "two")):
-        argv += [f"--{kind}-list", str(tmp_path / f"{name}.txt")]
-    _, found = compared(
-        "ael_fpl", [*argv, *f"{UNEVEN} --lr 0.1 --bank-area 0.1".split()], monkeypatch
-    )
-    views = [
-        entry["logits"] for step in found.steps for entry in step.seen if len(entry["image"]) == 6
-    ]
-    shows = [sampled(view).argmax(1).flatten(1) for view in views]
-    assert any(len(view.unique(dim=0)) > 2 for view in shows)  # views of one image differed
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("name", [*tiny.SCRIPTS, "same image"])
-def test_the_streams_are_rounds_of_images_each_at_its_scales(name, tree, tmp_path, monkeypatch):
-    """Sample numbers alone decide; "unlabeled.2" has the images of "unlabeled", its own crops."""
-    words = ["--seed", "2", *(["--same-image-cutmix"] if name == "same image" else [])]
-    name = "cps_fpl" if name == "same image" else name
-    words += ["--paste-scales", "0.2", "0.4"] if name == "ael_fpl" else []
-    script = tiny.script(name)
-    argv = tiny.flags(tree, tmp_path / "run", iters=4, batch=4) + words
-    with monkeypatch.context() as patch:
-        tiny.shrink(script, patch)
-        found = recorder.watch(patch, script, argv)
-    args = tiny.resolved(script, argv)
-    images = script.load(args)
-    kinds = {"supervised": ["labeled"], "ael_fpl": ["labeled", "paste", "unlabeled"]}
-    kinds["cps_fpl"] = ["labeled", "unlabeled", "partner"]
-    if "--same-image-cutmix" in words:
-        kinds["cps_fpl"][2] = "unlabeled.2"
-    for number, step in enumerate(found.steps):
-        assert list(step.batch) == kinds.get(name, ["labeled", "unlabeled"])
-        for stream, batch in step.batch.items():
-            items = images.labeled if stream in ("labeled", "paste") else images.unlabeled
-            numbers = range(number * 4, number * 4 + 4)
-            indices = stream_of(args, len(items), stream.split(".")[0], numbers)
-            scales = (0.2, 0.4) if stream == "paste" else args.scales
-            given = items, stream, numbers, indices, scales, items is images.labeled
-            expected = shown(script, args, images, *given)
-            assert batch.keys() == expected.keys()  # no label of an unlabelled image
-            for key, x in expected.items():
-                assert torch.equal(batch[key], x), (number, stream, key)
+    words = f"{tiny.MORE.get(name, '')} {SURE.get((name, classes), '')}".split()
+    iters = 4 if "--warmup-iters" in words else 2
+    numbers = dict(iters=iters, log=1, evaluate=9, save=9, pictures=2, batch=4)
+    argv = tiny.own_folder(root, tmp_path / "run", classes, **numbers)
+    _, found = compared(name, argv + words, monkeypatch)
+    assert all(math.isfinite(x) for step in found.steps for x in step.parts.values())
+    assert len(runs.log(tmp_path / "run")[-1]["best"]["iou"]) == classes
+    assert name not in ("u2pl", "esl") or found.steps[-1].parts["contrast"] > 0

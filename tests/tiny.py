@@ -1,8 +1,4 @@
-"""A tiny data set and a tiny network: what tests of whole runs train on, in milliseconds a step.
-
-A new script is covered by the contracts of test_run.py, test_faults.py and test_two_processes.py
-once its name and the rows of the four tables below are here.
-"""
+"""A tiny data set and a tiny network: what tests of whole runs train on, in milliseconds a step."""
 
 import importlib
 from pathlib import Path
@@ -39,55 +35,43 @@ STATE = {  # what a checkpoint holds beside the networks
 
 
 def script(name):
-    """Returns a script as a module."""
     return importlib.import_module(name)
 
 
-# ---- a tiny data set, a tiny network ----
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
 
 
 def draw_tree(root, train=8, val=2, test=2, ids=12):
-    """Draws a tree in CamVid's layout: JPEGs of 48x36 pixels, masks of blocks with ids 0 to 11.
-
-    ids: how many occur; of all twelve the last is CamVid's void.
-    """
+    """Draws CamVid's layout, 48x36 pixels, masks of blocks; of 12 ids the last is void."""
     rng = np.random.default_rng(0)
     for part, count in (("train", train), ("val", val), ("test", test)):
-        for folder in (root / part, root / f"{part}annot"):
-            folder.mkdir(parents=True)
+        (root / part).mkdir(parents=True)
         for i in range(count):
             mask = rng.integers(0, ids, (6, 8)).astype(np.uint8).repeat(6, 0).repeat(6, 1)
             noise = rng.integers(0, 40, (36, 48, 3))
             pixels = (mask[..., None] * np.array([18, 7, 13]) + noise).astype(np.uint8)
-            Image.fromarray(pixels).save(root / part / f"{part}{i}.jpg")
-            Image.fromarray(mask).save(root / f"{part}annot" / f"{part}{i}.png")
+            save(root / part / f"{part}{i}.jpg", pixels)
+            save(root / f"{part}annot/{part}{i}.png", mask)
     return root
 
 
-def draw_folder(root, classes, void=255, first=0, seed=0):
-    """Draws a folder of one's own: images and masks of 42x36 pixels, blocks of few classes.
-
-    Classes `first` to `classes` - 1 occur, and the value that is none. No test part.
-    """
-    rng = np.random.default_rng(seed)
+def draw_folder(root, classes, void=255, first=0):
+    """Draws a folder of one's own, 42x36 pixels: blocks of classes from `first` on, and of none."""
+    rng = np.random.default_rng(0)
     for part, count in (("train", 8), ("val", 2)):
-        for kind in ("images", "masks"):
-            (root / kind / part).mkdir(parents=True)
         for i in range(count):
             mask = rng.integers(first, classes + 1, (6, 7)).astype(np.uint8)
             mask[mask == classes] = void
             pixels = rng.integers(0, 256, (36, 42, 3), dtype=np.uint8)
-            blocks = Image.fromarray(mask.repeat(6, 0).repeat(6, 1))
-            blocks.save(root / f"masks/{part}/{i}.png")
-            Image.fromarray(pixels).save(root / f"images/{part}/{i}.png")
+            save(root / f"masks/{part}/{i}.png", mask.repeat(6, 0).repeat(6, 1))
+            save(root / f"images/{part}/{i}.png", pixels)
     return root
 
 
 def tiny_modules(module, bare=False):
-    """Returns stand-ins for make_backbone and the heads of a script: a step takes milliseconds.
-
-    bare: without BN and dropout; then a step is a mean over images.
-    """
+    """Returns stand-ins for make_backbone and the heads; bare: without BN and dropout."""
 
     def block(inputs, outputs, stride):
         conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -162,17 +146,14 @@ def shrink(module, monkeypatch, bare=False):
         monkeypatch.setattr(module, name, value)
 
 
-# ---- runs ----
-
-
 def flags(tree, out, iters=8, log=2, evaluate=4, save=4, pictures=0, workers=0, batch=2):
     """Returns the flags of a small run on a drawn tree: two of eight images labelled at 1/4."""
     numbers = dict(total_iters=iters, log_every=log, eval_every=evaluate, save_every=save)
     numbers |= dict(pictures_every=pictures, workers=workers, batch_size=batch, crop_size=32)
-    words = ["--dataset", "camvid", "--data-root", tree, "--out", out, "--split", "1/4"]
+    words = ["--data-root", str(tree), "--out", str(out), *"--dataset camvid --split 1/4".split()]
     for name, value in numbers.items():
-        words += ["--" + name.replace("_", "-"), value]
-    return [str(word) for word in words] + ["--device", "cpu"]
+        words += ["--" + name.replace("_", "-"), str(value)]
+    return words + ["--device", "cpu"]
 
 
 def own_folder(root, out, classes, **numbers):

@@ -1,7 +1,4 @@
-"""Miniature data sets in every known layout, their lists and flags; published sets of a test's own.
-
-Nothing here imports what finds and reads images: places, ids and hashes are written out.
-"""
+"""Miniature data sets in every known layout, lists, flags: places, ids and hashes written out."""
 
 import hashlib
 import random
@@ -16,14 +13,12 @@ from common.data import SPLITS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"0001TP_{number:06d}" for number in range(6690, 6840, 30)]  # CamVid's way of naming
+VOC = ["2007_000032", "2008_000008", "2009_003377", "2011_000068"]
+CITY = ["aachen_000000_000019", "bad-honnef_000000_080169", "jena_000078_000019"]
 KEYS = {
-    "voc": {
-        "train": ["2007_000032", "2008_000008", "2009_003377", "2011_000068"],
-        "val": ["2007_000033", "2011_003276"],
-    },
+    "voc": {"train": VOC, "val": ["2007_000033", "2011_003276"]},
     "cityscapes": {
-        "train": ["aachen_000000_000019", "bad-honnef_000000_080169", "jena_000078_000019"]
-        + ["ulm_000001_000019"],
+        "train": [*CITY, "ulm_000001_000019"],
         "val": ["frankfurt_000001_066574", "lindau_000000_000019"],
     },
 }
@@ -38,8 +33,7 @@ PSMT = ("images/city_gt_fine/{part}/{key}_leftImg8bit", "annotation/city_gt_fine
 LAYOUTS = {  # data set, image, masks (the preferred first), lists in ImageSets: train's, val's
     "voc, official": ("voc", "JPEGImages/{key}.jpg", [AUG, OWN], ["train_aug", "val"]),
     "voc, trainaug": ("voc", "JPEGImages/{key}.jpg", [AUG], ["trainaug", "val"]),
-    "voc, no list of 10,582": ("voc", "JPEGImages/{key}.jpg", [AUG, OWN], ["", "val"]),
-    "voc, one folder of masks": ("voc", "JPEGImages/{key}.jpg", [OWN + " all"], ["", ""]),
+    "voc, no list of 10,582": ("voc", "JPEGImages/{key}.jpg", [AUG, OWN], ["train", "val"]),
     "voc, VOCdevkit": ("voc", KIT + "JPEGImages/{key}.jpg", [KIT + AUG, KIT + OWN], LISTS),
     "voc, CPS": ("voc", "{fold}/image/{key}.jpg", ["{fold}/label/{key}.png"], []),
     "voc, AEL": ("voc", "image/{key}.jpg", ["label/{key}.png"], []),
@@ -53,25 +47,21 @@ LINES = {  # of the lists of each project
         "CPS, U2PL": "{key}",
         "UniMatch": "JPEGImages/{key}.jpg SegmentationClass/{key}.png",
         "CCT": "/JPEGImages/{key}.jpg /SegmentationClassAug/{key}.png",
-        "PS-MT": "/JPEGImages/{key}.jpg /{mixed}/{key}.png",
         "tab": "train_aug/image/{key}.jpg\ttrain_aug/label/{key}.png",
-        "None": "JPEGImages/{key}.jpg None",
     },
     "cityscapes": {
         "CPS": "/images/train/{key}.png\t/segmentation/train/{key}_gtFine.png",
         "U2PL": OFFICIAL,
         "UniMatch": f"{OFFICIAL} {TRAIN_IDS}",
         "CCT": f"/{OFFICIAL} /{TRAIN_IDS}",
-        "label ids": f"{OFFICIAL} {LABEL_IDS}",
         "PS-MT": f"/{PSMT[0]}.png /{PSMT[1]}_gtFine.png",
         "A-FPL": "{city}/{key}_leftImg8bit.png",
         "bare": "{key}",
-        "None": OFFICIAL + " None",
     },
 }
 # Cityscapes' id -> train id, as the data set's own scripts have it; every other id is ignored
-PAIRS = "7:0 8:1 11:2 12:3 13:4 17:5 19:6 20:7 21:8 22:9 23:10 24:11 25:12 26:13 27:14 28:15 31:16"
-TRAIN_ID = dict(map(int, pair.split(":")) for pair in f"{PAIRS} 32:17 33:18".split())
+TRAIN_ID = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
+TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(TRAIN_ID)}
 ID = {train_id: label_id for label_id, train_id in TRAIN_ID.items()}
 
 
@@ -117,9 +107,8 @@ def entry(keys, **more):
 
 def words(key, part="train"):
     """Returns what stands in the place of each {word} of a layout or a line."""
-    mixed = "SegmentationClass" if key in FINE else "SegmentationClassAug"
     fold = {"train": "train_aug"}.get(part, part)
-    return dict(key=key, part=part, fold=fold, city=key.split("_")[0], mixed=mixed)
+    return dict(key=key, part=part, fold=fold, city=key.split("_")[0])
 
 
 def picture(path, mode, value, size=(8, 6)):
@@ -132,25 +121,21 @@ def picture(path, mode, value, size=(8, 6)):
     return path
 
 
-def camvid(root, names=NAMES, end="png", size=(12, 9)):
-    """Draws CamVid: training image i has red 10 (i + 1), its mask the class i; two val, one test.
+def folder(root, names=("a", "b", "c", "d"), ends=(".png",), images="images/{}", masks="masks/{}"):
+    """Draws train, two of val, one of test; image i has red 10 (i + 1), its mask the class i % 4.
 
     The flat colours tell which image a crop shows.
     """
     for part, keys in (("train", names), ("val", ["v0", "v1"]), ("test", ["t0"])):
         for i, key in enumerate(keys):
-            picture(root / part / f"{key}.{end}", "RGB", (10 * (i + 1), 30, 40), size)
-            picture(root / f"{part}annot/{key}.png", "L", i % 11, size)
+            image = root / images.format(part) / f"{key}{ends[i % len(ends)]}"
+            picture(image, "RGB", (10 * (i + 1), 30, 40))
+            picture(root / masks.format(part) / f"{key}.png", "L", i % 4)
     return root
 
 
-def folder(root, names=("a", "b", "c", "d"), ends=(".png",), classes=4):
-    """Draws images/{train,val,test} and masks/...; mask i is of class i modulo classes."""
-    for part, keys in (("train", names), ("val", ["v 0", "v1"]), ("test", ["t0"])):
-        for i, key in enumerate(keys):
-            picture(root / f"images/{part}/{key}{ends[i % len(ends)]}", "RGB", (10 * i, 0, 0))
-            picture(root / f"masks/{part}/{key}.png", "L", i % classes)
-    return root
+def camvid(root):
+    return folder(root, NAMES, images="{}", masks="{}annot")
 
 
 def draw(root, layout):
@@ -162,19 +147,18 @@ def draw(root, layout):
     files = {}
     pairs = [(part, key) for part, keys in KEYS[name].items() for key in keys]
     for n, (part, key) in enumerate(pairs):
-        picture(root / image.format(**words(key, part)), "RGB", (30 * n, 0, 0))
-        files[image.format(**words(key, part))] = None
-        for i, pattern in enumerate(masks):
-            path, *every = pattern.format(**words(key, part)).split()
-            if "SegmentationClass/" in path and key not in FINE and not every:
+        photo, *places = (pattern.format(**words(key, part)) for pattern in (image, *masks))
+        picture(root / photo, "RGB", (30 * n, 0, 0))
+        files[photo] = None
+        for i, path in enumerate(places):
+            if "SegmentationClass/" in path and key not in FINE:
                 continue
             value = ID[n + 6 * i] if path.endswith("_labelIds.png") else n + 6 * i
             picture(root / path, "P" if "SegmentationClass/" in path else "L", value)
             files[path] = n + 6 * i
     sets = root / image.split("JPEGImages")[0] / "ImageSets/Segmentation"
     for part, file in zip(KEYS[name], lists, strict=False):
-        if file:
-            listed(sets / f"{file}.txt", *KEYS[name][part])
+        listed(sets / f"{file}.txt", *KEYS[name][part])
     if lists:
         listed(sets / "train.txt", KEYS["voc"]["train"][1])  # VOC's own: not the 10,582
     return files

@@ -6,7 +6,7 @@ shares: the numbers in [0, 1) that a random generator gives, in their order.
 import itertools
 import math
 
-from oracles.fpl import positives, weighted
+from oracles.fpl import pixel_loss, positives
 from oracles.supervised import likeliest, nll, scaled, softmax
 
 
@@ -27,11 +27,6 @@ def class_confidence(probs, labels, pooled, skip_absent):
     return sums, counts
 
 
-def moved_confidence(old, total, count, momentum):
-    """Eq. (7) for one class; one that no group counts stays as it is."""
-    return momentum * old + (1 - momentum) * total / count if count else old
-
-
 def sampling_probability(bank, allowed, power):
     """Eq. (9): softmax of (1 - bank)^power over the allowed classes."""
     scores = [math.exp((1 - v) ** power) * ok for v, ok in zip(bank, allowed, strict=True)]
@@ -40,11 +35,8 @@ def sampling_probability(bank, allowed, power):
 
 def draw_class(p, u):
     """The class where the running sum of p passes u of the whole."""
-    running = 0.0
-    for c, v in enumerate(p):
-        running += v
-        if running > u * sum(p):
-            return c
+    sums = enumerate(itertools.accumulate(p))
+    return next(c for c, running in sums if running > u * sum(p))
 
 
 def draw_partners(bank, present, count, shares):
@@ -66,50 +58,6 @@ def half_area_box(shares, size):
     return int(shares[1] * (size - height + 1)), int(shares[2] * (size - width + 1)), height, width
 
 
-def components(seen, c):
-    """The components of class c, of 8 neighbours, as lists of cells (row, column)."""
-    left = {(y, x) for y, row in enumerate(seen) for x, k in enumerate(row) if k == c}
-    found = []
-    while left:
-        waiting = [left.pop()]
-        cells = []
-        while waiting:
-            y, x = waiting.pop()
-            cells.append((y, x))
-            near = {*itertools.product((y - 1, y, y + 1), (x - 1, x, x + 1))} & left
-            left -= near
-            waiting += near
-        found.append(cells)
-    return found
-
-
-def component_boxes(seen, c, area, size):
-    """Boxes, in pixels, of components of more than a share of all cells; a cell is 4x4 [D23]."""
-    boxes = []
-    for cells in components(seen, c):
-        if len(cells) > area * len(seen) * len(seen[0]):
-            rows, columns = zip(*cells, strict=True)
-            top = 4 * min(rows)
-            left = 4 * min(columns)
-            bottom = min(4 * max(rows) + 4, size)  # the last cell may lie over the edge
-            right = min(4 * max(columns) + 4, size)
-            boxes.append((top, left, bottom - top, right - left))
-    return boxes
-
-
-def box_mask(box, size):
-    """A map that is True in a box."""
-    top, left, height, width = box
-    rows = range(top, top + height)
-    columns = range(left, left + width)
-    return [[y in rows and x in columns for x in range(size)] for y in range(size)]
-
-
-def present(seen, c, area):
-    """Whether a class covers at least a share of a crop, padding counted."""
-    return sum(row.count(c) for row in seen) >= area * len(seen) * len(seen[0])
-
-
 def equalization_rate(bank, beta):
     """Sec. 3.3: s = ((1 - bank) / max(1 - bank))^beta."""
     gaps = [max(1 - v, 0.0) for v in bank]  # above 1 by rounding only
@@ -127,13 +75,12 @@ def group_loss(pixels, rate, flags):
     slopes = []
     for z, t, inside, u in pixels:
         q = softmax(t)
-        ce = nll(z, likeliest(t))
-        loss, slope = weighted(z, q, flags) if flags.unsup_loss == "fpl" else ce
+        loss, slope = pixel_loss(z, q, flags)
         w = inside * pixel_weight(max(q), z, rate, u, flags.gamma)
         certain = max(q) >= flags.threshold  # below it the loss is 0, the weight remains [D18]
         top += w * certain * loss
         bottom += w
-        ce_sum += inside * ce[0]
+        ce_sum += inside * nll(z, likeliest(t))[0]
         plain += inside * loss
         slopes.append(scaled(slope, w * certain))
     share = 1 / bottom if bottom else 0.0
@@ -149,27 +96,23 @@ def consistency(students, teachers, inside, rate, chances, pooled, width, flags)
     rows = []
     for maps in zip(students, teachers, inside, chances, strict=True):
         rows.append(list(zip(*maps, strict=True)))
-    values = []
-    balances = []
+    parts = {name: [] for name in ("unsup", "balance", "kept", "conf_t", "K_gt_1")}
+    total = 0.0
     slopes = []
     for first in range(0, len(rows), pooled):
         value, balance, of_group = group_loss(sum(rows[first : first + pooled], []), rate, flags)
-        values.append(value)
-        balances.append(balance)
-        factor = balance if flags.balance else 1.0
-        slopes += [scaled(slope, factor * pooled / len(rows)) for slope in of_group]
-    kept, confident, several = [], [], []
-    for image in rows:
-        for i, (z, t, hit, u) in enumerate(image):
-            q = softmax(t)
-            if hit:
-                kept.append(pixel_weight(max(q), z, rate, u, flags.gamma) > 0)
-                confident.append(max(q))
-            if hit and (i // width) % 4 == (i % width) % 4 == 0:
-                several.append(positives(q, flags) > 1)
-    parts = dict(unsup=values, balance=balances, kept=kept, conf_t=confident, K_gt_1=several)
-    factors = balances if flags.balance else [1.0] * len(balances)
-    total = math.fsum(v * f for v, f in zip(values, factors, strict=True)) / len(values)
+        parts["unsup"].append(value)
+        parts["balance"].append(balance)
+        factor = (balance if flags.balance else 1.0) * pooled / len(rows)
+        total += factor * value
+        slopes += [scaled(slope, factor) for slope in of_group]
+    for i, (z, t, hit, u) in itertools.chain(*map(enumerate, rows)):
+        q = softmax(t)
+        if hit:
+            parts["kept"].append(pixel_weight(max(q), z, rate, u, flags.gamma) > 0)
+            parts["conf_t"].append(max(q))
+        if hit and (i // width) % 4 == (i % width) % 4 == 0:
+            parts["K_gt_1"].append(positives(q, flags) > 1)
     count = len(rows[0])
     gradient = [slopes[i : i + count] for i in range(0, len(slopes), count)]
     return total, gradient, {k: math.fsum(v) / max(len(v), 1) for k, v in parts.items()}

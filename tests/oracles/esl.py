@@ -6,7 +6,7 @@ u: the numbers in [0, 1) from which all is drawn. Part k of class c is number c 
 import math
 
 from oracles.fpl import order
-from oracles.supervised import VOID, log_sum_exp, scaled, softmax
+from oracles.supervised import VOID, log_sum_exp, mean_over, softmax
 from oracles.u2pl import contrastive, dot, mean, one_of_each_part, unit
 
 
@@ -31,27 +31,14 @@ def soft_label(p, kind, eta, top_k):
 
 
 def soft_cross_entropy(images, targets, inside):
-    """Eq. (6): the mean of -sum_c y*_c log p_c over the pixels inside; 0 over none."""
-    count = max(sum(map(sum, inside)), 1)
-    total = 0.0
-    gradient = []
-    for image, target, mask in zip(images, targets, inside, strict=True):
-        gradient.append([])
-        for z, y, hit in zip(image, target, mask, strict=True):
-            log_total = log_sum_exp(z)
-            total += hit * math.fsum(a * (log_total - v) for a, v in zip(y, z, strict=True)) / count
-            slope = [math.fsum(y) * p - a for p, a in zip(softmax(z), y, strict=True)]
-            gradient[-1].append(scaled(slope, hit / count))
-    return total, gradient
+    """Eq. (6): the mean of -sum_c y*_c log p_c over the pixels inside."""
 
+    def of_pixel(z, y):
+        total = log_sum_exp(z)
+        slope = [math.fsum(y) * p - a for p, a in zip(softmax(z), y, strict=True)]
+        return math.fsum(a * (total - v) for a, v in zip(y, z, strict=True)), slope
 
-def near(i, m, M):
-    """The nearest of M pixels to the i-th of m, corners on corners [D24]; halves go up."""
-    return math.floor(i * (M - 1) / (m - 1) + 0.5) if m > 1 else 0
-
-
-def cosine(x, y):
-    return dot(unit(x), unit(y))
+    return mean_over(images, targets, inside, of_pixel)
 
 
 def part_of(feature, label, prototypes):
@@ -59,7 +46,7 @@ def part_of(feature, label, prototypes):
     K = len(prototypes[0])
     if label == VOID:
         return len(prototypes) * K
-    cosines = [cosine(feature, prototype) for prototype in prototypes[label]]
+    cosines = [dot(unit(feature), unit(prototype)) for prototype in prototypes[label]]
     return label * K + cosines.index(max(cosines))
 
 
@@ -107,28 +94,3 @@ def part_contrast(rep_s, ids, queues, u, v, K, share, sigma):
         value += math.fsum(losses) / max(len(losses), 1) / C
         number += len(losses)
     return value, number
-
-
-def kmeans(pixels, K, u, steps=30):
-    """Spherical K-means [D22]: first centres by k-means++, Lloyd's steps; raw means at last."""
-    units = [unit(x) for x in pixels]
-    gaps = [1.0] * len(pixels)
-    centers = []
-    while len(centers) < K and any(gaps):
-        place = 0
-        while math.fsum(gaps[: place + 1]) <= u[len(centers)] * math.fsum(gaps):
-            place += 1
-        centers.append(units[place])
-        for i, x in enumerate(units):
-            gap = min(gaps[i], 1 - cosine(x, centers[-1]))
-            gaps[i] = gap if gap > 1e-6 else 0.0
-    for step in range(steps):
-        cosines = [[cosine(x, center) for center in centers] for x in units]
-        own = [row.index(max(row)) for row in cosines]
-        for k in range(len(centers)):
-            rows = pixels if step == steps - 1 else units
-            cluster = [x for x, of in zip(rows, own, strict=True) if of == k]
-            if cluster:  # an empty one keeps its centre
-                center = mean(cluster)
-                centers[k] = center if step == steps - 1 else unit(center)
-    return centers + [[0.0] * len(pixels[0]) for _ in range(K - len(centers))]

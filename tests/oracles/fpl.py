@@ -3,7 +3,7 @@
 import math
 from types import SimpleNamespace
 
-from oracles.supervised import likeliest, log_sum_exp, nll, scaled, softmax
+from oracles.supervised import likeliest, log_sum_exp, mean_over, nll, scaled, softmax
 
 
 def printed(**changes):
@@ -98,64 +98,36 @@ def negative(z, q, threshold=0.2):
     return value, gradient
 
 
-def weighted(z, q, flags, progress=0.0):
-    """Eq. (7) of a pixel times Eq. (11): value and gradient. q: the teacher's probabilities."""
+def pixel_loss(z, q, flags, progress=0.0):
+    """The loss of a pixel by --unsup-loss, and its gradient. q: the teacher's probabilities."""
+    if flags.unsup_loss == "ce":
+        return nll(z, likeliest(q))  # Eq. (2)
+    if flags.unsup_loss != "fpl":
+        return soft(z, q) if flags.unsup_loss == "soft" else negative(z, q)
     K = positives(q, flags, progress)
     value, slope = regularization(z, order(q)[:K])
     w = weight(q, K, flags.weight, flags.mean_over)
-    return w * value, scaled(slope, w)
-
-
-def pixel_loss(z, q, flags, progress=0.0):
-    """The loss of a pixel by --unsup-loss, and its gradient."""
-    if flags.unsup_loss == "fpl":
-        return weighted(z, q, flags, progress)
-    if flags.unsup_loss == "ce":
-        return nll(z, likeliest(q))  # Eq. (2)
-    return soft(z, q) if flags.unsup_loss == "soft" else negative(z, q)
+    return w * value, scaled(slope, w)  # Eq. (7) times Eq. (11)
 
 
 def cross_loss(students, teachers, inside, progress, flags):
-    """CPS's L12 + L21: network 1 learns from 2, 2 from 1, each a mean over the pixels inside.
+    """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns value, gradients, parts.
 
-    students, teachers: images of both networks. Returns value, gradients, parts. The balance of the
-    released code [D16] gives FPL's loss the value of cross-entropy.
+    students, teachers: images of both networks. The balance [D16]: cross-entropy's value for FPL's.
     """
-    count = max(sum(map(sum, inside)), 1)
     unsup = 0.0
     ce = 0.0
     gradients = []
     for own, other in ((0, 1), (1, 0)):
-        gradients.append([])
-        for image, teacher, mask in zip(students[own], teachers[other], inside, strict=True):
-            gradients[-1].append([])
-            for z, t, hit in zip(image, teacher, mask, strict=True):
-                q = softmax(t)
-                value, slope = pixel_loss(z, q, flags, progress)
-                unsup += hit * value / count
-                ce += hit * nll(z, likeliest(t))[0] / count
-                gradients[-1][-1].append(scaled(slope, hit / count))
+        maps = students[own], teachers[other], inside
+        value, slopes = mean_over(*maps, lambda z, t: pixel_loss(z, softmax(t), flags, progress))
+        unsup += value
+        ce += mean_over(*maps, lambda z, t: nll(z, likeliest(t)))[0]
+        gradients.append(slopes)
     balance = ce / unsup if unsup > 0 else 1.0
     factor = balance if flags.balance and flags.unsup_loss == "fpl" else 1.0
     gradients = [[[scaled(g, factor) for g in image] for image in net] for net in gradients]
     return factor * unsup, gradients, {"unsup": unsup, "balance": balance}
-
-
-def statistics(pixels, flags, progress, truth=None):
-    """What a run logs of FPL: means over pixels, of the teacher's logits; with truth its scores."""
-    sums = {}
-    for i, z in enumerate(pixels):
-        q = softmax(z)
-        K = positives(q, flags, progress)
-        if truth is None:
-            w = weight(q, K, flags.weight, flags.mean_over)
-            found = {"K": K, "K_gt_1": K > 1, "weight": w}
-        else:
-            rank = order(q).index(truth[i])
-            found = {"pseudo_acc": rank == 0, "coverage": rank < K}
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value / len(pixels)
-    return sums
 
 
 def toggled_mask(shares, size):
@@ -173,9 +145,3 @@ def toggled_mask(shares, size):
             for x in range(left, left + width):
                 mask[y][x] = not mask[y][x]
     return mask
-
-
-def average(pixels):
-    """The logarithm of the mean of the networks' probabilities; pixels: one of each network."""
-    probs = [softmax(z) for z in pixels]
-    return [math.log(math.fsum(p) / len(p)) for p in zip(*probs, strict=True)]

@@ -35,26 +35,23 @@ def scaled(vector, factor):
     return [factor * v for v in vector]
 
 
-def cross_entropy(images, labels):
-    """U2PL Eq. (2): the mean over the labelled pixels of all images together; 0 over none."""
-    count = sum(k != VOID for label in labels for k in label)
+def mean_over(images, others, inside, loss):
+    """The mean of loss(pixel, other) over the pixels inside of all images together; 0 over none."""
+    count = max(sum(map(sum, inside)), 1)
     total = 0.0
     gradient = []
-    for image, label in zip(images, labels, strict=True):
+    for image, other, mask in zip(images, others, inside, strict=True):
         gradient.append([])
-        for z, k in zip(image, label, strict=True):
-            value, slope = (0.0, [0.0] * len(z)) if k == VOID else nll(z, k)
-            total += value
-            gradient[-1].append(scaled(slope, 1 / max(count, 1)))
-    return total / max(count, 1), gradient
+        for z, y, hit in zip(image, other, mask, strict=True):
+            value, slope = loss(z, y) if hit else (0.0, [0.0] * len(z))
+            total += value / count
+            gradient[-1].append(scaled(slope, 1 / count))
+    return total, gradient
 
 
-def ohem_limit(probabilities, threshold, min_kept):
-    """The probability up to which a pixel of an image is hard; the hardest one always is."""
-    min_kept = max(min_kept, 1)
-    if min_kept > len(probabilities):  # too few labelled pixels: all of them
-        return 1.0
-    return max(threshold, sorted(probabilities)[min_kept - 1])
+def cross_entropy(images, labels):
+    """U2PL Eq. (2), over the labelled pixels."""
+    return mean_over(images, labels, [[k != VOID for k in label] for label in labels], nll)
 
 
 def ohem_cross_entropy(images, labels, threshold, min_kept):
@@ -63,12 +60,12 @@ def ohem_cross_entropy(images, labels, threshold, min_kept):
     gradient = []
     for image, label in zip(images, labels, strict=True):
         losses = {i: nll(image[i], k) for i, k in enumerate(label) if k != VOID}
-        limit = ohem_limit([math.exp(-v) for v, _ in losses.values()], threshold, min_kept)
+        # the probability up to which a pixel is hard; too few labelled pixels: all of them
+        ranked = sorted(math.exp(-v) for v, _ in losses.values()) + [1.0] * max(min_kept, 1)
+        limit = max(threshold, ranked[max(min_kept, 1) - 1])
         hard = {i: loss for i, loss in losses.items() if math.exp(-loss[0]) <= limit}
         share = 1 / max(len(hard), 1) / len(images)
         total += share * math.fsum(value for value, _ in hard.values())
         none = [0.0] * len(image[0])
-        gradient.append(
-            [scaled(hard[i][1], share) if i in hard else none for i in range(len(image))]
-        )
+        gradient.append([scaled(hard.get(i, (0, none))[1], share) for i in range(len(image))])
     return total, gradient

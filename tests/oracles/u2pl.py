@@ -6,6 +6,7 @@ u: the numbers in [0, 1) from which all is drawn.
 import math
 
 from oracles.fpl import order
+from oracles.supervised import VOID
 
 
 def entropy(p):
@@ -13,41 +14,16 @@ def entropy(p):
     return -math.fsum(v * math.log(v) for v in p if v > 0)
 
 
-def percentile(values, q):
-    """gamma_t of Eq. (6): numpy's percentile 100 q, linear between neighbours; inf of nothing."""
-    if not values:
-        return math.inf
-    values = sorted(values)
-    place = q * (len(values) - 1)
-    low = values[math.floor(place)]
-    return low + (values[math.ceil(place)] - low) * (place - math.floor(place))
-
-
-def unreliable_share(step, total, epochs, alpha_0):
-    """Eq. (7): alpha_0 (1 - t / E), t the epoch of a step."""
-    t = math.floor(epochs * step / total)
-    return alpha_0 * (1 - t / epochs)
-
-
-def ranks(p):
-    """O(c): 0 for the likeliest class of a pixel."""
-    ranked = order(p)
-    return [ranked.index(c) for c in range(len(p))]
-
-
-def is_anchor(p, label, c, delta_p):
-    """Eq. (9)-(11): a pixel labelled c whose p(c) exceeds delta_p."""
-    return label == c and p[c] > delta_p
-
-
-def is_labelled_negative(ranks, label, c, r_l):
-    """Eq. (14): labelled as another class, but c is among the likeliest."""
-    return label not in (c, 255) and ranks[c] < r_l
-
-
-def is_unlabelled_negative(ranks, candidate, c, r_l, r_h):
-    """Eq. (15): unreliable, and c is neither likely nor the last."""
-    return candidate and r_l <= ranks[c] < r_h
+def negatives(probs, labels, c, r_l, r_h):
+    """N_c, as a mask; the first half of the pixels are labelled, of the others 255 is reliable."""
+    found = []
+    for i, (p, label) in enumerate(zip(probs, labels, strict=True)):
+        rank = order(p).index(c)
+        if 2 * i < len(probs):  # Eq. (14): labelled as another class, but c is among the likeliest
+            found.append(label not in (c, VOID) and rank < r_l)
+        else:  # Eq. (15): unreliable, and c is neither likely nor the last
+            found.append(label != VOID and r_l <= rank < r_h)
+    return found
 
 
 def drawn(mask, u):
@@ -77,10 +53,7 @@ def keys(mask, u):
 
 def ring(keys, size):
     """A queue Q_c as it stands in memory: a new key takes the place of the oldest one."""
-    places = {}
-    for i, key in enumerate(keys):
-        places[i % size] = key
-    return list(places.values())
+    return list({i % size: key for i, key in enumerate(keys)}.values())
 
 
 def unit(x):
@@ -109,20 +82,18 @@ def binary(z, positive, negatives, tau):
 
 
 def unreliable_loss(rep_s, rep_t, masks, queues, u, v, kind, tau):
-    """L_c or L_b: the mean over the classes with an anchor and a key [D26]; and which these are.
+    """L_c or L_b: the mean over the classes with an anchor and a key [D26]; and how many these are.
 
     masks: A_c. queues: the unit keys of each class. u[c][m], v[c][m][n]: what draws the anchors and
     their negatives, with replacement.
     """
     losses = []
-    counted = [any(mask) and bool(queue) for mask, queue in zip(masks, queues, strict=True)]
     each = contrastive if kind == "contrastive" else binary
-    for c, mask in enumerate(masks):
-        if not counted[c]:
-            continue
-        center = unit(mean([x for x, hit in zip(rep_t, mask, strict=True) if hit]))
-        anchors = drawn(mask, u[c])
+    counted = [c for c, mask in enumerate(masks) if any(mask) and queues[c]]
+    for c in counted:
+        center = unit(mean([x for x, hit in zip(rep_t, masks[c], strict=True) if hit]))
+        anchors = drawn(masks[c], u[c])
         for m, pixel in enumerate(anchors):
             negatives = [queues[c][int(x * len(queues[c]))] for x in v[c][m]]
             losses.append(each(unit(rep_s[pixel]), center, negatives, tau) / len(anchors))
-    return math.fsum(losses) / max(sum(counted), 1), counted
+    return math.fsum(losses) / max(len(counted), 1), len(counted)

@@ -6,8 +6,8 @@ features: a pixel is drawn to its part, and away from all other parts and classe
 
   Eq. (1), (11), (2)   losses in main: L_CE + lambda_1 L_SCE + lambda_2 L_CTR; supervised_loss
   Eq. (3)-(5), (6)     soft_label, soft_cross_entropy
-  Eq. (7), (8), (12)   part_ids, part_sums, update_prototypes; first by sample_pixels, kmeans
-  Eq. (9), (10)        draw_anchors; push_keys, draw_entries; info_nce, part_contrast
+  Eq. (7), (8), (12)   part_ids, part_sums, update_prototypes; first by first_prototypes, kmeans
+  Eq. (9), (10)        draw; push_features; info_nce, part_contrast
 
   python esl.py                                           # generated shapes, no data needed
   python esl.py --dataset camvid --split 1/8 --no-contrast
@@ -22,7 +22,7 @@ import math
 import time
 import zlib
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +36,20 @@ from torch.utils.data import DataLoader, Dataset
 from common import Refusal, distributed, metrics
 from common.checkpoints import load_checkpoint, load_networks
 from common.data import IGNORE, counts
-from common.flags import Above0, AtLeast0, Count, Number, Scales, Seed, Share, about, fill, parse
+from common.flags import (
+    Above0,
+    AtLeast0,
+    Count,
+    Inside01,
+    Number,
+    Scales,
+    Seed,
+    Share,
+    about,
+    fill,
+    parse,
+)
+from common.fused import pick
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
 from common.weights import load_backbone
@@ -105,24 +118,28 @@ class Args:
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
     # >>> method: args
-    batch_size_unlabeled: int | None = None  # unlabelled images per step, over all processes
-    label: Literal["dynamic", "topk", "soft", "hard"] = "dynamic"  # which classes it keeps
-    eta: float = 0.95  # Eq. (4), of --label dynamic: the classes kept have this probability
-    top_k: int = 5  # of --label topk: so many classes, in every pixel
-    unsup_weight: float = 0.2  # lambda_1, of L_SCE
-    contrast: bool = True  # parts and L_CTR; no: L_CE and L_SCE alone
-    contrast_weight: float = 0.1  # lambda_2, of L_CTR
-    parts: int = 5  # K, of each class
-    theta: float = 0.99  # Eq. (12), of the prototypes' moving average
-    zeta: float = 0.95  # Eq. (9): an unlabelled anchor's class is likelier than this
-    anchor_share: float = 0.1  # share of the pixels of Eq. (9) that are anchors
-    anchors: int | None = None  # at most so many, per class and process
-    negatives: int = 255  # N_s, per anchor
-    sigma: float = 0.5  # temperature
-    queue: int | None = None  # q, features in the queue of each part
-    ema_decay: float = 0.99  # of the teacher's moving average
+    # -- method --
+    batch_size_unlabeled: Count | None = None  # unlabelled images per step, over all processes
+    # classes that a pseudo label keeps
+    label: Literal["dynamic", "topk", "soft", "hard"] = "dynamic"
+    eta: Inside01 = 0.95  # Eq. (4), of --label dynamic: the classes kept have this probability
+    top_k: Count = 5  # of --label topk: so many classes, in every pixel
+    unsup_weight: AtLeast0 = 0.2  # lambda_1, of L_SCE
+    contrast: bool = True  # learn with parts and L_CTR, or with L_CE and L_SCE alone
+    contrast_weight: AtLeast0 = 0.1  # lambda_2, of L_CTR
+    parts: Count = 5  # K, of each class
+    theta: Share = 0.99  # Eq. (12), of the prototypes' moving average
+    zeta: Share = 0.95  # Eq. (9): an unlabelled anchor's class is likelier than this
+    anchor_share: Share = 0.1  # share of the pixels of Eq. (9) that are anchors
+    anchors: Count | None = None  # at most so many, per class and process
+    negatives: Count = 255  # N_s, per anchor
+    sigma: Above0 = 0.5  # temperature
+    queue: Count | None = None  # q, features in the queue of each part
+    ema_decay: Share = 0.99  # of the teacher's moving average
     cutmix: bool = True  # mix the student's unlabelled images in pairs
-    cutmix_prob: float = 1.0  # probability of mixing in a step
+    cutmix_prob: Share = 1.0  # probability of mixing in a step
+    # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
+    fused: Literal["auto", "on", "off"] = "auto"
     # <<< method: args
 
     NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
@@ -242,6 +259,8 @@ def preset(args):
 # >>> method: functions
 # Below: prob (B, C, H, W), the teacher's, detached; label (B, H, W) int64, 255 where there is none.
 # Part k of class c is number c K + k, C K is no part. u: from which all is drawn, float64, [0, 1).
+# Sampling, queues and loss are written a class at a time; common/fused.py has fast twins of
+# push_features and part_contrast, of the same names (--fused). Memory is linear in C in both.
 
 
 def upcast(x):
@@ -249,19 +268,11 @@ def upcast(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def by_rank(prob_t):
-    """Returns (p, order): p^1 >= p^2 ... of Alg. 1 and their classes. Ties: lowest class first."""
-    if isinstance(prob_t, tuple):
-        return prob_t
-    return upcast(prob_t).sort(dim=1, descending=True, stable=True)
-
-
-def cumulative_classes(prob_t, T, strict=True):
-    """Alg. 1, n: the fewest likeliest classes with V^n > T, or >= T [D14]; int64, C if none are."""
-    if not 0 < T < 1:
-        raise Refusal(f"cumulative probability {T}: a number between 0 and 1")
-    V = by_rank(prob_t)[0].cumsum(1)
-    return ((V <= T if strict else V < T).sum(1) + 1).clamp(max=V.shape[1])
+def cumulative_classes(p, T, strict=True):
+    """Alg. 1, n: how many of the likeliest classes it takes until V^n > T (or >= T [D14])."""
+    V = p.cumsum(1)
+    below = V <= T if strict else V < T
+    return (below.sum(1) + 1).clamp(max=p.shape[1])
 
 
 def soft_label(prob, args):
@@ -274,11 +285,11 @@ def soft_label(prob, args):
         return prob
     if args.label == "hard":
         return torch.zeros_like(prob).scatter(1, prob.argmax(1, True), 1.0)
-    p, order = by_rank(prob)
+    p = upcast(prob).sort(dim=1, descending=True).values
     if args.label == "topk":
         delta = p[:, min(args.top_k, p.shape[1]) - 1, None]
     else:
-        delta = p.gather(1, cumulative_classes((p, order), args.eta, strict=False)[:, None] - 1)
+        delta = p.gather(1, cumulative_classes(p, args.eta, strict=False)[:, None] - 1)
     kept = torch.where(prob >= delta, prob, 0.0)
     return kept / kept.sum(1, keepdim=True)
 
@@ -291,11 +302,12 @@ def soft_cross_entropy(logits, target, inside):
 
 def aligned(x, size):
     """Returns (B, M, N) as (B, m, n): the nearest of its pixels, with corners on corners [D24]."""
-    places = []
+    nearest = []
     for m, M in zip(size, x.shape[1:], strict=True):
-        i, last = torch.arange(m, device=x.device), max(m - 1, 1)
-        places.append((2 * i * (M - 1) + last) // (2 * last))  # i (M - 1) / (m - 1), rounded
-    return x[:, places[0][:, None], places[1]]
+        i = torch.arange(m, device=x.device)
+        last = max(m - 1, 1)
+        nearest.append((2 * i * (M - 1) + last) // (2 * last))  # i (M - 1) / (m - 1), rounded
+    return x[:, nearest[0][:, None], nearest[1]]
 
 
 def part_ids(E, prototypes, label):
@@ -304,12 +316,15 @@ def part_ids(E, prototypes, label):
     E: (B, D, h, w), the teacher's last stage, where k* is found for all classes at its own stride
     [D23]; its length, which all cosines of a pixel share, is left out. prototypes: P, (C, K, D).
     """
-    (C, K), (h, w), none = prototypes.shape[:2], E.shape[2:], label == IGNORE
+    C, K = prototypes.shape[:2]
+    h, w = E.shape[2:]
+    void = label == IGNORE
+    c = label.masked_fill(void, 0)
     scores = torch.einsum("ckd,bdhw->bckhw", F.normalize(prototypes, dim=2), upcast(E))
-    cell = aligned(torch.arange(h * w, device=E.device).view(1, h, w), label.shape[1:])
-    c = label.masked_fill(none, 0)
-    k = scores.argmax(2).flatten(1).gather(1, (c * h * w + cell).flatten(1))  # ties: lowest k
-    return (c * K + k.view_as(c)).masked_fill(none, C * K)
+    k_of_all = scores.argmax(2).flatten(1)  # (B, C h w); ties: lowest k
+    pixel = aligned(torch.arange(h * w, device=E.device).view(1, h, w), label.shape[1:])
+    k = k_of_all.gather(1, (c * h * w + pixel).flatten(1)).view_as(c)
+    return (c * K + k).masked_fill(void, C * K)
 
 
 def part_sums(x, ids, R):
@@ -317,9 +332,10 @@ def part_sums(x, ids, R):
 
     x: (B, D, h, w), any float type. ids: (B, H, W) of part_ids. (B, R, D + 1): the number is last.
     """
-    sums, parts = [], torch.arange(R, device=x.device)[:, None]
+    sums = []
+    part = torch.arange(R, device=x.device)[:, None]
     for features, index in zip(x, aligned(ids, x.shape[2:]), strict=True):
-        M = (index.flatten() == parts).float()  # of one image: (R, h w)
+        M = (index.flatten() == part).float()  # of one image: (R, h w)
         sums.append(torch.cat([M @ features.float().flatten(1).T, M.sum(1, True)], 1))
     return torch.stack(sums)
 
@@ -329,26 +345,26 @@ def update_prototypes(prototypes, sums, theta):
 
     sums: (C K, D + 1), part_sums of all images and processes; P' is their mean, as Eq. (8).
     """
-    P, number = prototypes.flatten(0, 1), sums[:, -1:]
+    P = prototypes.flatten(0, 1)
+    number = sums[:, -1:]
     new = theta * P + (1 - theta) * sums[:, :-1] / number.clamp(min=1)
     return torch.where(number > 0, new, P).view_as(prototypes)
 
 
 @torch.no_grad()
-def push_keys(bank, pushed, sizes, offered):
-    """Category-wise FIFO queues Q_c, in place: rings of sizes (C,) one after another in a tensor.
+def push_features(bank, pushed, sizes, offered):
+    """First-in-first-out queues of sizes (C,), in place: a new feature takes the oldest one's row.
 
-    bank: (sum of sizes + 1, D); the last row takes what is no key, and stays 0. pushed: (C,) int64,
-    keys ever. offered: (C, n, D + 1), unit keys and 1, or anything and 0; oldest first.
+    bank: (sum of sizes + 1, D), the rings one after another; the last row is no queue's and 0.
+    pushed: (C,) int64, features ever. offered: (C, n, D + 1), oldest first; those with a 0 at the
+    end are none.
     """
-    keys, real = offered[..., :-1].to(bank.dtype), offered[..., -1] > 0
-    number = real.cumsum(1)  # 1, 2, ... for keys
-    kept = real & (number > number[:, -1:] - sizes[:, None])  # the newest, if a ring is too small
-    place = (pushed[:, None] + number - 1) % sizes[:, None] + (sizes.cumsum(0) - sizes)[:, None]
-    place = torch.where(kept, place, len(bank) - 1)
-    bank.index_copy_(0, place.flatten(), keys.flatten(0, 1))
-    bank[-1] = 0
-    pushed += number[:, -1]
+    for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
+        features = offered[c, offered[c, :, -1] > 0, :-1]
+        number = pushed[c] + torch.arange(len(features), device=bank.device)
+        newest = slice(-len(ring), None)  # if there are more than the ring holds
+        ring[number[newest] % len(ring)] = features[newest].to(bank.dtype)
+        pushed[c] += len(features)
 
 
 def as_rows(x):
@@ -356,66 +372,55 @@ def as_rows(x):
     return x.movedim(1, -1).flatten(0, 2)
 
 
-def nth(masks, n):
-    """Returns which pixel is the n-th, from 0, of its mask; n: (C, K). Some pixel, if none is."""
-    total = masks.cumsum(1, dtype=torch.int32)
-    return torch.searchsorted(total, n.int() + 1).clamp(max=masks.shape[1] - 1)
+def draw(pixels, count, u):
+    """Returns `count` of the n >= count pixels (n,), drawn at random, none twice.
 
-
-def draw_anchors(ids, C, K, args, u):
-    """Eq. (9): ceil(anchor_share n_c) of the n_c pixels of class c, at most A [D19]; none twice.
-
-    ids: C K where a pixel is no candidate. u: (C, A + 1). Returns (C, A) pixels, and which are
-    anchors, bool: one from each of m stretches, as equal as whole numbers can be, of a circle that
-    begins anywhere, so that all pixels of a class have the same chance.
+    u: (count + 1,) or more. The pixels stand in a circle that is cut, beginning anywhere, into
+    `count` arcs as equal as whole numbers can be, and each arc gives one pixel. No two arcs share
+    one; and as the beginning is uniform, all pixels have the same chance, count / n.
     """
-    masks = ids.flatten() // K == torch.arange(C, device=ids.device)[:, None]
-    n, j = masks.sum(1, True), torch.arange(u.shape[1], device=u.device)
-    m = (args.anchor_share * n.double()).ceil().long().clamp(max=len(j) - 1)
-    border, start = torch.minimum(j, m) * n // m.clamp(min=1), (u[:, :1] * n).long()
-    stretch = border[:, :-1] + (u[:, 1:] * border.diff(dim=1)).long()
-    return nth(masks, (start + stretch) % n.clamp(min=1)), j[:-1] < m
-
-
-def draw_entries(ring, filled, q, u):
-    """The positive and the negatives of each anchor, with replacement: rows of the bank.
-
-    ring: (C, A), the anchor's part. filled: (C K,), entries in rings of size q. u: (C, A, 1 + N).
-    Returns rows (C, A, 1 + N), first the positive, of that ring, then negatives of all other rings
-    together, its class's too; and which anchors have both, bool.
-    """
-    ends = filled.cumsum(0)
-    starts, own, others = ends - filled, filled[ring], ends[-1] - filled[ring]
-    number = (u[..., 1:] * others[..., None]).long()  # among the others, ring by ring
-    number += torch.where(number >= starts[ring][..., None], own[..., None], 0)  # steps over it
-    other = torch.searchsorted(ends, number, right=True).clamp(max=len(ends) - 1)
-    positive = ring[..., None] * q + (u[..., :1] * own[..., None]).long()
-    rows = torch.cat([positive, other * q + number - starts[other]], -1)
-    return rows, (own > 0) & (others > 0)
+    n = len(pixels)
+    border = torch.arange(count + 1, device=pixels.device) * n // max(count, 1)
+    offset = (u[1 : count + 1] * border.diff()).long()
+    start = (u[0] * n).long()
+    return pixels[(start + border[:-1] + offset) % max(n, 1)]
 
 
 def info_nce(z, bank, rows, sigma):
-    """Eq. (10): -log softmax(cos / sigma) at z+. z: (A, D). rows: (A, 1 + N), z+, then z-. (A,)."""
-    scores = (z @ bank.T).gather(1, rows) / sigma
-    return scores.logsumexp(1) - scores[:, 0]
+    """Eq. (10): -log softmax(cos / sigma) at z+. z: (D,). rows: (1 + N,), z+, then z-. A scalar."""
+    scores = (bank @ z)[rows] / sigma
+    return scores.logsumexp(0) - scores[0]
 
 
-def part_contrast(rep_s, ids, state, args):
+def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
     """L_CTR: mean of Eq. (10) over a class's anchors, then over all C classes [D20]; and how many.
 
-    rep_s: (B, D, h, w), the student's. ids: (B, H, W), C K where a pixel is no candidate. state:
-    the bank of rings and the keys pushed into each. No anchor without positive and negatives.
+    rep_s: (P, D), the student's. ids: (P,), C K where a pixel is no candidate. bank, pushed: of
+    push_features, a ring for each part. u_anchors: (C, A + 1). u_entries: (C, A, 1 + N), for an
+    anchor's positive, of its own part, and for its negatives, of all other parts of all classes,
+    with replacement. No anchor without both.
     """
-    C, K, ids = len(state["prototypes"]), args.parts, aligned(ids, rep_s.shape[2:])
-    chance = dict(dtype=torch.float64, device=rep_s.device)
-    pixels, real = draw_anchors(ids, C, K, args, torch.rand(C, args.anchors + 1, **chance))
-    ring = ids.flatten()[pixels].clamp(max=C * K - 1)
-    u = torch.rand(C, args.anchors, 1 + args.negatives, **chance)
-    rows, both = draw_entries(ring, state["pushed"].clamp(max=args.queue), args.queue, u)
-    z, real = F.normalize(upcast(as_rows(rep_s)[pixels]), dim=2), real & both
-    each = (info_nce(a, state["bank"], r, args.sigma) for a, r in zip(z, rows, strict=True))
-    losses = torch.where(real, torch.stack(list(each)), 0.0)  # a class at a time: less memory
-    return (losses.sum(1) / real.sum(1).clamp(min=1)).mean(), real.sum()
+    row = torch.arange(len(bank) - 1, device=bank.device)
+    filled = row[row % args.queue < pushed[row // args.queue]]  # the rows that hold a feature
+    loss = 0.0 * rep_s.float().sum()  # without anchors: 0, so that DDP sees all parameters
+    number = 0
+    for c in range(len(u_anchors)):
+        pixels = (ids // args.parts == c).nonzero()[:, 0]
+        count = min(int(np.ceil(args.anchor_share * len(pixels))), args.anchors)  # Eq. (9) [D19]
+        anchors = draw(pixels, count, u_anchors[c])
+        z_s = F.normalize(upcast(rep_s[anchors]), dim=1)
+        losses = []
+        for z, part, u in zip(z_s, ids[anchors], u_entries[c], strict=False):
+            in_part = filled // args.queue == part
+            positives = filled[in_part]
+            negatives = filled[~in_part]
+            if len(positives) and len(negatives):
+                positive = positives[(u[:1] * len(positives)).long()]
+                negative = negatives[(u[1:] * len(negatives)).long()]
+                losses.append(info_nce(z, bank, torch.cat([positive, negative]), args.sigma))
+        loss = loss + sum(losses) / max(len(losses), 1)
+        number += len(losses)
+    return loss / len(u_anchors), torch.tensor(number, device=ids.device)
 
 
 def kmeans(x, K, u, steps=30):
@@ -424,14 +429,18 @@ def kmeans(x, K, u, steps=30):
     x: (n, D), of one class. u: (K,), for the first centres, by k-means++. Fewer different
     directions than K leave zeros, and with them a cosine of 0; an empty cluster keeps its centre.
     """
-    unit, gap, centers = F.normalize(x, dim=1), x.new_ones(len(x)), []  # gap: 1 - nearest cosine
+    unit = F.normalize(x, dim=1)
+    gap = x.new_ones(len(x))  # 1 - cosine with the nearest centre
+    centers = []
     while len(centers) < K and gap.any():
         total = gap.double().cumsum(0)
         i = torch.searchsorted(total, u[len(centers)] * total[-1], right=True)
         centers.append(unit[i.clamp(max=len(x) - 1)])
         gap = F.threshold(torch.minimum(gap, 1 - unit @ centers[-1]), 1e-6, 0.0)  # rounding: 0
-    P = torch.stack(centers) if centers else x[:0]
-    for step in range(steps if centers else 0):
+    if not centers:
+        return x.new_zeros(K, x.shape[1])
+    P = torch.stack(centers)
+    for step in range(steps):
         M = F.one_hot((unit @ P.T).argmax(1), len(P)).T.to(x.dtype)
         new = M @ x / M.sum(1, True) if step == steps - 1 else F.normalize(M @ unit, dim=1)
         P = torch.where(M.any(1, True), new, P)
@@ -443,24 +452,24 @@ def first_prototypes(net, data, D, args, group):
     """Before training: K-means of every class over the labelled images, whole [D22]. P, (C, K, D).
 
     Of each class the n pixels with the lowest numbers, random in [0, 1), a function of (seed,
-    image): processes change nothing. Equal on all. net: in eval mode, returning "encoder".
+    image): processes change nothing. Equal on all. net: in eval mode, its "encoder" of D channels.
     """
-    C, on = data.num_classes, dict(device=group.device)
-    n, P = min(5_000, 2**28 // (C * D)), []  # at most 1 GiB
-    sample, number = torch.zeros(C, n, D, **on), torch.ones(C, n, **on).double()
+    C = data.num_classes
+    n = min(5_000, 2**28 // (C * D))  # at most 1 GiB
+    sample = torch.zeros(C, n, D, device=group.device)
+    number = torch.ones(C, n, dtype=torch.float64, device=group.device)  # 1: no pixel
     for index in range(group.rank, len(data.labeled), group.world):
         image, label = Images(data, data.labeled)[index]
         E = upcast(net(image[None].to(group.device))["encoder"])
-        label = aligned(label[None].to(group.device), E.shape[2:]).flatten().long()
+        label = aligned(label[None].to(group.device), E.shape[2:]).flatten()
         rng = np.random.default_rng([args.seed, zlib.crc32(b"pixels"), index])
         u = distributed.to_device(rng.random(len(label)), group)
-        limit = F.pad(number.amax(1), (0, 256 - C))  # the void's pixels have none below
-        for c in label[u < limit[label]].unique().tolist():
-            here = ((label == c) & (u < limit[c])).nonzero()[:, 0]
-            numbers, x = torch.cat([number[c], u[here]]), torch.cat([sample[c], as_rows(E)[here]])
-            number[c], kept = numbers.topk(n, largest=False)
-            sample[c] = x[kept]
+        for c in label[label != IGNORE].unique().tolist():
+            pixels = label == c
+            number[c], kept = torch.cat([number[c], u[pixels]]).topk(n, largest=False)
+            sample[c] = torch.cat([sample[c], as_rows(E)[pixels]])[kept]
     u = np.random.default_rng([args.seed, zlib.crc32(b"centers")]).random((C, args.parts))
+    P = []
     for c in range(C):  # one class of all processes at a time
         numbers, order = distributed.gathered(number[c]).flatten().sort()
         order = order[numbers < 1][:n]
@@ -494,8 +503,15 @@ def cutmix_box(rng, size):
     """
     width = int(rng.integers(size // 2 + 1, size))
     height = round(size * size / 2 / width)
-    top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
-    return int(top), int(left), height, width
+    top = int(rng.integers(0, size - height + 1))
+    left = int(rng.integers(0, size - width + 1))
+    return top, left, height, width
+
+
+def cutmix_boxes(rng, x_u, args, group):
+    """This process's boxes, one for each image of x_u; all are drawn by all processes."""
+    boxes = [cutmix_box(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
+    return boxes[group.rank * len(x_u) : (group.rank + 1) * len(x_u)]
 
 
 def cutmix(boxes, *maps):
@@ -660,17 +676,21 @@ class DeepLabV3Plus(nn.Module):
 class ESLHead(DeepLabV3Plus):
     """With the projector P [D21]. forward: adds rep (B, 512, H/4, W/4) and encoder, the last stage.
 
-    Only while the head's own `training` is set: an evaluation does not pay for them.
+    In training, or where `with_features` is set: an evaluation does not pay for them.
     """
 
     def __init__(self, channels, num_classes, args):
         super().__init__(channels, num_classes, args)
-        self.represent, self.width = two_blocks(512, 512), channels[3]
+        self.represent = two_blocks(512, 512)
+        self.width = channels[3]
+        self.with_features = False
 
     def forward(self, stages, size):
         fused = self.fuse(stages)
         out = {"logits": upsample(self.classify(fused).float(), size)}
-        out |= {"rep": self.represent(fused), "encoder": stages[3]} if self.training else {}
+        if self.training or self.with_features:
+            out["rep"] = self.represent(fused)
+            out["encoder"] = stages[3]
         if self.aux is not None:
             out["aux"] = upsample(self.aux(stages[2]).float(), size)
         return out
@@ -1035,14 +1055,16 @@ def main(args):
     # >>> method: state
     if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
         raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
-    C, K, D_E, state = data.num_classes, args.parts, student.head.width, {}
-    if args.contrast:  # prototypes of Eq. (7), queues of all parts and how many keys ever entered
-        distributed.need_float64(group, "anchors and keys are drawn")
-        on, D = dict(device=group.device), student.head.represent[-1].out_channels
-        state["prototypes"] = torch.zeros(C, K, D_E, **on)
-        state["bank"] = torch.zeros(C * K * args.queue + 1, D, **on)
-        state["pushed"] = torch.zeros(C * K, dtype=torch.int64, **on)
-        sizes = torch.full((C * K,), args.queue, **on)
+    C = data.num_classes
+    K = args.parts
+    state = {}
+    if args.contrast:  # prototypes of Eq. (7), queues of all parts, and what ever entered each
+        distributed.need_float64(group, "anchors and negatives are drawn")
+        D = student.head.represent[-1].out_channels
+        state["prototypes"] = torch.zeros(C, K, student.head.width, device=group.device)
+        state["bank"] = torch.zeros(C * K * args.queue + 1, D, device=group.device)
+        state["pushed"] = torch.zeros(C * K, dtype=torch.int64, device=group.device)
+        sizes = torch.full((C * K,), args.queue, device=group.device)
     # <<< method: state
     run = Run(args, __file__, group, data)
     start = run.restore(networks, optimizer, state)
@@ -1066,46 +1088,70 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        x_u, inside = batch["unlabeled"]["image"], batch["unlabeled"]["inside"]
-        n, ids_u = len(x_l), []
-        teacher.head.training = args.contrast  # its own flag alone: features, BN and dropout as is
+        x_u = batch["unlabeled"]["image"]
+        inside = batch["unlabeled"]["inside"]
+        n = len(x_l)
+        teacher.head.with_features = args.contrast
         if args.contrast and step == 0:
-            state["prototypes"] = first_prototypes(teacher, data, D_E, args, group)  # [D22]
+            state["prototypes"] = first_prototypes(teacher, data, student.head.width, args, group)
         with torch.no_grad():  # the teacher sees clean views alone [D16]
-            out_t = teacher(torch.cat([x_l, x_u]) if args.contrast else x_u)
-            prob = F.softmax(out_t["logits"][-len(x_u) :], 1)
             if args.contrast:
+                out_t = teacher(torch.cat([x_l, x_u]))
+                prob = F.softmax(out_t["logits"][n:], 1)
                 label = torch.cat([y_l, prob.argmax(1).masked_fill(~inside, IGNORE)])
                 ids = part_ids(out_t["encoder"], state["prototypes"], label)
                 mu = part_sums(out_t["rep"], ids, C * K).transpose(0, 1)  # per image [D17]
-                keys = torch.cat([F.normalize(mu[..., :-1], dim=2), mu[..., -1:]], 2)
-                keys = distributed.gathered(keys).transpose(0, 1).flatten(1, 2)
-                push_keys(state["bank"], state["pushed"], sizes, keys)
+                offered = torch.cat([F.normalize(mu[..., :-1], dim=2), mu[..., -1:]], 2)
+                offered = distributed.gathered(offered).transpose(0, 1).flatten(1, 2)
+                pick(push_features, args)(state["bank"], state["pushed"], sizes, offered)
                 sums = distributed.reduced(part_sums(out_t["encoder"], ids, C * K).sum(0))
                 state["prototypes"] = update_prototypes(state["prototypes"], sums, args.theta)
-                ids_l, *ids_u = ids.split([n, len(x_u)])
+                ids_l, ids_u = ids.split([n, len(x_u)])
+                del out_t  # large
+            else:
+                prob = F.softmax(teacher(x_u)["logits"], 1)
             rng = np.random.default_rng([args.seed, step])  # equal on all processes
             if args.cutmix and rng.random() < args.cutmix_prob:  # all alike [D18]
                 boxes = [cutmix_box(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
                 boxes = boxes[group.rank * len(x_u) : (group.rank + 1) * len(x_u)]
-                x_u, prob, inside, *ids_u = cutmix(boxes, x_u, prob, inside, *ids_u)
+                x_u, prob, inside = cutmix(boxes, x_u, prob, inside)
+                if args.contrast:
+                    (ids_u,) = cutmix(boxes, ids_u)
             y_u = soft_label(prob, args)
-            conf, dominant, area = prob.amax(1), (y_u > 0).sum(1), inside.sum().clamp(min=1)
-            mean_conf, mean_dominant = ((x * inside).sum() / area for x in (conf, dominant))
-            del out_t, prob  # large
+            conf = prob.amax(1)
+            del prob  # large
+            teacher.head.with_features = False  # an evaluation does not pay for them
         out = student_parallel(torch.cat([x_l, x_u]))  # one pass: they share BN statistics
         sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)
         unsup = soft_cross_entropy(out["logits"][n:], y_u, inside)
         if args.contrast:
-            ids = torch.cat([ids_l, ids_u[0].masked_fill(~(conf > args.zeta), C * K)])  # Eq. (9)
-            contrast, anchors = part_contrast(out["rep"], ids, state, args)
+            candidates = ids_u.masked_fill(~(conf > args.zeta), C * K)  # Eq. (9)
+            ids = aligned(torch.cat([ids_l, candidates]), out["rep"].shape[2:]).flatten()
+            u_anchors = torch.rand(C, args.anchors + 1, dtype=torch.float64, device=group.device)
+            u_entries = torch.rand(
+                C, args.anchors, 1 + args.negatives, dtype=torch.float64, device=group.device
+            )
+            contrast, anchors = pick(part_contrast, args)(
+                as_rows(out["rep"]), ids, state["bank"], state["pushed"], u_anchors, u_entries, args
+            )
             present = (sums[:, -1] > 0).sum()
-        else:  # 0, so that DDP sees all parameters
-            contrast, anchors, present = 0.0 * out["rep"].float().sum(), *sup.new_zeros(2)
+        else:
+            contrast = 0.0 * out["rep"].float().sum()  # so that DDP sees all parameters
+            anchors = present = torch.zeros_like(sup)
         loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (11)
         loss.backward()
-        parts = {"loss": loss, "sup": sup, "unsup": unsup, "contrast": contrast, "anchors": anchors}
-        parts |= {"parts": present, "dominant": mean_dominant, "conf": mean_conf}
+        dominant = (y_u > 0).sum(1)
+        area = inside.sum().clamp(min=1)
+        logged = {
+            "loss": loss,
+            "sup": sup,
+            "unsup": unsup,
+            "contrast": contrast,
+            "anchors": anchors,
+            "parts": present,
+            "dominant": (dominant * inside).sum() / area,
+            "conf": (conf * inside).sum() / area,
+        }
         out = {"logits": out["logits"].detach()}  # the features are large
         # <<< method: losses
         optimizer.step()
@@ -1118,12 +1164,16 @@ def main(args):
         run.log_step(done, logged, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
-            maps = {"student's view": x_u, "pseudo label": y_u.argmax(1).masked_fill(~inside, -1)}
-            maps |= {"1 - 1/classes": 1 - 1 / dominant, "student": out["logits"][n:].argmax(1)}
+            maps = {
+                "student's view": x_u,
+                "pseudo label": y_u.argmax(1).masked_fill(~inside, -1),
+                "1 - 1/classes": 1 - 1 / dominant,
+                "student": out["logits"][n:].argmax(1),
+            }
             if args.contrast:  # a colour for each part
-                r = ids_u[0][:, None]
-                hue = (r + 1) * torch.arange(67, 198, 65, device=r.device).view(3, 1, 1) % 256
-                maps["parts"] = hue.masked_fill(r == C * K, 255).byte()
+                part = ids_u[:, None]
+                rates = torch.arange(67, 198, 65, device=part.device).view(3, 1, 1)
+                maps["parts"] = ((part + 1) * rates % 256).masked_fill(part == C * K, 255).byte()
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):

@@ -5,9 +5,9 @@ the classes that they are unlikely to be: a bank of them feeds a contrastive (L_
 
   Eq. (1), (2), (3)    supervised_loss + unsup_weight * cross_entropy + contrast_weight * L_c
   Eq. (5)-(8)          entropy, quantiles, reliable_labels, unreliable_share, unsup_weight
-  Eq. (9)-(11), (12)   anchor_masks, centers
-  Eq. (13)-(16), Q_c   class_ranks, candidates, negative_masks; draw_keys, push_keys
-  Eq. (4), (A1)        contrastive_loss, binary_loss; anchor_losses, unreliable_loss
+  Eq. (9)-(11)         anchor_masks
+  Eq. (13)-(16), Q_c   class_ranks, candidates, negative_masks; draw_features, push_features
+  Eq. (4), (A1), (12)  contrastive_loss, binary_loss; unreliable_loss
 
   python u2pl.py                                          # generated shapes, no data needed
   python u2pl.py --dataset camvid --split 1/8 --unreliable-loss binary
@@ -24,7 +24,7 @@ import time
 import zlib
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,7 +37,20 @@ from torch.utils.data import DataLoader, Dataset
 from common import Refusal, distributed, metrics
 from common.checkpoints import load_checkpoint, load_networks
 from common.data import IGNORE, counts
-from common.flags import Above0, AtLeast0, Count, Number, Scales, Seed, Share, about, fill, parse
+from common.flags import (
+    Above0,
+    AtLeast0,
+    Count,
+    Number,
+    Rising,
+    Scales,
+    Seed,
+    Share,
+    about,
+    fill,
+    parse,
+)
+from common.fused import pick
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
 from common.weights import load_backbone
@@ -106,27 +119,33 @@ class Args:
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
     # >>> method: args
-    batch_size_unlabeled: int | None = None  # unlabelled images per step, over all processes
-    epochs: int | None = None  # E: values that alpha_t of Eq. (7) takes, one after another
-    alpha_0: float = 0.2  # share of unreliable pixels at the start
-    dpa: bool = True  # Eq. (7), dynamic partition adjustment: that share falls to 0; no: it stays
-    eta: float = 1.0  # base weight of L_u, Eq. (8)
-    unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"  # L_c, L_b or neither
-    contrast_weight: float | None = None  # lambda_c, of that loss
-    anchors: int | None = None  # M, per class and process
-    negatives: int | None = None  # N, per anchor
-    negatives_from: Literal["unreliable", "reliable", "all"] = "unreliable"  # pixels, by entropy
-    ranks: tuple[int, int] = (3, 20)  # r_l <= rank of a class in p < r_h; 0: the likeliest
-    delta_p: float = 0.3  # an anchor of class c has p(c) > delta_p
-    tau: float = 0.5  # temperature
+    # -- method --
+    batch_size_unlabeled: Count | None = None  # unlabelled images per step, over all processes
+    epochs: Count | None = None  # E: values that alpha_t of Eq. (7) takes, one after another
+    alpha_0: Share = 0.2  # share of unreliable pixels at the start
+    dpa: bool = True  # Eq. (7), dynamic partition adjustment: that share falls to 0, or it stays
+    eta: AtLeast0 = 1.0  # base weight of L_u, Eq. (8)
+    # loss on unreliable pixels: L_c, L_b or neither
+    unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"
+    contrast_weight: AtLeast0 | None = None  # lambda_c, of that loss
+    anchors: Count | None = None  # M, per class and process
+    negatives: Count | None = None  # N, per anchor
+    # unlabelled pixels that may be negatives, by entropy (Table 4)
+    negatives_from: Literal["unreliable", "reliable", "all"] = "unreliable"
+    # r_l <= rank of a class in p < r_h; 0: the likeliest
+    ranks: Annotated[tuple[Number, Number], Rising(strict=True)] = (3, 20)
+    delta_p: Share = 0.3  # an anchor of class c has p(c) > delta_p
+    tau: Above0 = 0.5  # temperature
     bank: bool = True  # Q_c, category-wise memory; no: the negatives of this step alone
-    bank_sizes: tuple[int, int] | None = None  # keys in Q_0 and in any other Q_c
-    bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of the keys
-    keys: int = 512  # at most so many enter Q_c per step and process
-    warmup_iters: int | None = None  # steps on labels alone; the teacher starts as a copy after it
-    ema_decay: float = 0.99  # of the teacher's moving average
+    bank_sizes: tuple[Count, Count] | None = None  # features in Q_0 and in any other Q_c
+    bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of the features in Q_c
+    keys: Count = 512  # at most so many enter Q_c per step and process
+    warmup_iters: Number | None = None  # steps on labels alone; then the teacher starts as a copy
+    ema_decay: Share = 0.99  # of the teacher's moving average
     cutmix: bool = True  # mix the student's unlabelled images in pairs
-    cutmix_prob: float = 0.5  # probability of mixing in a step
+    cutmix_prob: Share = 0.5  # probability of mixing in a step
+    # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
+    fused: Literal["auto", "on", "off"] = "auto"
     # <<< method: args
 
     NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
@@ -255,7 +274,8 @@ def preset(args):
 # >>> method: functions
 # Below, P = B h w pixels are those of a process's labelled and then unlabelled images at stride 4:
 # prob (P, C), label (P,), rep (P, D), masks (C, P) bool. The teacher's is detached, and float32.
-# u: numbers in [0, 1), float64, from which all is drawn.
+# u: numbers in [0, 1), float64, from which all is drawn. Sampling, queues and loss are written a
+# class at a time; common/fused.py has a fast twin of each, of the same name (--fused).
 
 
 def upcast(x):
@@ -274,9 +294,12 @@ def quantiles(H, inside, *shares):
     H, inside: (B, h, w), float and bool. Scalars, without host synchronization; inf over nothing.
     """
     H = H.masked_fill(~inside, torch.inf).flatten().sort().values
-    place = torch.stack([q * (inside.sum() - 1).clamp(min=0).double() for q in shares])
-    low, high = H[place.floor().long()], H[place.ceil().long()]
-    return torch.where(low < high, low + (high - low) * (place - place.floor()), low).to(H.dtype)
+    last = (inside.sum() - 1).clamp(min=0).double()
+    position = torch.stack([q * last for q in shares])
+    low = H[position.floor().long()]
+    high = H[position.ceil().long()]
+    between = low + (high - low) * (position - position.floor())
+    return torch.where(low < high, between, low).to(H.dtype)
 
 
 def reliable_labels(pseudo, H, gamma):
@@ -302,19 +325,15 @@ def as_rows(x):
 
 def nearest(x, size):
     """Returns (B, M, N) as (B m n,), of the size (m, n): row floor(i M / m), column alike [D21]."""
-    places = zip(size, x.shape[1:], strict=True)
-    rows, columns = (torch.arange(n, device=x.device) * full // n for n, full in places)
+    rows = torch.arange(size[0], device=x.device) * x.shape[1] // size[0]
+    columns = torch.arange(size[1], device=x.device) * x.shape[2] // size[1]
     return x[:, rows[:, None], columns].flatten()
 
 
 def anchor_masks(prob, label, delta_p):
     """Eq. (9)-(11): A_c, pixels of label c, 255 where unreliable [D22], with p(c) > delta_p."""
-    return (label == torch.arange(prob.shape[1], device=label.device)[:, None]) & (prob.T > delta_p)
-
-
-def centers(rep_t, masks):
-    """Eq. (12): z_c^+ = mean of the teacher's features over A_c [D23]. (C, D); 0 over nothing."""
-    return masks.to(rep_t.dtype) @ rep_t / masks.sum(1, True).clamp(min=1)
+    c = torch.arange(prob.shape[1], device=label.device)[:, None]
+    return (label == c) & (prob.T > delta_p)
 
 
 def class_ranks(prob):
@@ -324,9 +343,13 @@ def class_ranks(prob):
     return torch.empty_like(order, dtype=torch.int16).scatter_(1, order, rank).T.contiguous()
 
 
-def candidates(H, inside, gamma, lower, which):
+def candidates(H, inside, gamma, lower, negatives_from):
     """Eq. (15), H > gamma; or Table 4's, H < lower, the reliable, or all [D30]. (B, h, w), bool."""
-    return inside & {"unreliable": H > gamma, "reliable": H < lower, "all": inside}[which]
+    if negatives_from == "unreliable":
+        return inside & (H > gamma)
+    if negatives_from == "reliable":
+        return inside & (H < lower)
+    return inside
 
 
 def negative_masks(rank, label, candidate, r_l, r_h):
@@ -335,92 +358,93 @@ def negative_masks(rank, label, candidate, r_l, r_h):
     rank: O. candidate: bool, of the last pixels, those of unlabelled images.
     """
     c = torch.arange(len(rank), device=label.device)[:, None]
-    y, last = label[: len(label) - len(candidate)], rank[:, -len(candidate) :]
-    n_l = (y != c) & (y != IGNORE) & (rank[:, : len(y)] < r_l)  # Eq. (14)
-    return torch.cat([n_l, candidate & (r_l <= last) & (last < r_h)], 1)  # Eq. (15)
+    labeled = len(label) - len(candidate)
+    y = label[:labeled]
+    rank_u = rank[:, labeled:]
+    n_l = (y != c) & (y != IGNORE) & (rank[:, :labeled] < r_l)  # Eq. (14)
+    n_u = candidate & (r_l <= rank_u) & (rank_u < r_h)  # Eq. (15)
+    return torch.cat([n_l, n_u], 1)
 
 
-def nth(masks, n):
-    """Returns which pixel is the n-th, from 0, of its mask; n: (C, K). Some pixel, if none is."""
-    total = masks.cumsum(1, dtype=torch.int32)
-    return torch.searchsorted(total, n.int() + 1).clamp(max=masks.shape[1] - 1)
+def draw(pixels, count, u):
+    """Returns `count` of the n >= count pixels (n,), drawn at random, none twice.
+
+    u: (count + 1,) or more. The pixels stand in a circle that is cut, beginning anywhere, into
+    `count` arcs as equal as whole numbers can be, and each arc gives one pixel. No two arcs share
+    one; and as the beginning is uniform, all pixels have the same chance, count / n.
+    """
+    n = len(pixels)
+    border = torch.arange(count + 1, device=pixels.device) * n // max(count, 1)
+    offset = (u[1 : count + 1] * border.diff()).long()
+    start = (u[0] * n).long()
+    return pixels[(start + border[:-1] + offset) % max(n, 1)]
 
 
 @torch.no_grad()
-def draw_keys(rep_t, masks, u):
-    """At most K keys of each N_c, no pixel twice [D25]: unit features, and 1 if real, or else 0.
+def draw_features(rep_t, masks, u):
+    """At most K of each N_c, no pixel twice [D25]: unit features and a 1, zeros after the last.
 
-    u: (C, K + 1). Returns (C, K, D + 1). Of more than K pixels it draws one from each of K parts,
-    as equal as whole numbers can be, of a circle that begins anywhere: all have the same chance.
+    u: (C, K + 1). Returns (C, K, D + 1): of one shape, so that processes can exchange them.
     """
-    count, j = masks.sum(1, True), torch.arange(u.shape[1], device=u.device)
-    border, start = j * count // j[-1], (u[:, :1] * count).long()
-    part = border[:, :-1] + (u[:, 1:] * border.diff(dim=1)).long()
-    drawn = torch.where(count > j[-1], (start + part) % count.clamp(min=1), j[:-1])
-    keys = F.normalize(rep_t[nth(masks, drawn)], dim=2)
-    return torch.cat([keys, (j[:-1] < count).to(keys.dtype)[..., None]], 2)
+    K = u.shape[1] - 1
+    features = rep_t.new_zeros(len(masks), K, rep_t.shape[1] + 1)
+    for c, mask in enumerate(masks):
+        pixels = mask.nonzero()[:, 0]
+        if len(pixels) > K:
+            pixels = draw(pixels, K, u[c])
+        features[c, : len(pixels), :-1] = F.normalize(rep_t[pixels], dim=1)
+        features[c, : len(pixels), -1] = 1
+    return features
 
 
 @torch.no_grad()
-def push_keys(bank, pushed, sizes, offered):
-    """Category-wise FIFO queues Q_c, in place: rings of sizes (C,) one after another in a tensor.
+def push_features(bank, pushed, sizes, offered):
+    """First-in-first-out queues of sizes (C,), in place: a new feature takes the oldest one's row.
 
-    bank: (sum of sizes + 1, D); the last row takes what is no key, and stays 0. pushed: (C,) int64,
-    keys ever. offered: (C, n, D + 1), unit keys and 1, or anything and 0; oldest first.
+    bank: (sum of sizes + 1, D), the rings one after another; the last row is no queue's and 0.
+    pushed: (C,) int64, features ever. offered: (C, n, D + 1), oldest first; those with a 0 at the
+    end are none.
     """
-    keys, real = offered[..., :-1].to(bank.dtype), offered[..., -1] > 0
-    number = real.cumsum(1)  # 1, 2, ... for keys
-    kept = real & (number > number[:, -1:] - sizes[:, None])  # the newest, if a ring is too small
-    place = (pushed[:, None] + number - 1) % sizes[:, None] + (sizes.cumsum(0) - sizes)[:, None]
-    place = torch.where(kept, place, len(bank) - 1)
-    bank.index_copy_(0, place.flatten(), keys.flatten(0, 1))
-    bank[-1] = 0
-    pushed += number[:, -1]
+    for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
+        features = offered[c, offered[c, :, -1] > 0, :-1]
+        number = pushed[c] + torch.arange(len(features), device=bank.device)
+        newest = slice(-len(ring), None)  # if there are more than the ring holds
+        ring[number[newest] % len(ring)] = features[newest].to(bank.dtype)
+        pushed[c] += len(features)
 
 
 def contrastive_loss(positive, negative, tau):
-    """Eq. (4) of each anchor: (C, M). positive: (C, M), negative: (C, M, N), cosines."""
-    scores = torch.cat([positive[..., None], negative], 2) / tau
-    return scores.logsumexp(2) - scores[..., 0]
+    """Eq. (4) of each anchor: (M,). positive: (M,), negative: (M, N), cosines."""
+    scores = torch.cat([positive[:, None], negative], 1) / tau
+    return scores.logsumexp(1) - scores[:, 0]
 
 
 def binary_loss(positive, negative, tau):
     """Eq. (A1) of each anchor [D28], as contrastive_loss: each negative against the positive."""
-    return F.softplus((negative - positive[..., None]) / tau).mean(2)
-
-
-def anchor_losses(z, center, bank, rows, args):
-    """Eq. (4) or (A1) of each anchor: (C, M). z: (C, M, D), center: (C, D), unit features.
-
-    rows: (C, M, N), of the bank. A few anchors at a time get their loss and at once their gradient:
-    each key is fetched once, and a step never holds all of them. No second derivative.
-    """
-    each = contrastive_loss if args.unreliable_loss == "contrastive" else binary_loss
-    losses, gradients, few = [], [], max(512 // args.negatives, 1)  # 512: keys of a class at a time
-    for a, index in zip(z.detach().split(few, 1), rows.split(few, 1), strict=True):
-        keys = bank.index_select(0, index.flatten()).to(z.dtype).view(*index.shape, -1)
-        with torch.enable_grad():
-            a.requires_grad_()
-            loss = each((a * center[:, None]).sum(2), (keys @ a[..., None])[..., 0], args.tau)
-            gradients += torch.autograd.grad(loss.sum(), a)
-        losses.append(loss.detach())
-    return torch.cat(losses, 1) + ((z - z.detach()) * torch.cat(gradients, 1)).sum(2)  # adds 0
+    return F.softplus((negative - positive[:, None]) / tau).mean(1)
 
 
 def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
-    """L_c or L_b: the mean over the classes with an anchor and a key [D26]; which, (C,) bool.
+    """L_c or L_b: the mean over the classes with an anchor and a negative [D26]; these, (C,) bool.
 
-    masks: A_c. bank, pushed, sizes: Q_c. u: (C, M + M N), for anchors and their negatives, both
-    drawn with replacement. The gradient goes to rep_s alone.
+    masks: A_c. bank, pushed, sizes: Q_c. u: (C, M + M N), for M anchors and N negatives of each,
+    both drawn with replacement. The gradient goes to rep_s alone.
     """
-    M, N, filled = args.anchors, args.negatives, torch.minimum(pushed, sizes)
-    drawn = nth(masks, (u[:, :M] * masks.sum(1, True)).long())
-    first, which = (sizes.cumsum(0) - sizes)[:, None, None], u[:, M:].unflatten(1, (M, N))
-    rows = first + (which * filled[:, None, None]).long()
-    z, center = F.normalize(upcast(rep_s[drawn]), dim=2), F.normalize(centers(rep_t, masks), dim=1)
-    counted = masks.any(1) & (filled > 0)
-    loss = torch.where(counted, anchor_losses(z, center, bank, rows, args).mean(1), 0.0)
-    return loss.sum() / counted.sum().clamp(min=1), counted
+    M = args.anchors
+    loss_of = contrastive_loss if args.unreliable_loss == "contrastive" else binary_loss
+    counted = masks.any(1) & (pushed > 0)
+    loss = 0.0 * rep_s.float().sum()  # without a class: 0, so that DDP sees all parameters
+    for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
+        if counted[c]:
+            A_c = masks[c].nonzero()[:, 0]
+            Q_c = ring[: int(pushed[c])]
+            anchors = A_c[(u[c, :M] * len(A_c)).long()]
+            negatives = Q_c[(u[c, M:] * len(Q_c)).long()].view(M, args.negatives, -1)
+            center = F.normalize(rep_t[A_c].detach().mean(0), dim=0)  # z_c^+, Eq. (12) [D23]
+            z = F.normalize(upcast(rep_s[anchors]), dim=1)
+            scores = (negatives.to(z.dtype) @ z[..., None])[..., 0]
+            loss = loss + loss_of(z @ center, scores, args.tau).mean()
+    return loss / counted.sum().clamp(min=1), counted
 
 
 def ema_decay(count, decay):
@@ -448,8 +472,15 @@ def cutmix_box(rng, size):
     """
     width = int(rng.integers(size // 2 + 1, size))
     height = round(size * size / 2 / width)
-    top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
-    return int(top), int(left), height, width
+    top = int(rng.integers(0, size - height + 1))
+    left = int(rng.integers(0, size - width + 1))
+    return top, left, height, width
+
+
+def cutmix_boxes(rng, x_u, args, group):
+    """This process's boxes, one for each image of x_u; all are drawn by all processes."""
+    boxes = [cutmix_box(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
+    return boxes[group.rank * len(x_u) : (group.rank + 1) * len(x_u)]
 
 
 def cutmix(boxes, *maps):
@@ -988,14 +1019,17 @@ def main(args):
         return distributed.teardown()
     optimizer = make_optimizer(trained, args)
     # >>> method: state
-    distributed.need_float64(group, "percentiles and keys are found")
-    C, D, (r_l, r_h) = data.num_classes, student.head.represent[-1].out_channels, args.ranks
+    distributed.need_float64(group, "percentiles and negatives are found")
     if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
         raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
-    r_l, r_h, state = min(r_l, C - 1), min(r_h, C), {}  # the last rank of a pixel remains, at least
-    if args.unreliable_loss != "none":  # Q_c of all classes, and how many keys ever entered each
+    C = data.num_classes
+    r_l = min(args.ranks[0], C - 1)  # the last rank of a pixel remains, at least
+    r_h = min(args.ranks[1], C)
+    state = {}
+    if args.unreliable_loss != "none":  # Q_c of all classes, and how many features ever entered
         lengths = [args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1)
         sizes = torch.tensor(lengths, device=group.device)
+        D = student.head.represent[-1].out_channels
         dtype = torch.float32 if args.bank_dtype == "fp32" else torch.bfloat16
         state["bank"] = torch.zeros(sum(lengths) + 1, D, dtype=dtype, device=group.device)
         state["pushed"] = torch.zeros(C, dtype=torch.int64, device=group.device)
@@ -1024,14 +1058,16 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        x_u, inside = batch["unlabeled"]["image"], batch["unlabeled"]["inside"]
-        since, alpha, n = step - args.warmup_iters, unreliable_share(step, args), len(x_l)
-        if since < 0:
+        x_u = batch["unlabeled"]["image"]
+        inside = batch["unlabeled"]["inside"]
+        n = len(x_l)
+        since_warmup = step - args.warmup_iters
+        if since_warmup < 0:  # labels alone
             out = student_parallel(x_l)
             sup = supervised_loss(out, y_l, args)
             unsup = weight = mean_H = torch.zeros_like(sup)
         else:
-            if since == 0:
+            if since_warmup == 0:
                 teacher.load_state_dict(student.state_dict())
             with torch.no_grad():  # pseudo labels: teacher in eval mode, clean view [D14]
                 pseudo = teacher.eval()(x_u)["logits"].argmax(1).masked_fill(~inside, IGNORE)
@@ -1046,38 +1082,52 @@ def main(args):
             with torch.no_grad():  # H, p, ranks, z^+, z^-: train mode, mixed view [D15] [D27]
                 out_t = teacher.train()(both)
                 H = entropy(F.softmax(out_t["logits"][n:], 1))
+                alpha = unreliable_share(step, args)
                 gamma, lower = quantiles(H, inside, 1 - alpha, alpha)
                 y_u = reliable_labels(pseudo, H, gamma)
                 weight = unsup_weight(y_u, inside, args.eta)
                 mean_H = (H * inside).sum() / inside.sum().clamp(min=1)
             unsup = cross_entropy(out["logits"][n:], y_u)  # Eq. (3) [D29]
-        if since < 0 or args.unreliable_loss == "none":  # 0, so that DDP sees all parameters
-            contrast, counted = 0.0 * out["rep"].float().sum(), torch.zeros_like(sup)
+        if since_warmup < 0 or args.unreliable_loss == "none":
+            contrast = 0.0 * out["rep"].float().sum()  # so that DDP sees all parameters
+            counted = torch.zeros_like(sup)
         else:
             with torch.no_grad():
-                prob, size = F.softmax(as_rows(out_t["coarse"]), 1), out["rep"].shape[2:]
+                prob = F.softmax(as_rows(out_t["coarse"]), 1)
+                rep_t = as_rows(out_t["rep"]).float()
+                size = out["rep"].shape[2:]
+                label = nearest(torch.cat([y_l, y_u]), size)
                 candidate = nearest(candidates(H, inside, gamma, lower, args.negatives_from), size)
-                label, rep_t = nearest(torch.cat([y_l, y_u]), size), as_rows(out_t["rep"]).float()
-                N_c = negative_masks(class_ranks(prob), label, candidate, r_l, r_h)
-                A_c = anchor_masks(prob, label, args.delta_p)
-                chance = dict(dtype=torch.float64, device=group.device)
-                u_keys = torch.rand(C, args.keys + 1, **chance)
-                u_pair = torch.rand(C, args.anchors * (args.negatives + 1), **chance)
-                offered = distributed.gathered(draw_keys(rep_t, N_c, u_keys))
-                Q_c = (state["bank"], state["pushed"], sizes)
-                if not args.bank:  # the keys of this step alone
+                A_c = anchor_masks(prob, label, args.delta_p)  # Eq. (11)
+                N_c = negative_masks(class_ranks(prob), label, candidate, r_l, r_h)  # Eq. (16)
+                u_offered = torch.rand(C, args.keys + 1, dtype=torch.float64, device=group.device)
+                u_pairs = torch.rand(
+                    C, args.anchors * (args.negatives + 1), dtype=torch.float64, device=group.device
+                )
+                offered = distributed.gathered(pick(draw_features, args)(rep_t, N_c, u_offered))
+                offered = offered.transpose(0, 1).flatten(1, 2)  # a class's, of all processes
+                if not args.bank:  # the negatives of this step alone
                     state["pushed"].zero_()
-                push_keys(*Q_c, offered.transpose(0, 1).flatten(1, 2))  # Alg. 1: push, then sample
-            contrast, counted = unreliable_loss(as_rows(out["rep"]), rep_t, A_c, *Q_c, u_pair, args)
+                queues = (state["bank"], state["pushed"], sizes)
+                pick(push_features, args)(*queues, offered)  # Alg. 1: push, then sample
+            pair_loss = pick(unreliable_loss, args)
+            contrast, counted = pair_loss(as_rows(out["rep"]), rep_t, A_c, *queues, u_pairs, args)
         loss = sup + weight * unsup + args.contrast_weight * contrast  # Eq. (1)
         loss.backward()
-        parts = {"loss": loss, "sup": sup, "unsup": unsup, "unsup_weight": weight}
-        parts |= {"contrast": contrast, "classes": counted.sum(), "entropy": mean_H}
+        logged = {
+            "loss": loss,
+            "sup": sup,
+            "unsup": unsup,
+            "unsup_weight": weight,
+            "contrast": contrast,
+            "classes": counted.sum(),
+            "entropy": mean_H,
+        }
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
-        if since >= 0:
-            update_teacher(teacher, student, ema_decay(since, args.ema_decay), "own")
+        if since_warmup >= 0:
+            update_teacher(teacher, student, ema_decay(since_warmup, args.ema_decay), "own")
         # <<< method: after-step
         if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
             distributed.copy_buffers(*networks.values())
@@ -1085,10 +1135,16 @@ def main(args):
         run.log_step(done, logged, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
-            maps = {"image": x_l, "label": y_l, "prediction": out["logits"][:n].argmax(1)}
-            if since >= 0:
-                maps = {"student's view": x_u, "pseudo label": pseudo, "reliable": y_u}
-                maps |= {"entropy": H / np.log(C), "student": out["logits"][n:].argmax(1)}
+            if since_warmup < 0:
+                maps = {"image": x_l, "label": y_l, "prediction": out["logits"][:n].argmax(1)}
+            else:
+                maps = {
+                    "student's view": x_u,
+                    "pseudo label": pseudo,
+                    "reliable": y_u,
+                    "entropy": H / np.log(C),
+                    "student": out["logits"][n:].argmax(1),
+                }
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):

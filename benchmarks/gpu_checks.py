@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks import steps
-from common import distributed, metrics
+from common import distributed, fused, metrics
 from common.distributed import Group
 
 CPU = torch.device("cpu")
@@ -162,19 +162,19 @@ def u2pl(kind):
         rows = script.as_rows(prob).contiguous()
         labels = script.reliable_labels(prob.argmax(1), H, gamma).flatten()
         rank = script.class_ranks(rows)
-        keys_of = script.negative_masks(rank, labels, candidate, 3, 11)
+        N_c = script.negative_masks(rank, labels, candidate, 3, 11)
         rep_t = x.normal(len(rows), 32).float()
         rep_s = x.normal(len(rows), 32, leaf=True)
         sizes = torch.full((11,), 64, device=x.device)
         bank = torch.zeros(11 * 64 + 1, 32, device=x.device)
         pushed = torch.zeros(11, dtype=torch.int64, device=x.device)
-        offered = script.draw_keys(rep_t, keys_of, x.uniform(11, 33))
+        offered = fused.draw_features(rep_t, N_c, x.uniform(11, 33))
         for _ in range(3):  # the rings turn
-            script.push_keys(bank, pushed, sizes, offered)
+            fused.push_features(bank, pushed, sizes, offered)
         anchors = script.anchor_masks(rows, labels, 0.3)
         u = x.uniform(11, 16 * 9)
         queues = bank, pushed, sizes
-        loss, _ = script.unreliable_loss(rep_s, rep_t, anchors, *queues, u, args)
+        loss, _ = fused.unreliable_loss(rep_s, rep_t, anchors, *queues, u, args)
         return {
             "loss": loss,
             "entropy": H,
@@ -196,14 +196,15 @@ def esl(x):
     ids = script.part_ids(E, prototypes, x.labels())
     sums = script.part_sums(E, ids, C * K)
     prototypes = script.update_prototypes(prototypes, sums.sum(0), 0.9)
-    keys = nn.functional.normalize(sums[..., :-1], dim=2)
-    offered = torch.cat([keys, sums[..., -1:]], 2).transpose(0, 1)
+    features = nn.functional.normalize(sums[..., :-1], dim=2)
+    offered = torch.cat([features, sums[..., -1:]], 2).transpose(0, 1)
     bank = torch.zeros(C * K * args.queue + 1, 16, device=x.device, dtype=prototypes.dtype)
     pushed = torch.zeros(C * K, dtype=torch.int64, device=x.device)
-    script.push_keys(bank, pushed, torch.full_like(pushed, args.queue), offered)
-    state = {"prototypes": prototypes, "bank": bank, "pushed": pushed}
+    fused.push_features(bank, pushed, torch.full_like(pushed, args.queue), offered)
     rep = x.normal(2, 16, h, h, leaf=True)
-    contrast, _ = script.part_contrast(rep, ids, state, args)
+    small = script.aligned(ids, (h, h)).flatten()
+    u = x.uniform(C, args.anchors + 1), x.uniform(C, args.anchors, 1 + args.negatives)
+    contrast, _ = fused.part_contrast(script.as_rows(rep), small, bank, pushed, *u, args)
     centers = script.kmeans(x.normal(200, 16).float(), K, x.uniform(K), steps=3)
     found = {"loss": soft + contrast, "L_SCE": soft, "L_CTR": contrast, "K-means": centers}
     return {**found, "prototypes": prototypes}

@@ -760,8 +760,7 @@ def build(args, num_classes, head, group):
 def parallel(net, args, group):
     """Returns net as training calls it: in DDP with several processes, compiled if asked."""
     if group.world > 1:
-        ids = [group.device.index] if group.device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        net = nn.parallel.DistributedDataParallel(net)
         net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
     if args.compile:
         return torch.compile(net)
@@ -1038,7 +1037,8 @@ def main(args):
     student = build(args, data.num_classes, ESLHead, group)
     student_parallel = parallel(student, args, group)
     teacher = deepcopy(student).requires_grad_(False).eval()  # never in DDP; eval mode [D16]
-    networks, trained = {"student": student, "teacher": teacher}, [student]
+    networks = {"student": student, "teacher": teacher}
+    trained = [student]
 
     def scored(step):
         """The network that evaluation scores after so many steps."""
@@ -1112,8 +1112,7 @@ def main(args):
                 prob = F.softmax(teacher(x_u)["logits"], 1)
             rng = np.random.default_rng([args.seed, step])  # equal on all processes
             if args.cutmix and rng.random() < args.cutmix_prob:  # all alike [D18]
-                boxes = [cutmix_box(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
-                boxes = boxes[group.rank * len(x_u) : (group.rank + 1) * len(x_u)]
+                boxes = cutmix_boxes(rng, x_u, args, group)
                 x_u, prob, inside = cutmix(boxes, x_u, prob, inside)
                 if args.contrast:
                     (ids_u,) = cutmix(boxes, ids_u)

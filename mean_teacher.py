@@ -523,8 +523,7 @@ def build(args, num_classes, head, group):
 def parallel(net, args, group):
     """Returns net as training calls it: in DDP with several processes, compiled if asked."""
     if group.world > 1:
-        ids = [group.device.index] if group.device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        net = nn.parallel.DistributedDataParallel(net)
         net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
     if args.compile:
         return torch.compile(net)

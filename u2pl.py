@@ -656,7 +656,8 @@ class U2PLHead(DeepLabV3Plus):
         fused = self.fuse(stages)
         coarse = self.classify(fused).float()
         out = {"logits": upsample(coarse, size), "coarse": coarse}
-        out |= {"rep": self.represent(fused)} if self.training else {}
+        if self.training:
+            out["rep"] = self.represent(fused)
         if self.aux is not None:
             out["aux"] = upsample(self.aux(stages[2]).float(), size)
         return out
@@ -726,8 +727,7 @@ def build(args, num_classes, head, group):
 def parallel(net, args, group):
     """Returns net as training calls it: in DDP with several processes, compiled if asked."""
     if group.world > 1:
-        ids = [group.device.index] if group.device.type == "cuda" else None
-        net = nn.parallel.DistributedDataParallel(net, device_ids=ids)
+        net = nn.parallel.DistributedDataParallel(net)
         net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
     if args.compile:
         return torch.compile(net)
@@ -1004,7 +1004,8 @@ def main(args):
     student = build(args, data.num_classes, U2PLHead, group)
     student_parallel = parallel(student, args, group)
     teacher = deepcopy(student).requires_grad_(False)  # never in DDP
-    networks, trained = {"student": student, "teacher": teacher}, [student]
+    networks = {"student": student, "teacher": teacher}
+    trained = [student]
 
     def scored(step):
         """The network that evaluation scores after so many steps."""
@@ -1073,8 +1074,7 @@ def main(args):
                 pseudo = teacher.eval()(x_u)["logits"].argmax(1).masked_fill(~inside, IGNORE)
             rng = np.random.default_rng([args.seed, step])  # equal on all processes
             if args.cutmix and rng.random() < args.cutmix_prob:
-                boxes = [cutmix_box(rng, args.crop_size) for _ in range(args.batch_size_unlabeled)]
-                boxes = boxes[group.rank * len(x_u) : (group.rank + 1) * len(x_u)]
+                boxes = cutmix_boxes(rng, x_u, args, group)
                 x_u, pseudo, inside = cutmix(boxes, x_u, pseudo, inside)
             both = torch.cat([x_l, x_u])
             out = student_parallel(both)  # one pass: labelled and unlabelled share BN statistics

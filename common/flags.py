@@ -124,7 +124,7 @@ def given_names(args, argv):
     names = set()
     for word in argv:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        names |= {name, name.removeprefix("no_")}
+        names.update({name, name.removeprefix("no_")})
     return {n for n in names & set(defaults) if getattr(args, n) != defaults[n]}
 
 

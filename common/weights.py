@@ -41,12 +41,17 @@ def load_backbone(resnet, weights, backbone, stem):
         line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
         line += "; give --weights FILE, or --weights none for random ones"
         raise Refusal(f"--weights {weights}: no readable state dict: {line}") from None
-    mine, counter = resnet.state_dict(), "num_batches_tracked"  # older files lack it; unused here
-    bad = {k for k in set(state) ^ set(mine) if not k.endswith(counter)}
-    bad |= {k for k in set(state) & set(mine) if getattr(state[k], "shape", 0) != mine[k].shape}
+    own = resnet.state_dict()
+    counter = "num_batches_tracked"  # older files lack it; unused here
+    bad = [key for key in set(state) ^ set(own) if not key.endswith(counter)]
+    for key in set(state) & set(own):
+        if getattr(state[key], "shape", 0) != own[key].shape:
+            bad.append(key)
     if bad:
         first = (*getattr(state.get("conv1.0.weight"), "shape", ()), 0)[0]
         other = {64: "deep", 32: "v1c"}.get(first, "classic")
-        some = ", ".join(sorted(bad)[:3]) + f"; is it --stem {other}?" * (other != stem)
-        raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({some})")
+        names = ", ".join(sorted(bad)[:3])
+        if other != stem:
+            names += f"; is it --stem {other}?"
+        raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({names})")
     resnet.load_state_dict(state, strict=False)

@@ -173,16 +173,17 @@ def main(name, argv, hold=0, rank=0, go="no", agent=0):
     script = tiny.script(name)
     for part, value in tiny.tiny_modules(script).items():
         setattr(script, part, value)
-    step = run.Run.step
+    step = run.Run.log_step
 
     def held(self, done, *rest):
-        while done == hold and self.group.rank == rank and not self.told and not Path(go).exists():
+        while done == hold and self.group.rank == rank and not self.signalled and not Path(go).exists():
             time.sleep(0.005)
         step(self, done, *rest)
 
-    run.Run.step = held
+    run.Run.log_step = held
     sys.argv = [script.__file__, *argv]
-    run.launch(script.Args, script.preset, script.main)
+    with run.refusals():
+        tiny.train(script, argv)
 
 
 if __name__ == "__main__":

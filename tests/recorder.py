@@ -109,7 +109,7 @@ def watch(patch, script, argv, calls=()):
         live.scoring = False
         return result
 
-    def step(whole, self, number, parts, lr, began, spent):
+    def log_step(whole, self, number, parts, lr, began, spent):
         live.done = found.steps[-1]
         live.done.parts = {name: x.item() for name, x in parts.items()}
         live.done.spent = dict(spent)
@@ -138,7 +138,7 @@ def watch(patch, script, argv, calls=()):
         around(script, name, call)
     for function in (parallel, open_stream, evaluate):
         around(script, function.__name__, function)
-    for function in (restore, step, panels):
+    for function in (restore, log_step, panels):
         around(run.Run, function.__name__, function)
     begin()
     tiny.train(script, argv)
@@ -148,7 +148,7 @@ def watch(patch, script, argv, calls=()):
 
 def stop_in(patch, stop):
     """Lets a run be interrupted in a step, before anything of it is logged."""
-    whole = run.Run.step
+    whole = run.Run.log_step
 
     def step(self, number, *rest):
         if number == stop:

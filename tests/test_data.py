@@ -17,7 +17,7 @@ from PIL import Image
 
 from common import shapes
 from common.data import FACTS, SPLITS, Data, Item, counts, set_hash
-from sources import choose, read_list
+from common.sources import choose, read_list
 from trees import NAMES, ROOT, TRAIN_ID, entry, flags, picture, refusal
 
 

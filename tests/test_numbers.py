@@ -48,7 +48,7 @@ def is_teacher(name):
 def hook(patch, change):
     """change(step, network's name, outputs) may change these in place, or return others."""
     live = {"step": 1}
-    restore, step = run.Run.restore, run.Run.step
+    restore, step = run.Run.restore, run.Run.log_step
 
     def begin(self, networks, optimizer, state):
         live["state"] = state

@@ -14,9 +14,9 @@ import cps_fpl
 import prepare_data
 from benchmarks import runs
 from common.data import FACTS, set_hash
-from common.run import parse
+from common.flags import parse
 from results import table
-from sources import read_list
+from common.sources import read_list
 from tiny import ROOT, SCRIPTS, draw_folder, resolved, shrink, train
 from tiny import script as module_of
 
@@ -92,7 +92,7 @@ def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_shows_every_flag_and_what_it_means(name, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(module_of(name).Args, ["--help"])
+        parse(module_of(name).Args, module_of(name).preset, ["--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert stop.value.code == 0
     source = TEXTS[name][0].split("class Args")[1].split("\ndef ")[0]

@@ -22,7 +22,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import prepare_data
-import sources
+from common import sources
 from common.data import FACTS, SPLITS
 from trees import NAMES, camvid, entry, flags, keys_of, listed, own, picture, refusal
 

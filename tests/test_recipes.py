@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 import pytest
 
-from common import Refusal, run
+from common import Refusal, flags
 from tiny import ROOT, SCRIPTS, train
 from tiny import script as module_of
 from trees import refusal
@@ -59,10 +59,10 @@ def outcome(name, dataset, words=""):
     if "cutmix" in given:
         given["cutmix"] = False
     try:
-        args = run.resolve(module_of(name).Args(dataset=dataset, **given), module_of(name).preset)
+        args = flags.fill(module_of(name).Args(dataset=dataset, **given), module_of(name).preset, [])
     except Refusal as error:
         return str(error)
-    return {key: value for key, value in run.plain(args).items() if key not in given}
+    return {key: value for key, value in flags.plain(args).items() if key not in given}
 
 
 def fields(name):
@@ -182,7 +182,7 @@ def several(kind, value):
 def refused(name, flag, value):
     """Returns the line by which a script refuses a flag's value on camvid."""
     args = module_of(name).Args(**{"dataset": "camvid", flag: value})
-    return refusal(run.resolve, args, module_of(name).preset)
+    return refusal(flags.fill, args, module_of(name).preset, [])
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -204,7 +204,7 @@ def test_a_number_out_of_its_range_is_refused_and_its_ends_beat_every_preset(nam
             assert refused(name, flag, several(kind, value)) == line
         for dataset, value in itertools.product(SPLITS, right):
             given = {"dataset": dataset, "split": SPLITS[dataset][1], flag: several(kind, value)}
-            args = run.resolve(module_of(name).Args(**given), module_of(name).preset)
+            args = flags.fill(module_of(name).Args(**given), module_of(name).preset, [])
             assert getattr(args, flag) == given[flag]
 
 
@@ -215,7 +215,7 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
     entries = json.loads((ROOT / "common/papers.json").read_text())
     entries = [entry for entry in entries if entry["script"] == name]
     assert len(lines) == sum(len(entry["miou"]) for entry in entries) > 12
-    parsed = functools.cache(lambda words: run.parse(module_of(name).Args, shlex.split(words)))
+    parsed = functools.cache(lambda words: flags.parse(module_of(name).Args, module_of(name).preset, shlex.split(words)))
     seen = set()
     for line in lines:
         miou, dataset, split, words, source = re.fullmatch(
@@ -224,8 +224,8 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
         own = [dataset, words.strip(), source]
         (entry,) = (e for e in entries if [e["dataset"], e["flags"], e["source"]] == own)
         assert float(miou) == entry["miou"][split]
-        args = run.replace(parsed(f"--dataset {dataset} {words}"), split=split)
-        args = run.resolve(args, module_of(name).preset)
+        args = dataclasses.replace(parsed(f"--dataset {dataset} {words}"), split=split)
+        args = flags.fill(args, module_of(name).preset, [])
         found = [getattr(args, column) for column in COLUMNS]
         found[6] = round(found[6] * args.crop_size**2)  # pixels
         if "--lr" not in words:  # of a table that varies it

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import prepare_data
-import sources
+from common import sources
 import trees
 from common import run
 from common.distributed import Group

@@ -12,7 +12,7 @@ import pytest
 
 import trees
 from common.data import SPLITS, Item
-from sources import SUFFIXES, load
+from common.sources import SUFFIXES, load
 from trees import KEYS, LAYOUTS, NAMES, draw, entry, flags, folder, keys_of, listed, own, refusal
 
 

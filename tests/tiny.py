@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from common import flags as flags_of
 from common import run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,7 +165,7 @@ def own_folder(root, out, classes, **numbers):
 
 def resolved(module, argv):
     """Returns the resolved flags of a command line."""
-    return run.resolve(run.parse(module.Args, argv), module.preset)
+    return flags_of.fill(flags_of.parse(module.Args, module.preset, argv), module.preset, argv)
 
 
 def train(module, argv):

@@ -26,7 +26,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -121,6 +121,8 @@ class Args:
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
+    # before it BN's statistics are those of so many batches; 0: the running ones
+    precise_bn: Number | None = None
     # >>> method: args
     # -- method --
     batch_size_unlabeled: Count | None = None  # mixed images per step, over all processes
@@ -189,7 +191,7 @@ VOC = dict(
     split_family="cps", crop_size=513, scales=(0.5, 2.0),
     batch_size=16, batch_size_unlabeled=8,  # [D32]
     total_iters=39_680, lr=0.00125, lr_head=10.0, weight_decay=8e-4, decay_on="all",  # [D10] [D11]
-    aux_weight=0.4, ohem_kept=50_000 / 513**2, protocol="slide", workers=4,
+    aux_weight=0.4, ohem_kept=50_000 / 513**2, protocol="slide", precise_bn=0, workers=4,
     pooled=2, bank_momentum=0.999, region_area=0.03, bank_area=0.03, paste_not=(0,),  # [D20] [D31]
     log_every=50, eval_every=1000, save_every=500, pictures_every=5000,
 )
@@ -203,7 +205,8 @@ FOLDER = VOC | dict(
 CAMVID = FOLDER | dict(  # this project's small protocols [D8]
     backbone="resnet18", weights="none", output_stride=16,
     split="1/8", crop_size=128, batch_size=4, total_iters=600,
-    lr=0.01, lr_head=2.0, weight_decay=1e-4, aux_weight=0.0, ohem_kept=0.0, workers=2,
+    lr=0.01, lr_head=2.0, weight_decay=1e-4, aux_weight=0.0, ohem_kept=0.0,
+    precise_bn=20, workers=2,
     bank_momentum=0.97, region_area=0.005, bank_area=0.01, paste_not=(0, 1, 3, 4, 5),
     log_every=10, eval_every=150, save_every=150, pictures_every=300,
 )
@@ -1072,14 +1075,41 @@ def likeliest(logits, size):
     return classes
 
 
+@contextmanager
+def evaluating(net, data, args, group):
+    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+
+    These are means over fixed batches of labelled images, the same on all processes, dropout off;
+    afterwards the running ones are there again. With few images a batch running statistics may fit
+    no image: docs/supervised.md.
+    """
+    training = net.training
+    net.eval()
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    running = [(deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
+    if args.precise_bn:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a mean over all batches
+            norm.train()
+        alone = distributed.Group(0, 1, group.device)
+        short = replace(args, total_iters=args.precise_bn, workers=0)
+        for batch in open_stream("labeled", data, short, alone, 0):
+            net(batch["image"].to(group.device))
+    net.eval()
+    yield
+    for norm, (statistics, momentum) in zip(norms, running, strict=True):
+        norm.load_state_dict(statistics)
+        norm.momentum = momentum
+    net.train(training)
+
+
 @torch.no_grad()
 def evaluate(net, data, items, args, group):
     """Returns (scores of net in eval mode over items, panels of the first images).
 
     One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
     """
-    training = net.training
-    net.eval()
     indices = range(group.rank, len(items), group.world)  # of this process
     pictured = indices[:: max(len(indices) // 4, 1)][:4]
     # gloo, the CPU's backend: a loader forked soon after a collective may hang (Python 3.11)
@@ -1094,14 +1124,14 @@ def evaluate(net, data, items, args, group):
     )
     confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
-    for index, (image, label) in zip(indices, loader, strict=True):
-        pred = predict(net, image.to(group.device), args, data.num_classes)
-        confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
-        if index in pictured:
-            maps["image"].append(image)
-            maps["label"].append(label)
-            maps["prediction"].append(pred)
-    net.train(training)
+    with evaluating(net, data, args, group):
+        for index, (image, label) in zip(indices, loader, strict=True):
+            pred = predict(net, image.to(group.device), args, data.num_classes)
+            confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
+            if index in pictured:
+                maps["image"].append(image)
+                maps["label"].append(label)
+                maps["prediction"].append(pred)
     return metrics.scores(distributed.reduced(confusion).cpu()), maps
 
 

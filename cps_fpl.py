@@ -25,7 +25,9 @@ Measured: the table in README.md. Paper, released code and this script: docs/cps
 import math
 import time
 import zlib
-from dataclasses import dataclass
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -119,6 +121,8 @@ class Args:
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
+    # before it BN's statistics are those of so many batches; 0: the running ones
+    precise_bn: Number | None = None
     # >>> method: args
     # -- method --
     batch_size_unlabeled: Count | None = None  # unlabelled images per step (mixed, with --cutmix)
@@ -170,7 +174,8 @@ VOC = dict(
     split_family="cps", crop_size=512, scales=(0.5, 0.75, 1.0, 1.5, 1.75, 2.0), batch_size=8,
     total_iters=39_680, lr=0.0025, lr_head=1.0,  # [D10] [D11]
     weight_decay=4e-4, decay_on="weights",
-    aux_weight=0.0, ohem_kept=0.0, unsup_weight=1.0, T=0.9, protocol="slide", workers=4,
+    aux_weight=0.0, ohem_kept=0.0, unsup_weight=1.0, T=0.9,
+    protocol="slide", precise_bn=0, workers=4,
     log_every=50, eval_every=1000, save_every=500, pictures_every=5000,
 )
 CITYSCAPES = VOC | dict(
@@ -181,7 +186,7 @@ CAMVID = FOLDER | dict(  # this project's small protocols [D8]
     backbone="resnet18", weights="none",
     aspp_rates=(1, 2, 3),  # a crop of 128 is 8x8 there: wide taps never learn
     split="1/8", crop_size=128, scales=(0.5, 2.0), batch_size=4, total_iters=600,
-    lr=0.01, lr_head=2.0, weight_decay=1e-4, workers=2,
+    lr=0.01, lr_head=2.0, weight_decay=1e-4, precise_bn=20, workers=2,
     log_every=10, eval_every=150, save_every=150, pictures_every=300,
 )
 SHAPES = CAMVID | dict(split="1/16", crop_size=64, scales=(0.75, 1.5), total_iters=40, lr=0.02)
@@ -860,14 +865,41 @@ def likeliest(logits, size):
     return classes
 
 
+@contextmanager
+def evaluating(net, data, args, group):
+    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+
+    These are means over fixed batches of labelled images, the same on all processes, dropout off;
+    afterwards the running ones are there again. With few images a batch running statistics may fit
+    no image: docs/supervised.md.
+    """
+    training = net.training
+    net.eval()
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    running = [(deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
+    if args.precise_bn:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a mean over all batches
+            norm.train()
+        alone = distributed.Group(0, 1, group.device)
+        short = replace(args, total_iters=args.precise_bn, workers=0)
+        for batch in open_stream("labeled", data, short, alone, 0):
+            net(batch["image"].to(group.device))
+    net.eval()
+    yield
+    for norm, (statistics, momentum) in zip(norms, running, strict=True):
+        norm.load_state_dict(statistics)
+        norm.momentum = momentum
+    net.train(training)
+
+
 @torch.no_grad()
 def evaluate(net, data, items, args, group):
     """Returns (scores of net in eval mode over items, panels of the first images).
 
     One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
     """
-    training = net.training
-    net.eval()
     indices = range(group.rank, len(items), group.world)  # of this process
     pictured = indices[:: max(len(indices) // 4, 1)][:4]
     # gloo, the CPU's backend: a loader forked soon after a collective may hang (Python 3.11)
@@ -882,14 +914,14 @@ def evaluate(net, data, items, args, group):
     )
     confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
-    for index, (image, label) in zip(indices, loader, strict=True):
-        pred = predict(net, image.to(group.device), args, data.num_classes)
-        confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
-        if index in pictured:
-            maps["image"].append(image)
-            maps["label"].append(label)
-            maps["prediction"].append(pred)
-    net.train(training)
+    with evaluating(net, data, args, group):
+        for index, (image, label) in zip(indices, loader, strict=True):
+            pred = predict(net, image.to(group.device), args, data.num_classes)
+            confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
+            if index in pictured:
+                maps["image"].append(image)
+                maps["label"].append(label)
+                maps["prediction"].append(pred)
     return metrics.scores(distributed.reduced(confusion).cpu()), maps
 
 

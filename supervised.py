@@ -19,7 +19,9 @@ Measured: the table in README.md. Paper, released code and this script: docs/sup
 import math
 import time
 import zlib
-from dataclasses import dataclass
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -101,6 +103,8 @@ class Args:
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
+    # before it BN's statistics are those of so many batches; 0: the running ones
+    precise_bn: Number | None = None
     # >>> method: args
     # -- method --
     # how long, paper: passes over the labels; matched: the steps of mean_teacher.py
@@ -126,7 +130,7 @@ VOC = dict(  # U2PL Sec. 4.1 and its released configurations
     backbone="resnet101", stem="v1c", weights="auto", output_stride=8,  # [D9]
     split_family="u2pl", crop_size=513, scales=(0.5, 2.0), batch_size=16,
     lr=0.001, lr_head=10.0, weight_decay=1e-4, decay_on="all", aux_weight=0.0, ohem_kept=0.0,
-    protocol="slide", workers=4,
+    protocol="slide", precise_bn=0, workers=4,
     log_every=50, eval_every=1000, save_every=500, pictures_every=5000,
 )
 CITYSCAPES = VOC | dict(
@@ -139,7 +143,7 @@ FOLDER = VOC | dict(  # what fits any images
 CAMVID = VOC | dict(  # this project's small protocols [D8]
     backbone="resnet18", stem="classic", weights="none", output_stride=16,
     split="1/8", crop_size=128, batch_size=4, total_iters=600,
-    lr=0.01, lr_head=2.0, protocol="whole", workers=2,
+    lr=0.01, lr_head=2.0, protocol="whole", precise_bn=20, workers=2,
     log_every=20, eval_every=150, save_every=150, pictures_every=300,
 )
 SHAPES = CAMVID | dict(
@@ -624,14 +628,41 @@ def likeliest(logits, size):
     return classes
 
 
+@contextmanager
+def evaluating(net, data, args, group):
+    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+
+    These are means over fixed batches of labelled images, the same on all processes, dropout off;
+    afterwards the running ones are there again. With few images a batch running statistics may fit
+    no image: docs/supervised.md.
+    """
+    training = net.training
+    net.eval()
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    running = [(deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
+    if args.precise_bn:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a mean over all batches
+            norm.train()
+        alone = distributed.Group(0, 1, group.device)
+        short = replace(args, total_iters=args.precise_bn, workers=0)
+        for batch in open_stream("labeled", data, short, alone, 0):
+            net(batch["image"].to(group.device))
+    net.eval()
+    yield
+    for norm, (statistics, momentum) in zip(norms, running, strict=True):
+        norm.load_state_dict(statistics)
+        norm.momentum = momentum
+    net.train(training)
+
+
 @torch.no_grad()
 def evaluate(net, data, items, args, group):
     """Returns (scores of net in eval mode over items, panels of the first images).
 
     One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
     """
-    training = net.training
-    net.eval()
     indices = range(group.rank, len(items), group.world)  # of this process
     pictured = indices[:: max(len(indices) // 4, 1)][:4]
     # gloo, the CPU's backend: a loader forked soon after a collective may hang (Python 3.11)
@@ -646,14 +677,14 @@ def evaluate(net, data, items, args, group):
     )
     confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
     maps = {"image": [], "label": [], "prediction": []}
-    for index, (image, label) in zip(indices, loader, strict=True):
-        pred = predict(net, image.to(group.device), args, data.num_classes)
-        confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
-        if index in pictured:
-            maps["image"].append(image)
-            maps["label"].append(label)
-            maps["prediction"].append(pred)
-    net.train(training)
+    with evaluating(net, data, args, group):
+        for index, (image, label) in zip(indices, loader, strict=True):
+            pred = predict(net, image.to(group.device), args, data.num_classes)
+            confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
+            if index in pictured:
+                maps["image"].append(image)
+                maps["label"].append(label)
+                maps["prediction"].append(pred)
     return metrics.scores(distributed.reduced(confusion).cpu()), maps
 
 

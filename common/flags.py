@@ -47,7 +47,7 @@ Scales = Annotated[tuple[Above0, ...], Rising()]
 
 # what no number of a run depends on: these may change at a resume
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
-log_every save_every pictures_every tensorboard""".split()
+log_every save_every pictures_every tensorboard fused""".split()
 
 
 def cli(kind, argv=None, **more):

@@ -267,6 +267,10 @@ class Run:
             f"{torch.get_num_threads()} threads; {len(networks)} networks of "
             f"{millions / len(networks):.1f} M parameters; images: {', '.join(images)}"
         )
+        batch = self.args.batch_size // self.group.world
+        synchronized = self.group.world > 1 and self.group.device.type == "cuda"
+        if batch < 4 and not synchronized and not self.args.precise_bn:
+            self.say(f"{batch} labelled images feed BN: --precise-bn 20 may score otherwise")
 
     def _newest_whole(self):
         """Returns last.pt, or previous.pt if that is damaged. Raises Refusal if both are."""

@@ -94,7 +94,7 @@ def load(args):
         known_set(f"val of {args.dataset}", held["val"], SPLITS[args.dataset]["parts"]["val"])
     val = tree.items("val", held["val"])
     test = tree.items("test", held["test"])
-    if scored:
+    if scored and not getattr(args, "precise_bn", 0):
         return Data(args, [], [], val, test)
     labeled, unlabeled, train = training(args, tree)
     labeled = tree.items("train", labeled, train, args.labeled_list)

@@ -22,19 +22,30 @@ def colour(array, palette):
 
 
 def save_panels(path, rows, palette, height=160):
-    """Saves rows, each a dict {title: map} as `colour` takes it, as one PNG with titles on top."""
+    """Saves rows, each a dict {title: map} as `colour` takes it, as one PNG with titles on top.
+
+    A map is at most 4 times as wide as the row is high.
+    """
     lines = []
     for row in rows:
-        images = [Image.fromarray(np.ascontiguousarray(colour(a, palette))) for a in row.values()]
-        widths = [max(1, round(image.width * height / image.height)) + 4 for image in images]
-        line = Image.new("RGB", (sum(widths), height + 16), "white")
-        for i, (title, image) in enumerate(zip(row, images, strict=True)):
-            picture = image.resize((widths[i] - 4, height), Image.Resampling.NEAREST)
-            line.paste(picture, (sum(widths[:i]), 16))
-            ImageDraw.Draw(line).text((sum(widths[:i]), 2), title, fill="black")
+        pictures = []
+        for array in row.values():
+            picture = Image.fromarray(np.ascontiguousarray(colour(array, palette)))
+            scale = min(height / picture.height, 4 * height / picture.width)
+            size = [max(1, round(side * scale)) for side in picture.size]
+            pictures.append(picture.resize(size, Image.Resampling.NEAREST))
+        width = sum(picture.width + 4 for picture in pictures)
+        line = Image.new("RGB", (width, height + 16), "white")
+        x = 0
+        for title, picture in zip(row, pictures, strict=True):
+            line.paste(picture, (x, 16))
+            ImageDraw.Draw(line).text((x, 2), title, fill="black")
+            x += picture.width + 4
         lines.append(line)
     sheet = Image.new("RGB", (max(x.width for x in lines), sum(x.height for x in lines)), "white")
-    for i, line in enumerate(lines):
-        sheet.paste(line, (0, sum(x.height for x in lines[:i])))
+    y = 0
+    for line in lines:
+        sheet.paste(line, (0, y))
+        y += line.height
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

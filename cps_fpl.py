@@ -44,6 +44,7 @@ from common.data import IGNORE
 from common.flags import (
     Above0,
     AtLeast0,
+    Backbone,
     Count,
     Inside01,
     Number,
@@ -56,7 +57,7 @@ from common.flags import (
 )
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
-from common.weights import load_backbone
+from common.weights import load_backbone, load_timm
 
 # ---- 2. Recipe -------------------------------------------------------------------------------
 
@@ -98,14 +99,14 @@ class Args:
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # -- network --
-    # ResNet below the head
-    backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
+    backbone: Backbone | None = None  # resnet18, resnet50, resnet101, or any of timm: timm/NAME
     # first layers, classic: one 7x7; deep: three 3x3 of 64, 64, 128 channels; v1c: 32, 32, 64
     stem: Literal["classic", "deep", "v1c"] | None = None
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
+    head_channels: Count | None = None  # width of the head
     # -- optimization --
     # paper: as printed; official: as the released code computes
     recipe: Literal["paper", "official"] = "paper"
@@ -149,6 +150,7 @@ class Args:
         "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
+        "stem": "backbone=resnet18|resnet50|resnet101",
         # >>> method: needs
         "batch_size_unlabeled": "unsup_weight",
         "unsup_loss": "unsup_weight",
@@ -170,6 +172,7 @@ class Args:
 # fmt: off
 VOC = dict(
     backbone="resnet101", stem="v1c", weights="auto", output_stride=16,  # [D9]
+    head_channels=256,
     aspp_rates=(6, 12, 18),
     split_family="cps", crop_size=512, scales=(0.5, 0.75, 1.0, 1.5, 1.75, 2.0), batch_size=8,
     total_iters=39_680, lr=0.0025, lr_head=1.0,  # [D10] [D11]
@@ -495,11 +498,14 @@ STD = (58.395, 57.12, 57.375)
 
 
 def make_backbone(args):
-    """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
+    """Returns torchvision's ResNet without its classifier, or features of a network of timm.
 
     Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
     output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
+    timm's networks come with its own weights, strides and normalization.
     """
+    if args.backbone.startswith("timm/"):
+        return load_timm(args.backbone, args.weights, args.output_stride)
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
     if args.stem == "deep":
@@ -555,10 +561,11 @@ class CPSHead(nn.Module):
 
     def __init__(self, channels, num_classes, args):
         super().__init__()
+        width = args.head_channels
 
         def conv(inputs, kernel=1, dilation=1):
-            """Convolution to 256 channels of the same size."""
-            return nn.Conv2d(inputs, 256, kernel, 1, kernel // 2 * dilation, dilation, bias=False)
+            """Convolution to the head's width, of the same size."""
+            return nn.Conv2d(inputs, width, kernel, 1, kernel // 2 * dilation, dilation, bias=False)
 
         def norm(inputs):
             """BN and LeakyReLU."""
@@ -568,13 +575,14 @@ class CPSHead(nn.Module):
         for rate in args.aspp_rates:
             branches.append(conv(channels[3], 3, rate))
         self.branches = nn.ModuleList(branches)
-        wide = 256 * len(branches)
-        self.project = nn.Sequential(norm(wide), conv(wide))
-        self.pool = nn.Sequential(conv(channels[3]), norm(256), conv(256))
-        self.norm = norm(256)
+        together = width * len(branches)
+        self.project = nn.Sequential(norm(together), conv(together))
+        self.pool = nn.Sequential(conv(channels[3]), norm(width), conv(width))
+        self.norm = norm(width)
         self.low = conv_bn_relu(channels[0], 48, 1)
-        self.decode = nn.Sequential(conv_bn_relu(304, 256, 3), conv_bn_relu(256, 256, 3))
-        self.classify = nn.Conv2d(256, num_classes, 1)
+        first = conv_bn_relu(width + 48, width, 3)
+        self.decode = nn.Sequential(first, conv_bn_relu(width, width, 3))
+        self.classify = nn.Conv2d(width, num_classes, 1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -617,22 +625,35 @@ class Network(nn.Module):
         self.amp = args.amp == "bf16"
         self.backbone = make_backbone(args)
         channels = [64, 128, 256, 512]
-        if args.backbone != "resnet18":  # bottlenecks
+        mean = torch.tensor(MEAN)
+        std = torch.tensor(STD)
+        if args.backbone.startswith("timm/"):
+            channels = self.backbone.feature_info.channels()
+            mean = 255 * torch.tensor(self.backbone.default_cfg["mean"])
+            std = 255 * torch.tensor(self.backbone.default_cfg["std"])
+        elif args.backbone != "resnet18":  # bottlenecks
             channels = [4 * c for c in channels]
         self.head = head(channels, num_classes, args)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x, upsampled=True):
         h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        net = self.backbone
-        stages = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            h = net.maxpool(net.relu(net.bn1(net.conv1(h))))
-            for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-                h = stage(h)
-                stages.append(h)
+            stages = features(self.backbone, h)
             return self.head(stages, x.shape[2:] if upsampled else None)
+
+
+def features(net, x):
+    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    if hasattr(net, "feature_info"):  # timm's
+        return net(x)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    stages = []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = stage(x)
+        stages.append(x)
+    return stages
 
 
 def build(args, num_classes, head, group):

@@ -40,6 +40,7 @@ from common.data import IGNORE, counts
 from common.flags import (
     Above0,
     AtLeast0,
+    Backbone,
     Count,
     Inside01,
     Number,
@@ -53,7 +54,7 @@ from common.flags import (
 from common.fused import pick
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
-from common.weights import load_backbone
+from common.weights import load_backbone, load_timm
 
 # ---- 2. Recipe -------------------------------------------------------------------------------
 
@@ -95,14 +96,14 @@ class Args:
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # -- network --
-    # ResNet below the head
-    backbone: Literal["resnet18", "resnet50", "resnet101"] | None = None
+    backbone: Backbone | None = None  # resnet18, resnet50, resnet101, or any of timm: timm/NAME
     # first layers, classic: one 7x7; deep: three 3x3 of 64, 64, 128 channels; v1c: 32, 32, 64
     stem: Literal["classic", "deep", "v1c"] | None = None
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
+    head_channels: Count | None = None  # width of the head
     # -- optimization --
     # paper: as printed; official: as the released code computes
     recipe: Literal["paper", "official"] = "paper"
@@ -150,6 +151,7 @@ class Args:
         "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
+        "stem": "backbone=resnet18|resnet50|resnet101",
         # >>> method: needs
         "parts": "contrast, contrast_weight",
         "theta": "contrast, contrast_weight",
@@ -173,6 +175,7 @@ class Args:
 # fmt: off
 VOC = dict(  # U2PL Sec. 4.1 and its released configurations
     backbone="resnet101", stem="v1c", weights="auto", output_stride=8,  # [D9]
+    head_channels=256,
     split_family="u2pl", crop_size=513, scales=(0.5, 2.0), batch_size=16,
     lr=0.001, lr_head=10.0, weight_decay=1e-4, decay_on="all", aux_weight=0.0, ohem_kept=0.0,
     protocol="slide", precise_bn=0, workers=4,
@@ -585,11 +588,14 @@ STD = (58.395, 57.12, 57.375)
 
 
 def make_backbone(args):
-    """Returns torchvision's ResNet without its classifier, with the stem and stride of args.
+    """Returns torchvision's ResNet without its classifier, or features of a network of timm.
 
     Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
     output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
+    timm's networks come with its own weights, strides and normalization.
     """
+    if args.backbone.startswith("timm/"):
+        return load_timm(args.backbone, args.weights, args.output_stride)
     net = torchvision.models.get_model(args.backbone, weights=None)
     del net.fc, net.avgpool
     if args.stem == "deep":
@@ -640,27 +646,29 @@ def dilate(stage, dilations):
 class DeepLabV3Plus(nn.Module):
     """The head of U2PL's released code: ASPP, low-level branch of 256 channels, two 3x3 blocks.
 
-    forward: stages (list of four (B, c, h, w) features, strides 4 to output_stride), size (H, W) ->
-    dict of logits (B, C, H, W) and, with --aux-weight, the auxiliary head's; both float32.
+    --head-channels makes the 256 another number. forward: stages (list of four (B, c, h, w)
+    features, strides 4 to output_stride), size (H, W) -> dict of logits (B, C, H, W) and, with
+    --aux-weight, the auxiliary head's; both float32.
     """
 
     def __init__(self, channels, num_classes, args):
         super().__init__()
-        branches = [conv_bn_relu(channels[3], 256, 1)]
-        branches += [conv_bn_relu(channels[3], 256, 3, dilation=r) for r in args.aspp_rates]
+        width = args.head_channels
+        branches = [conv_bn_relu(channels[3], width, 1)]
+        branches += [conv_bn_relu(channels[3], width, 3, dilation=r) for r in args.aspp_rates]
         self.branches = nn.ModuleList(branches)
-        self.pool = conv_bn_relu(channels[3], 256, 1)
-        wide = 256 * (len(branches) + 1)
-        self.project = nn.Sequential(conv_bn_relu(wide, 256, 3), nn.Dropout2d(0.1))
-        self.low = conv_bn_relu(channels[0], 256, 1, bias=True)
-        self.classify = two_blocks(512, num_classes)
+        self.pool = conv_bn_relu(channels[3], width, 1)
+        together = width * (len(branches) + 1)
+        self.project = nn.Sequential(conv_bn_relu(together, width, 3), nn.Dropout2d(0.1))
+        self.low = conv_bn_relu(channels[0], width, 1, bias=True)
+        self.classify = two_blocks(2 * width, width, num_classes)
         self.aux = None
         if args.aux_weight:
-            block = conv_bn_relu(channels[2], 256, 3, bias=True)
-            self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(256, num_classes, 1))
+            block = conv_bn_relu(channels[2], width, 3, bias=True)
+            self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(width, num_classes, 1))
 
     def fuse(self, stages):
-        """Low-level and ASPP features at stride 4: (B, 512, H/4, W/4)."""
+        """Low-level and ASPP features at stride 4: (B, 2 width, H/4, W/4)."""
         low = self.low(stages[0])
         high = stages[3]
         pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
@@ -684,7 +692,7 @@ class ESLHead(DeepLabV3Plus):
 
     def __init__(self, channels, num_classes, args):
         super().__init__(channels, num_classes, args)
-        self.represent = two_blocks(512, 512)
+        self.represent = two_blocks(2 * args.head_channels, args.head_channels, 512)
         self.width = channels[3]
         self.with_features = False
 
@@ -699,12 +707,12 @@ class ESLHead(DeepLabV3Plus):
         return out
 
 
-def two_blocks(inputs, outputs):
+def two_blocks(inputs, width, outputs):
     """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
     layers = []
-    for i in (inputs, 256):
-        layers += [conv_bn_relu(i, 256, 3, bias=True), nn.Dropout2d(0.1)]
-    return nn.Sequential(*layers, nn.Conv2d(256, outputs, 1))
+    for i in (inputs, width):
+        layers += [conv_bn_relu(i, width, 3, bias=True), nn.Dropout2d(0.1)]
+    return nn.Sequential(*layers, nn.Conv2d(width, outputs, 1))
 
 
 # <<< method: head
@@ -734,22 +742,35 @@ class Network(nn.Module):
         self.amp = args.amp == "bf16"
         self.backbone = make_backbone(args)
         channels = [64, 128, 256, 512]
-        if args.backbone != "resnet18":  # bottlenecks
+        mean = torch.tensor(MEAN)
+        std = torch.tensor(STD)
+        if args.backbone.startswith("timm/"):
+            channels = self.backbone.feature_info.channels()
+            mean = 255 * torch.tensor(self.backbone.default_cfg["mean"])
+            std = 255 * torch.tensor(self.backbone.default_cfg["std"])
+        elif args.backbone != "resnet18":  # bottlenecks
             channels = [4 * c for c in channels]
         self.head = head(channels, num_classes, args)
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x, upsampled=True):
         h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-        net = self.backbone
-        stages = []
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
-            h = net.maxpool(net.relu(net.bn1(net.conv1(h))))
-            for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-                h = stage(h)
-                stages.append(h)
+            stages = features(self.backbone, h)
             return self.head(stages, x.shape[2:] if upsampled else None)
+
+
+def features(net, x):
+    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    if hasattr(net, "feature_info"):  # timm's
+        return net(x)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    stages = []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = stage(x)
+        stages.append(x)
+    return stages
 
 
 def build(args, num_classes, head, group):
@@ -878,8 +899,8 @@ def streams(data, args):
     """Returns {name: Stream}."""
     # >>> method: draw
     return {
-        "labeled": (data.labeled, args.batch_size, True, args.scales),
-        "unlabeled": (data.unlabeled, args.batch_size_unlabeled, False, args.scales),
+        "labeled": Stream(data.labeled, args.batch_size, True, args.scales),
+        "unlabeled": Stream(data.unlabeled, args.batch_size_unlabeled, False, args.scales),
     }
     # <<< method: draw
 

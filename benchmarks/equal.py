@@ -29,14 +29,14 @@ AT_THE_END = "--total-iters --eval-every --save-every --pictures-every".split()
 MODES = {
     "supervised": [
         "",
-        "--schedule matched --ohem-kept 0.1 --aux-weight 0.4 --protocol slide --stem deep",
-        "--recipe official --decay-on weights --scales 1 --stem v1c --output-stride 8",
+        "--ohem-kept 0.1 --aux-weight 0.4 --protocol slide --stem deep",
+        "--decay-on weights --scales 1 --stem v1c --output-stride 8",
     ],
     "mean_teacher": [
         "--warmup-iters 2",
         "--cutmix --warmup-iters 2",
         "--consistency mse --rampup-iters 9 --teacher-bn average",
-        "--recipe official --cutmix --cutmix-prob 1 --aux-weight 0.4",
+        "--cutmix --cutmix-prob 1 --aux-weight 0.4",
     ],
     "cps_fpl": [
         "",

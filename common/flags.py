@@ -36,6 +36,13 @@ class Rising(NamedTuple):
     strict: bool = False
 
 
+class Words(NamedTuple):
+    """The words that a flag takes: one of these, or any that begins so."""
+
+    words: tuple
+    prefix: str
+
+
 Count = Annotated[int, Range(1)]
 Number = Annotated[int, Range(0)]  # whole, or none
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # of steps, in torch's 64 bits
@@ -43,6 +50,7 @@ AtLeast0 = Annotated[float, Range(0)]
 Above0 = Annotated[float, Range(1e-12)]
 Share = Annotated[float, Range(0, 1)]
 Inside01 = Annotated[float, Range(1e-12, 0.9999)]  # neither nothing nor all
+Backbone = Annotated[str, Words(("resnet18", "resnet50", "resnet101"), "timm/")]
 Scales = Annotated[tuple[Above0, ...], Rising()]
 
 # what no number of a run depends on: these may change at a resume
@@ -191,11 +199,11 @@ def advise_rate(args, recipe):
 
 
 def rules(kind):
-    """Returns all Range and Rising of an annotation, in whatever it is wrapped."""
+    """Returns all rules of an annotation, in whatever it is wrapped."""
     if get_origin(kind) is not Annotated:
         return [rule for inner in get_args(kind) for rule in rules(inner)]
     inner, *notes = get_args(kind)
-    return [note for note in notes if isinstance(note, (Range, Rising))] + rules(inner)
+    return [note for note in notes if isinstance(note, (Range, Rising, Words))] + rules(inner)
 
 
 def check(flag, value, wanted):
@@ -206,6 +214,10 @@ def check(flag, value, wanted):
             twice = rule.strict and len(set(numbers)) < len(numbers)
             if not numbers or list(numbers) != sorted(numbers) or twice:
                 raise Refusal(f"{flag} {value}: one number or more, rising")
+            continue
+        if isinstance(rule, Words):
+            if value not in rule.words and not value.startswith(rule.prefix):
+                raise Refusal(f"{flag} {value}: {', '.join(rule.words)} or {rule.prefix}NAME")
             continue
         for number in numbers:
             if not rule.low <= number <= rule.high:

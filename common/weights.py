@@ -1,5 +1,6 @@
 """Pretrained backbones: where they come from, and a strict load."""
 
+import difflib
 import re
 import warnings
 
@@ -12,6 +13,7 @@ from common import Refusal
 # file's name holds the beginning of its sha256
 V1C = "https://download.openmmlab.com/pretrain/third_party/"
 NAMES = {"resnet18": "b5776b93", "resnet50": "2cccc1ad", "resnet101": "e67eebb6"}
+FIT = "convnext_tiny, tf_efficientnet_lite0, mobilenetv3_large_100, resnet50d and others fit"
 
 
 def load_backbone(resnet, weights, backbone, stem):
@@ -55,3 +57,41 @@ def load_backbone(resnet, weights, backbone, stem):
             names += f"; is it --stem {other}?"
         raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({names})")
     resnet.load_state_dict(state, strict=False)
+
+
+def load_timm(backbone, weights, output_stride):
+    """Returns the features of a network of timm at strides 4, 8, 16 and output_stride.
+
+    backbone: timm/NAME. weights: none, auto (those of timm, downloaded and cached by it) or a file
+    as timm publishes them, .safetensors or .pth; every key must fit. Raises Refusal.
+    """
+    try:
+        import timm
+    except ImportError:
+        raise Refusal(f"--backbone {backbone}: timm is not installed; pip install timm") from None
+    name = backbone.removeprefix("timm/")
+    if name.partition(".")[0] not in timm.list_models():
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise Refusal(f"--backbone {backbone}: timm has no such network; near: {', '.join(near)}")
+    options = {}
+    if weights != "none":
+        options["pretrained"] = True
+    if weights not in ("none", "auto"):
+        options["pretrained_cfg_overlay"] = {"file": weights}
+    strides = [4, 8, min(16, output_stride), output_stride]
+    try:
+        net = timm.create_model(
+            name,
+            features_only=True,
+            out_indices=(-4, -3, -2, -1),
+            output_stride=output_stride,
+            **options,
+        )
+        found = net.feature_info.reduction()
+    except Exception as error:  # whatever timm raises, of networks as of files
+        line = " ".join(str(error).split())[:200]
+        raise Refusal(f"--backbone {backbone} --weights {weights}: {line}; {FIT}") from None
+    if found != strides:
+        wrong = f"features at strides {found}, not {strides}"
+        raise Refusal(f"--backbone {backbone}: {wrong}; {FIT}")
+    return net

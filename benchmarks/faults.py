@@ -107,14 +107,13 @@ def install(kind, call, share):
             os.seteuid(65534)
         rename(old, new)
 
-    def cut_log(self, kind, step, **values):
-        if self.first and reached():
-            self._open()
-            line = json.dumps({"kind": kind, "step": step, **values}) + "\n"
+    def cut_log(self, entry):
+        if reached():
+            line = json.dumps(entry).encode()
             self.file.write(line[: int(share * len(line))])
             self.file.flush()
             die(folder())
-        write(self, kind, step, **values)
+        write(self, entry)
 
     def folder():
         return started[0].folder
@@ -123,7 +122,7 @@ def install(kind, call, share):
         if reached():
             raise RuntimeError("as torch raises")
 
-    write, init, started = run.Run.log, run.Run.__init__, []
+    write, init, started = run.Run._write, run.Run.__init__, []
 
     def noted(self, *rest):
         init(self, *rest)
@@ -137,7 +136,7 @@ def install(kind, call, share):
     elif kind == "error":
         run.Run.log_step = raised
     elif kind == "log":
-        run.Run.log = cut_log
+        run.Run._write = cut_log
 
 
 def child(words):

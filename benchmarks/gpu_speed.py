@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import released, steps
+from common import fused
 from common.distributed import Group
 
 # ---- FPL's loss ----
@@ -43,17 +44,15 @@ def max_ce(logits_s, logits_t, T):
 
 
 def product(logits_s, logits_t, T):
-    """cps_fpl.py, Eq. (7) times Eq. (11), as printed."""
-    loss, weight = importlib.import_module("ael_fpl").fuzzy_positive_loss(logits_s, logits_t, T)
-    return (loss * weight).mean()
+    """FPL, Eq. (7) times Eq. (11), as printed."""
+    return importlib.import_module("ael_fpl").fuzzy_positive_loss(logits_s, logits_t, T).mean()
 
 
 def product_official(logits_s, logits_t, T):
-    """cps_fpl.py by the released rules."""
-    script = importlib.import_module("cps_fpl")
+    """FPL by the released rules."""
+    script = importlib.import_module("ael_fpl")
     rules = {"k_max": 3, "strict": False, "mean_over": "positives_and_next"}
-    loss, weight = script.fuzzy_positive_loss(logits_s, logits_t, T, **rules)
-    return (loss * weight).mean()
+    return script.fuzzy_positive_loss(logits_s, logits_t, T, **rules).mean()
 
 
 def released_order(logits_s, logits_t, T):
@@ -261,7 +260,7 @@ def one_speed(name, flags, words, options, report):
 LOSSES = {
     "supervised": ["supervised_loss"],
     "mean_teacher": ["supervised_loss", "consistency_ce", "consistency_mse"],
-    "cps_fpl": ["supervised_loss", "cross_loss", "watch"],
+    "cps_fpl": "supervised_loss cross_loss teacher_statistics label_statistics".split(),
     "ael_fpl": ["supervised_loss", "consistency_loss"],
     "u2pl": ["supervised_loss", "cross_entropy", "unreliable_loss"],
     "esl": ["supervised_loss", "soft_cross_entropy", "part_contrast"],
@@ -271,8 +270,8 @@ BANKS = {
     "mean_teacher": ["cutmix"],
     "cps_fpl": ["toggled_mask"],
     "ael_fpl": "draw_partners partner_mask copy_paste class_confidence presence".split(),
-    "u2pl": "cutmix draw_keys push_keys negative_masks anchor_masks class_ranks".split(),
-    "esl": "cutmix push_keys part_ids part_sums update_prototypes soft_label".split(),
+    "u2pl": "cutmix draw_features push_features negative_masks anchor_masks class_ranks".split(),
+    "esl": "cutmix push_features part_ids part_sums update_prototypes soft_label".split(),
 }
 
 
@@ -355,10 +354,9 @@ def one_share(name, flags, words, options, report):
             call = clock.wrapped(getattr(owner, attribute), part)
             stack.enter_context(patch.object(owner, attribute, call))
 
-        for function in LOSSES[name]:
-            replace(script, function, "losses")
-        for function in BANKS[name]:
-            replace(script, function, "banks and mixing")
+        for functions, part in ((LOSSES[name], "losses"), (BANKS[name], "banks and mixing")):
+            for function in functions:
+                replace(fused if hasattr(fused, function) else script, function, part)
         if hasattr(script, "update_teacher"):
             replace(script, "update_teacher", "EMA")
         forward = script.Network.forward
@@ -367,8 +365,8 @@ def one_share(name, flags, words, options, report):
             for grad in (True, False)
         }
 
-        def network(self, x):
-            return timed[torch.is_grad_enabled()](self, x)
+        def network(self, *inputs):
+            return timed[torch.is_grad_enabled()](self, *inputs)
 
         stack.enter_context(patch.object(script.Network, "forward", network))
         replace(torch.Tensor, "backward", "backward")

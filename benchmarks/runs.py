@@ -27,21 +27,22 @@ def flat(value, name=""):
 def differences(folder, other, but=()):
     """Returns the names of all that differs between two run folders, but for their place and times.
 
-    Checkpoints are compared bit for bit, the log line by line. but: flags that make no number.
+    Checkpoints are compared bit for bit, the log line by line, but for the lines of resumes. but:
+    flags that make no number.
     """
     wrong = []
     but = {"out", "resume", *but}
     for name in ("last.pt", "best.pt"):
         one, two = (flat(torch.load(f / name, weights_only=True)) for f in (folder, other))
-        clock = {".time.elapsed_s", *(f".args.{name}" for name in but)}
-        for key in sorted((set(one) | set(two)) - clock):
+        clock = {".time.elapsed_s", ".log.bytes", ".log.sha256"}
+        for key in sorted((set(one) | set(two)) - clock - {f".args.{name}" for name in but}):
             a, b = one.get(key), two.get(key)
             if torch.is_tensor(a) and torch.is_tensor(b):
                 same = a.dtype == b.dtype and a.shape == b.shape and bits(a) == bits(b)
             else:
                 same = type(a) is type(b) and a == b
             wrong += [] if same else [f"{name}{key}"]
-    one, two = log(folder), log(other)
+    one, two = ([x for x in log(f) if x["kind"] != "resume"] for f in (folder, other))
     if len(one) != len(two):
         wrong.append(f"log.jsonl: {len(one)} and {len(two)} lines")
     for number, (a, b) in enumerate(zip(one, two, strict=False), 1):

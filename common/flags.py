@@ -211,9 +211,10 @@ def check(flag, value, wanted):
     numbers = value if isinstance(value, tuple) else [value]
     for rule in wanted:
         if isinstance(rule, Rising):
-            twice = rule.strict and len(set(numbers)) < len(numbers)
-            if not numbers or list(numbers) != sorted(numbers) or twice:
+            if not numbers or list(numbers) != sorted(numbers):
                 raise Refusal(f"{flag} {value}: one number or more, rising")
+            if rule.strict and len(set(numbers)) < len(numbers):
+                raise Refusal(f"{flag} {value}: rising, none twice")
             continue
         if isinstance(rule, Words):
             if value not in rule.words and not value.startswith(rule.prefix):

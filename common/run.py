@@ -299,8 +299,9 @@ class Run:
             (saved["args"], acting(self.args), "another recipe, --{}"),
             (saved["lists"], self.data.hashes(), "other {} images,"),
         ):
-            for name in sorted((set(old) | set(new)) - set(NO_NUMBER)):
-                if old.get(name) != new.get(name):
+            both = sorted(set(old) & set(new))  # first: the others act or not for these
+            for name in both + sorted(set(old) ^ set(new)):
+                if name not in NO_NUMBER and old.get(name) != new.get(name):
                     wrong = f"{old.get(name)} there and {new.get(name)} here"
                     wrong = f"{kind.format(name.replace('_', '-'))} {wrong}"
                     raise Refusal(f"{path}: {wrong}; another --out starts anew")

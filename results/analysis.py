@@ -224,7 +224,7 @@ def print_scores(checkpoint, images, flags):
     """Prints the means of `measures` over a case's pixels (nan: none), in val. Raises Refusal."""
     saved = load_checkpoint(checkpoint, cps_fpl.__file__)
     argv = [*flags, "--eval-only", "--checkpoint", checkpoint]
-    args = fill(parse(cps_fpl.Args, cps_fpl.preset, argv), cps_fpl.preset)
+    args = fill(parse(cps_fpl.Args, cps_fpl.preset, argv), cps_fpl.preset, argv)
     group, data = distributed.setup(args.device), load(args)
     student, teacher = (
         cps_fpl.build(args, data.num_classes, cps_fpl.CPSHead, group).eval() for _ in (1, 2)

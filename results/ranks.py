@@ -67,7 +67,7 @@ def main(argv):
     given, flags = parser.parse_known_args(argv)
     saved = load_checkpoint(given.checkpoint, u2pl.__file__)
     argv = [*flags, "--eval-only", "--checkpoint", given.checkpoint]
-    args = fill(parse(u2pl.Args, u2pl.preset, argv), u2pl.preset)
+    args = fill(parse(u2pl.Args, u2pl.preset, argv), u2pl.preset, argv)
     group, data = distributed.setup(args.device), load(args)
     n = len(data.val) if given.images is None else given.images
     if not 1 <= n <= len(data.val):

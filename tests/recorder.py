@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import tiny  # noqa: E402
-from common import run  # noqa: E402
+from common import fused, run  # noqa: E402
 from processes import digest, in_one_group  # noqa: E402
 
 
@@ -135,7 +135,7 @@ def watch(patch, script, argv, calls=()):
         patch.setattr(owner, name, lambda *inputs: function(whole, *inputs))
 
     for name in calls:
-        around(script, name, call)
+        around(fused if hasattr(fused, name) else script, name, call)
     for function in (parallel, open_stream, evaluate):
         around(script, function.__name__, function)
     for function in (restore, log_step, panels):
@@ -155,7 +155,7 @@ def stop_in(patch, stop):
             raise KeyboardInterrupt
         whole(self, number, *rest)
 
-    patch.setattr(run.Run, "step", step)
+    patch.setattr(run.Run, "log_step", step)
 
 
 def make(script, argv, bare=False, stop=0, calls=()):

@@ -1,5 +1,6 @@
 """One warp for image, label and inside; samples are a function of seed, stream and number."""
 
+import itertools
 import random
 import zlib
 
@@ -12,7 +13,7 @@ from PIL import Image
 from common import shapes
 from common.data import Data, Item
 from common.distributed import Group
-from supervised import Samples, augment, open_stream
+from supervised import Samples, Stream, augment, open_stream
 from trees import flags, refusal
 
 MEAN = (124, 116, 104)  # 255 * (0.485, 0.456, 0.406), rounded
@@ -62,7 +63,26 @@ def literal(image, label, crop, scales, seed):
     return canvas[(slice(None), *window)], ids[window], inside[window]
 
 
-# width, height, crop; odd sizes: no pixel's centre lies between two others
+def pictures(height, width, rng):
+    """An image and a label of noise; of odd sizes no pixel's centre lies between two others."""
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return image, Image.fromarray(rng.integers(240, 256, (height, width), dtype=np.uint8))
+
+
+def assert_literal(image, label, crop, scales, seed):
+    """Asserts that image and label are warped as the literal ones, the image also alone."""
+    pixels, classes, inside = augment(image, label, np.random.default_rng(seed), crop, scales)
+    soft, hard, within = literal(image, label, crop, scales, seed)
+    assert pixels.dtype == classes.dtype == np.uint8 and inside.dtype == bool
+    assert np.array_equal(classes, hard) and np.array_equal(inside, within)
+    lost = soft - pixels
+    assert lost.min() >= -1e-6 and lost.max() <= 1 + 1e-6  # PIL cuts off the fraction
+    assert not lost[:, ~inside].any()
+    alone = augment(image, None, np.random.default_rng(seed), crop, scales)
+    assert np.array_equal(alone[0], pixels) and alone[1] is None
+    assert np.array_equal(alone[2], inside)
+
+
 SIZES = [(37, 37, 37), (61, 41, 23), (23, 45, 70), (13, 39, 29), (1, 1, 5), (41, 27, 90)]
 SCALES = [(0.5, 2.0), (0.75, 1.5), (1.0, 2.0), (0.5, 1.0), (0.5, 1.0, 1.5, 2.0), (1.25,), (0.6,)]
 
@@ -70,20 +90,9 @@ SCALES = [(0.5, 2.0), (0.75, 1.5), (1.0, 2.0), (0.5, 1.0), (0.5, 1.0, 1.5, 2.0),
 @pytest.mark.smoke
 @pytest.mark.parametrize("width, height, crop", SIZES)
 def test_image_label_and_inside_are_one_literal_warp(width, height, crop):
-    rng = np.random.default_rng(3)
-    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    label = Image.fromarray(rng.integers(240, 256, (height, width), dtype=np.uint8))
-    for scales in SCALES:
-        for seed in range(8):
-            rngs = [np.random.default_rng(seed) for _ in range(2)]
-            pixels, classes, inside = augment(image, label, rngs[0], crop, scales)
-            soft, hard, within = literal(image, label, crop, scales, seed)
-            assert pixels.dtype == classes.dtype == np.uint8 and inside.dtype == bool
-            assert np.array_equal(classes, hard) and np.array_equal(inside, within)
-            lost = soft - pixels
-            assert lost.min() >= -1e-6 and lost.max() <= 1 + 1e-6  # PIL cuts off the fraction
-            bare = augment(image, None, rngs[1], crop, scales)  # without a label the same comes out
-            assert np.array_equal(bare[0], pixels) and bare[1] is None
+    drawn = pictures(height, width, np.random.default_rng(3))
+    for scales, seed in itertools.product(SCALES, range(8)):
+        assert_literal(*drawn, crop, scales, seed)
 
 
 # ---- samples ----
@@ -100,8 +109,7 @@ def literal_sample(data, items, stream, seed, number, crop=24, scales=(0.5, 2.0)
     image, label = data.read(items[index], True)
     rng = np.random.default_rng([seed, warp, 1, number])
     names, arrays = ("image", "label", "inside"), augment(image, label, rng, crop, scales)
-    sample = {name: torch.from_numpy(a) for name, a in zip(names, arrays, strict=True)}
-    return sample | {"label": sample["label"].long()}
+    return {name: torch.from_numpy(a) for name, a in zip(names, arrays, strict=True)}
 
 
 NUMBERS = [0, 7, 9, 10, 13, 29, 34, 102]
@@ -112,8 +120,7 @@ NUMBERS = [0, 7, 9, 10, 13, 29, 34, 102]
 def test_a_sample_is_the_literal_one_whatever_order_and_number_of_workers(stream):
     data = ten_shapes()
     for seed, items in ((0, data.labeled), (3, data.labeled), (3, data.labeled[3:4])):
-        args = flags(seed=seed)
-        samples = Samples(data, items, True, (0.5, 2.0), stream, args)
+        samples = Samples(stream, Stream(items, 8, True, (0.5, 2.0)), data, flags(seed=seed))
         expected = [literal_sample(data, items, stream, seed, n) for n in NUMBERS]
         found = [samples[n] for n in reversed(NUMBERS)][::-1]
         assert all(same(a, b) for a, b in zip(found, expected, strict=True))
@@ -145,7 +152,7 @@ def test_processes_share_the_batches_of_a_stream_and_may_begin_at_any_step():
     [
         (9, group(0, 2), True, "9 labeled images do not divide over 2 processes"),
         (4, group(3, 4), True, "1 labeled image per process: plain BN needs two"),
-        (8, group(), False, "no labeled images in --split all of shapes: label fewer"),
+        (8, group(), False, "no labeled images in --split all of shapes: give fewer"),
     ],
 )
 def test_a_batch_that_cannot_be_shared_out_is_refused(batch, here, images, words):

@@ -180,7 +180,7 @@ def test_sampling_probabilities_and_rates_of_classes(classes):
         assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=0)
         rate = ael_oracle.equalization_rate(bank.tolist(), power)
         assert ael_fpl.equalization_rate(bank, power).tolist() == pytest.approx(rate, rel=1e-12)
-    assert ael_fpl.sampling_probability([0.5, 1 + 1e-6], power=0.5).isfinite().all()
+    assert ael_fpl.sampling_probability(torch.tensor([0.5, 1 + 1e-6]), None, 0.5).isfinite().all()
     assert not ael_fpl.equalization_rate(torch.ones(5), 0.5).any()  # no NaN
 
 
@@ -249,12 +249,12 @@ def test_pixels_at_stride_4_are_in_the_order_of_labels(full, small):
 
 
 @pytest.mark.parametrize("n, K", [(1, 5), (11, 4), (101, 64)])
-def test_keys_are_drawn_each_as_often_and_none_twice(n, K):
+def test_features_are_drawn_each_as_often_and_none_twice(n, K):
     """[D25]; which they are for given numbers: test_equations.py."""
     turns = 2000
     u = torch.rand(turns, K + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    keys = u2pl.draw_keys(torch.eye(n).double(), torch.ones(turns, n).bool(), u)
-    drawn = keys[..., :-1].mul(keys[..., -1:]).sum(1)
+    drawn = u2pl.draw_features(torch.eye(n).double(), torch.ones(turns, n).bool(), u)
+    drawn = drawn[..., :-1].sum(1)
     share = min(K, n) / n
     assert (drawn.sum(1) == min(K, n)).all() and drawn.max() == 1
     spread = math.sqrt(turns * share * (1 - share))

@@ -18,6 +18,7 @@ import esl
 import mean_teacher
 import supervised
 import u2pl
+from common import fused
 from oracles import ael as ael_oracle
 from oracles import esl as esl_oracle
 from oracles import fpl as fpl_oracle
@@ -152,7 +153,7 @@ def consistency_loss(pooled, **changes):
     return Row(name, product, expected)
 
 
-def contrast(kind, tau, M=3, N=4, size=9):
+def contrast(kind, tau, M=3, N=4, size=9, of=u2pl):
     """A row of U2PL's Eq. (9) to (16): logits are features, pixels of other classes are keys."""
     args = SimpleNamespace(anchors=M, negatives=N, unreliable_loss=kind, tau=tau)
 
@@ -172,10 +173,10 @@ def contrast(kind, tau, M=3, N=4, size=9):
         bank = torch.zeros(3 + size * (C - 1) + 1, C, dtype=rep_t.dtype)
         pushed = torch.zeros(C, dtype=torch.int64)
         for _ in range(2):
-            u2pl.push_keys(bank, pushed, sizes, u2pl.draw_keys(rep_t, N_c, u[:, :6]))
+            of.push_features(bank, pushed, sizes, of.draw_features(rep_t, N_c, u[:, :6]))
         A_c = u2pl.anchor_masks(u2pl.as_rows(case.prob), label, 0.3)
         maps = A_c, bank, pushed, sizes, u[:, 6:]
-        loss, counted = u2pl.unreliable_loss(u2pl.as_rows(case.z), rep_t, *maps, args)
+        loss, counted = of.unreliable_loss(u2pl.as_rows(case.z), rep_t, *maps, args)
         return loss, {"counted": counted.sum()}
 
     def expected(case):
@@ -195,10 +196,11 @@ def contrast(kind, tau, M=3, N=4, size=9):
         value, counted = u2pl_oracle.unreliable_loss(rep_s, rep_t, *rest)
         return value, None, {"counted": counted}
 
-    return Row(f"unreliable_loss {kind} {tau} {M} {N}", product, expected, True, "label")
+    name = f"{of.__name__}.unreliable_loss {kind} {tau} {M} {N}"
+    return Row(name, product, expected, True, "label")
 
 
-def part_contrast(share, K=2, q=3, A=4, N=5):
+def part_contrast(share, K=2, q=3, A=4, N=5, of=esl):
     """A row of ESL's Eq. (7) to (12): the teacher's logits are its features, at every stage."""
     args = SimpleNamespace(parts=K, queue=q, anchors=A, negatives=N, anchor_share=share, sigma=0.5)
 
@@ -206,14 +208,13 @@ def part_contrast(share, K=2, q=3, A=4, N=5):
         torch.manual_seed(7)
         prototypes = torch.randn(C, K, C, dtype=torch.float64)
         prototypes[0] = 0.0  # a class that the labelled set does not have: its first part
-        torch.manual_seed(8)
         u = torch.rand(C, A + 1, dtype=torch.float64)
         wide = torch.promote_types(dtype, torch.float32)
         return prototypes.to(wide), u, torch.rand(C, A, 1 + N, dtype=torch.float64)
 
     def product(case):
         C = case.z.shape[1]
-        P, _, _ = chances(C, case.t.dtype)
+        P, *u = chances(C, case.t.dtype)
         ids = esl.part_ids(case.t.detach(), P, case.label)
         sums = esl.part_sums(case.t.detach(), ids, C * K)
         new = esl.update_prototypes(P, sums.sum(0), 0.9)
@@ -221,10 +222,9 @@ def part_contrast(share, K=2, q=3, A=4, N=5):
         pushed = torch.zeros(C * K, dtype=torch.int64)
         each = sums.transpose(0, 1)  # of an image; (C K, 4, D + 1)
         offered = torch.cat([F.normalize(each[..., :-1], dim=2), each[..., -1:]], 2)
-        esl.push_keys(bank, pushed, torch.full((C * K,), q), offered)
-        torch.manual_seed(8)
-        state = dict(prototypes=P, bank=bank, pushed=pushed)
-        loss, count = esl.part_contrast(case.z, ids, state, args)
+        esl.push_features(bank, pushed, torch.full((C * K,), q), offered)
+        rep_s = esl.as_rows(case.z)
+        loss, count = of.part_contrast(rep_s, ids.flatten(), bank, pushed, *u, args)
         return loss, dict(count=count, prototypes=new)
 
     def expected(case):
@@ -243,7 +243,7 @@ def part_contrast(share, K=2, q=3, A=4, N=5):
         value, count = esl_oracle.part_contrast(pixels(case.z), *rest)
         return value, None, dict(count=count, prototypes=new)
 
-    return Row(f"part_contrast {share}", product, expected, False, "label")
+    return Row(f"{of.__name__}.part_contrast {share}", product, expected, False, "label")
 
 
 RELEASED = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True)
@@ -264,7 +264,9 @@ ROWS = [
     loss(esl.soft_cross_entropy, esl_oracle.soft_cross_entropy, "z target inside", double=True),
     contrast("contrastive", 0.5),
     contrast("binary", 0.1),
+    contrast("contrastive", 0.5, of=fused),
     part_contrast(0.1),
+    part_contrast(0.1, of=fused),
 ]
 VARIANTS = [  # flags that reach a loss: every value of each, compared at a few classes
     *(
@@ -275,8 +277,8 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     *(cross_loss(0.5, T=0.8537, k_strategy=name, k_max=k) for name in STRATEGIES for k in (0, 2)),
     *(cross_loss(weight=kind, mean_over=over) for kind in WEIGHTS for over in OVER),
     *(contrast("contrastive", tau) for tau in (10, 0.01)),
-    *(contrast(kind, 0.5, M, N) for kind in ("contrastive", "binary") for M, N in CHUNKS),
-    *(part_contrast(share) for share in (0.0, 0.5, 1.0)),
+    *(contrast(kind, 0.5, *n, of=fused) for kind in ("contrastive", "binary") for n in CHUNKS),
+    *(part_contrast(share, of=of) for share in (0.0, 0.5, 1.0) for of in (esl, fused)),
     *(consistency_loss(p, **c) for p in (1, 2) for c in (dict(balance=True), RELEASED)),
     *(consistency_loss(p, unsup_loss="ce", gamma=g) for p, g in ((2, 0.5), (4, 0.0))),
     consistency_loss(1, **RELEASED, weight="linear", T=0.6537, gamma=0.0),
@@ -404,7 +406,7 @@ def positives_of(progress, **changes):
     args = fpl_oracle.printed(**changes)
     return (
         " ".join(["k_values", str(progress), *map(str, changes.values())]),
-        lambda case: cps_fpl.k_values(case.prob, progress, args),
+        lambda case: cps_fpl.k_values(cps_fpl.by_rank(case.prob)[0], progress, args),
         lambda p, K: fpl_oracle.positives(p, args, progress),
     )
 
@@ -412,7 +414,7 @@ def positives_of(progress, **changes):
 def weight_of(kind, over):
     return (
         f"adaptive_weight {kind} {over}",
-        lambda case: cps_fpl.adaptive_weight(case.prob, case.K, kind, over),
+        lambda case: cps_fpl.adaptive_weight(cps_fpl.by_rank(case.prob)[0], case.K, kind, over),
         lambda p, K: fpl_oracle.weight(p, K, kind, over),
     )
 

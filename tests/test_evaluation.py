@@ -4,6 +4,7 @@ The network of the windows has whole numbers for logits that depend on the colou
 the window: one that is shifted, counted twice, left out or filled with another colour shows.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,8 @@ class Placed(torch.nn.Module):
         super().__init__()
         self.windows, self.modes = [], set()
 
-    def forward(self, x):
+    def forward(self, x, upsampled=True):
+        self.upsampled = upsampled
         self.modes.add((self.training, torch.is_grad_enabled()))
         assert x.dtype == torch.uint8 and len(x) == 1
         self.windows.append(x[0].clone())
@@ -72,7 +74,7 @@ def literal(image, side):
 
 
 def slide(side, protocol="slide"):
-    return SimpleNamespace(protocol=protocol, crop_size=side, workers=0)
+    return SimpleNamespace(protocol=protocol, crop_size=side, workers=0, precise_bn=0)
 
 
 SIZES = [  # height, width, side of a window, windows
@@ -89,14 +91,17 @@ SIZES = [  # height, width, side of a window, windows
 def test_the_logits_are_the_sums_of_a_loop_over_windows():
     for h, w, side, count in SIZES:
         image, net = photograph(h, w, seed=h), Placed()
-        logits = supervised.predict(net, image, slide(side), CLASSES)
-        sums, windows = literal(image, side)
+        rows = [rows.clone() for rows in supervised.slide(net, image, side, CLASSES)]
+        logits, (sums, windows) = torch.cat(rows, 1), literal(image, side)
         assert logits.dtype == torch.float32 and torch.equal(logits.long(), sums), (h, w, side)
-        assert len(windows) == count
+        assert len(windows) == count and net.upsampled
         assert all(torch.equal(a, b) for a, b in zip(net.windows, windows, strict=True))
-        whole = supervised.predict(net, image, slide(side, "whole"), CLASSES)
-        assert torch.equal(whole.long(), score(image))  # one call with the image as it is
-        assert len(net.windows) == count + 1 and torch.equal(net.windows[-1], image)
+        found = supervised.predict(net, image, slide(side), CLASSES)
+        assert torch.equal(found, sums.argmax(0)) and len(net.windows) == 2 * count
+        found = supervised.predict(net, image, slide(side, "whole"), CLASSES)
+        assert torch.equal(found, score(image).argmax(0))  # one call with the image as it is
+        assert len(net.windows) == 2 * count + 1 and torch.equal(net.windows[-1], image)
+        assert not net.upsampled  # by the network: it is done a few classes at a time
     assert [starts(1024, n) for n in (769, 800, 512)] == [[0, 255], [0, 224], [0, 342, 512]]
     assert starts(2048, 769) == [0, 513, 1026, 1279] and starts(2048, 800) == [0, 534, 1068, 1248]
 
@@ -129,6 +134,41 @@ def test_every_labelled_pixel_is_scored_once_and_padding_never(monkeypatch, prot
     for i, *rows in zip(shown, *(maps[k] for k in ("image", "label", "prediction")), strict=True):
         assert torch.equal(rows[0], photographs[i]) and np.array_equal(rows[1], labels[i])
         assert rows[2].shape == rows[1].shape  # panels show the images as they are
+
+
+@pytest.mark.parametrize("classes", [2, 24, 25, 81])
+def test_the_likeliest_class_of_upsampled_logits_is_found_in_parts(classes):
+    """24 classes at a time; of ties, which are exact here, the lowest class."""
+    rng = torch.Generator().manual_seed(classes)
+    logits = torch.randint(3, (2, classes, 5, 7), generator=rng).float()
+    expected = supervised.upsample(logits, (17, 25)).numpy().argmax(1)
+    assert np.array_equal(supervised.likeliest(logits, (17, 25)), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_of_fixed_batches_for_an_evaluation_alone(training):
+    """--precise-bn: means of the first batches of the labelled stream, equal on all processes."""
+    picture = lambda i: Image.fromarray(photograph(30, 20, i).permute(1, 2, 0).numpy())  # noqa: E731
+    read = lambda i, with_label: (picture(i), picture(i).convert("L"))  # noqa: E731
+    data = SimpleNamespace(labeled=list(range(7)), read=read)
+    args = supervised.Args(batch_size=4, crop_size=24, scales=(1.0, 1.5), total_iters=3, workers=0)
+    alone = Group(0, 1, torch.device("cpu"))
+    stream = supervised.open_stream("labeled", data, args, alone, 0)
+    values = [batch["image"].double().transpose(0, 1).flatten(1) for batch in stream]
+    expected = [sum(getattr(x, name)(1) for x in values) / 3 for name in ("mean", "var")]
+    for count, (mean, var) in ((3, expected), (0, [torch.full((3,), 5.0), torch.ones(3)])):
+        norm = torch.nn.BatchNorm2d(3)
+        norm.running_mean += 5
+        net = torch.nn.Sequential(torch.nn.Dropout(0.5), norm).train(training)
+        net.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
+        args = replace(args, precise_bn=count, total_iters=99)
+        with supervised.evaluating(net, data, args, Group(1, 2, alone.device)):
+            assert not any(part.training for part in net.modules())
+            assert torch.allclose(norm.running_mean.double(), mean.double(), rtol=1e-5)
+            assert torch.allclose(norm.running_var.double(), var.double(), rtol=1e-5)
+        assert {part.training for part in net.modules()} == {training}
+        assert norm.running_mean.tolist() == [5] * 3 and norm.running_var.tolist() == [1] * 3
+        assert norm.momentum == 0.1 and norm.num_batches_tracked == 0
 
 
 # ---- scores ----

@@ -1,12 +1,18 @@
 """Kills, restarts and files that cannot be written or read: benchmarks/faults.py has many more."""
 
+import itertools
+import json
 import os
+import platform
 import random
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,9 +22,11 @@ import processes
 import recorder
 import supervised
 import tiny
+import u2pl
 from benchmarks import faults
 from benchmarks.runs import bits, differences, running
 from common import Refusal, run
+from common.distributed import Group
 from processes import finish, reach, start
 
 GOES_ON = "the same command with --resume goes on\n"
@@ -49,6 +57,12 @@ def train(argv, patch, module=supervised):
     with patch.context() as own:
         tiny.shrink(module, own)
         tiny.train(module, argv)
+
+
+def stopped(argv, patch, step):
+    with patch.context() as own, pytest.raises(KeyboardInterrupt):
+        recorder.stop_in(own, step)
+        train(argv, own)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +103,7 @@ def test_a_worker_killed_under_torchrun_is_started_again(tree, tmp_path, whole):
 def test_torchrun_goes_on_alone_with_what_it_began(tree, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     args = tiny.resolved(supervised, tiny.flags(tree, ""))
-    data, group = supervised.load(args), run.Group(0, 1, torch.device("cpu"))
+    data, group = supervised.load(args), Group(0, 1, torch.device("cpu"))
 
     def started():
         one = run.Run(args, supervised.__file__, group, data)
@@ -180,9 +194,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_older_used(
     out = tmp_path / "run"
     paths = [out / "last.pt", out / "previous.pt"]
     for _ in range(2):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            recorder.stop_in(patch, 10)
-            train(small(tree, out), patch)
+        stopped(small(tree, out), monkeypatch, 10)
         assert [step_of(path) for path in paths] == [9, 6]
         DAMAGES[damage](out / "last.pt")
     capsys.readouterr()
@@ -196,6 +208,133 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_older_used(
         flip(path)
     with pytest.raises(Refusal, match="previous.pt: damaged"):
         train(small(tree, out), monkeypatch)
+
+
+def held(tree, folder, out, *words):
+    """A started run, in a folder of its own, that waits in step 3 for the file `go` there."""
+    argv = [*small(tree, out)[:-1], *words]  # without --resume
+    settings = json.dumps(dict(hold=3, go="go"))
+    return processes.Forked(
+        [processes.__file__, "supervised", json.dumps(argv), settings], 1, folder
+    )
+
+
+@pytest.mark.parametrize("name", ["", "run"])
+def test_two_starts_at_once_have_a_folder_each_or_one_is_refused(name, tree, tmp_path, whole):
+    """As is --resume beside a run that lives."""
+    out = tmp_path / name if name else ""
+    living = [held(tree, tmp_path, out) for _ in range(2)]
+    if name:
+        while all(process.poll() is None for process in living):
+            time.sleep(0.01)
+        living.sort(key=lambda process: process.returncode is not None)
+        lives, other = living
+        reach(lives, out, 2)
+        text, _ = other.communicate()
+        assert other.returncode == 2 and text.endswith("give another --out\n")
+        resumed = held(tree, tmp_path, out, "--resume")
+        text, _ = resumed.communicate()
+        line = f"{out}: process {lives.pid} of {platform.node()} writes there: end it first\n"
+        assert resumed.returncode == 2 and text.endswith(line)
+        living.pop()
+    (tmp_path / "go").touch()
+    for process in living:
+        finish(process)
+    folders = [out] if name else list((tmp_path / "runs").iterdir())
+    assert len(folders) == len(living) and not sum((differences(whole[1], x) for x in folders), [])
+
+
+GONE = "log.jsonl: moved, removed or replaced while this run writes it"
+NOT_THERE, NOT_IT = "beside it is not there: put that", "beside it is not the log that belongs"
+LOGS = {  # what is done to it, and the refusals of a run that lives and of its resume
+    "moved": (lambda log: log.rename(log.with_name("old")), GONE, NOT_THERE),
+    "removed": (Path.unlink, GONE, NOT_THERE),
+    "replaced": (lambda log: shutil.copy(log.rename(log.with_name("old")), log), GONE, ""),
+    "cut": (lambda log: log.write_bytes(log.read_bytes()[:2000]), "", NOT_IT),
+    "changed": (lambda log: log.write_text(log.read_text().replace("loss", "lose")), "", NOT_IT),
+}
+
+
+@pytest.mark.parametrize("change, at_save, at_resume", LOGS.values(), ids=LOGS)
+def test_a_log_that_does_not_belong_is_refused(
+    change, at_save, at_resume, tree, tmp_path, monkeypatch
+):
+    log_step, argv = run.Run.log_step, small(tree, tmp_path)
+
+    def changed(self, step, *rest):
+        log_step(self, step, *rest)
+        if step == 5:
+            change(tmp_path / "log.jsonl")
+        if step == 5 and not at_save:
+            raise Refusal("ended by the test")
+
+    for refusal in filter(None, (at_save or "ended by the test", at_resume)):
+        with monkeypatch.context() as patch, pytest.raises(Refusal, match=refusal):
+            patch.setattr(run.Run, "log_step", changed)
+            train(argv, patch)
+    assert step_of(tmp_path / "last.pt") == 3
+
+
+def test_the_best_of_a_lost_future_goes_aside_and_the_named_one_comes_back(
+    tree, tmp_path, monkeypatch
+):
+    rising, evaluate = itertools.count(1), supervised.evaluate
+    argv, best = small(tree, tmp_path, evaluate=2, save=4), tmp_path / "best.pt"
+
+    def better(*inputs):
+        result, maps = evaluate(*inputs)
+        return result | {"miou": next(rising) / 100}, maps
+
+    monkeypatch.setattr(supervised, "evaluate", better)
+    stopped(argv, monkeypatch, 7)
+    assert [step_of(best), step_of(tmp_path / "best-before.pt")] == [6, 4]
+    stopped(argv, monkeypatch, 5)
+    assert [step_of(best), step_of(tmp_path / "best-2.pt")] == [4, 6]
+
+
+CONTENTS = {
+    "optimizer is not": lambda saved: saved["optimizer"]["param_groups"].pop(),
+    "state is not": lambda saved: saved["state"].pop("bank"),
+    "step 13 of 12": lambda saved: saved.update(step=13),
+    "meter is none": lambda saved: saved.update(meter=[0.0]),
+}
+MACHINE = {
+    "worker (pid 7) is killed by signal: Bus error": "--workers 0, or a larger /dev/shm",
+    "[Errno 24] Too many open files": "ulimit -n 4096",
+    "DefaultCPUAllocator: can't allocate memory": "a smaller --batch-size",
+    "CUDA out of memory. Tried to allocate 2.00 GiB": "a smaller --batch-size",
+}
+
+
+@pytest.mark.parametrize("text", [*CONTENTS, *MACHINE])
+def test_a_wrong_checkpoint_or_a_small_machine_is_one_line(
+    text, tree, tmp_path, monkeypatch, capsys
+):
+    argv = tiny.with_acting("u2pl", small(tree, tmp_path, save=12))
+    if text in CONTENTS:
+        train(argv, monkeypatch, u2pl)
+        saved = torch.load(tmp_path / "last.pt", weights_only=True)
+        CONTENTS[text](saved)
+        torch.save(saved, tmp_path / "last.pt")
+    else:
+        refused = Mock(side_effect=RuntimeError(text))
+        monkeypatch.setattr(u2pl, "evaluate", refused)
+    monkeypatch.setattr(run, "end_loaders", lambda: None)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end, run.refusals():
+        train(argv, monkeypatch, u2pl)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and text in line
+    assert MACHINE.get(text, f"{tmp_path}/last.pt: ") in line
+
+
+def test_a_closed_stdout_stops_nothing(tree, tmp_path, monkeypatch, whole):
+    with open(tmp_path / "out", "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+    train(small(tree, tmp_path / "run"), monkeypatch)
+    assert differences(whole[1], tmp_path / "run") == []
 
 
 ROOT_ALONE = pytest.mark.skipif(os.geteuid() != 0, reason="root alone can drop privileges")
@@ -222,7 +361,7 @@ def test_no_loader_is_forked_for_an_evaluation_beside_gloo(world, device, loader
     """docs/reliability.md: such a child may wait for ever."""
     asked = []
     monkeypatch.setattr(supervised, "DataLoader", lambda *_, **how: asked.append(how) or [])
-    group = run.Group(0, world, SimpleNamespace(type=device))
+    group = Group(0, world, SimpleNamespace(type=device))
     with pytest.raises(AttributeError):  # of a data set that is none
         args = SimpleNamespace(workers=2)
         supervised.evaluate(torch.nn.Identity(), SimpleNamespace(), range(8), args, group)
@@ -235,10 +374,11 @@ NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NO_CUDA)])
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
 def test_a_deterministic_run_repeats_itself(name, device, tree, tmp_path, monkeypatch):
-    words = f"{tiny.MORE.get(name, '')} --deterministic --device {device} --ohem-kept 0.3".split()
+    words = f"--deterministic --device {device} --ohem-kept 0.3".split()
     try:
         for out in ("one", "two"):
-            train(small(tree, tmp_path / out, *words), monkeypatch, tiny.script(name))
+            argv = tiny.with_acting(name, small(tree, tmp_path / out, *words))
+            train(argv, monkeypatch, tiny.script(name))
             assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
@@ -270,8 +410,9 @@ class Weak(TorchDispatchMode):
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
 def test_what_has_no_deterministic_kernel_on_cuda(name, tree, tmp_path, monkeypatch):
     """docs/reliability.md has why each of them is there; cumsum: cumulative probabilities."""
-    words = f"{tiny.MORE.get(name, '')} --ohem-kept 0.1 --aux-weight 0.4".split()
+    words = "--ohem-kept 0.1 --aux-weight 0.4".split()
+    argv = tiny.with_acting(name, small(tree, tmp_path / "run", *words))
     with Weak() as weak:
-        train(small(tree, tmp_path / "run", *words), monkeypatch, tiny.script(name))
+        train(argv, monkeypatch, tiny.script(name))
     sums = {"cumsum"} if name in ("cps_fpl", "ael_fpl", "esl") else set()
     assert weak.found == {"upsample_bilinear2d_backward", "kthvalue"} | sums

@@ -4,7 +4,6 @@ The same numbers u: the same pixels, rows and banks; loss and gradient within 1e
 """
 
 import ast
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 import esl
-import tiny
 import u2pl
 from common import fused
 
@@ -136,25 +134,3 @@ def test_a_definition_has_its_twin_and_the_scripts_share_its_text():
                 assert fused.pick(getattr(script, name), SimpleNamespace(fused=args)) is expected
     tree = ast.parse(Path(fused.__file__).read_text())
     assert len([x for x in ast.walk(tree) if isinstance(x, ast.stmt)]) <= 200
-
-
-@pytest.mark.parametrize("name", ["u2pl", "esl"])
-def test_a_run_of_definitions_is_the_run_of_twins(name, tmp_path, monkeypatch):
-    """Six steps: sampling, queues and losses; the state of one is the state of the other."""
-    tree, script = tiny.draw_tree(tmp_path / "tree"), tiny.script(name)
-    lines, states = [], []
-    tiny.shrink(script, monkeypatch)
-    for choice in ("on", "off"):
-        out = tmp_path / choice
-        argv = [*tiny.flags(tree, out, iters=6, log=1, save=6), *tiny.MORE[name].split()]
-        tiny.train(script, [*argv, "--fused", choice])
-        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        lines.append([line for line in log if line["kind"] == "train"])
-        states.append(torch.load(out / "last.pt", weights_only=True)["state"])
-    for twin, definition in zip(*lines, strict=True):
-        for key in twin.keys() - {"kind", "time"}:
-            assert twin[key] == pytest.approx(definition[key], rel=1e-4, abs=1e-6), key
-    assert lines[1][-1]["contrast"] > 0
-    for key, value in states[0].items():
-        assert states[1][key].dtype == value.dtype and states[1][key].shape == value.shape
-        assert torch.allclose(states[1][key].double(), value.double(), atol=1e-3), key

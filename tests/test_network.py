@@ -28,7 +28,8 @@ HEADS = {"deeplab": DeepLabV3Plus, "cps": CPSHead}
 def flags(backbone="resnet18", stem="classic", weights="none", stride=16, **others):
     """Returns the flags that the network reads."""
     values = dict(backbone=backbone, stem=stem, weights=weights, output_stride=stride)
-    return Args(**{"aux_weight": 0.0, "aspp_rates": (1, 2, 3), **values, **others})
+    values |= dict(aux_weight=0.0, aspp_rates=(1, 2, 3), head_channels=256)
+    return Args(**values | others)
 
 
 def meta(make, *args):
@@ -292,18 +293,20 @@ def literal_deeplab(head, stages, size, training, rates):
 
 
 LITERAL = [
-    ("cps", literal_cps, True, (1, 2, 3)),
-    ("cps", literal_cps, False, (2, 4)),
-    ("deeplab", literal_deeplab, False, (1, 2, 4)),
+    ("cps", literal_cps, True, (1, 2, 3), 256),
+    ("cps", literal_cps, False, (2, 4), 64),
+    ("deeplab", literal_deeplab, False, (1, 2, 4), 64),
 ]
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name, literal_head, training, rates", LITERAL)
-def test_the_heads_are_the_literal_ones(name, literal_head, training, rates):
+@pytest.mark.parametrize("name, literal_head, training, rates, width", LITERAL)
+def test_the_heads_are_the_literal_ones(name, literal_head, training, rates, width):
     torch.manual_seed(0)
-    args = flags(aux_weight=0.4, aspp_rates=rates)
+    args = flags(aux_weight=0.4, aspp_rates=rates, head_channels=width)
     head = unsettled(HEADS[name](NARROW, 5, args)).train(training)
+    widths = {m.out_channels for m in head.modules() if isinstance(m, nn.Conv2d)}
+    assert widths - {48} == {width, 5}  # 48: CPS's low-level branch
     sides = zip(NARROW, (9, 5, 3, 3), strict=True)
     stages = [torch.randn(2, c, s, s + 1, requires_grad=True) for c, s in sides]
     expected = literal_head(head, stages, (33, 37), training, rates)
@@ -316,24 +319,27 @@ def test_the_heads_are_the_literal_ones(name, literal_head, training, rates):
         assert torch.equal(logits, again[key])  # CPS has no dropout in training either
 
 
-OWN = [  # what a head adds to the parent's in training, and its shape
-    ("u2pl", "U2PLHead", {"rep": (2, 256, 9, 10)}),
-    ("esl", "ESLHead", {"rep": (2, 512, 9, 10), "encoder": (2, 512, 3, 4)}),
+OWN = [  # what a head adds to the parent's where its flag is set, and the shape of that
+    ("u2pl", "U2PLHead", "training", {"rep": (2, 256, 9, 10)}),
+    *(
+        ("esl", "ESLHead", flag, {"rep": (2, 512, 9, 10), "encoder": (2, 512, 3, 4)})
+        for flag in ("training", "with_features")
+    ),
 ]
 
 
-@pytest.mark.parametrize("name, kind, own", OWN)
-@pytest.mark.parametrize("aux, training", [(0.0, True), (0.4, True), (0.4, False)])
-def test_heads_with_features_are_the_parents_and_more(name, kind, own, aux, training):
+@pytest.mark.parametrize("name, kind, flag, own", OWN)
+@pytest.mark.parametrize("aux, value", [(0.0, True), (0.4, True), (0.4, False)])
+def test_heads_with_features_are_the_parents_and_more(name, kind, flag, own, aux, value):
     torch.manual_seed(0)
     kind = getattr(importlib.import_module(name), kind)
-    head = kind(NARROW, 5, flags(aux_weight=aux)).eval()
-    parent = DeepLabV3Plus(NARROW, 5, flags(aux_weight=aux)).eval()
+    args = flags(aux_weight=aux, head_channels=64)
+    head, parent = kind(NARROW, 5, args).eval(), DeepLabV3Plus(NARROW, 5, args).eval()
     parent.load_state_dict({k: head.state_dict()[k] for k in parent.state_dict()})
-    head.training = training  # its own flag: BN and dropout stay in eval mode
+    setattr(head, flag, value)  # of the head alone: BN and dropout stay in eval mode
     stages = [torch.randn(2, c, s, s + 1) for c, s in zip(NARROW, (9, 5, 3, 3), strict=True)]
     out, expected = head(stages, (33, 37)), parent(stages, (33, 37))
-    own = own if training else {}
+    own = own if value else {}
     assert {key: tuple(out[key].shape) for key in own} == own
     coarse = {"coarse"} if name == "u2pl" else set()  # its logits at stride 4, always
     assert set(out) == {"logits", *own} | coarse | ({"aux"} if aux else set())
@@ -391,3 +397,6 @@ def test_the_input_is_normalized_and_logits_are_float32_and_reach_every_paramete
         for name, p in net.named_parameters():
             assert p.grad is not None and p.grad.isfinite().all(), name
             assert p.grad.any() or name.endswith("0.bias"), name  # a bias before BN: nearly 0
+    with torch.no_grad():
+        large, small = (net.eval()(x, upsampled=choice)["logits"] for choice in (True, False))
+    assert small.shape[2] == 9 and torch.equal(upsample(small, (33, 50)), large)

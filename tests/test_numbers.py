@@ -16,15 +16,18 @@ from benchmarks.runs import differences, flat, log
 from common import Refusal, run
 
 C = 11
-FLAGS = {name: [] for name in tiny.SCRIPTS} | {"mean_teacher": ["--warmup-iters", "0"]}
-FLAGS["u2pl"] = "--warmup-iters 0 --anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12".split()
-FLAGS["esl"] = "--anchors 5 --negatives 6 --queue 7 --zeta 0.2".split()
+FLAGS = {
+    "mean_teacher": "--warmup-iters 0",
+    "u2pl": "--warmup-iters 0 --anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12",
+    "esl": "--anchors 5 --negatives 6 --queue 7 --zeta 0.2",
+}
 RUNS = [(name, "") for name in tiny.SCRIPTS]
 RUNS += [("mean_teacher", "--consistency mse --cutmix")]
 RUNS += [("cps_fpl", "--recipe official"), ("cps_fpl", "--no-cutmix --unsup-loss ce")]
 RUNS += [("ael_fpl", "--recipe official"), ("ael_fpl", "--unsup-loss ce --skip-absent")]
-RUNS += [("u2pl", "--unreliable-loss binary --ohem-kept 0.1 --aux-weight 0.4")]
+RUNS += [("u2pl", "--unreliable-loss binary --fused off --ohem-kept 0.1 --aux-weight 0.4")]
 RUNS += [("u2pl", "--unreliable-loss none --recipe official")]
+RUNS += [("esl", "--fused off")]
 RUNS += [("esl", "--label hard --no-contrast --no-cutmix --ohem-kept 0.1 --aux-weight 0.4")]
 
 
@@ -65,7 +68,7 @@ def hook(patch, change):
         return step(self, done, *rest)
 
     patch.setattr(run.Run, "restore", begin)
-    patch.setattr(run.Run, "step", count)
+    patch.setattr(run.Run, "log_step", count)
     return live
 
 
@@ -85,8 +88,9 @@ def made(patch, name, tree, out, extra, change=None):
         tiny.shrink(script, patch)
         if change:
             hook(patch, change)
-        argv = tiny.flags(tree, out, iters=2, log=1, evaluate=2, save=2)
-        steps = recorder.watch(patch, script, argv + FLAGS[name] + extra.split()).steps
+        argv = tiny.flags(tree, out, iters=2, log=1, evaluate=2, save=2) + extra.split()
+        argv = tiny.with_acting(name, argv, FLAGS.get(name, ""))
+        steps = recorder.watch(patch, script, argv).steps
     parts = [step.parts for step in steps]
     assert len(parts) == 2 and finite(out)["step"] == 2
     assert all(math.isfinite(x) for one in parts for x in one.values())
@@ -236,14 +240,18 @@ def test_a_fault_is_refused_by_its_step_and_the_run_goes_on_from_the_checkpoint_
     name, trees, tmp_path, monkeypatch
 ):
     """As if nothing had happened."""
-    script, numbers = tiny.script(name), dict(log=2, evaluate=8, save=2)
+    script, words = tiny.script(name), FLAGS.get(name, "").split()
+
+    def small(out):
+        return tiny.flags(trees["drawn"], tmp_path / out, log=2, evaluate=8, save=2) + words
+
     tiny.shrink(script, monkeypatch)
-    tiny.train(script, tiny.flags(trees["drawn"], tmp_path / "whole", **numbers) + FLAGS[name])
+    tiny.train(script, small("whole"))
     for fault, at, value, saved, seen, names in FAULTS:
         if name not in names:
             continue
         out = tmp_path / f"{fault}{at}"
-        argv = tiny.flags(trees["drawn"], out, **numbers) + FLAGS[name]
+        argv = small(out)
         with monkeypatch.context() as patch:
             disturb(patch, name, fault, at, value)
             with pytest.raises(Refusal) as refusal:

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ import prepare_data
 from benchmarks import runs
 from common.data import FACTS, set_hash
 from common.flags import parse
-from results import table
 from common.sources import read_list
+from results import table
 from tiny import ROOT, SCRIPTS, draw_folder, resolved, shrink, train
 from tiny import script as module_of
 
@@ -28,15 +29,42 @@ TEXTS = {name: ((ROOT / f"{name}.py").read_text(), ROOT / f"docs/{name}.md") for
 def test_tags_and_code_words_of_a_page_are_the_scripts(name):
     """A row for every [Dn]; what "Where to look" names is a function, class or seam."""
     script, page = TEXTS[name][0], TEXTS[name][1].read_text()
-    rows = re.findall(r"^\| D(\d+) \|(.*)\|$", page, re.M)
     tags = sorted(set(re.findall(r"\[D(\d+)\]", script)))
-    assert tags == sorted(number for number, _ in rows) and set("123456") <= set(tags)
-    assert all(cells.count("|") == 4 for _, cells in rows)
+    assert tags == sorted(re.findall(r"^\| D(\d+) \|", page, re.M)) and set("123456") <= set(tags)
     section = page.split("## Where to look")[1].split("## ")[0]
     words = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|[^|]*\|([^|]*)", section, re.M)))
     assert words
     for word in words:
         assert hasattr(module_of(name), word) or word in ("losses", "main"), word
+
+
+def test_no_table_row_without_a_head():
+    """An empty line cuts a table in two: what is below it has no head and is printed as text."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+        for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            rows = [re.sub(r"\\\|", "", line) for line in block.splitlines()]
+            assert len(rows) > 2, f"{page.name}: {rows[0]}"
+            assert re.fullmatch(r"\|(:?-+:?\|)+", rows[1]), f"{page.name}: no head: {rows[0]}"
+            for row in rows:
+                assert row.count("|") == rows[0].count("|"), f"{page.name}: {row}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_cell_of_a_row_is_a_phrase(name):
+    """More than twelve words stand in a paragraph **Dn.** below the table, one for a row."""
+    page = TEXTS[name][1].read_text()
+    rows = dict(re.findall(r"^\| (D\d+) \|(.*)\|$", page, re.M))
+    for tag, cells in rows.items():
+        for cell in cells.split("|"):
+            assert len(cell.split()) <= 12, f"{tag}: {cell}"
+    paragraphs = re.findall(r"^\*\*(D\d+)\.\*\*", page, re.M)
+    assert len(paragraphs) == len(set(paragraphs)) and set(paragraphs) <= set(rows)
+
+
+def test_the_readme_quotes_eq_7_as_the_script_has_it():
+    (quote,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    assert len(quote.splitlines()) == 6 and quote in (ROOT / "cps_fpl.py").read_text()
 
 
 def commands():
@@ -93,13 +121,15 @@ def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
 def test_help_shows_every_flag_and_what_it_means(name, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(module_of(name).Args, module_of(name).preset, ["--help"])
-    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert stop.value.code == 0
-    source = TEXTS[name][0].split("class Args")[1].split("\ndef ")[0]
-    meanings = re.findall(r"^    (\w+): .*?  # (.+)$", source, re.M)
-    assert len(meanings) > 35
-    for flag, meaning in meanings:
-        assert " ".join(meaning.split()[:4]) in text, f"{flag}: {meaning}"
+    lines = re.findall(r"^  --(?:\[no-\])?(\S+) +(.+)$", capsys.readouterr().out, re.M)
+    shown = {flag.replace("-", "_"): line for flag, line in lines}
+    source = TEXTS[name][0].split("class Args")[1].split("NEEDS")[0]
+    found = re.findall(r"^(?:    # (.+)\n)?    (\w+): [^#\n]+?(?:  # (.+))?$", source, re.M)
+    meanings = {flag: behind or above for above, flag, behind in found}
+    known = [field.name for field in fields(module_of(name).Args)]
+    assert stop.value.code == 0 and list(meanings) == list(shown) == known
+    for flag, meaning in meanings.items():
+        assert meaning and shown[flag].startswith(meaning), flag
 
 
 @pytest.mark.skipif(not os.environ.get("SPLITS"), reason="SPLITS: a folder of published lists")

@@ -59,7 +59,8 @@ def outcome(name, dataset, words=""):
     if "cutmix" in given:
         given["cutmix"] = False
     try:
-        args = flags.fill(module_of(name).Args(dataset=dataset, **given), module_of(name).preset, [])
+        args = module_of(name).Args(dataset=dataset, **given)
+        args = flags.fill(args, module_of(name).preset, [])
     except Refusal as error:
         return str(error)
     return {key: value for key, value in flags.plain(args).items() if key not in given}
@@ -67,10 +68,10 @@ def outcome(name, dataset, words=""):
 
 def fields(name):
     """Returns {flag of a script: its type, without None}."""
-    kinds = {}
+    kinds, hints = {}, typing.get_type_hints(module_of(name).Args)  # without ranges
     for field in dataclasses.fields(module_of(name).Args):
-        kind, *rest = (*typing.get_args(field.type), field.type)
-        kinds[field.name] = kind if type(None) in rest else field.type
+        kind, *rest = (*typing.get_args(hints[field.name]), None)
+        kinds[field.name] = kind if type(None) in rest else hints[field.name]
     return kinds
 
 
@@ -189,8 +190,6 @@ def refused(name, flag, value):
 def test_a_number_out_of_its_range_is_refused_and_its_ends_beat_every_preset(name):
     kinds = fields(name)
     for flag, words in NUMBERS[name].items():
-        if " to " not in words:  # ESL's eta is refused in words of its own
-            continue
         kind, number = kinds[flag], number_of(kinds[flag])
         low, high = (float(word) for word in words.split(" to "))
         wrong, right = [low - 1] if number is int else [low - 1, float("nan")], [number(low)]
@@ -208,6 +207,56 @@ def test_a_number_out_of_its_range_is_refused_and_its_ends_beat_every_preset(nam
             assert getattr(args, flag) == given[flag]
 
 
+CITY = {"dataset": "cityscapes"}
+CLAUSES = {  # of NEEDS: its words, flags with which it does not hold, flags with which it does
+    "never": ("", {}, {}),
+    "no init": ("no --init", {"init": "last.pt"}, {}),
+    "no labeled_list": ("no --labeled-list", {"labeled_list": "l.txt"}, {}),
+    "no split_seed": ("no --split-seed", {"split_seed": 1}, {}),
+    "no total_iters": ("no --total-iters", {"total_iters": 7}, {}),
+    "split!=all": ("--split other than all", {"split": "all"}, {}),
+    "dataset!=shapes": ("--dataset other than shapes", {"dataset": "shapes"}, CITY),
+    "dataset=cityscapes": ("--dataset cityscapes", {"dataset": "voc_aug"}, CITY),
+    "dataset=voc|voc_aug|cityscapes": (
+        "--dataset voc or voc_aug or cityscapes", {"dataset": "folder"}, CITY),
+    "backbone=resnet18|resnet50|resnet101": (
+        "--backbone resnet18 or resnet50 or resnet101", {"backbone": "timm/resnet18"}, {}),
+    "warmup_iters<total_iters": (
+        "--warmup-iters below --total-iters", {"warmup_iters": 9, "total_iters": 9}, {}),
+    "k_strategy=n-1|n": ("--k-strategy n-1 or n", {"k_strategy": "step"}, {"k_strategy": "n"}),
+    "weight!=none": ("--weight other than none", {"weight": "none"}, {}),
+    "unsup_loss=fpl": ("--unsup-loss fpl", {"unsup_loss": "ce"}, {}),
+    "unreliable_loss!=none": ("--unreliable-loss other than none", {"unreliable_loss": "none"}, {}),
+    "label=dynamic": ("--label dynamic", {"label": "topk"}, {}),
+    "label=topk": ("--label topk", {"label": "dynamic"}, {"label": "topk"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_flag_that_cannot_act_is_refused_and_is_absent_from_those_that_act(name):
+    Args, preset = module_of(name).Args, module_of(name).preset
+    for flag, need in Args.NEEDS.items():
+        kind, low = fields(name)[flag], NUMBERS[name].get(flag, "").partition(" ")[0]
+        choices = {bool: (True, False), str: ("some.pt",)}.get(kind) or typing.get_args(kind)
+        value = max({*choices} - {getattr(Args, flag)}) if not low else number_of(kind)(float(low))
+        value = several(kind, value)
+        rows, given = [], {"split": "1/8", flag: value}
+        for clause in need.split(", "):  # one that is a flag alone: it is not 0, or it is on
+            usual = ("--" + clause.replace("_", "-"), {clause: 0}, {clause: 1})
+            rows.append(CLAUSES.get(clause, usual))
+            given.update(rows[-1][2])
+        words = "in this script"
+        if need != "never":
+            words = "here: it needs " + " and ".join(row[0] for row in rows)
+            assert flag in flags.acting(flags.fill(Args(**given), preset, [f"--{flag}"]))
+        for own, wrong, _ in rows:
+            args, argv = Args(**given | wrong), [f"--{word}" for word in (flag, *wrong)]
+            line = f"--{flag.replace('_', '-')} {value} does nothing {words}"
+            assert refusal(flags.fill, args, preset, argv) == line
+            acts = flag in flags.acting(flags.fill(args, preset, []))
+            assert acts == own.startswith("no ")  # what another flag replaces is in the log
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(name, capsys):
     train(module_of(name), ["--list-presets"])
@@ -215,7 +264,8 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
     entries = json.loads((ROOT / "common/papers.json").read_text())
     entries = [entry for entry in entries if entry["script"] == name]
     assert len(lines) == sum(len(entry["miou"]) for entry in entries) > 12
-    parsed = functools.cache(lambda words: flags.parse(module_of(name).Args, module_of(name).preset, shlex.split(words)))
+    Args, preset = module_of(name).Args, module_of(name).preset
+    parsed = functools.cache(lambda words: flags.parse(Args, preset, shlex.split(words)))
     seen = set()
     for line in lines:
         miou, dataset, split, words, source = re.fullmatch(
@@ -225,7 +275,7 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
         (entry,) = (e for e in entries if [e["dataset"], e["flags"], e["source"]] == own)
         assert float(miou) == entry["miou"][split]
         args = dataclasses.replace(parsed(f"--dataset {dataset} {words}"), split=split)
-        args = flags.fill(args, module_of(name).preset, [])
+        args = flags.fill(args, preset, [])
         found = [getattr(args, column) for column in COLUMNS]
         found[6] = round(found[6] * args.crop_size**2)  # pixels
         if "--lr" not in words:  # of a table that varies it

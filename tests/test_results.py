@@ -12,7 +12,7 @@ from PIL import Image
 
 import cps_fpl
 from common import Refusal
-from common.run import plain
+from common.flags import plain
 from oracles.fpl import order, regularization
 from oracles.supervised import VOID, likeliest, nll
 from results import analysis, compare, ranks

@@ -24,7 +24,7 @@ import recorder
 import tiny
 import u2pl
 from benchmarks import runs
-from common import run
+from common.distributed import Group
 from oracles import u2pl as oracle
 
 UNEVEN = "--batch-size-unlabeled 3 "  # no count of labelled images can pass for the other
@@ -91,7 +91,8 @@ def same_samples(name, args, images, number, batch):
         labeled = stream in ("labeled", "paste")
         items = images.labeled if labeled else images.unlabeled
         scales = args.paste_scales if stream == "paste" else args.scales
-        samples = tiny.script(name).Samples(images, items, labeled, scales, stream, args)
+        script = tiny.script(name)
+        samples = script.Samples(stream, script.Stream(items, 0, labeled, scales), images, args)
         count = args.batch_size if labeled else args.batch_size_unlabeled
         expected = stacked([samples[number * count + i] for i in range(count)])
         assert own.keys() == expected.keys()
@@ -170,13 +171,14 @@ def cps_fpl_step(nets, state, batch, args, number, images):
     if args.unsup_weight:
         cross, more = cps_fpl.cross_loss(students, teachers, inside, progress, args)
         loss = sup + args.unsup_weight * cross  # FPL Eq. (1)
-        parts |= more | cps_fpl.watch(teachers, inside, None, progress, args)
-    parts |= cps_fpl.watch(labeled, label != 255, label, progress, args)
+        parts |= more | cps_fpl.teacher_statistics(teachers, inside, progress, args)
+    parts |= cps_fpl.label_statistics(labeled, label, progress, args)
     prob = labeled[1].detach().softmax(1)
-    K = cps_fpl.k_values(prob, progress, args)
+    p, _ = cps_fpl.by_rank(prob)
+    K = cps_fpl.k_values(p, progress, args)
     maps |= {"pseudo label": prob.argmax(1), "branch 1": labeled[0].argmax(1)}
     maps["K: 1, 2, 3 or more"] = (K - 1) / 2
-    maps["weight"] = cps_fpl.adaptive_weight(prob, K, args.weight, args.mean_over)
+    maps["weight"] = cps_fpl.adaptive_weight(p, K, args.weight, args.mean_over)
     return result(loss, {}, maps, **parts)
 
 
@@ -189,8 +191,8 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     rng = np.random.default_rng([args.seed, number])
     first = batch["unlabeled"]
     classes, indices = state["draws"][0].T.tolist()  # drawn four steps before [D26]
-    given = images.unlabeled, False, args.scales, "unlabeled.partner", args
-    partners = ael_fpl.Samples(images, *given)
+    stream = ael_fpl.Stream(images.unlabeled, B, False, args.scales)
+    partners = ael_fpl.Samples("unlabeled.partner", stream, images, args)
     numbers = range(number * B, number * B + B)
     second = stacked([partners.sample(*pair) for pair in zip(indices, numbers, strict=True)])
     # Adaptive Copy-Paste: the images of a group share their classes
@@ -302,11 +304,11 @@ def u2pl_contrast(state, out, out_t, y_l, y_u, chosen, args):
     sizes = torch.tensor([args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1))
     bank = state["bank"].clone()
     pushed = state["pushed"].clone() if args.bank else torch.zeros_like(state["pushed"])
-    offered = u2pl.draw_keys(rep_t, N_c, u)
-    for keys, mask, chances in zip(offered, N_c.tolist(), u.tolist(), strict=True):
+    offered = u2pl.draw_features(rep_t, N_c, u)
+    for features, mask, chances in zip(offered, N_c.tolist(), u.tolist(), strict=True):
         drawn = F.normalize(rep_t[oracle.keys(mask, chances)], dim=1)
-        assert torch.equal(keys[: len(drawn), :-1], drawn)
-    u2pl.push_keys(bank, pushed, sizes, offered)
+        assert torch.equal(features[: len(drawn), :-1], drawn)
+    u2pl.push_features(bank, pushed, sizes, offered)
     A_c = u2pl.anchor_masks(prob, label, args.delta_p)
     loss, counted = u2pl.unreliable_loss(rep_s, rep_t, A_c, bank, pushed, sizes, v, args)
     return loss, counted.sum(), {"bank": bank, "pushed": pushed}
@@ -322,9 +324,9 @@ def esl_step(nets, state, batch, args, number, images):
     n, new, ids, present = len(x_l), {}, [], 0
     none = images.num_classes * args.parts
     teacher.eval()
-    teacher.head.training = args.contrast  # it returns its features; BN and dropout as they are
+    teacher.head.with_features = args.contrast
     if args.contrast and number == 0:  # K-means before the teacher has seen anything
-        group = run.Group(0, 1, torch.device("cpu"))
+        group = Group(0, 1, torch.device("cpu"))
         first = esl.first_prototypes(teacher, images, teacher.head.width, args, group)
         state = state | {"prototypes": first}
     with torch.no_grad():
@@ -347,8 +349,11 @@ def esl_step(nets, state, batch, args, number, images):
     if args.contrast:
         maps["parts"] = None
         chosen = ids_u[0].masked_fill(~(conf > args.zeta), none)  # Eq. (9)
-        ids = torch.cat([ids[:n], chosen])
-        contrast, anchors = esl.part_contrast(out["rep"], ids, new, args)
+        ids = esl.aligned(torch.cat([ids[:n], chosen]), out["rep"].shape[2:]).flatten()
+        u = torch.rand(images.num_classes, args.anchors + 1, dtype=torch.float64)
+        v = torch.rand(len(u), args.anchors, 1 + args.negatives, dtype=torch.float64)
+        given = esl.as_rows(out["rep"]), ids, new["bank"], new["pushed"], u, v, args
+        contrast, anchors = esl.part_contrast(*given)
     loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (11)
     parts = dict(sup=sup, unsup=unsup, contrast=contrast, anchors=anchors, parts=present)
     area = max(int(sure.sum()), 1)
@@ -357,13 +362,13 @@ def esl_step(nets, state, batch, args, number, images):
 
 
 def esl_parts(out_t, label, state, args, none):
-    """Eq. (7), (8), (12): parts of the pixels, a key of each part and image, the prototypes."""
+    """Eq. (7), (8), (12): parts of the pixels, a feature of each part and image, the prototypes."""
     ids = esl.part_ids(out_t["encoder"], state["prototypes"], label)
     mu = esl.part_sums(out_t["rep"], ids, none)
-    keys = torch.cat([F.normalize(mu[..., :-1], dim=2), mu[..., -1:]], 2)
+    offered = torch.cat([F.normalize(mu[..., :-1], dim=2), mu[..., -1:]], 2)
     new = {"bank": state["bank"].clone(), "pushed": state["pushed"].clone()}
     sizes = torch.full((none,), args.queue)
-    esl.push_keys(new["bank"], new["pushed"], sizes, keys.transpose(0, 1))
+    esl.push_features(new["bank"], new["pushed"], sizes, offered.transpose(0, 1))
     sums = esl.part_sums(out_t["encoder"], ids, none).sum(0)
     new["prototypes"] = esl.update_prototypes(state["prototypes"], sums, args.theta)
     return ids, new, (sums[:, -1] > 0).sum()
@@ -437,6 +442,8 @@ def compared(name, argv, monkeypatch):
         assert all(p.requires_grad == (key in trained) for p in net.parameters())
     for number, step in enumerate(found.steps):
         same_samples(name, args, images, number, step.batch)
+        for own in step.batch.values():
+            own.update({key: x.long() for key, x in own.items() if key == "label"})
         passes.clear()
         torch.manual_seed((args.seed * 1_000_003 + number) * 1024)  # dropout, all draws
         literal = LITERAL[name](nets, state, step.batch, args, number, images)
@@ -476,6 +483,7 @@ AEL = UNEVEN + HAND + "--unsup-weight 2.5 --seed 3 --lr 0.05 --bank-momentum 0.7
 AEL += "--bank-area 0.08 --region-area 0.02 "  # 6 and more than 1 cell of 64
 U2PL = tiny.MORE["u2pl"] + " --scales 0.5 1.5 " + HAND
 ESL = tiny.MORE["esl"] + " --scales 0.5 1.5 " + HAND
+ALONE = HAND + " "  # in place of what its script's rows share: flags that would not act there
 ROWS = {
     "supervised": ["", "--ohem-kept 0.2 --aux-weight 0.4 --decay-on weights"],
     "mean_teacher": [
@@ -490,7 +498,7 @@ ROWS = {
         "--recipe official --T 0.5 --ohem-kept 0.2",
         "--no-cutmix --recipe official --T 0.5",
         "--no-cutmix --unsup-loss negative",
-        "--unsup-weight 0",
+        ALONE + "--unsup-weight 0",
         "--k-strategy step --weight convex",
     ],
     "ael_fpl": [
@@ -499,22 +507,22 @@ ROWS = {
         "--recipe official --T 0.3",
         "--recipe official --unsup-loss ce --pooled 4 --teacher-mode eval",
         "--consistency-on all --pooled 1 --ohem-kept 0.2 --decay-on weights",
-        "--paste-draws 1 --paste-prob 0.5 --paste-power 2 --paste-not 3 4",
-        "--paste-draws 0 --aux-weight 0.4 --paste-scales 0.2 0.4",
+        "--paste-draws 1 --paste-prob 0.5 --paste-power 2 --paste-not 3 4 --paste-scales 0.2 0.4",
+        "--paste-draws 0 --aux-weight 0.4",
     ],
     "u2pl": [
         "",
-        "--unreliable-loss none",
+        ALONE + "--unreliable-loss none --warmup-iters 2 --scales 0.5 1.5",
         "--negatives-from reliable --no-dpa --alpha-0 0.4",
         "--negatives-from all --ranks 1 20",
-        "--no-bank --ranks 1 3 --no-cutmix",
+        "--no-bank --ranks 1 3 --no-cutmix --fused off",
         "--seed 5 --cutmix-prob 1 --aux-weight 0.4 --epochs 5 --eta 2 --contrast-weight 1",
     ],
     "esl": [
         "",
-        "--label soft --no-contrast",
+        ALONE + "--label soft --no-contrast --scales 0.5 1.5",
         "--label topk --top-k 2 --theta 0.5 --unsup-weight 1 --contrast-weight 2 --aux-weight 0.4",
-        "--no-cutmix --parts 1",
+        "--no-cutmix --parts 1 --fused off",
         "--seed 5 --cutmix-prob 0.5",
     ],
 }
@@ -549,7 +557,7 @@ def marked(name, row):
 def test_every_step_is_the_literal_one(name, row, tree, tmp_path, monkeypatch):
     numbers = dict(log=1, iters=4, evaluate=2, save=9, pictures=3) | NUMBERS.get(name, {})
     argv = tiny.flags(tree, tmp_path / "run", **numbers)
-    argv += f"{SHARED.get(name, HAND)} {row}".split()
+    argv += f"{'' if row.startswith(ALONE) else SHARED.get(name, HAND)} {row}".split()
     args, found = compared(name, argv, monkeypatch)
     see_all_parts_at_work(name, args, found)
 

@@ -14,7 +14,7 @@ import recorder
 import tiny
 from benchmarks import runs
 from benchmarks.runs import differences
-from common import run
+from common.distributed import Group
 
 SURE = "--scales 1 1.5 "  # of 48x36 pixels: a crop of 32 lies inside
 SOFT = "--unsup-weight 20 --unsup-loss soft "  # a rounding cannot change the class that is taught
@@ -31,7 +31,8 @@ SHARED_OUT = {
     ("ael_fpl", "all"): "--beta 0 --lr 0.002 --recipe official --T 0.3",
     ("ael_fpl", "skip"): "--beta 0 --lr 0.002 --skip-absent --pooled 1",
 }
-CALLS = {"u2pl": ["cutmix", "draw_keys", "push_keys"], "esl": ["cutmix", "first_prototypes"]}
+CALLS = {"u2pl": ["cutmix", "draw_features", "push_features"]}
+CALLS["esl"] = ["cutmix", "first_prototypes"]
 
 
 def moved(argv, end):
@@ -52,10 +53,10 @@ def pairs(tmp_path_factory):
         jobs, rows = [], [row for script, row in SHARED_OUT if script == name]
         for row in rows:
             numbers = dict(iters=6 if name == "ael_fpl" else 3, log=1, evaluate=9, save=9, batch=4)
-            argv = tiny.flags(sure, folder / f"{name} {row}", **numbers) + SURE.split()
-            if name != "supervised":
-                argv += ["--batch-size-unlabeled", "4"]
-            jobs.append(dict(argv=argv + SHARED_OUT[name, row].split(), bare=True))
+            argv = tiny.flags(sure, folder / f"{name} {row}", **numbers)
+            argv += (SURE + SHARED_OUT[name, row]).split()
+            unlabeled = "" if name == "supervised" else "--batch-size-unlabeled 4"
+            jobs.append(dict(argv=tiny.with_acting(name, argv, unlabeled), bare=True))
         numbers = dict(iters=7, log=2, evaluate=7, save=2, batch=4)
         more = ["--seed", "3", *tiny.MORE.get(name, "").split()]
         argv = [*tiny.flags(tree, folder / f"{name} whole", **numbers), *more]
@@ -149,14 +150,14 @@ def test_two_processes_have_one_state_and_resume_exactly(name, pairs):
     for number, (first, second) in enumerate(zip(*shares, strict=True)):
         rng = np.random.default_rng([3, number])
         if "cutmix" in first.calls and rng.random() < script.Args().cutmix_prob:
-            boxes = [call[0][0] for share in (first, second) for call in share.calls["cutmix"]]
-            halves = [[list(script.cutmix_box(rng, 32)) for _ in range(2)] for _ in range(2)]
-            assert boxes == halves
-        if "draw_keys" in first.calls:  # keys of both processes enter the bank, in their order
-            both = [share.calls["draw_keys"][0] for share in (first, second)]
+            for share in (first, second):
+                half = [list(script.cutmix_box(rng, 32)) for _ in range(2)]
+                assert all(inputs[0] == half for inputs, _ in share.calls["cutmix"])
+        if "draw_features" in first.calls:  # keys of both processes enter the bank, in their order
+            both = [share.calls["draw_features"][0] for share in (first, second)]
             keys = torch.cat([drawn for _, drawn in both], 1)
             for share in (first, second):
-                assert torch.equal(share.calls["push_keys"][0][0][3], keys)
+                assert torch.equal(share.calls["push_features"][0][0][3], keys)
             assert not (both[0][0][2] == both[1][0][2]).any()  # numbers of their own
             assert both[0][0][2].dtype == torch.float64
     if name == "u2pl":
@@ -178,7 +179,7 @@ def test_the_stream_of_samples_does_not_depend_on_the_number_of_processes(name, 
     for stream in script.streams(data, args):
 
         def batches(rank, count, start, stream=stream):
-            group = run.Group(rank, count, cpu)
+            group = Group(rank, count, cpu)
             opened = script.open_stream(stream, data, args, group, start)
             return [batch["image"] for batch in opened]
 

@@ -9,7 +9,6 @@ from PIL import Image
 from torch import nn
 
 from common import flags as flags_of
-from common import run
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl"]
@@ -118,6 +117,8 @@ def tiny_modules(module, bare=False):
             self.register_buffer("other", torch.zeros(1))
 
     class HeadWithFeatures(Head):
+        with_features = False
+
         def __init__(self, channels, num_classes, args):
             super().__init__(channels, num_classes, args)
             self.represent = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, 6, 1))
@@ -128,13 +129,16 @@ def tiny_modules(module, bare=False):
             out = {"logits": module.upsample(coarse, size), "coarse": coarse}
             if self.aux is not None:
                 out["aux"] = module.upsample(self.aux(stages[2]).float(), size)
-            return out | ({"rep": self.represent(fused)} if self.training else {})
+            if self.training or self.with_features:
+                out["rep"] = self.represent(fused)
+            return out
 
     class HeadWithParts(HeadWithFeatures):
         width = 8
 
         def forward(self, stages, size):
-            return super().forward(stages, size) | ({"encoder": stages[3]} if self.training else {})
+            out = super().forward(stages, size)
+            return out | ({"encoder": stages[3]} if "rep" in out else {})
 
     parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadOfCPS}
     parts |= {"U2PLHead": HeadWithFeatures, "ESLHead": HeadWithParts}
@@ -151,6 +155,7 @@ def flags(tree, out, iters=8, log=2, evaluate=4, save=4, pictures=0, workers=0, 
     """Returns the flags of a small run on a drawn tree: two of eight images labelled at 1/4."""
     numbers = dict(total_iters=iters, log_every=log, eval_every=evaluate, save_every=save)
     numbers |= dict(pictures_every=pictures, workers=workers, batch_size=batch, crop_size=32)
+    numbers["precise_bn"] = 0
     words = ["--data-root", str(tree), "--out", str(out), *"--dataset camvid --split 1/4".split()]
     for name, value in numbers.items():
         words += ["--" + name.replace("_", "-"), str(value)]
@@ -168,6 +173,22 @@ def resolved(module, argv):
     return flags_of.fill(flags_of.parse(module.Args, module.preset, argv), module.preset, argv)
 
 
+def with_acting(name, argv, more=None):
+    """Returns flags with those of a text, MORE's if it is left out, that act beside them."""
+    module = script(name)
+    more = MORE.get(name, "") if more is None else more
+    parsed = flags_of.parse(module.Args, module.preset, [*more.split(), *argv])
+    acts = flags_of.acting(flags_of.fill(parsed, module.preset, []))
+    for flag in more.split("--")[:0:-1]:
+        key = flag.split()[0].removeprefix("no-").replace("-", "_")
+        argv = [*f"--{flag}".split(), *argv] if key in acts else argv
+    return argv
+
+
 def train(module, argv):
-    """Runs a script's main in this process, as its command line would; a Refusal goes through."""
-    module.main(resolved(module, argv))
+    """Does in this process what a script's command line would; a Refusal goes through."""
+    args = resolved(module, argv)
+    if args.dry_run or args.list_presets:
+        flags_of.about(args, module.__file__)
+    else:
+        module.main(args)

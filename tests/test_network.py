@@ -400,3 +400,37 @@ def test_the_input_is_normalized_and_logits_are_float32_and_reach_every_paramete
     with torch.no_grad():
         large, small = (net.eval()(x, upsampled=choice)["logits"] for choice in (True, False))
     assert small.shape[2] == 9 and torch.equal(upsample(small, (33, 50)), large)
+
+
+TIMM = "convnext_atto tf_efficientnet_lite0 mobilenetv3_small_050 resnet18d".split()
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+@pytest.mark.parametrize("name", TIMM)
+def test_a_network_of_timm_learns_with_its_own_normalization(name, stride):
+    """Features at strides 4, 8, 16 and the output stride; all parameters get a gradient."""
+    timm = pytest.importorskip("timm")
+    net = Network(flags(f"timm/{name}", stride=stride, head_channels=8), 5, DeepLabV3Plus)
+    assert net.backbone.feature_info.reduction() == [4, 8, min(stride, 16), stride]
+    mean = timm.get_pretrained_cfg(name).mean
+    assert (net.mean.flatten() / 255).tolist() == pytest.approx(mean)
+    out = net(torch.randint(0, 256, (2, 3, 65, 97), dtype=torch.uint8))
+    assert out["logits"].shape == (2, 5, 65, 97)
+    out["logits"].square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_weights_of_timm_fit_or_are_refused_and_so_are_networks_without_features(tmp_path):
+    timm = pytest.importorskip("timm")
+    path = tmp_path / "weights.pth"
+    whole = timm.create_model("resnet18d")
+    torch.save(whole.state_dict(), path)
+    found = make_backbone(flags("timm/resnet18d", weights=str(path))).state_dict()
+    own = [value for name, value in whole.state_dict().items() if not name.startswith("fc.")]
+    assert all(torch.equal(*pair) for pair in zip(own, found.values(), strict=True))
+    for name, file, words in (
+        ("vit_tiny_patch16_224", "none", "convnext_tiny"),
+        ("resnet18x", "none", "near: resnet18"),
+        ("resnet26d", str(path), "resnet26d"),
+    ):
+        assert words in refusal(make_backbone, flags(f"timm/{name}", weights=file))

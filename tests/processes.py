@@ -176,7 +176,9 @@ def main(name, argv, hold=0, rank=0, go="no", agent=0):
     step = run.Run.log_step
 
     def held(self, done, *rest):
-        while done == hold and self.group.rank == rank and not self.signalled and not Path(go).exists():
+        while (
+            done == hold and self.group.rank == rank and not (self.signalled or os.path.exists(go))
+        ):
             time.sleep(0.005)
         step(self, done, *rest)
 

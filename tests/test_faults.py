@@ -112,8 +112,7 @@ def test_torchrun_goes_on_alone_with_what_it_began(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setattr(os, "getppid", lambda: 7)
     one, name, resume = started()
-    assert not resume
-    assert started()[1:] == (name, False)  # killed before it wrote anything
+    assert not resume and started()[1:] == (name, False)  # killed before it wrote anything
     one.log("train", 1)
     assert started()[1:] == (name, True)
     monkeypatch.setattr(os, "getppid", lambda: 8)  # another torchrun
@@ -181,9 +180,8 @@ def flip(path):
     path.write_bytes(content)
 
 
-DAMAGES = {"a bit": flip, "gone": Path.unlink}
+DAMAGES = {"a bit": flip, "gone": Path.unlink, "empty": lambda path: path.write_bytes(b"")}
 DAMAGES["cut"] = lambda path: path.write_bytes(path.read_bytes()[:2000])
-DAMAGES["empty"] = lambda path: path.write_bytes(b"")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -212,11 +210,9 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_older_used(
 
 def held(tree, folder, out, *words):
     """A started run, in a folder of its own, that waits in step 3 for the file `go` there."""
-    argv = [*small(tree, out)[:-1], *words]  # without --resume
-    settings = json.dumps(dict(hold=3, go="go"))
-    return processes.Forked(
-        [processes.__file__, "supervised", json.dumps(argv), settings], 1, folder
-    )
+    flags = json.dumps([*small(tree, out)[:-1], *words])  # without --resume
+    words = [processes.__file__, "supervised", flags, json.dumps(dict(hold=3, go="go"))]
+    return processes.Forked(words, folder=folder)
 
 
 @pytest.mark.parametrize("name", ["", "run"])
@@ -228,15 +224,14 @@ def test_two_starts_at_once_have_a_folder_each_or_one_is_refused(name, tree, tmp
         while all(process.poll() is None for process in living):
             time.sleep(0.01)
         living.sort(key=lambda process: process.returncode is not None)
-        lives, other = living
-        reach(lives, out, 2)
-        text, _ = other.communicate()
-        assert other.returncode == 2 and text.endswith("give another --out\n")
-        resumed = held(tree, tmp_path, out, "--resume")
-        text, _ = resumed.communicate()
-        line = f"{out}: process {lives.pid} of {platform.node()} writes there: end it first\n"
-        assert resumed.returncode == 2 and text.endswith(line)
-        living.pop()
+        owner = f"{out}: process {living[0].pid} of {platform.node()} writes there: "
+        reach(living[0], out, 2)
+        for refused, end in (
+            (living.pop(), "give another --out\n"),
+            (held(tree, tmp_path, out, "--resume"), f"{owner}end it first\n"),
+        ):
+            text, _ = refused.communicate()
+            assert refused.returncode == 2 and text.endswith(end)
     (tmp_path / "go").touch()
     for process in living:
         finish(process)
@@ -250,34 +245,30 @@ LOGS = {  # what is done to it, and the refusals of a run that lives and of its 
     "moved": (lambda log: log.rename(log.with_name("old")), GONE, NOT_THERE),
     "removed": (Path.unlink, GONE, NOT_THERE),
     "replaced": (lambda log: shutil.copy(log.rename(log.with_name("old")), log), GONE, ""),
-    "cut": (lambda log: log.write_bytes(log.read_bytes()[:2000]), "", NOT_IT),
+    "cut": (lambda log: log.write_bytes(log.read_bytes()[:99]), "", NOT_IT),
     "changed": (lambda log: log.write_text(log.read_text().replace("loss", "lose")), "", NOT_IT),
 }
 
 
 @pytest.mark.parametrize("change, at_save, at_resume", LOGS.values(), ids=LOGS)
-def test_a_log_that_does_not_belong_is_refused(
-    change, at_save, at_resume, tree, tmp_path, monkeypatch
-):
+def test_a_foreign_log_is_refused(change, at_save, at_resume, tree, tmp_path, monkeypatch):
     log_step, argv = run.Run.log_step, small(tree, tmp_path)
 
     def changed(self, step, *rest):
         log_step(self, step, *rest)
         if step == 5:
             change(tmp_path / "log.jsonl")
-        if step == 5 and not at_save:
-            raise Refusal("ended by the test")
+        assert at_save or step < 5, "ended"
 
-    for refusal in filter(None, (at_save or "ended by the test", at_resume)):
-        with monkeypatch.context() as patch, pytest.raises(Refusal, match=refusal):
+    for refusal in filter(None, (at_save or "ended", at_resume)):
+        with monkeypatch.context() as patch, pytest.raises(Exception, match=refusal):
             patch.setattr(run.Run, "log_step", changed)
             train(argv, patch)
     assert step_of(tmp_path / "last.pt") == 3
 
 
-def test_the_best_of_a_lost_future_goes_aside_and_the_named_one_comes_back(
-    tree, tmp_path, monkeypatch
-):
+def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch):
+    """The one that the checkpoint names comes back."""
     rising, evaluate = itertools.count(1), supervised.evaluate
     argv, best = small(tree, tmp_path, evaluate=2, save=4), tmp_path / "best.pt"
 
@@ -302,14 +293,11 @@ MACHINE = {
     "worker (pid 7) is killed by signal: Bus error": "--workers 0, or a larger /dev/shm",
     "[Errno 24] Too many open files": "ulimit -n 4096",
     "DefaultCPUAllocator: can't allocate memory": "a smaller --batch-size",
-    "CUDA out of memory. Tried to allocate 2.00 GiB": "a smaller --batch-size",
 }
 
 
 @pytest.mark.parametrize("text", [*CONTENTS, *MACHINE])
-def test_a_wrong_checkpoint_or_a_small_machine_is_one_line(
-    text, tree, tmp_path, monkeypatch, capsys
-):
+def test_wrong_content_and_small_machines_are_one_line(text, tree, tmp_path, monkeypatch, capsys):
     argv = tiny.with_acting("u2pl", small(tree, tmp_path, save=12))
     if text in CONTENTS:
         train(argv, monkeypatch, u2pl)
@@ -317,8 +305,7 @@ def test_a_wrong_checkpoint_or_a_small_machine_is_one_line(
         CONTENTS[text](saved)
         torch.save(saved, tmp_path / "last.pt")
     else:
-        refused = Mock(side_effect=RuntimeError(text))
-        monkeypatch.setattr(u2pl, "evaluate", refused)
+        monkeypatch.setattr(u2pl, "evaluate", Mock(side_effect=RuntimeError(text)))
     monkeypatch.setattr(run, "end_loaders", lambda: None)
     monkeypatch.setattr(os, "_exit", sys.exit)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -410,8 +397,8 @@ class Weak(TorchDispatchMode):
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
 def test_what_has_no_deterministic_kernel_on_cuda(name, tree, tmp_path, monkeypatch):
     """docs/reliability.md has why each of them is there; cumsum: cumulative probabilities."""
-    words = "--ohem-kept 0.1 --aux-weight 0.4".split()
-    argv = tiny.with_acting(name, small(tree, tmp_path / "run", *words))
+    words = f"{tiny.MORE.get(name, '')} --ohem-kept 0.1 --aux-weight 0.4"
+    argv = tiny.with_acting(name, small(tree, tmp_path / "run"), words)
     with Weak() as weak:
         train(argv, monkeypatch, tiny.script(name))
     sums = {"cumsum"} if name in ("cps_fpl", "ael_fpl", "esl") else set()

@@ -218,12 +218,12 @@ def remedy(path, error):
         return "cut it into tiles"
     if "MAX_TEXT" in str(error) or "text" in str(error).lower():
         return "save it without its long texts"
+    head = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(2) in (b"II", b"MM"):
-            return (
-                "a damaged TIFF, or of a number of bands, bits or a compression that Pillow does "
-                "not read: save it as PNG, photographs with three bands"
-            )
+        head = file.read(2)
+    if head in (b"II", b"MM"):
+        kind = "a damaged TIFF, or of a number of bands, bits or a compression that Pillow lacks"
+        return f"{kind}: save it as PNG, photographs with three bands"
     return "fetch it again"
 
 
@@ -277,8 +277,8 @@ def check_photograph(image):
     if image.format != "TIFF":
         return ""
     bands = image.tag_v2.get(TIFF_BANDS, 1)
-    if bands > 3 and image.mode != "CMYK":
-        return f"a TIFF of {bands} bands, whose fourth may be no alpha: save the three to train on"
+    if "X" in raw or (bands > 3 and image.mode != "CMYK"):
+        return f"a TIFF of {bands} bands, the last maybe no alpha: save one or three to train on"
     return turned(image)
 
 

@@ -261,13 +261,13 @@ class Tree:
         masks = self.root / self.facts["label"][0].partition("{key}")[0].format(part=part)
         taken = {self.file(part, key, [row], 1) for key, row in rows.items()}
         alone = [p for p in files_below(masks) if p not in taken and not p.is_dir()]
-        why = f"no photographs by their suffix ({' '.join(SUFFIXES)})"
+        why = f"files that are no photograph by their suffix ({' '.join(SUFFIXES)})"
         for folder, files, what in (
             (images, unread, why),
-            (masks, alone, "go with no image (a mask is named as its image, with .png)"),
+            (masks, alone, "masks that go with no image (named as it, with .png)"),
         ):
             if files:
-                lines.append(f"{folder}: {len(files)} files {what}, {files[0].name} first")
+                lines.append(f"{folder}: {what}: {len(files)}, {files[0].name} first")
         return lines
 
     def part(self, part, fetch=True):

@@ -410,7 +410,7 @@ def read_table(path):
         first = re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(.+?)\s*", line)
         second = re.fullmatch(r"\s*(?P<name>[^:]+):(\d+),(\d+),(\d+)(:.*)?", line)
         if not first and not second:
-            raise Refusal(f"{path}:{number}: neither r g b name nor name:r,g,b")
+            raise Refusal(f"{path}:{number}: neither r g b name nor name:r,g,b, with a colour")
         name = first[4] if first else second["name"]
         colour = first.groups()[:3] if first else second.groups()[1:4]
         rows.append(ClassRow(len(rows), name, tuple(map(int, colour))))

@@ -126,7 +126,9 @@ def load(args):
     part = args.eval_on if scored else "val"
     if not held[part]:
         where = ", ".join(tree.facts["parts"].get(part, ["it has no such images"]))
-        raise Refusal(f"{tree.root}: no {part} of {args.dataset} here ({where})")
+        unread = tree.unread(part)
+        hint = f"; no photograph by its suffix: {unread[0]}" if unread else ""
+        raise Refusal(f"{tree.root}: no {part} of {args.dataset} here ({where}){hint}")
     if published(args) and part == "val":
         known_set(f"val of {args.dataset}", held["val"], SPLITS[args.dataset]["parts"]["val"])
     val = tree.items("val", held["val"])
@@ -245,6 +247,17 @@ class Tree:
             return []
         return read_classes(path)
 
+    def image_folder(self, part):
+        """Returns the folder whose files are the images of a part, where no list names them."""
+        return self.root / self.facts["parts"][part][-1].partition("*")[0]
+
+    def unread(self, part):
+        """Returns the files below that folder which are no photographs by their suffix, sorted."""
+        if len(self.facts.get("label", ())) != 1:  # not the one place of its images
+            return []
+        files = files_below(self.image_folder(part))
+        return [path for path in files if path.suffix.lower() not in SUFFIXES]
+
     def strays(self, part, rows):
         """Returns lines on the files of a part that nothing reads; rows: {key: row} of the part.
 
@@ -256,14 +269,13 @@ class Tree:
         if any(not isinstance(image, Path) for image, _ in rows.values()):
             return []
         lines = []
-        images = self.root / self.facts["parts"][part][-1].partition("*")[0].format(part=part)
-        unread = [p for p in files_below(images) if p.suffix.lower() not in SUFFIXES]
+        unread = self.unread(part)
         masks = self.root / self.facts["label"][0].partition("{key}")[0].format(part=part)
         taken = {self.file(part, key, [row], 1) for key, row in rows.items()}
         alone = [p for p in files_below(masks) if p not in taken and not p.is_dir()]
         why = f"files that are no photograph by their suffix ({' '.join(SUFFIXES)})"
         for folder, files, what in (
-            (images, unread, why),
+            (self.image_folder(part), unread, why),
             (masks, alone, "masks that go with no image (named as it, with .png)"),
         ):
             if files:

@@ -12,6 +12,7 @@ from PIL import Image
 import prepare_data
 from common.run import report
 from common.sources import load
+from convert import read_table
 from test_reading import GREY, IDS, RGB, TURNED, packed, png, saved
 from trees import folder, listed, own, refusal
 
@@ -43,6 +44,9 @@ def test_what_nothing_reads_and_what_two_sets_share_is_named(tmp_path, capsys):
     for path in (root / "masks/train").rglob("*.png"):
         Image.new("L", (8, 6), 255).save(path)
     assert "no pixel of any class in the masks of labeled" in refusal(command, *check)
+    for path in images.glob("val/*"):
+        path.rename(path.with_suffix(".heic"))
+    assert "no photograph by its suffix: " in refusal(command, *check)
     (root / "label_colors.txt").touch()
     assert "datumaro or CVAT" in refusal(load, own(root, dataset="cityscapes", num_classes=0))
 
@@ -81,6 +85,9 @@ def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes(tmp_pa
     scores = dict(iou=[0.5] * 4, miou=0.5, accuracy=0.5, constant=0.1)
     assert "tree, old" in report(data, {"last": scores}, "val")
     assert "has 4; leave it out" in refusal(load, own(root, num_classes=5))
+    for text in ("4 5 6 a b\n1 2 3 c", "# label:color_rgb:parts:actions\na b:4,5,6::\nc:1,2,3::"):
+        rows_of_tool = read_table(listed(root / "labelmap.txt", text))
+        assert [row[:3] for row in rows_of_tool] == [(0, "a b", (4, 5, 6)), (1, "c", (1, 2, 3))]
     for row, words in (("4,e,0,0", ":6: "), ("6,e,0,0,0", "id 4"), ("254,e,0,0,0", ":6: id 254")):
         listed(root / "classes.csv", *rows, row)
         assert words in refusal(load, own(root, num_classes=0))
@@ -91,8 +98,7 @@ EXPECTED = np.zeros((8, 12), np.uint8)
 EXPECTED[1:4, 1:5] = 1  # big
 EXPECTED[1:4, 2:7] = EXPECTED[5, 9] = 2  # pen, above it
 EXPECTED[2, 4] = 1  # its hole
-# the pen as pycocotools 2.0.11 and label_studio_sdk 2.1.2 write it
-COUNTS = "a03500NL04200d0NI"
+COUNTS = "a03500NL04200d0NI"  # the pen as pycocotools 2.0.11 writes it, label_studio_sdk 2.1.2:
 BRUSH = "0000018039 1bfe3700c27ff86c027ff8c027ffc360184fff338047ff99c000"
 BOX = EXPECTED[1:6, 2:10] == 2
 PEN = base64.b64encode(saved(Image.fromarray(BOX), "PNG")).decode()

@@ -13,6 +13,7 @@ from PIL import Image
 from common import shapes
 from common.data import read_mask, read_photograph
 from common.sources import load
+from convert import box, ellipse
 from trees import folder, own, refusal
 
 IDS = np.arange(32, dtype=np.uint8).reshape(4, 8) % 4
@@ -111,6 +112,10 @@ def test_a_fill_has_the_pixels_whose_centres_it_holds_and_pictures_are_the_same_
     for x, y in np.random.default_rng(0).uniform(0, 9, (9, 2)):  # four triangles tile the square
         parts = [[edge[i], edge[i - 1], (x, y)] for i in range(4)]
         assert (sum(shapes.polygon([part], 9, 9).astype(int) for part in parts) == 1).all()
+    disc = ellipse((10, 10), (8, 4), 30, 20, 20)
+    assert abs(disc.sum() - 32 * np.pi) < 3 and disc[13, 15] and not disc[6, 15]  # clockwise
+    turned = shapes.polygon([box(2, 4, 8, 6, 90, (5, 5))], 9, 9)
+    assert np.array_equal(turned, shapes.polygon([box(4, 2, 6, 8)], 9, 9)) and turned.sum() == 12
     digest = hashlib.sha1()
     for key in (key for part in shapes.COUNTS for key in shapes.keys(part)):
         for picture in shapes.draw(key):

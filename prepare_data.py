@@ -4,6 +4,7 @@ python prepare_data.py splits --family cps        # the published lists, into da
 python prepare_data.py voc                        # download, check, build SegmentationClassAug
 python prepare_data.py cityscapes                 # what is there, what is missing, and where it is
 python prepare_data.py coco                       # masks of 81 classes from the annotations
+python prepare_data.py convert --from DIR --out my # masks of ids from 0/255, colours or an export
 python prepare_data.py make-split --dataset camvid --labels 30 --every-class --out lists/30.txt
 python prepare_data.py check --dataset folder --data-root DIR --num-classes 5
 python prepare_data.py stats --dataset camvid --out camvid.png
@@ -11,6 +12,7 @@ python prepare_data.py stats --dataset camvid --out camvid.png
 
 import contextlib
 import filecmp
+import hashlib
 import importlib
 import io
 import json
@@ -28,15 +30,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
-import tyro
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
-from common import Refusal
-from common.data import FACTS, IGNORE, SPLITS, set_hash
+from common import Refusal, printable
+from common.data import FACTS, IGNORE, SPLITS, orientation, set_hash
 from common.flags import cli
 from common.run import refusals
 from common.sources import (
@@ -50,6 +51,7 @@ from common.sources import (
     same_set,
     write,
 )
+from convert import Convert, From, coco_region, png
 
 ARCHIVES = {  # of VOC and SBD: address, md5
     "VOCtrainval_11-May-2012.tar": (
@@ -66,19 +68,11 @@ ZIPS = {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainva
 VOC = ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets")  # lists last
 CAMVID = {"train": 367, "val": 101, "test": 233}  # images
 SHOWN = 20  # bad files named one by one
+PARTS = ("labeled", "unlabeled", "val", "test")  # the lists of a data set
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
 
 
 # ---- files, downloads, archives ----
-
-
-def png(array, palette=None):
-    """Returns an (H, W) uint8 array as the bytes of a PNG: palette indices, or grey without one."""
-    picture, file = Image.fromarray(array), io.BytesIO()
-    if palette:
-        picture.putpalette(np.array(palette, np.uint8).tobytes())
-    picture.save(file, "PNG")
-    return file.getvalue()
 
 
 def needs(module):
@@ -270,23 +264,15 @@ def build_voc(tar, tgz, partial):
 def render(size, annotations, classes):
     """Returns the (H, W) uint8 classes of an image; 0 where no instance is.
 
-    size: (W, H). classes: {category id: class}. A pixel is an instance's if its centre is, to a
-    quarter of a pixel. Crowd regions lie at the bottom; of instances that overlap the smaller
-    (COCO's area) is on top.
+    size: (W, H). classes: {category id: class}. A pixel is an instance's if its centre is. Crowd
+    regions lie at the bottom; of instances that overlap the smaller (COCO's area) is on top.
     """
-    label, polygons = np.zeros(size[::-1], np.uint8), []
-    for one in sorted(annotations, key=lambda a: (-a["area"], a["id"])):
-        if isinstance(one["segmentation"], dict):  # run lengths down the columns, 0 first
-            counts = one["segmentation"]["counts"]
-            region = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
-            label[region.reshape(label.shape[::-1]).T] = classes[one["category_id"]]
-        else:
-            polygons += [(p, classes[one["category_id"]]) for p in one["segmentation"]]
-    canvas = Image.fromarray(label.repeat(4, 0).repeat(4, 1))  # PIL draws outlines too: finer
-    for corners, value in polygons:
-        if len(corners) >= 6:
-            ImageDraw.Draw(canvas).polygon([4 * c for c in corners], fill=value)
-    return np.asarray(canvas)[2::4, 2::4]
+    width, height = size
+    label = np.zeros((height, width), np.uint8)
+    for one in sorted(annotations, key=lambda a: (not a.get("iscrowd"), -a["area"], a["id"])):
+        region = coco_region(one["segmentation"], height, width)
+        label[region] = classes[one["category_id"]]
+    return label
 
 
 # ---- what is on disk ----
@@ -346,6 +332,44 @@ def survey(data, items, masks, title):
     return [*filter(None, sizes)], np.stack(tallies), [*filter(None, errors)]
 
 
+def turned_photographs(data):
+    """Returns a line on the photographs of a Data that EXIF says to turn, in a list; [] if none."""
+    files = dict.fromkeys(item.image for name in PARTS for item in getattr(data, name))
+    turned = [path for path in files if path and orientation(path) != 1]
+    if not turned:
+        return []
+    what = "have an EXIF orientation, and are read as stored: do their masks fit?"
+    return [f"warning: {len(turned)} images {what} {turned[0]} first"]
+
+
+def same_content(data):
+    """Returns a line for each image of val or test whose bytes an image of another set has too."""
+    sets = {"train": data.labeled + data.unlabeled, "val": data.val, "test": data.test}
+    sizes = {}  # only files of one size are read
+    for name, items in sets.items():
+        for path in dict.fromkeys(item.image for item in items if item.image):
+            sizes.setdefault(path.stat().st_size, []).append((name, path))
+    lines = []
+    for found in sizes.values():
+        first = {}
+        for name, path in found if len({name for name, _ in found}) > 1 else ():
+            other, place = first.setdefault(hash_of(path), (name, path))
+            if other != name:
+                lines.append(
+                    printable(f"{path}: an image of {name}, the same as {place} of {other}")
+                )
+    return lines
+
+
+def hash_of(path):
+    """Returns the sha1 of a file, in hex."""
+    digest = hashlib.sha1()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def with_every_class(present, count):
     """Returns count of N row numbers, the first, changed until they have every class there is.
 
@@ -367,8 +391,6 @@ def with_every_class(present, count):
 
 
 # ---- commands ----
-
-From = Annotated[str, tyro.conf.arg(name="from")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -503,7 +525,7 @@ class Source:
 
     dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"]
     data_root: str = ""  # its folder; left out: data/<dataset>
-    num_classes: int = 0  # of --dataset folder
+    num_classes: int = 0  # of --dataset folder; left out: those of its classes.csv
     ignore_index: int = IGNORE  # of --dataset folder: the value in a mask that is no class
 
 
@@ -544,7 +566,8 @@ class MakeSplit(Source):
             root = Tree("folder", self.data_root).root
             both = ((items[key].image, items[key].label) for key in lines)
             lines = ["\t".join(str(p.relative_to(root)) for p in pair) for pair in both]
-        write(out, "".join(f"{line}\n" for line in lines).encode())
+        text = "".join(f"{line}\n" for line in lines)
+        write(out, text.encode("utf-8", "surrogateescape"))
         if set(keys_of(out, FACTS[self.dataset]["key"])) != set(chosen):
             out.unlink()
             raise Refusal(f"{self.dataset}: names that a list cannot hold")
@@ -567,33 +590,43 @@ class Check(Source):
 
     def run(self):
         """Prints what there is. Raises Refusal at the end if a file is bad."""
-        data, bad, opened, never = load(self), [], set(), ()
-        for name in ("labeled", "unlabeled", "val", "test"):
-            items, masks = getattr(data, name), name != "unlabeled"
-            todo = [item for item in items if (item.image or item.key) not in opened]
+        data = load(self)
+        bad = []
+        opened = set()
+        for name in PARTS:
+            todo = [i for i in getattr(data, name) if (i.image or i.key) not in opened]
             if not todo:  # split all: the unlabelled are the labelled
                 continue
-            opened |= {item.image or item.key for item in todo}
-            sizes, tallies, errors = survey(data, todo, masks, name)
-            bad += errors
-            line = f"{name}: {len(items)} images, set {set_hash(item.key for item in items)}"
-            if sizes:
-                ends = min(sizes, key=math.prod), max(sizes, key=math.prod)
-                line += ", {}x{} to {}x{} pixels".format(*ends[0], *ends[1])
-            total = tallies.sum(0)
-            if len(values := np.flatnonzero(total[:IGNORE])):
-                line += f", classes {values[0]} to {values[-1]}"
-            if masks:
-                line += f", {100 * total[IGNORE] / max(total.sum(), 1):.2f} % ignored"
-            print(line)
-            if name == "labeled":
-                never = np.flatnonzero(total[: data.num_classes] == 0)
-        for i in never:
-            print(f"warning: class {i} ({data.classes[i]}) is in no labelled mask")
+            opened.update(item.image or item.key for item in todo)
+            bad += self.look_at(data, name, todo)
+        for line in turned_photographs(data):
+            print(printable(line))
+        bad += same_content(data)
         if bad:
             print(*bad[:SHOWN], sep="\n", file=sys.stderr)
             raise Refusal(f"{len(bad)} bad files, the first {min(SHOWN, len(bad))} named above")
         print("every file can be read")
+
+    def look_at(self, data, name, todo):
+        """Prints what a list of images holds, todo: those of it not yet opened; returns errors."""
+        items = getattr(data, name)
+        masks = name != "unlabeled"
+        sizes, tallies, errors = survey(data, todo, masks, name)
+        line = f"{name}: {len(items)} images, set {set_hash(item.key for item in items)}"
+        if sizes:
+            ends = min(sizes, key=math.prod), max(sizes, key=math.prod)
+            line += ", {}x{} to {}x{} pixels".format(*ends[0], *ends[1])
+        total = tallies.sum(0)
+        if len(values := np.flatnonzero(total[:IGNORE])):
+            line += f", classes {values[0]} to {values[-1]}"
+        if masks:
+            line += f", {100 * total[IGNORE] / max(total.sum(), 1):.2f} % ignored"
+        print(line)
+        if masks and not errors:  # else a class may be in what cannot be read
+            data.require_pixels(total[:IGNORE], name)
+            for i in np.flatnonzero(total[: data.num_classes] == 0) if name == "labeled" else ():
+                print(f"warning: class {i} ({data.classes[i]}) is in no labelled mask")
+        return errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -640,7 +673,7 @@ class Stats(Check):
 
 def main(argv=None):
     """Runs the command of the flags. Raises Refusal; Ctrl-C ends with exit code 130."""
-    commands = Splits | Voc | Cityscapes | Camvid | Coco | MakeSplit | Check | Stats
+    commands = Splits | Voc | Cityscapes | Camvid | Coco | Convert | MakeSplit | Check | Stats
     try:
         cli(commands, argv).run()
     except KeyboardInterrupt:

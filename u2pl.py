@@ -1024,7 +1024,9 @@ def evaluate(net, data, items, args, group):
                 maps["image"].append(image)
                 maps["label"].append(label)
                 maps["prediction"].append(pred)
-    return metrics.scores(distributed.reduced(confusion).cpu()), maps
+    total = distributed.reduced(confusion).cpu()
+    data.require_pixels(total, "the evaluation")
+    return metrics.scores(total), maps
 
 
 # ---- 7. Training -----------------------------------------------------------------------------

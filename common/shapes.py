@@ -21,6 +21,26 @@ def keys(part):
     return [f"{part}-{i:05d}" for i in range(COUNTS[part])]
 
 
+def polygon(rings, height, width):
+    """Returns (height, width) bool: the pixels whose centre lies in an odd number of rings.
+
+    rings: lists of (x, y), the pixel of row i and column j covering j to j + 1 and i to i + 1.
+    Pillow's polygons differ from version to version, and have their outline too.
+    """
+    toggles = np.zeros((height, width + 1), np.int64)
+    rows = np.arange(height) + 0.5
+    for ring in rings:
+        begin = np.array(ring, float).reshape(-1, 2)
+        end = np.roll(begin, -1, 0)
+        crossed = (begin[:, 1:] <= rows) != (end[:, 1:] <= rows)  # (edges, rows)
+        edge, row = np.nonzero(crossed)
+        x, y = begin[edge].T
+        slope = (end[edge, 0] - x) / (end[edge, 1] - y)
+        column = np.ceil(x + (rows[row] - y) * slope - 0.5)
+        np.add.at(toggles, (row, np.clip(column, 0, width).astype(int)), 1)
+    return toggles.cumsum(1)[:, :width] % 2 == 1
+
+
 def _rgb(hue, saturation, value):
     return tuple(round(255 * v) for v in colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
@@ -63,8 +83,8 @@ def draw(key):
     for _ in range(rng.integers(2, 4)):  # figures; later ones occlude earlier ones
         kind = int(rng.integers(1, 7))
         x, y, r = *rng.uniform(0.15 * n, 0.85 * n, 2), rng.uniform(0.18, 0.32) * n
-        mask = Image.new("L", (n, n), 0)
-        ImageDraw.Draw(mask).polygon(_outline(kind, rng, x, y, r), fill=255)
+        inside = polygon([_outline(kind, rng, x, y, r)], n, n)
+        mask = Image.fromarray(255 * inside.astype(np.uint8))
         if kind == 2:
             hole = Image.new("L", (n, n), 0)
             q = r * rng.uniform(0.35, 0.55)

@@ -3,12 +3,14 @@
 common/data.py says what a data set is and reads an image; prepare_data.py has the commands.
 """
 
+import contextlib
 import functools
 import hashlib
 import http.client
 import math
 import os
 import re
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -18,32 +20,37 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import Refusal, shapes
-from common.data import FACTS, IGNORE, SPLITS, Data, Item, counts, set_hash
+from common import Refusal, printable, shapes
+from common.data import CONVERT, FACTS, IGNORE, SPLITS, Data, Item, counts, read_classes, set_hash
 
 LISTS = Path("data/splits")  # <data set>/<family>/<split>.txt: one key per line
 SCHEMES = ("https",)
 MADE = "; python prepare_data.py voc makes SegmentationClassAug"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of photographs
+LITTER = ("Thumbs.db", "desktop.ini")  # what file managers leave
 
 
-def read_list(path, pattern):
+def read_list(path, pattern, root=""):
     """Returns {key: (image, mask)} of a list file, in its order: the columns as written, or None.
 
     One or two columns, split at TAB if there is one, else at spaces. Leading slashes, "None", CRLF,
-    empty lines and a missing final newline are fine. The key is what pattern finds in the first
-    column. Raises Refusal on a line without one, a key that comes twice, a path with "..", no line.
+    empty lines and a missing final newline are fine; an absolute path below root is one from root.
+    The key is what pattern finds in the first column. Raises Refusal on a line without one, a key
+    that comes twice, a path with "..", no line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        data = Path(path).read_bytes()
+    except OSError as error:
         raise Refusal(f"{path}: not a readable list ({error})") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise Refusal(f"{path}: not a readable list (UTF-16): save it as UTF-8")
+    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     rows = {}
-    for number, line in enumerate(map(str.strip, lines), 1):
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line:
             continue
         separator = "\t" if "\t" in line else None
-        image, *masks = [column.strip().lstrip("/") for column in line.split(separator)]
+        image, *masks = [from_root(column.strip(), root) for column in line.split(separator)]
         match = re.search(pattern, image)
         if wrong := fault(line, [image, *masks], match, rows):
             raise Refusal(f"{path}:{number}: {wrong}: {line}")
@@ -54,17 +61,48 @@ def read_list(path, pattern):
     return rows
 
 
+def from_root(column, root):
+    """Returns a column of a list without leading slashes; without root, where it is below that."""
+    if root and os.path.isabs(column):
+        for top in (os.path.abspath(root), os.path.realpath(root)):
+            if column.startswith(top + os.sep):
+                return column[len(top) :].lstrip("/")
+    return column.lstrip("/")
+
+
 def fault(line, columns, match, rows):
     """Returns what is wrong with a line of a list, "" if nothing; rows: those before it."""
     if "\0" in line:
         return "a NUL"
     if any(".." in Path(column).parts for column in columns):
         return "a path with .."
+    ends = "|".join(SUFFIXES).replace(".", "[.]")
+    if between := re.search(rf"(?i)(?:{ends})([,;|])", line):
+        return f"columns with {between[1]} between them: TAB or a space is read"
     if len(columns) > 2:
         return "more than two columns"
     if not match:
         return "no image key"
     return "twice" if match[0] in rows else ""
+
+
+def by_stem(rows, known):
+    """Returns rows of a list, where a bare id that is no known key is the one image of that stem.
+
+    known: {key: row} of the training images, whose keys may name sub-folders.
+    """
+    stems = {}
+    for key in known:
+        stems.setdefault(key.rpartition("/")[2], []).append(key)
+    found = {}
+    for key, row in rows.items():
+        same = stems.get(key, [])
+        if key not in known and "/" not in row[0] and len(same) == 1:
+            key = same[0]
+        if key in found:
+            raise Refusal(f"{row[0]}: {key} twice in a list")
+        found[key] = row
+    return found
 
 
 def load(args):
@@ -76,12 +114,11 @@ def load(args):
     """
     own = args.dataset == "folder"
     tree = Tree(args.dataset, args.data_root)
-    if own and not 2 <= args.num_classes <= 254:
-        raise Refusal(f"--num-classes {args.num_classes}: how many the masks have, 2 to 254")
+    rows = tree.classes()
+    if own:
+        check_classes(args, tree, rows)
     if not own and (args.num_classes or args.ignore_index != IGNORE):
         raise Refusal("--num-classes, --ignore-index: with --dataset folder alone")
-    if not 0 <= args.ignore_index <= 255:
-        raise Refusal(f"--ignore-index {args.ignore_index}: a value of a mask, 0 to 255")
     scored = getattr(args, "eval_only", False)
     held = {"val": {}, "test": {}}
     for part in [args.eval_on] if scored else held:
@@ -89,25 +126,61 @@ def load(args):
     part = args.eval_on if scored else "val"
     if not held[part]:
         where = ", ".join(tree.facts["parts"].get(part, ["it has no such images"]))
-        raise Refusal(f"{tree.root}: no {part} of {args.dataset} here ({where})")
+        unread = tree.unread(part)
+        hint = f"; no photograph by its suffix: {unread[0]}" if unread else ""
+        raise Refusal(f"{tree.root}: no {part} of {args.dataset} here ({where}){hint}")
     if published(args) and part == "val":
         known_set(f"val of {args.dataset}", held["val"], SPLITS[args.dataset]["parts"]["val"])
     val = tree.items("val", held["val"])
     test = tree.items("test", held["test"])
     if scored and not getattr(args, "precise_bn", 0):
-        return Data(args, [], [], val, test)
+        return Data(args, [], [], val, test, rows)
     labeled, unlabeled, train = training(args, tree)
     labeled = tree.items("train", labeled, train, args.labeled_list)
     unlabeled = tree.items("train", unlabeled, train, args.unlabeled_list, masks=False)
-    leak = files_of(labeled + unlabeled) & files_of(val + test)
+    taught = files_of(labeled + unlabeled)
+    leak = set(taught) & set(files_of(val + test))
     if leak:
-        raise Refusal(f"{len(leak)} images to train on are in val or test, {min(leak)} first")
-    return Data(args, labeled, unlabeled, val, test)
+        first = min(taught[file] for file in leak)
+        raise Refusal(f"{len(leak)} images to train on are in val or test, {first} first")
+    tell_strays(tree, {"train": train} | held)
+    return Data(args, labeled, unlabeled, val, test, rows)
+
+
+def check_classes(args, tree, rows):
+    """Raises Refusal where a folder's flags do not say which classes its masks have.
+
+    rows: those of its classes.csv, if it has one; --num-classes may then be left out.
+    """
+    count = len({row.id for row in rows} - {IGNORE})
+    if rows and args.num_classes not in (0, count):
+        where = f"{tree.root / 'classes.csv'} has {count}"
+        raise Refusal(f"--num-classes {args.num_classes}: {where}; leave it out")
+    count = count or args.num_classes
+    if not 2 <= count <= 254:
+        raise Refusal(f"--num-classes {count}: how many the masks have, 2 to 254")
+    ignored = args.ignore_index
+    if not 0 <= ignored <= 255:
+        raise Refusal(f"--ignore-index {ignored}: a value of a mask, 0 to 255")
+    if ignored < count:  # a class that no label has would be predicted and scored
+        ways = f"{CONVERT} that run from 0, and 255 for value {ignored}"
+        raise Refusal(f"--ignore-index {ignored}: one of the classes 0 to {count - 1}; {ways}")
 
 
 def files_of(items):
-    """Returns the files of Items, the keys of those that have none."""
-    return {item.image or item.key for item in items}
+    """Returns {real file: file as named} of Items; the keys of those that have none."""
+    names = [item.image or item.key for item in items]
+    return {os.path.realpath(name): name for name in names}
+
+
+def tell_strays(tree, parts):
+    """Says once which files of a tree nothing reads: parts {part: rows}. Not on a closed stream."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for part, rows in parts.items():
+        for line in tree.strays(part, rows):
+            with contextlib.suppress(OSError, ValueError):
+                print(f"note: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def training(args, tree):
@@ -121,10 +194,11 @@ def training(args, tree):
         raise Refusal("--unlabeled-list without --labeled-list: give both")
     train = tree.part("train", fetch=not args.unlabeled_list)
     if args.labeled_list:
-        labeled = read_list(args.labeled_list, tree.facts["key"])
+        labeled = by_stem(read_list(args.labeled_list, tree.facts["key"], tree.root), train)
         unlabeled = {key: row for key, row in train.items() if key not in labeled}
         if args.unlabeled_list:
-            unlabeled = read_list(args.unlabeled_list, tree.facts["key"])
+            unlabeled = read_list(args.unlabeled_list, tree.facts["key"], tree.root)
+            unlabeled = by_stem(unlabeled, train)
         what = f"--labeled-list {args.labeled_list} with --split {args.split}"
         entry = SPLITS.get(args.dataset, {}).get(args.split_family, {}).get(args.split)
         if entry:
@@ -162,6 +236,51 @@ class Tree:
         if not self.root.is_dir():
             what = f"--data-root names that of {name}, see docs/data.md"
             raise Refusal(f"{self.root}: no such folder; {what}")
+        if name == "cityscapes" and list(self.root.glob("**/label_colors.txt"))[:1]:
+            why = "label_colors.txt lies there: datumaro or CVAT wrote it, with ids of its own"
+            raise Refusal(f"{self.root}: {why}; {CONVERT} by colour or name, for --dataset folder")
+
+    def classes(self):
+        """Returns the ClassRows of a folder's classes.csv, [] without one. Raises Refusal."""
+        path = self.root / "classes.csv"
+        if self.name != "folder" or not path.is_file():
+            return []
+        return read_classes(path)
+
+    def image_folder(self, part):
+        """Returns the folder whose files are the images of a part, where no list names them."""
+        return self.root / self.facts["parts"][part][-1].partition("*")[0]
+
+    def unread(self, part):
+        """Returns the files below that folder which are no photographs by their suffix, sorted."""
+        if len(self.facts.get("label", ())) != 1:  # not the one place of its images
+            return []
+        files = files_below(self.image_folder(part))
+        return [path for path in files if path.suffix.lower() not in SUFFIXES]
+
+    def strays(self, part, rows):
+        """Returns lines on the files of a part that nothing reads; rows: {key: row} of the part.
+
+        Photographs of unknown suffix and masks that go with no image, where the images are those of
+        a folder: a list names what it wants.
+        """
+        if len(self.facts.get("label", ())) != 1 or not rows:
+            return []
+        if any(not isinstance(image, Path) for image, _ in rows.values()):
+            return []
+        lines = []
+        unread = self.unread(part)
+        masks = self.root / self.facts["label"][0].partition("{key}")[0].format(part=part)
+        taken = {self.file(part, key, [row], 1) for key, row in rows.items()}
+        alone = [p for p in files_below(masks) if p not in taken and not p.is_dir()]
+        why = f"files that are no photograph by their suffix ({' '.join(SUFFIXES)})"
+        for folder, files, what in (
+            (self.image_folder(part), unread, why),
+            (masks, alone, "masks that go with no image (named as it, with .png)"),
+        ):
+            if files:
+                lines.append(f"{folder}: {what}: {len(files)}, {files[0].name} first")
+        return lines
 
     def part(self, part, fetch=True):
         """Returns {key: row}, sorted, of train, val or test: what is here, or a published list."""
@@ -174,7 +293,7 @@ class Tree:
                 inside = path.relative_to(self.root).as_posix()
                 match = re.search(pattern, inside)
                 if place.endswith(".txt"):
-                    rows = read_list(path, pattern)
+                    rows = read_list(path, pattern, self.root)
                 elif match and path.suffix.lower() in SUFFIXES and "/." not in f"/{inside}":
                     if match[0] in rows:
                         raise Refusal(f"{path}: another image has the key {match[0]} too")
@@ -228,6 +347,19 @@ class Tree:
                 raise Refusal(f"{source or self.root}: {key} has no {what} here; tried {tried}")
             items.append(Item(key, *files))
         return items
+
+
+def files_below(folder):
+    """Returns the files below a folder, sorted, links that lead nowhere or to a folder among them.
+
+    Hidden files and what file managers leave are none.
+    """
+    found = []
+    for path in folder.rglob("*"):
+        hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
+        if not hidden and path.name not in LITTER and (path.is_symlink() or path.is_file()):
+            found.append(path)
+    return sorted(found)
 
 
 def choose(keys, split, seed):

@@ -1,0 +1,679 @@
+"""Masks of class ids out of other masks and of what annotation tools export, for --dataset folder.
+
+Run by `python prepare_data.py convert`. Ids come from a table (classes.csv), by value, colour or
+name, never from the numbers of an export: every tool counts in its own way.
+"""
+
+import base64
+import functools
+import io
+import json
+import math
+import re
+import urllib.parse
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from common import Refusal, printable
+from common.data import IGNORE, LARGEST, ClassRow, read_classes, read_colours, voc_colours
+from common.shapes import polygon
+from common.sources import SUFFIXES, files_below, write
+
+BACKGROUND = ("background", "__background__", "_background_")
+
+
+class Region(NamedTuple):
+    """One annotated object: the name of its class, and draw() -> (H, W) bool."""
+
+    name: str
+    draw: functools.partial
+
+
+class Picture(NamedTuple):
+    """An annotated image: its name in the export, (W, H), Regions; later ones cover earlier."""
+
+    name: str
+    size: tuple
+    regions: list
+
+
+# ---- areas: a pixel belongs to what its centre lies in ----
+
+
+def ellipse(center, radii, angle, height, width):
+    """Returns (height, width) bool of an ellipse turned clockwise by angle, in degrees."""
+    y, x = np.mgrid[:height, :width] + 0.5
+    turn = math.radians(angle)
+    x = x - center[0]
+    y = y - center[1]
+    along = (x * math.cos(turn) + y * math.sin(turn)) / max(radii[0], 1e-9)
+    across = (y * math.cos(turn) - x * math.sin(turn)) / max(radii[1], 1e-9)
+    return along**2 + across**2 <= 1
+
+
+def box(left, top, right, bottom, angle=0.0, pivot=None):
+    """Returns the corners of a box turned clockwise by angle, in degrees, about pivot (x, y)."""
+    turn = math.radians(angle)
+    x0, y0 = pivot or (0.0, 0.0)
+    corners = []
+    for x, y in ((left, top), (right, top), (right, bottom), (left, bottom)):
+        turned_x = (x - x0) * math.cos(turn) - (y - y0) * math.sin(turn)
+        turned_y = (x - x0) * math.sin(turn) + (y - y0) * math.cos(turn)
+        corners.append((x0 + turned_x, y0 + turned_y))
+    return corners
+
+
+def union(rings, height, width):
+    """Returns (height, width) bool: what lies in any of several polygons."""
+    region = np.zeros((height, width), bool)
+    for ring in rings:
+        region = region | polygon([ring], height, width)
+    return region
+
+
+def pasted(patch, left, top, height, width):
+    """Returns (height, width) bool with a smaller mask at its place, cut at the borders."""
+    rows, columns = np.nonzero(patch)
+    rows = rows + top
+    columns = columns + left
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    region = np.zeros((height, width), bool)
+    region[rows[inside], columns[inside]] = True
+    return region
+
+
+def run_lengths(counts, size):
+    """Returns the bools, size of them, of run lengths, False first. Raises ValueError."""
+    counts = np.asarray(counts, np.int64)
+    if (counts < 0).any() or counts.sum() != size:
+        raise ValueError(f"run lengths of {counts.sum()} pixels, not {size}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+
+
+# ---- COCO ----
+
+
+def coco_counts(text):
+    """Returns the run lengths of COCO's compressed string.
+
+    Five bits a character, 48 added; bit 5: more follow; the last one's bit 4 is the sign. From the
+    fourth number on each is the difference to the one two before.
+    """
+    counts = []
+    value = 0
+    shift = 0
+    for code in text.encode():
+        value += (code - 48 & 31) << shift
+        shift += 5
+        if code - 48 & 32:
+            continue
+        if code - 48 & 16:
+            value -= 1 << shift
+        if len(counts) > 2:
+            value += counts[-2]
+        counts.append(value)
+        value = 0
+        shift = 0
+    return counts
+
+
+def coco_region(segmentation, height, width):
+    """Returns (height, width) bool of COCO's polygons or run lengths. Raises ValueError."""
+    if isinstance(segmentation, dict):  # down the columns
+        counts = segmentation["counts"]
+        if isinstance(counts, str):
+            counts = coco_counts(counts)
+        return run_lengths(counts, height * width).reshape(width, height).T
+    rings = [np.reshape(ring, (-1, 2)) for ring in segmentation if len(ring) >= 6]
+    return union(rings, height, width)
+
+
+def coco(content, lost):
+    """Returns the Pictures of COCO's instances; smaller objects cover larger ones.
+
+    iscrowd says nothing: several tools set it for every mask. lost: Counter of what has no area.
+    """
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    groups = {}
+    for annotation in sorted(content["annotations"], key=lambda a: (-coco_area(a), a["id"])):
+        if not annotation.get("segmentation"):
+            lost["objects whose segmentation is empty"] += 1
+            continue
+        groups.setdefault(annotation["image_id"], []).append(annotation)
+    pictures = []
+    for image in content["images"]:
+        size = (image["width"], image["height"])
+        regions = []
+        for annotation in groups.get(image["id"], []):
+            draw = functools.partial(coco_region, annotation["segmentation"], size[1], size[0])
+            regions.append(Region(names[annotation["category_id"]], draw))
+        pictures.append(Picture(image["file_name"], size, regions))
+    return pictures
+
+
+def coco_area(annotation):
+    """Returns the area that an annotation says it has, or that of its box."""
+    width, height = annotation.get("bbox", (0, 0, 0, 0))[2:]
+    return annotation.get("area") or width * height
+
+
+# ---- LabelMe ----
+
+
+def labelme(content, lost):
+    """Returns the Picture of a LabelMe file, in a list; later shapes cover earlier ones."""
+    size = (content["imageWidth"], content["imageHeight"])
+    if None in size:
+        raise ValueError("no imageWidth and imageHeight")
+    regions = []
+    for shape in content["shapes"]:
+        draw = labelme_area(shape, size[1], size[0])
+        if draw is None:
+            lost[f"shapes of type {shape.get('shape_type')}, which have no area"] += 1
+        else:
+            regions.append(Region(shape["label"], draw))
+    return [Picture(content["imagePath"].replace("\\", "/"), size, regions)]
+
+
+def labelme_area(shape, height, width):
+    """Returns draw() of a shape, or None where it has no area. Raises ValueError."""
+    kind = shape.get("shape_type") or "polygon"
+    points = [tuple(point) for point in shape["points"]]
+    if kind == "mask":
+        with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as image:
+            patch = np.asarray(image) > 0
+        left, top = (round(number) for number in points[0])
+        return functools.partial(pasted, patch, left, top, height, width)
+    if kind == "circle":  # its center and a point on it
+        radius = math.dist(points[0], points[1])
+        return functools.partial(ellipse, points[0], (radius, radius), 0.0, height, width)
+    if kind == "rectangle" and len(points) == 2:
+        points = box(*points[0], *points[1])
+    if kind not in ("polygon", "rectangle", "oriented_rectangle") or len(points) < 3:
+        return None
+    return functools.partial(polygon, [points], height, width)
+
+
+# ---- CVAT ----
+
+
+def cvat(root, lost):
+    """Returns the Pictures of "CVAT for images 1.1" (an ElementTree element).
+
+    Shapes lie by z_order, then as in the file; later ones cover earlier ones.
+    """
+    if root.find("track") is not None:
+        raise ValueError("tracks of a video: export it as CVAT for images")
+    pictures = []
+    for image in root.iter("image"):
+        size = (int(image.get("width")), int(image.get("height")))
+        regions = []
+        for shape in sorted(image, key=lambda s: int(s.get("z_order", 0))):
+            draw = cvat_area(shape, size[1], size[0])
+            if draw is None:
+                lost[f"shapes of type {shape.tag}, which have no area"] += 1
+            else:
+                regions.append(Region(shape.get("label"), draw))
+        pictures.append(Picture(image.get("name"), size, regions))
+    return pictures
+
+
+def cvat_area(shape, height, width):
+    """Returns draw() of an XML element, or None where it has no area. Raises ValueError."""
+    angle = float(shape.get("rotation", 0))
+    if shape.tag == "polygon":
+        points = [tuple(map(float, pair.split(","))) for pair in shape.get("points").split(";")]
+        return functools.partial(polygon, [points], height, width)
+    if shape.tag == "box":
+        left, top, right, bottom = (float(shape.get(k)) for k in ("xtl", "ytl", "xbr", "ybr"))
+        pivot = ((left + right) / 2, (top + bottom) / 2)
+        corners = box(left, top, right, bottom, angle, pivot)
+        return functools.partial(polygon, [corners], height, width)
+    if shape.tag == "ellipse":
+        x, y, rx, ry = (float(shape.get(k)) for k in ("cx", "cy", "rx", "ry"))
+        return functools.partial(ellipse, (x, y), (rx, ry), angle, height, width)
+    if shape.tag == "mask":  # along the rows of its box
+        left, top, w, h = (int(shape.get(k)) for k in ("left", "top", "width", "height"))
+        counts = [int(count) for count in shape.get("rle").split(",")]
+        patch = run_lengths(counts, w * h).reshape(h, w)
+        return functools.partial(pasted, patch, left, top, height, width)
+    return None
+
+
+# ---- Label Studio ----
+
+
+def label_studio(content, lost):
+    """Returns the Pictures of Label Studio's own JSON (a list of tasks); later results cover."""
+    pictures = []
+    for task in content:
+        done = [a for a in task.get("annotations", ()) if not a.get("was_cancelled")]
+        if len(done) > 1:
+            lost["further annotations of an image that has several"] += len(done) - 1
+        regions = []
+        size = None
+        for result in done[0]["result"] if done else ():
+            draw, label = studio_area(result)
+            if draw is None:
+                lost[f"results of type {result.get('type')}, or of a turned image"] += 1
+                continue
+            size = (result["original_width"], result["original_height"])
+            regions.append(Region(label, draw))
+        pictures.append(Picture(studio_name(task), size, regions))
+    return pictures
+
+
+def studio_name(task):
+    """Returns the image's name of a task: of its address, without what an upload put before it."""
+    for value in task["data"].values():
+        if not isinstance(value, str):
+            continue
+        address = urllib.parse.urlsplit(value)
+        place = urllib.parse.parse_qs(address.query).get("d", [address.path])[0]
+        place = urllib.parse.unquote(place)
+        if place.lower().endswith(SUFFIXES):
+            return re.sub(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)", r"\1", place)
+    raise ValueError(f"task {task.get('id')} names no image")
+
+
+def studio_area(result):
+    """Returns (draw(), label) of a result, (None, "") where it has no area or is turned."""
+    kind = result.get("type", "")
+    labels = result.get("value", {}).get(kind)
+    if not labels or result.get("image_rotation"):
+        return None, ""
+    value = result["value"]
+    width = result["original_width"]
+    height = result["original_height"]
+    x_unit = width / 100  # lengths are in per cent
+    y_unit = height / 100
+    angle = value.get("rotation", 0)
+    draw = None
+    if kind == "polygonlabels":
+        points = [(x * x_unit, y * y_unit) for x, y in value["points"]]
+        draw = functools.partial(polygon, [points], height, width)
+    elif kind == "rectanglelabels":  # turned about its first corner
+        left = value["x"] * x_unit
+        top = value["y"] * y_unit
+        right = left + value["width"] * x_unit
+        bottom = top + value["height"] * y_unit
+        corners = box(left, top, right, bottom, angle, (left, top))
+        draw = functools.partial(polygon, [corners], height, width)
+    elif kind == "ellipselabels":
+        center = (value["x"] * x_unit, value["y"] * y_unit)
+        radii = (value["radiusX"] * x_unit, value["radiusY"] * y_unit)
+        draw = functools.partial(ellipse, center, radii, angle, height, width)
+    elif kind == "brushlabels" and value.get("format") == "rle":
+        draw = functools.partial(brush, value["rle"], height, width)
+    return draw, labels[0] if draw else ""
+
+
+def brush(data, height, width):
+    """Returns (height, width) bool of Label Studio's brush, a list of bytes. Raises ValueError.
+
+    Bits: 32 the number of values, 5 the bits of a value less 1, four times 4 the bits of a run's
+    length less 1; then runs: 1 bit whether one value repeats, 2 bits which of the four, the length
+    less 1, and the value or the values. Values are red, green, blue, alpha of each pixel.
+    """
+    bits = "".join(f"{byte:08b}" for byte in data)
+    place = 0
+
+    def take(count):
+        nonlocal place
+        place += count
+        return int(bits[place - count : place], 2)
+
+    total = take(32)
+    if total != 4 * height * width:
+        raise ValueError(f"a brush of {total // 4} pixels, not {height * width}")
+    depth = take(5) + 1
+    lengths = [take(4) + 1 for _ in range(4)]
+    values = np.zeros(total, np.int64)
+    done = 0
+    while done < total:
+        repeated = take(1)
+        end = done + take(lengths[take(2)]) + 1
+        if repeated:
+            values[done:end] = take(depth)
+        else:
+            values[done:end] = [take(depth) for _ in range(end - done)]
+        done = end
+    return values.reshape(height, width, 4)[..., 3] > 0
+
+
+# ---- which export it is ----
+
+
+def pictures_of(source, lost):
+    """Returns the Pictures of an export: a .json or .xml file, or a folder of LabelMe's.
+
+    lost: Counter of what could not be taken. Raises Refusal, naming the file.
+    """
+    source = Path(source)
+    pictures = []
+    files = sorted(source.rglob("*.json")) if source.is_dir() else [source]
+    for path in files:
+        try:
+            if path.suffix.lower() == ".xml":
+                pictures += cvat(ElementTree.parse(path).getroot(), lost)
+            else:
+                pictures += of_json(json.loads(path.read_bytes()), lost)
+        except OSError as error:
+            raise Refusal(f"{path}: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise Refusal(f"{path}: not as its tool writes it ({error!r})") from None
+        except ElementTree.ParseError as error:
+            raise Refusal(f"{path}: not readable as XML ({error})") from None
+    if not pictures:
+        raise Refusal(f"{source}: no annotated image in it")
+    return pictures
+
+
+def of_json(content, lost):
+    """Returns the Pictures of a JSON file's content, by its form. Raises ValueError."""
+    if isinstance(content, list):
+        return label_studio(content, lost)
+    if "shapes" in content:
+        return labelme(content, lost)
+    if "annotations" in content and "images" in content:
+        return coco(content, lost)
+    raise ValueError("neither COCO's, nor LabelMe's, nor Label Studio's")
+
+
+# ---- tables ----
+
+
+def read_table(path):
+    """Returns ClassRows of classes.csv, or of a .txt of other tools, in its order.
+
+    "r g b name" (label_colors.txt) or "name:r,g,b:..." (labelmap.txt). Raises Refusal.
+    """
+    path = Path(path)
+    if path.suffix == ".csv":
+        return read_classes(path)
+    rows = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"{path}: not a readable table ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        first = re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(.+?)\s*", line)
+        second = re.fullmatch(r"\s*(?P<name>[^:]+):(\d+),(\d+),(\d+)(:.*)?", line)
+        if not first and not second:
+            raise Refusal(f"{path}:{number}: neither r g b name nor name:r,g,b, with a colour")
+        name = first[4] if first else second["name"]
+        colour = first.groups()[:3] if first else second.groups()[1:4]
+        rows.append(ClassRow(len(rows), name, tuple(map(int, colour))))
+    return rows
+
+
+def table_text(rows):
+    """Returns ClassRows as the text of a classes.csv."""
+    valued = any(row.value is not None for row in rows)
+    lines = ["id,name,r,g,b" + ",value" * valued]
+    for row in rows:
+        name = row.name
+        if re.search(r'[",]', name):
+            name = '"' + name.replace('"', '""') + '"'
+        fields = [row.id, name, *row.colour]
+        if valued:
+            fields.append("" if row.value is None else row.value)
+        lines.append(",".join(map(str, fields)))
+    return "\n".join(lines) + "\n"
+
+
+def table_of_names(names):
+    """Returns ClassRows: background, then the names by the alphabet, in VOC's colours."""
+    names = ["background", *sorted(set(names) - set(BACKGROUND))]
+    colours = voc_colours(len(names)).tolist()
+    return [ClassRow(i, names[i], tuple(colours[i])) for i in range(len(names))]
+
+
+# ---- masks ----
+
+
+def codes_of(path):
+    """Returns (whether by colour, (H, W) int64) of a mask: its values, or its colours as r g b.
+
+    Palettes are colours: every file may have its own. Raises Refusal.
+    """
+    image = read_colours(path)
+    if image.mode == "P":
+        indices = len(np.unique(np.asarray(image)))
+        image = image.convert("RGB")
+        codes = np.asarray(image).astype(np.int64) @ (65536, 256, 1)
+        if len(np.unique(codes)) < indices:
+            raise Refusal(f"{path}: its palette gives several indices one colour")
+        return True, codes
+    if image.mode in ("LA", "La"):
+        image = image.convert("L")
+    if image.mode in ("RGB", "RGBA", "RGBX", "CMYK"):
+        return True, np.asarray(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
+    values = np.asarray(image)
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        raise Refusal(f"{path}: values that are no whole numbers: round them first")
+    return False, values.astype(np.int64)
+
+
+def named_code(by_colour, code):
+    """Returns a value or a colour as a text."""
+    return f"#{code:06x}" if by_colour else f"value {code}"
+
+
+def table_of_codes(files):
+    """Returns ClassRows of the values or colours that masks have, in order. Raises Refusal.
+
+    Where some masks are grey and some coloured a value is the colour of that grey.
+    """
+    values = set()
+    colours = set()
+    for path in files:
+        by_colour, codes = codes_of(path)
+        (colours if by_colour else values).update(np.unique(codes).tolist())
+        if len(values | colours) > LARGEST + 1:
+            why = f"more than {LARGEST + 1} values or colours so far: no masks of classes"
+            raise Refusal(f"{path}: {why}, or once saved as JPEG; give a table with --classes")
+    grey = {65793 * value: value for value in values}
+    codes = sorted(colours | set(grey)) if colours else sorted(grey)
+    spread = voc_colours(len(codes)).tolist()
+    rows = []
+    for number, code in enumerate(codes):
+        colour = (code >> 16, code >> 8 & 255, code & 255) if colours else spread[number]
+        name = named_code(True, code) if colours else named_code(False, grey[code])
+        rows.append(ClassRow(number, name, tuple(colour), grey.get(code)))
+    return rows
+
+
+def ids_of_mask(path, rows):
+    """Returns the (H, W) uint8 ids of a mask by a table. Raises Refusal for what has no row.
+
+    Colours by exact equality; values by the column value or, where no row has one, by id.
+    """
+    by_colour, codes = codes_of(path)
+    valued = any(row.value is not None for row in rows)
+    ids = {}
+    for row in reversed(rows):
+        if by_colour:
+            ids[row.colour[0] * 65536 + row.colour[1] * 256 + row.colour[2]] = row.id
+        elif not valued:
+            ids[row.id] = row.id
+        elif row.value is not None:
+            ids[row.value] = row.id
+    values, places = np.unique(codes, return_inverse=True)
+    strange = [code for code in values.tolist() if code not in ids]
+    if strange:
+        named = named_code(by_colour, strange[0])
+        y, x = np.argwhere(codes == strange[0])[0]
+        why = f"{named} at row {y}, column {x} has no row in the table"
+        raise Refusal(f"{path}: {why}; id {IGNORE} there is ignored")
+    table = np.array([ids[code] for code in values.tolist()], np.uint8)
+    return table[places].reshape(codes.shape)
+
+
+def ids_of_picture(picture, rows):
+    """Returns the (H, W) uint8 ids of a Picture by a table, whose names its Regions have.
+
+    Where no region lies is background, or ignored if the table has no such row. Raises ValueError.
+    """
+    ids = {row.name: row.id for row in reversed(rows)}
+    bare = next((ids[name] for name in BACKGROUND if name in ids), IGNORE)
+    label = np.full(picture.size[::-1], bare, np.uint8)
+    for region in picture.regions:
+        label[region.draw()] = ids.get(region.name, bare)
+    return label
+
+
+def unknown_name(pictures, rows):
+    """Returns the first name of a Region that has no row, or ""."""
+    known = {row.name for row in rows} | set(BACKGROUND)
+    names = (region.name for picture in pictures for region in picture.regions)
+    return next((name for name in names if name not in known), "")
+
+
+# ---- names of files ----
+
+
+def mask_files(folder, strip):
+    """Returns {name without suffix and without strip: file} of the masks below a folder."""
+    found = {}
+    for path in files_below(folder):
+        if path.suffix.lower() not in (*SUFFIXES, ".gif", ".pgm", ".pbm", ".ppm", ".tga"):
+            continue
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if not name.endswith(strip):
+            continue
+        name = name.removesuffix(strip)
+        if name in found:
+            raise Refusal(f"{path}: {found[name]} has the same name")
+        found[name] = path
+    if not found:
+        what = f"no masks ending in {strip}" if strip else "no masks and no .json of LabelMe"
+        raise Refusal(f"{folder}: {what} in it")
+    return found
+
+
+def key_of(name, known):
+    """Returns the key of an image among known, None if none is its own; known may be empty.
+
+    The longest end of its path that is a key, else the only key with its last part.
+    """
+    parts = re.sub(r"[.][^./]+$", "", name).strip("/").split("/")
+    if not known:
+        return "/".join(part for part in parts if part not in ("", ".", ".."))
+    for start in range(len(parts)):
+        if "/".join(parts[start:]) in known:
+            return "/".join(parts[start:])
+    same = [key for key in known if key.rpartition("/")[2] == parts[-1]]
+    return same[0] if len(same) == 1 else None
+
+
+def photographs(folder):
+    """Returns the keys of the photographs below a folder, sorted; [] if there is none."""
+    files = [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in files]
+
+
+def masks_of(source, strip, empty, known, given, lost):
+    """Returns (rows, {key: draw() -> ids}) of a folder of masks or of an export. Raises Refusal.
+
+    given: ClassRows, or [] to make them. known: keys of the photographs that are there. empty:
+    whether an image without a shape is background. lost: Counter.
+    """
+    source = Path(source)
+    drawn = {}
+    if source.is_dir() and not any(source.rglob("*.json")):
+        files = mask_files(source, strip)
+        rows = given or table_of_codes(files.values())
+        for name, path in files.items():
+            drawn[name] = functools.partial(ids_of_mask, path, rows)
+        return rows, drawn
+    pictures = pictures_of(source, lost)
+    names = [region.name for picture in pictures for region in picture.regions]
+    rows = given or table_of_names(names)
+    if name := unknown_name(pictures, rows):
+        raise Refusal(f"{source}: the table has no row named {name!r}; id {IGNORE} is ignored")
+    for picture in pictures:
+        key = key_of(picture.name, known)
+        if key in drawn:
+            raise Refusal(f"{source}: {picture.name} and another image have the name {key}")
+        if key is None:
+            lost["images that are not among the photographs"] += 1
+        elif picture.size is None or not (picture.regions or empty):
+            lost["images without a shape, which stay unlabelled"] += 1
+        else:
+            drawn[key] = functools.partial(ids_of_picture, picture, rows)
+    return rows, drawn
+
+
+def png(array, palette=None):
+    """Returns an (H, W) uint8 array as the bytes of a PNG: palette indices, or grey without one."""
+    picture, file = Image.fromarray(array), io.BytesIO()
+    if palette:
+        picture.putpalette(np.array(palette, np.uint8).tobytes())
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+# ---- the command ----
+
+From = Annotated[str, tyro.conf.arg(name="from")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Masks of class ids for --dataset folder, from other masks or an annotation tool's export."""
+
+    source: From  # folder of masks or of LabelMe's .json; COCO or Label Studio .json; CVAT .xml
+    out: str  # folder of the data set, to which masks/<part> and classes.csv are added
+    part: Literal["train", "val", "test"] = "train"  # which images these are
+    classes: str = ""  # classes.csv, label_colors.txt or labelmap.txt; left out: out's, else made
+    strip: str = ""  # what a mask's name has at its end and its image's has not, such as _mask
+    empty: bool = False  # an image without a shape is background; else it stays unlabelled
+
+    def run(self):
+        """Writes masks and table; counts what could not be taken. Raises Refusal."""
+        out = Path(self.out)
+        if not Path(self.source).exists():
+            raise Refusal(f"--from {self.source}: no such file or folder")
+        known = set(photographs(out / "images" / self.part))
+        lost = Counter()
+        given = self.table(out / "classes.csv")
+        rows, drawn = masks_of(self.source, self.strip, self.empty, known, given, lost)
+        for key, draw in tqdm(sorted(drawn.items()), "masks", unit="file", disable=None):
+            try:
+                label = draw()
+            except (ValueError, TypeError, IndexError) as error:
+                raise Refusal(
+                    f"{self.source}: {key}: not as its tool writes it ({error})"
+                ) from None
+            write(out / f"masks/{self.part}/{key}.png", png(label))
+        if not (out / "classes.csv").exists():
+            write(out / "classes.csv", table_text(rows).encode())
+        for row in rows:
+            print(printable(f"id {row.id}: {row.name}"))
+        for what, count in sorted(lost.items()):
+            print(f"lost: {count} {what}")
+        print(f"{out}/masks/{self.part}: {len(drawn)} masks; names and colours: {out}/classes.csv")
+        print(f"next: python prepare_data.py check --dataset folder --data-root {out}")
+
+    def table(self, path):
+        """Returns the ClassRows to follow, [] if they are to be made; path: that of --out."""
+        there = read_table(path) if path.exists() else []
+        if not self.classes:
+            return there
+        rows = read_table(self.classes)
+        if there and rows != there:
+            raise Refusal(
+                f"{path} is another table than --classes: move it away, or leave that out"
+            )
+        return rows

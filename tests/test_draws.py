@@ -1,6 +1,4 @@
 """What is drawn, pasted, pooled and kept between steps, against oracles/ for given random numbers.
-
-Where the numbers are equally likely, so is what an oracle draws; a few counts show it.
 """
 
 import itertools
@@ -246,19 +244,6 @@ def test_pixels_at_stride_4_are_in_the_order_of_labels(full, small):
     found = u2pl.nearest(x, small).view(2, *small)
     for b, i, j in tuples(2, *small):
         assert found[b, i, j] == x[b, i * full[0] // small[0], j * full[1] // small[1]]
-
-
-@pytest.mark.parametrize("n, K", [(1, 5), (11, 4), (101, 64)])
-def test_features_are_drawn_each_as_often_and_none_twice(n, K):
-    """[D25]; which they are for given numbers: test_equations.py."""
-    turns = 2000
-    u = torch.rand(turns, K + 1, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
-    drawn = u2pl.draw_features(torch.eye(n).double(), torch.ones(turns, n).bool(), u)
-    drawn = drawn[..., :-1].sum(1)
-    share = min(K, n) / n
-    assert (drawn.sum(1) == min(K, n)).all() and drawn.max() == 1
-    spread = math.sqrt(turns * share * (1 - share))
-    assert (drawn.sum(0) - turns * share).abs().max() <= 4.5 * spread
 
 
 # ---- ESL ----

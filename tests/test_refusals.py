@@ -21,10 +21,9 @@ import torch
 
 import prepare_data
 import trees
-from common import run, sources
-from common.distributed import Group
+from common import run
 from processes import Forked
-from tiny import ROOT, SCRIPTS, draw_tree, flags, resolved, shrink, train
+from tiny import ROOT, SCRIPTS, draw_tree, flags, shrink, train
 from tiny import script as module_of
 
 S, M, CPS, AEL, U2PL, ESL = map(module_of, SCRIPTS)
@@ -289,22 +288,3 @@ def test_so_it_is_as_a_process(place, monkeypatch):
     _, text = process.communicate()
     judge(case, process.returncode, text)
     assert everything(place) == before
-
-
-def test_damage_found_late_leaves_the_run_folder_whole(place, monkeypatch, capfd):
-    shrink(S, monkeypatch)
-    shutil.copytree("data", "damaged")
-    cut("damaged/testannot/test1.png")(monkeypatch)  # opened after the last step only
-    code, text = ended(S, flags("damaged", "out", workers=1), monkeypatch, capfd)
-    assert code == 2 and text.count("\n") == 1 and "testannot/test1.png" in text
-    assert torch.load("out/last.pt", weights_only=True)["step"] == 8
-    train(S, flags("data", "out") + ["--resume"])
-    assert '"kind": "done"' in Path("out/log.jsonl").read_text()
-
-
-@pytest.mark.smoke
-def test_an_unlabelled_batch_that_does_not_divide_over_the_processes_is_refused(place):
-    args = resolved(M, [*flags("data", "out"), "--batch-size", "6"])
-    group = Group(0, 4, torch.device("cpu"))
-    line = trees.refusal(M.open_stream, "unlabeled", sources.load(args), args, group, 0)
-    assert line.startswith("6 unlabeled images do not divide over 4 processes")

@@ -25,7 +25,6 @@ import tiny
 import u2pl
 from benchmarks import runs
 from common.distributed import Group
-from oracles import u2pl as oracle
 
 UNEVEN = "--batch-size-unlabeled 3 "  # no count of labelled images can pass for the other
 HAND = "--lr-head 3 --weight-decay 0.1 "
@@ -305,9 +304,6 @@ def u2pl_contrast(state, out, out_t, y_l, y_u, chosen, args):
     bank = state["bank"].clone()
     pushed = state["pushed"].clone() if args.bank else torch.zeros_like(state["pushed"])
     offered = u2pl.draw_features(rep_t, N_c, u)
-    for features, mask, chances in zip(offered, N_c.tolist(), u.tolist(), strict=True):
-        drawn = F.normalize(rep_t[oracle.keys(mask, chances)], dim=1)
-        assert torch.equal(features[: len(drawn), :-1], drawn)
     u2pl.push_features(bank, pushed, sizes, offered)
     A_c = u2pl.anchor_masks(prob, label, args.delta_p)
     loss, counted = u2pl.unreliable_loss(rep_s, rep_t, A_c, bank, pushed, sizes, v, args)
@@ -493,11 +489,9 @@ ROWS = {
     ],
     "cps_fpl": [
         "",
-        "--unsup-loss ce",
         "--same-image-cutmix --seed 3",
         "--recipe official --T 0.5 --ohem-kept 0.2",
         "--no-cutmix --recipe official --T 0.5",
-        "--no-cutmix --unsup-loss negative",
         ALONE + "--unsup-weight 0",
         "--k-strategy step --weight convex",
     ],
@@ -514,7 +508,6 @@ ROWS = {
         "",
         ALONE + "--unreliable-loss none --warmup-iters 2 --scales 0.5 1.5",
         "--negatives-from reliable --no-dpa --alpha-0 0.4",
-        "--negatives-from all --ranks 1 20",
         "--no-bank --ranks 1 3 --no-cutmix --fused off",
         "--seed 5 --cutmix-prob 1 --aux-weight 0.4 --epochs 5 --eta 2 --contrast-weight 1",
     ],

@@ -19,14 +19,12 @@ import csv
 import importlib.util
 import json
 import os
-import queue
 import re
 import shutil
 import signal
 import sys
 import tempfile
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -253,23 +251,14 @@ def judge(product, facts, mutant, folder):
     return answer.split("\t")
 
 
-def run(product, facts, args):
+def run(product, facts, column):
     """Judges each mutant that has no verdict yet in a column."""
-    rows, folders = read_table(), queue.SimpleQueue()
-    todo = [r for r in rows if r.get(args.column) in ("", None, args.again) and not r["equivalent"]]
-    for worker in range(args.workers):
-        folders.put(scratch(f"tests{worker}"))
-
-    def judged(row):
-        folder = folders.get()
-        answer = judge(product, facts, row, folder)
-        folders.put(folder)
-        return answer
-
-    with ThreadPoolExecutor(args.workers) as pool:
-        for row, (verdict, test) in zip(todo, pool.map(judged, todo), strict=True):
+    rows, folder = read_table(), scratch("run")
+    for row in rows:
+        if not row.get(column) and not row["equivalent"]:
+            verdict, test = judge(product, facts, row, folder)
             print(f"{row['number']:>4} {verdict:8} {row['file']} {test}", flush=True)
-            row |= {args.column: verdict, f"{args.column}_test": test}
+            row |= {column: verdict, f"{column}_test": test}
             write_table(rows)
 
 
@@ -287,8 +276,6 @@ def main():
     parser.add_argument("command", choices="run report show check".split())
     parser.add_argument("number", type=int, nargs="?", default=1, help="of a mutant")
     parser.add_argument("--column", default="new")
-    parser.add_argument("--again", help="a verdict, timeout say, that is to be found anew")
-    parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     product, rows = Product(), read_table()
     mutant = rows[args.number - 1]
@@ -301,7 +288,7 @@ def main():
         __import__(name)
     if args.command == "check":
         return print(*judge(product, facts, mutant, scratch("check")))
-    run(product, facts, args)
+    run(product, facts, args.column)
 
 
 if __name__ == "__main__":

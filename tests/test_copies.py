@@ -10,7 +10,6 @@ python tests/test_copies.py --show cps_fpl   # only what a script adds
 import ast
 import difflib
 import re
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -27,7 +26,6 @@ SCRIPT = 620
 FUNCTION = 40  # main excepted
 ROOMS = {"common/": 1750, "common/fused.py": 200, "prepare_data.py": 495}
 EXCEPTIONS = {"ael_fpl.py": 677, "u2pl.py": 645, "esl.py": 675}  # none is to be added
-LINE = 100  # columns
 # over all scripts and common/, per 100 lines
 PACKED = 0.6  # a, b = x, y
 TERNARIES = 1.2
@@ -48,19 +46,12 @@ def split(text, name):
 
 
 def join(text, parent):
-    """Returns a script with the shared text of the parent, and the imports that it then lacks."""
+    """Returns a script with the shared text of the parent; its imports stay as they are."""
     shared, _ = split(parent, PARENT)
     _, seams = split(text, "")
     docstring, _, section = text.partition(RECIPE)[0].partition(IMPORTS)
     body = SEAM.sub(lambda match: match[1] + seams[match[2]] + match[4], shared)
-    script = f"{docstring}{IMPORTS}{section}{body}"
-    missing = sorted(lacking(script, parent))
-    if not missing:
-        return script
-    lines = "\n".join(missing)
-    script = f"{docstring}{IMPORTS}{section}{lines}\n\n{body}"
-    ruff = [sys.executable, "-m", "ruff", "check", "-q", "--select", "I", "--fix", "-"]
-    return subprocess.run(ruff, input=script, capture_output=True, text=True, cwd=ROOT).stdout
+    return f"{docstring}{IMPORTS}{section}{body}"
 
 
 def lacking(text, parent):
@@ -130,16 +121,6 @@ def is_packed(node):
     return tuples and isinstance(node.targets[0], ast.Tuple)
 
 
-def density(texts):
-    """Returns per 100 lines (packed assignments, ternaries), and how often `|=` stands."""
-    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
-    lines = sum(len(text.splitlines()) for text in texts) / 100
-    packed = sum(map(is_packed, nodes)) / lines
-    ternaries = sum(isinstance(node, ast.IfExp) for node in nodes) / lines
-    unions = [n for n in nodes if isinstance(n, ast.AugAssign) and isinstance(n.op, ast.BitOr)]
-    return packed, ternaries, len(unions)
-
-
 def sizes(texts, rooms):
     """Returns {script, room, or "file: function": statements}; main is left out.
 
@@ -167,10 +148,6 @@ def oversized(texts, rooms):
             messages.append(f"{name} has {size} statements, cap {cap}: delete or move")
         if name in EXCEPTIONS and size <= cap:
             messages.append(f"{name} has {size} statements: no exception any more")
-    for name, text in (texts | rooms).items():
-        for number, line in enumerate(text.splitlines(), 1):
-            if len(line) > LINE:
-                messages.append(f"{name}:{number}: {len(line)} columns, cap {LINE}")
     return messages
 
 
@@ -201,12 +178,14 @@ def test_caps():
 
 def test_the_text_is_simple_not_compressed():
     scripts, rooms = read()
-    code = [*scripts.values(), *(text for name, text in rooms.items() if name != "prepare_data.py")]
-    packed, ternaries, unions = density(code)
-    assert packed <= PACKED
-    assert ternaries <= TERNARIES
-    assert unions == 0
-    assert density(["a, b = 1, 2\n", "a |= b\n", "c = 1 if a else 2\n"]) == (100 / 3, 100 / 3, 1)
+    del rooms["prepare_data.py"]
+    texts = [*scripts.values(), *rooms.values()]
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    lines = sum(len(text.splitlines()) for text in texts) / 100
+    assert sum(map(is_packed, nodes)) / lines <= PACKED
+    assert sum(isinstance(node, ast.IfExp) for node in nodes) / lines <= TERNARIES
+    unions = [node for node in nodes if isinstance(node, ast.AugAssign)]
+    assert not any(isinstance(node.op, ast.BitOr) for node in unions)
 
 
 def test_common_holds_no_method():
@@ -240,12 +219,9 @@ def test_a_change_inside_a_seam_is_allowed_and_kept_but_one_name_has_one_definit
     assert any("one in third.py" in message for message in differences(texts))
 
 
-def test_an_import_that_the_shared_text_needs_is_found_and_added():
+def test_an_import_that_the_shared_text_needs_is_named():
     other = PARENT_TEXT.replace("import zlib\n", "from copy import deepcopy\n")
-    texts = {PARENT: PARENT_TEXT, "other.py": other}
-    assert differences(texts) == ["other.py lacks import zlib"]
-    assert not differences(fixed(texts))
-    assert "from copy import deepcopy\n" in fixed(texts)["other.py"]
+    assert differences({PARENT: PARENT_TEXT, "other.py": other}) == ["other.py lacks import zlib"]
 
 
 def test_broken_marks_are_named():
@@ -269,7 +245,6 @@ def test_caps_are_enforced():
     for name, text, words in (  # in a seam of the parent, or a file of its own
         (PARENT, LONG, ""),
         (PARENT, LONG + "    return x\n", "long has 41 statements, cap 40"),
-        (PARENT, "A = " + "1 + " * 30 + "1\n", "125 columns, cap 100"),
         (PARENT, "B = 1\n" * many, f"{PARENT} has 621 statements, cap 620"),
         ("a.py", LONG.replace("long", "main") + "    return x\n", ""),
         ("a.py", "a = 1\n" * 1751, "common/ has 1751 statements"),

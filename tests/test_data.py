@@ -1,24 +1,18 @@
-"""Images and masks as they come, lists, splits, the generated pictures; refusals name the file.
+"""Images and masks as they come, lists, splits; refusals name the file.
 
-Trees in every layout and published splits: test_sources.py, the released lists: test_prepare.py.
+Formats, the generated pictures: test_reading.py; layouts, published splits: test_sources.py.
 """
 
-import colorsys
 import math
-import struct
-import subprocess
-import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from common import shapes
 from common.data import FACTS, SPLITS, Data, Item, counts, set_hash
 from common.sources import choose, read_list
-from trees import NAMES, ROOT, TRAIN_ID, entry, flags, picture, refusal
+from trees import NAMES, TRAIN_ID, entry, flags, picture, refusal
 
 
 def reader(**changes):
@@ -30,19 +24,6 @@ def item(tmp_path):
     """An image of 12x9 pixels and its mask, of class 0."""
     image, label = tmp_path / "image.png", tmp_path / "mask.png"
     return Item("k", picture(image, "RGB", 7, (12, 9)), picture(label, "L", 0, (12, 9)))
-
-
-def grey_png(path, bits):
-    """Writes a grey PNG of few bits by hand, which PIL cannot: 12x9 pixels, 0 and 1 in turn."""
-    values = np.arange(108, dtype=np.uint8).reshape(9, 12) % 2
-    planes = np.unpackbits(values[..., None], 2)[..., 8 - bits :].reshape(9, -1)
-    rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in planes)
-    head = struct.pack(">IIBBBBB", 12, 9, bits, 0, 0, 0, 0)
-    text = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        text += struct.pack(">I", len(data)) + kind + data
-        text += struct.pack(">I", zlib.crc32(kind + data))
-    path.write_bytes(text)
 
 
 def cut(share, kind="PNG"):
@@ -57,10 +38,6 @@ def cut(share, kind="PNG"):
     return spoil
 
 
-def deep(dtype):
-    return lambda path: Image.fromarray(np.full((9, 12), 20000, dtype)).save(path, "TIFF")
-
-
 def flat(mode, *size):
     return lambda path: picture(path, mode, 0, size or (12, 9))
 
@@ -68,14 +45,9 @@ def flat(mode, *size):
 SPOILED = [  # the file, what happens to it, words of the line
     *(("image", cut(n, kind), "not readable as an image") for n in (0.5, 0.0, 0.9)
       for kind in ("PNG", "JPEG")),
-    *(("image", deep(dtype), "mode ") for dtype in (np.uint16, np.int32, np.float32)),
     ("label", Path.unlink, "no such file"),
     ("label", cut(0.5), "not readable as an image"),
-    ("label", flat("L", 9, 12), "9x12 pixels, not 12x9"),
     ("label", flat("L", 11, 9), "11x9 pixels, not 12x9 as its image "),
-    *(("label", flat(mode), f"mode {mode}, not one 8-bit channel") for mode in ("RGB", "LA")),
-    ("label", flat("I;16"), ", not one 8-bit channel"),  # older versions of Pillow read I
-    *(("label", lambda path, bits=bits: grey_png(path, bits), "2 or 4 bits") for bits in (2, 4)),
 ]  # fmt: skip
 
 
@@ -100,23 +72,8 @@ def test_photographs_of_every_kind_are_read_as_rgb_but_for_one_too_large(item, m
         Image.new(mode, (12, 9), value).save(item.image)
         image = reader().read(item, True)[0]
         assert image.mode == "RGB" and image.getpixel((4, 4)) == expected
-    for bits in (1, 2, 4, 8):  # a photograph of few bits is rescaled, as it should be
-        grey_png(item.image, bits)
-        assert reader().read(item, False)[0].getpixel((1, 0)) == (255 // (2**bits - 1),) * 3
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # the image has 108
     assert "not readable as an image" in refusal(reader().read, item, False)
-
-
-@pytest.mark.parametrize("bits", [8, 4, 1])
-def test_the_value_of_a_mask_is_the_class_whatever_its_colour(item, bits):
-    values = np.random.default_rng(0).integers(0, min(11, 2**bits), (9, 12), dtype=np.uint8)
-    mask = Image.fromarray(values == 1 if bits == 1 else values)
-    if bits > 1:
-        mask.putpalette(np.random.default_rng(1).integers(0, 256, 3 * 2**bits).tolist())
-        assert (np.asarray(mask.convert("L")) != values).mean() > 0.5
-    mask.save(item.label, bits=bits)
-    label = reader().read(item, True)[1]
-    assert label.mode == "L" and np.array_equal(np.asarray(label), values)
 
 
 def tables():
@@ -153,24 +110,15 @@ def test_every_value_becomes_its_class_or_255_and_any_other_is_refused_with_its_
         assert line.endswith(f"classes are 0 to {last}, and {ignored} is ignored")
 
 
-@pytest.mark.parametrize("count", [2, 81, 254])
-def test_classes_of_ones_own_have_names_and_vocs_colours(count):
-    data = reader(dataset="folder", num_classes=count)
-    assert data.classes == [f"class {i}" for i in range(count)]
-    assert data.palette[:21].tolist() == FACTS["voc"]["palette"][:count]
-    assert len({tuple(colour) for colour in data.palette.tolist()}) == len(data.palette) == count
-
-
 A, B = NAMES[:2]
 P, M = f"train/{A}.png", f"trainannot/{A}.png"
 FORMS = [  # data set, a list, its keys, the columns of the first; B's do not matter
     ("camvid", f"{P}\t{M}\ntrain/{B}.png\ttrainannot/{B}.png\n", [A, B], P, M),
     ("camvid", f"{P} {M}\r\ntrain/{B}.png trainannot/{B}.png\r\n", [A, B], P, M),
-    ("camvid", f"\n\n  {A}  \n   \n\t\n\t{B}\n\n", [A, B], A, None),
+    ("camvid", f"\n\n  {B}  \n   \n\t\n\t{A}\n\n", [B, A], B, None),  # in its order
     ("camvid", f"{P}\tNone\ntrain/{B}.png\t\n", [A, B], P, None),
     ("camvid", f"\ufeff{A}\n{B}\n", [A, B], A, None),  # a byte order mark
     ("camvid", f"{A}\r{B}\r", [A, B], A, None),
-    ("camvid", f"{B}\n{A}\n", [B, A], B, None),  # in its order
     ("camvid", "train/a..b.png x/..c.png", ["a..b"], "train/a..b.png", "x/..c.png"),  # no climbing
     # lines of the released lists
     ("voc", "/J/2007_000032.jpg /x/7_9.png", ["2007_000032"], "J/2007_000032.jpg", "x/7_9.png"),
@@ -192,8 +140,7 @@ UNUSABLE = [  # data set, bytes of a list (None: no file), what the line says af
     *(("camvid", text, ": an empty list") for text in (b"", b"\n \n\r\n")),
     ("camvid", f"{A}\n{B}\n\nx/{A}.png y/{A}.png\n".encode(), f":4: twice: x/{A}.png"),
     ("camvid", b"\nwhat/is/this/\n", ":2: no image key: what/is/this/"),
-    *(("camvid", f"{A}\n{more}\n".encode(), f":2: more than two columns: {more}")
-      for more in (f"{B} a b", f"{B}\t\ta")),
+    ("camvid", f"{A}\n{B}\t\ta\n".encode(), f":2: more than two columns: {B}\t\ta"),
     *(("camvid", text.format(A, B, name).encode(), ":2: a path with ..: ") for name in CLIMBS
       for text in ("{0}\n{2}\n", "{0}\n{1}\t{2}\n", "{0}\n{1} {2}")),
     ("camvid", b"a\0b.png", ":1: a NUL: "),
@@ -212,22 +159,20 @@ def test_lists_that_cannot_be_used_are_refused_by_file_and_line(tmp_path, name, 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("seed", [None, 0, 7])
-@pytest.mark.parametrize("count", [320, 367, 16])
-def test_a_split_is_every_rth_key_or_a_random_set_as_large_and_nested(count, seed):
-    ordered = [f"k{i:04d}" for i in range(count)]
+def test_a_split_is_every_rth_key_or_a_random_set_as_large_and_nested(seed):
+    ordered = [f"k{i:04d}" for i in range(367)]
     before, keys = set(ordered), np.random.default_rng(1).permutation(ordered).tolist()
     for r in (2, 4, 8, 16):
         labeled, unlabeled = choose(keys, f"1/{r}", seed)
         # the seeds of the runs in results/: the first of numpy's permutation
-        drawn = np.random.default_rng(seed).permutation(ordered)[: math.ceil(count / r)]
+        drawn = np.random.default_rng(seed).permutation(ordered)[: math.ceil(367 / r)]
         assert labeled == (ordered[::r] if seed is None else sorted(drawn.tolist()))
         assert unlabeled == [k for k in ordered if k not in labeled]
         assert set(labeled) <= before
         before = set(labeled)
     assert choose(keys, "all", seed) == (ordered, ordered)
-    assert choose(keys, f"1/{count}", None)[0] == ordered[:1]
     assert "--split-seed -1" in refusal(choose, keys, "1/8", -1)
-    for split in ("1/0", "1/1", "1/6", "2/4", "1/-2", "1/2.0", "", "half", "183"):
+    for split in ("1/1", "1/6", "2/4", "1/-2", "1/2.0", "", "183"):
         line = f"--split {split}: all, or 1/r with r from 2 to 5"
         assert refusal(choose, NAMES, split, None) == line
 
@@ -254,45 +199,3 @@ def test_counts_are_those_of_the_papers_and_the_published_sets_those_of_the_proj
     # read from the lists of each project; test_prepare.py reads the real ones again
     assert (len(found), entry(found)["set"]) == (58, "5f1ce8fb")
     assert set_hash(["c9", "a", "c10", "b"]) == entry(["a", "b", "c10", "c9"])["set"]
-
-
-# ---- the generated pictures ----
-
-
-@pytest.fixture(scope="module")
-def drawn():
-    """{part: {key: (image, label) as arrays}} of all generated pictures."""
-    parts = {part: shapes.keys(part) for part in ("train", "val", "test")}
-    return {p: {k: tuple(map(np.asarray, shapes.draw(k))) for k in parts[p]} for p in parts}
-
-
-@pytest.mark.smoke
-def test_a_picture_is_a_function_of_its_key_and_every_part_has_all_classes(drawn):
-    image, label = reader(dataset="shapes").read(Item("test-00063"), True)
-    assert (image.mode, image.size, label.mode, label.size) == ("RGB", (64, 64), "L", (64, 64))
-    assert reader(dataset="shapes").read(Item("test-00063"), False)[1] is None
-    text = "from common import shapes\nfor one in shapes.draw('test-00063'):"
-    text += "\n    print(one.tobytes().hex())"  # in a process with another hash seed
-    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == [one.tobytes().hex() for one in (image, label)]
-    assert np.array_equal(drawn["test"]["test-00063"][0], image)
-    for count, part in zip((320, 64, 64), drawn.values(), strict=True):
-        assert len({image.tobytes() for image, _ in part.values()}) == count
-        tallies = np.stack([np.bincount(label.ravel(), minlength=7) for _, label in part.values()])
-        assert tallies.shape[1] == 7  # no value above 6
-        # six figures equally likely, two or three a picture: each in about a third of them
-        assert ((tallies > 0).mean(0) > 0.1).all() and tallies.sum(0).argmax() == 0
-
-
-def test_colour_tells_the_pair_and_not_the_two_of_a_pair(drawn):
-    hues = {c: [] for c in range(1, 7)}
-    for image, label in drawn["train"].values():
-        for c in hues:
-            inner = image[label == c]
-            if len(inner) >= 100:  # enough to average the noise out
-                hues[c].append(colorsys.rgb_to_hsv(*(inner.mean(0) / 255))[0])
-    for a, b in ((a, b) for a in hues for b in hues):
-        distance = np.abs(np.subtract.outer(hues[a], hues[b]))
-        apart = np.minimum(distance, 1 - distance).mean()
-        # a normal hue of deviation 0.035: 0.04 apart; pairs a third of the circle, less these
-        assert apart < 0.07 if (a - 1) // 2 == (b - 1) // 2 else apart > 0.2

@@ -1,5 +1,4 @@
-"""What is drawn, pasted, pooled and kept between steps, against oracles/ for given random numbers.
-"""
+"""What is drawn, pasted, pooled and kept between steps, against oracles/ for given numbers."""
 
 import itertools
 import math

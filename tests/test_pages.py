@@ -50,18 +50,6 @@ def test_no_table_row_without_a_head():
                 assert row.count("|") == rows[0].count("|"), f"{page.name}: {row}"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_cell_of_a_row_is_a_phrase(name):
-    """More than twelve words stand in a paragraph **Dn.** below the table, one for a row."""
-    page = TEXTS[name][1].read_text()
-    rows = dict(re.findall(r"^\| (D\d+) \|(.*)\|$", page, re.M))
-    for tag, cells in rows.items():
-        for cell in cells.split("|"):
-            assert len(cell.split()) <= 12, f"{tag}: {cell}"
-    paragraphs = re.findall(r"^\*\*(D\d+)\.\*\*", page, re.M)
-    assert len(paragraphs) == len(set(paragraphs)) and set(paragraphs) <= set(rows)
-
-
 def test_the_readme_quotes_eq_7_as_the_script_has_it():
     (quote,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
     assert len(quote.splitlines()) == 6 and quote in (ROOT / "cps_fpl.py").read_text()

@@ -141,8 +141,8 @@ def test_k_draws_the_share_and_prints_three_tenths(tmp_path, capsys):
     numbers = [re.findall(r"([\d.]+) %", line) for line in lines]
     assert numbers == [["85.00", "30.00", "5.00"], ["25.00", "50.00", "100.00"]]
     assert "step 400 " in lines[0] and lines[0].endswith("  T 0.9")
-    colours = np.ptp(np.array(Image.open(out).convert("RGB"), int), axis=2) > 100  # not grey
-    assert 300 < colours.sum() < 0.1 * colours.size
+    with Image.open(out) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
 def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -166,12 +166,8 @@ def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
     assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
     assert sure[1] == "0.0000" and names.split()[:3] == ["case", "pixels", "K"]
-    for words, line in (
-        ("last.pt --images 4", "--images 4: a number from 1 to 3"),
-        ("esl.pt", "written by esl.py"),
-        ("absent.pt", "no such checkpoint"),
-    ):
-        assert line in refusal(capsys, analysis, "scores", *words.split())
+    line = refusal(capsys, analysis, "scores", "esl.pt")
+    assert "written by esl.py" in line
 
 
 def test_counts_of_ranks_equal_a_loop_over_pixels():
@@ -194,12 +190,6 @@ def test_counts_of_ranks_equal_a_loop_over_pixels():
 # ---- python results/compare.py ----
 
 SEVEN = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # IoU of shapes' seven classes
-TABLE_6 = """Wall 44.40 51.71 7.31, Fence 45.26 48.26 3.00, Truck 51.35 71.88 20.53,
-Terrain 56.46 60.67 4.21, Rider 59.32 59.78 0.46, Pole 62.81 62.97 0.16,
-Motorcycle 65.82 65.28 -0.54, Train 69.67 71.69 2.02, Light 70.71 70.84 0.13,
-Bicycle 76.87 76.99 0.12, Sign 76.92 76.74 -0.18, Sidewalk 77.85 77.93 0.08,
-Person 80.95 81.20 0.25, Bus 82.24 80.99 -1.25, Building 90.79 91.10 0.31,
-Vegetation 91.64 92.00 0.36, Car 93.39 94.27 0.88, Sky 93.59 94.01 0.42, Road 97.03 96.97 -0.06"""
 
 
 def log_of_scores(path, iou, dataset="shapes", drop="", seed=0, best=None, lists=None):
@@ -221,19 +211,6 @@ def printed(capsys, *argv):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert set("".join(rows.pop(1))) == {"-", ":"}
     return rows, below.splitlines()
-
-
-def test_table_6_of_fpls_supplement_comes_out_as_printed():
-    table = [row.split() for row in TABLE_6.split(",")]
-    names, a, b, _ = map(list, zip(*sorted(table), strict=True))
-    a, b = [float(x) for x in a], [float(x) for x in b]
-    head, *rows, last = compare.cells(("AEL", "AEL+FPL"), names, a, b, (72.5, 74.75))
-    assert head == ("Class", "AEL", "AEL+FPL", "Improvement")
-    assert [[*row[:3], row[3].replace("+", "")] for row in rows] == table
-    assert last == ("mIoU", "72.50", "74.75", "+2.25")
-    # by hand: 37.28 / 9 points and 0.93 / 10
-    text = "15 of 19 classes rise, 4 fall; on average +4.14 in the 9 hardest, +0.09 in 10 others"
-    assert compare.summary(a, b) == text
 
 
 PAIRS = [  # IoU of two runs, their mIoU as logged; the printed mIoU; what rises and falls
@@ -287,32 +264,27 @@ def test_other_labels_seeds_and_steps_are_warned_of_in_one_line(tmp_path, capsys
 def broken(tmp_path, monkeypatch):
     """The current folder, with logs of which each is wrong in its own way."""
     monkeypatch.chdir(tmp_path)
-    log_of_k(Path("k.jsonl"), [0.5])
     log_of_k(Path("mean.jsonl"), [0.5], name="consistency")
     log_of_scores(Path("a.jsonl"), SEVEN)
     log_of_scores(Path("unfinished.jsonl"), SEVEN, drop="done")
-    log_of_scores(Path("cut.jsonl"), SEVEN, drop="start")
     log_of_scores(Path("six.jsonl"), SEVEN[1:])
     log_of_scores(Path("seven.jsonl"), SEVEN, dataset="folder")
     log_of_scores(Path("set.jsonl"), SEVEN, lists={"test": [64, "dd"]})
     Path("list.jsonl").write_bytes(b"[1]\n2\n")
 
 
-PNG, NO_LOG = "--out k.png", "not the log of a finished run"
+NO_LOG = "not the log of a finished run"
 REFUSED = [  # command, its words, words of the line
-    (analysis, f"k mean.jsonl {PNG}", "mean.jsonl: no log of cps_fpl.py"),
-    (analysis, f"k list.jsonl {PNG}", "list.jsonl: no log of cps_fpl.py"),
-    (analysis, "k k.jsonl", "--out"),
+    (analysis, "k mean.jsonl --out k.png", "mean.jsonl: no log of cps_fpl.py"),
     (analysis, "", "k|scores"),
+    (analysis, "scores absent.pt", "no such checkpoint"),
     (ranks, "", "CHECKPOINT"),
     (compare, "a.jsonl unfinished.jsonl", "unfinished.jsonl: no line of kind done"),
-    (compare, "cut.jsonl a.jsonl", f"cut.jsonl: {NO_LOG} (KeyError: 'args')"),
     (compare, "no.jsonl a.jsonl", f"no.jsonl: {NO_LOG} (No such file or directory)"),
     (compare, "a.jsonl six.jsonl", f"six.jsonl: {NO_LOG} (ValueError: 6 classes, shapes has 7)"),
     (compare, "a.jsonl list.jsonl", "list.jsonl: "),
     (compare, "a.jsonl seven.jsonl", "a.jsonl, seven.jsonl: data set shapes against folder"),
     (compare, "a.jsonl set.jsonl", "scored on test, 64 images, set cccc against test, 64 images"),
-    (compare, "a.jsonl a.jsonl --score worst", "worst"),
 ]
 
 

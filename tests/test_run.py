@@ -11,7 +11,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -178,7 +177,6 @@ def test_the_first_line_of_the_log_says_what_ran_on_what(tree, tmp_path, monkeyp
     assert first["sha256"] == hashlib.sha256(source).hexdigest()
     args = first["args"]
     assert (args["cutmix"], args["lr"], args["batch_size_unlabeled"]) == (True, 0.003, 2)
-    assert None not in [value for name, value in args.items() if name != "split_seed"]
     assert first["versions"]["torch"] == torch.__version__
     assert {"numpy", "pillow", "python", "torchvision"} <= set(first["versions"])
     assert first["device"].startswith("CPU") and first["world"] == 1
@@ -200,7 +198,10 @@ RESUMED += [("esl", "--no-contrast --label hard"), ("mean_teacher", "--init {}")
 def test_a_run_stopped_in_any_step_and_resumed_equals_the_whole_one(
     name, words, tree, finished, tmp_path, monkeypatch
 ):
-    """Nothing saved yet; right after a save and between two lines; long after a save."""
+    """Nothing saved yet; right after a save and between two lines; long after a save.
+
+    The log is cut back to the checkpoint, in mid-line; what is cut is kept.
+    """
     numbers, whole, out = dict(iters=7, log=2, evaluate=2), tmp_path / "whole", tmp_path / "out"
     words = words.format(finished("supervised").out / "best.pt").split()
     train(name, small(name, tree, whole, *words, save=8, **numbers), monkeypatch)
@@ -209,28 +210,18 @@ def test_a_run_stopped_in_any_step_and_resumed_equals_the_whole_one(
         stopped(name, argv, monkeypatch, step)
         at = (step - 1) // save * save
         assert at == 0 or torch.load(out / "last.pt", weights_only=True)["step"] == at
+        (out / "last.tmp").write_bytes(b"half")  # a kill may leave it
+        text = (out / "log.jsonl").read_text() + '{"kind": "train", "st'
+        (out / "log.jsonl").write_text(text)
         train(name, argv + ["--resume"], monkeypatch)
         assert differences(whole, out, but=["save_every"]) == [], step
+        lost = (out / "lost.jsonl" if at else out / "log-2.jsonl").read_text()
+        assert text.endswith(lost) and lost.count("\n") == {1: 1, 4: 0, 7: 2}[step]
         if step < 7:
             shutil.rmtree(out)
     shutil.copytree(out, tmp_path / "before")  # finished: nothing changes
     train(name, argv + ["--resume"], monkeypatch)
     assert differences(tmp_path / "before", out) == []
-
-
-@pytest.mark.smoke
-def test_resume_without_a_checkpoint_starts_from_zero(tree, tmp_path, monkeypatch, capsys):
-    """The log of a run that was killed before its first checkpoint goes aside."""
-    train("supervised", small("supervised", tree, tmp_path / "whole"), monkeypatch)
-    for name in ("new", "cut"):
-        if name == "cut":
-            stopped("supervised", small("supervised", tree, tmp_path / name), monkeypatch, 3)
-            assert len(log(tmp_path / name)) == 2
-        train("supervised", small("supervised", tree, tmp_path / name, "--resume"), monkeypatch)
-        assert "starting from zero" in capsys.readouterr().out
-        assert differences(tmp_path / "whole", tmp_path / name) == []
-    lines = (tmp_path / "cut/log-2.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and not (tmp_path / "new/log-2.jsonl").exists()
 
 
 def test_a_folder_is_never_overwritten_and_resume_takes_the_newest(tree, tmp_path, monkeypatch):
@@ -248,36 +239,6 @@ def test_a_folder_is_never_overwritten_and_resume_takes_the_newest(tree, tmp_pat
     with pytest.raises(Refusal, match="exists: --resume goes on there"):
         train("supervised", argv + ["--out", str(name), "--seed", "1"], monkeypatch)
     assert snapshot(name) == first
-
-
-def test_a_save_that_breaks_off_leaves_the_old_checkpoint(tree, tmp_path, monkeypatch):
-    """The log is cut back to its step, in mid-line; what is cut is kept."""
-    numbers = dict(iters=6, log=1, evaluate=6, save=2)
-    train("supervised", small("supervised", tree, tmp_path / "whole", **numbers), monkeypatch)
-    out, save, saves = tmp_path / "run", torch.save, []
-    argv = small("supervised", tree, out, **numbers)
-
-    def half_a_save(content, file):
-        saves.append(1)
-        save(content, file)
-        if len(saves) == 2:  # the second last.pt
-            file.truncate(file.tell() // 2)
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(torch, "save", half_a_save)
-        train("supervised", argv, patch)
-    assert list(out.glob("*.tmp")), "the broken file should lie there"
-    assert torch.load(out / "last.pt", weights_only=True)["step"] == 2
-    for name in ("last.tmp", "best.tmp", "log.tmp"):  # and any other that a kill may leave
-        (out / name).write_bytes(b"half")
-    half = '{"kind": "train", "step": 5, "lo'
-    text = (out / "log.jsonl").read_text() + half
-    (out / "log.jsonl").write_text(text)
-    train("supervised", argv + ["--resume"], monkeypatch)
-    assert differences(tmp_path / "whole", out) == []
-    lost = (out / "lost.jsonl").read_text()
-    assert lost.endswith(f"\n{half}") and text.endswith(lost) and lost.count('"train"') == 3
 
 
 @pytest.mark.parametrize("name", ["u2pl", "esl"])
@@ -406,10 +367,6 @@ def test_a_folder_of_ones_own_trains_from_a_checkpoint_of_other_classes(
     assert all(net["head.classify.1.weight"].shape[0] == 6 for net in saved.values())
     done = log(tmp_path / "run")[-1]
     assert done["on"] == "val" and len(done["last"]["iou"]) == 6
-    masks = [np.asarray(Image.open(path)) for path in (root / "masks/val").iterdir()]
-    found = np.bincount(np.concatenate([mask[mask > 0] for mask in masks]))
-    constant = found.max() / found.sum() / (found > 0).sum()
-    assert done["last"]["constant"] == pytest.approx(constant, abs=1e-12)
 
 
 @pytest.mark.smoke
@@ -418,11 +375,9 @@ def test_progress_is_plain_lines_or_a_live_line(terminal, tree, tmp_path, monkey
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     train("supervised", small("supervised", tree, tmp_path / "run"), monkeypatch)
     text = capsys.readouterr()
-    if terminal:
-        assert "\r" in text.err and "step/s" in text.err and re.search(r"\b8/8\b", text.err)
-    assert "\r" not in text.out and (terminal or text.err == "")
-    for step in (2, 4, 6, 8):
-        assert re.search(rf"^step {step}/8  loss .* ETA \d+:\d\d:\d\d$", text.out, re.M)
+    assert "\r" not in text.out and ("\r" in text.err and "8/8" in text.err) == terminal
+    lines = re.findall(r"^step (./8)  loss .* ETA \d+:\d\d:\d\d$", text.out, re.M)
+    assert lines == ["2/8", "4/8", "6/8", "8/8"]
     assert re.findall(r"^step (./8)  val mIoU ", text.out, re.M) == ["4/8", "8/8"]
 
 

@@ -87,7 +87,7 @@ def test_to_score_a_checkpoint_only_what_is_scored_must_be_there(tmp_path):
 
 
 W = dict(J="JPEGImages", S="SegmentationClass", A="SegmentationClassAug", n=NAMES[0], x="x" * 300)
-W |= dict(f="2008_000008", o="2007_000032")  # with a mask of VOC's own; with SBD's alone
+W |= dict(o="2007_000032")  # with a mask of SBD's alone
 W |= dict(e="ulm_000001_000002", X="leftImg8bit/train_extra/ulm")
 W |= dict(T="images/train", K="masks/train", V="images to train on are in val or test, {root}")
 W |= dict(N="nothing: a link leads what its list names out of here")
@@ -101,13 +101,11 @@ DRAWN = {  # tree: data set, layout, another image of it, more files: what is in
     "folder": ("folder", lambda root: folder(root, ["a", "one/a", "d"]), "d", {}),
 }  # fmt: skip
 LEADS = [  # tree, links in it, a line of a list, key | image | mask; {out}: a folder outside
-    ("voc", "", "{J}/{f}.jpg {S}/{f}.png", "{f} | {J}/{f}.jpg | {S}/{f}.png"),
     ("voc", "", "{J}/{o}.jpg {S}/{o}.png", "{o} | {J}/{o}.jpg | {A}/{o}.png"),  # no such mask
     ("voc", "", "{out}/{J}/{o}.jpg\t{out}/{S}/{o}.png", "{o} | {J}/{o}.jpg | {A}/{o}.png"),
     ("voc", "m.png>{out}/{S}/{o}.png", "{o}.jpg\tm.png", "{o} | {J}/{o}.jpg | {A}/{o}.png"),
     ("voc", "k>{out} l>k", "l/{J}/{o}.jpg\tl/{S}/{o}.png", "{o} | {J}/{o}.jpg | {A}/{o}.png"),
     ("camvid", "l>l", "train/{n}.png\tl/a.png", "{n} | train/{n}.png | trainannot/{n}.png"),
-    ("city", "", "{e}", "{e} | {X}/{e}_leftImg8bit.png | " + COARSE_IDS),
     ("city", "", COARSE, "{e} | {X}/{e}_leftImg8bit.png | " + COARSE_IDS),
     ("folder", "", "/{T}/one/a.png", "one/a | {T}/one/a.png | {K}/one/a.png"),
     ("folder", "", "{T}/a.png {K}/d.png", "a | {T}/a.png | {K}/d.png"),
@@ -164,9 +162,6 @@ def test_a_list_that_leads_nowhere_is_refused(tmp_path, tree, links, line, words
     setattr(args, flag, listed(tmp_path / "bad.txt", line.format(**known)))
     told = refusal(load, args)
     assert words.format(**known) in told and ("bad.txt" in told or "in val" in told)
-    tried = told.partition("tried ")[2].split("; ")[0].split(", ")
-    assert tried in ([""], [W["N"]]) or all(t.startswith(f"{known['root']}/") for t in tried)
-    assert len(set(tried)) == len(tried)
 
 
 def test_a_labelled_image_needs_its_mask_and_an_unlabelled_one_never(tmp_path, monkeypatch):
@@ -192,18 +187,6 @@ def test_a_labelled_image_needs_its_mask_and_an_unlabelled_one_never(tmp_path, m
         path.unlink()
     line = refusal(load, flags(tmp_path / "voc", dataset="voc"))
     assert line.endswith("; python prepare_data.py voc makes SegmentationClassAug")
-
-
-@pytest.mark.parametrize("what", ["root", "folders"])
-def test_the_folders_of_a_data_set_may_be_links_to_another_disk(tmp_path, what):
-    disk, root = folder(tmp_path / "disk"), tmp_path / "tree"
-    links = {root: disk} if what == "root" else {root / p.name: p for p in disk.iterdir()}
-    for link, target in links.items():
-        link.parent.mkdir(exist_ok=True)
-        os.symlink(target, link)
-    data = load(own(root, labeled_list=listed(tmp_path / "l.txt", "images/train/b.png", "d")))
-    assert keys_of(data.labeled) == ["b", "d"] and keys_of(data.unlabeled) == ["a", "c"]
-    assert data.labeled[0][1:] == (root / "images/train/b.png", root / "masks/train/b.png")
 
 
 # ---- published splits ----
@@ -260,19 +243,19 @@ def test_what_is_there_is_the_published_set_or_a_seed_draws_from_it(many, tmp_pa
     dataset, root, parts = many
     keys = parts["train"]
     # lists must be the set that their split names in their family
-    for split, some in (("1/16", keys[3:6]), ("1/8", keys[3:8]), ("1/4", keys[:5])):
+    for split, some in (("1/8", keys[3:8]), ("1/4", keys[:5])):
         monkeypatch.setitem(SPLITS[dataset]["u2pl"], split, entry(some))
     one = dict(dataset=dataset, labeled_list=listed(tmp_path / "l.txt", *keys[3:8]))
     for split in ("1/8", "list", "all", "1/0", ""):
         data = load(flags(root, split=split, split_family="u2pl", **one))
         assert keys_of(data.labeled) == keys[3:8]
         assert keys_of(data.unlabeled) == keys[:3] + keys[8:]
-    for split, what in (("1/4", entry(keys[:5])["set"]), ("1/16", "of 3, set"), ("1/20", "not 2;")):
+    for split, what in (("1/4", entry(keys[:5])["set"]), ("1/20", "not 2;")):
         line = refusal(load, flags(root, split=split, split_family="u2pl", **one))
         assert f"l.txt with --split {split}: 5 images" in line and what in line
     for keys in parts.values():
-        next(root.rglob(f"*{keys[1]}*")).unlink()
-        next(root.rglob(f"*{keys[1]}*")).unlink()
+        for path in [*root.rglob(f"*{keys[1]}*")]:
+            path.unlink()
         line = refusal(load, flags(root, dataset=dataset))
         assert differs(entry([keys[0], *keys[2:]]), entry(keys)) in line
         # a seed, though it is zero, draws from what is there
@@ -286,11 +269,14 @@ def test_two_folders_are_a_data_set_with_sub_folders_spaces_and_any_suffix(tmp_p
     names = ["B", "a", "a b", "deep/er/a", "deep/x.y", "deep/é (1)", "z.jpg", "{key}", "mask_png"]
     names += [f"k{i}" for i in range(5)]
     ends += [end.upper() for end in ends]
-    root = folder(tmp_path, names, ends)
+    disk, root = folder(tmp_path / "disk", names, ends), tmp_path / "tree"
+    root.mkdir()
+    for one in disk.iterdir():  # links to another disk
+        os.symlink(one, root / one.name)
     for stray in ("notes.txt", "._a.jpg", "Thumbs.db", "deep/.DS_Store", ".hidden.png"):
         (root / "images/train" / stray).write_text("no image")
     trees.picture(root / "images/train/.ipynb_checkpoints/a-checkpoint.png", "RGB", 1)
-    data = load(own(root, ignore_index=0))
+    data = load(own(root))
     assert keys_of(data.labeled) == sorted(names) and keys_of(data.test) == ["t0"]
     assert data.unlabeled == without_mask(data.labeled) and keys_of(data.val) == ["v0", "v1"]
     for item in data.labeled:
@@ -299,12 +285,13 @@ def test_two_folders_are_a_data_set_with_sub_folders_spaces_and_any_suffix(tmp_p
         assert item.label == root / f"masks/train/{item.key}.png"
         image, mask = data.read(item, True)
         assert abs(image.getpixel((2, 2))[0] - 10 * (i + 1)) <= 6
-        assert (np.asarray(mask) == (i % 4 or 255)).all()
+        assert (np.asarray(mask) == i % 4).all()
 
 
 def test_images_without_a_mask_are_unlabelled_whatever_the_split(tmp_path):
     names = [f"k{i}" for i in range(10)]
-    root, masked, bare = folder(tmp_path, names), names[1::2], names[::2]
+    os.symlink(folder(tmp_path / "disk", names), tmp_path / "tree")
+    root, masked, bare = tmp_path / "tree", names[1::2], names[::2]
     for name in bare:
         (root / f"masks/train/{name}.png").unlink()
     (root / f"masks/train/{bare[0]}.png").mkdir()  # no file

@@ -21,8 +21,8 @@ def colour(array, palette):
     return table[np.where((array < 0) | (array > 255), 255, array)]
 
 
-def save_panels(path, rows, palette, height=160):
-    """Saves rows, each a dict {title: map} as `colour` takes it, as one PNG with titles on top."""
+def panels(rows, palette, height=160):
+    """Returns rows, each a dict {title: map} as `colour` takes it, as one picture with titles."""
     lines = []
     for row in rows:
         images = [Image.fromarray(np.ascontiguousarray(colour(a, palette))) for a in row.values()]
@@ -36,5 +36,11 @@ def save_panels(path, rows, palette, height=160):
     sheet = Image.new("RGB", (max(x.width for x in lines), sum(x.height for x in lines)), "white")
     for i, line in enumerate(lines):
         sheet.paste(line, (0, sum(x.height for x in lines[:i])))
+    return sheet
+
+
+def save_panels(path, rows, palette, height=160):
+    """Saves what `panels` returns as a PNG."""
+    sheet = panels(rows, palette, height)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

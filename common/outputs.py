@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from common import Refusal, metrics, pictures
 from common.checkpoints import writing
 from common.data import FACTS, IGNORE, Data, Item
+from common.flags import NO_NUMBER
 from common.sources import SUFFIXES, Tree
 
 GREYS = [0, 0, 0, 0, 0, 0, 128, 128, 128] + [255, 255, 255] * 253  # palette of K
@@ -147,7 +148,7 @@ FORMS = {  # kind of file, and folder -> its ending
 
 def put(path, write):
     """Has write(another path) write a file, then renames it: whole or absent. Returns as write."""
-    new = path.with_name(f".{path.name}.part")
+    new = path.with_name(f".part-{path.name}")
     with writing(path, new):
         path.parent.mkdir(parents=True, exist_ok=True)
         returned = write(new)
@@ -338,7 +339,9 @@ def confusion_picture(confusion, names):
             y = margin + cell * i
             shade = round(255 * (1 - share))
             ink = "white" if share > 0.5 else "black"
-            pen.rectangle((x, y, x + cell - 2, y + cell - 2), (shade, shade, 255 - shade // 9))
+            pen.rectangle(
+                (x, y, x + cell - 2, y + cell - 2), (shade, shade, 255 - (255 - shade) // 3)
+            )
             if share >= 0.0005:
                 text = f"{100 * share:.1f}"
                 pen.text((x + cell // 2 - 1, y + cell // 2 - 1), text, ink, font, anchor="mm")
@@ -484,7 +487,8 @@ def model_card(source, name, said):
         rows[on] = f"{100 * scores['miou']:.2f} %"
     versions = start.get("versions", {})
     for key, value in (rows | versions | saved["args"]).items():
-        lines.append(f"| {key} | {value} |")
+        if key not in NO_NUMBER and value not in ("", None):
+            lines.append(f"| {key} | {value} |")
     return "\n".join(lines) + "\n"
 
 

@@ -354,7 +354,8 @@ def predict_all(options, source, device):
             if not writer.done(item.key):
                 found = segment_or_say(source, item, image, options, device)
             pending.append(pool.submit(writer.write, item, image, label, found))
-            if len(pending) > 3:
+            large = image is not None and image.width * image.height > WHOLE
+            while len(pending) > 3 * (not large):  # memory for one large image
                 results.append(pending.popleft().result())
         results += [future.result() for future in pending]
     return results, data, unread

@@ -122,7 +122,7 @@ def find_part(args, options):
     return items, data
 
 
-def ahead(function, items, depth=3):
+def ahead(function, items, depth=2):
     """Yields function(item) for all items in order, computed in a thread up to depth ahead."""
     with ThreadPoolExecutor(1) as pool:
         waiting = deque()
@@ -190,6 +190,11 @@ def claim(folder, facts):
     put_text(path, json.dumps(facts, indent=1) + "\n")
 
 
+def pixels_of(classes, size):
+    """Returns how many pixels have each class, (size,) int64; classes: (H, W) uint8."""
+    return torch.bincount(torch.from_numpy(classes).flatten(), minlength=size)
+
+
 class Result(NamedTuple):
     """What is kept of an image: pixels per class, (C,), and its (C, C) confusion or None."""
 
@@ -236,12 +241,12 @@ class Writer:
         """Writes the files of an image, and returns its Result; found None: they are there."""
         if found is None:
             with Image.open(self.place("classes", item.key)) as file:
-                classes = np.asarray(file)
+                classes = np.array(file)
         else:
             classes = found["classes"]
             self.write_maps(item.key, image, found)
         size = self.data.num_classes
-        counts = torch.from_numpy(np.bincount(classes.ravel(), minlength=size))
+        counts = pixels_of(classes, size)
         if label is None:
             return Result(item.key, counts, None)
         truth = np.asarray(label)
@@ -304,8 +309,8 @@ def overlay(image, classes, names, palette):
     picture less than 320 pixels wide is enlarged.
     """
     height, width = classes.shape
-    counts = np.bincount(classes.ravel(), minlength=len(names))
-    present = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    counts = pixels_of(classes, len(names)).tolist()
+    present = [i for i in np.argsort(counts, kind="stable")[::-1] if counts[i]]
     blended = Image.blend(image, Image.fromarray(palette[classes]), 0.5)
     factor = -(-320 // width)
     if factor > 1:

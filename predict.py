@@ -79,7 +79,8 @@ class Args:
     run: tyro.conf.Positional[str]  # a run's folder (its best.pt, or else last.pt) or a checkpoint
     images: tyro.conf.Positional[tuple[str, ...]] = ()  # folders, files, globs, lists (.txt)
     out: str = ""  # folder for all that is written; started again, it goes on there
-    network: Literal["branch1", "branch2", "mean", "student", "teacher"] | None = None  # or scored
+    # which of the checkpoint's; left out: the one that its run scored
+    network: Literal["branch1", "branch2", "mean", "student", "teacher"] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
     amp: Literal["none", "bf16"] = "none"  # bf16: network in bfloat16, what follows in float32
     window: Number = 0  # side of the windows; 0: as the checkpoint was evaluated
@@ -91,6 +92,7 @@ class Args:
     csv: bool = False  # shares.csv: the share of each class in each image
     # scores
     split: Literal["val", "test"] | None = None  # predict and score this part of the data set
+    # of --split; left out: the one trained on
     dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] | None = None
     data_root: str = ""  # of --split; left out: the one trained on
     masks: str = ""  # folder of masks, named as the images: score the images

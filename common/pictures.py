@@ -21,8 +21,8 @@ def colour(array, palette):
     return table[np.where((array < 0) | (array > 255), 255, array)]
 
 
-def save_panels(path, rows, palette, height=160):
-    """Saves rows, each a dict {title: map} as `colour` takes it, as one PNG with titles on top.
+def panels(rows, palette, height=160):
+    """Returns rows, each a dict {title: map} as `colour` takes it, as one picture with titles.
 
     A map is at most 4 times as wide as the row is high.
     """
@@ -47,5 +47,11 @@ def save_panels(path, rows, palette, height=160):
     for line in lines:
         sheet.paste(line, (0, y))
         y += line.height
+    return sheet
+
+
+def save_panels(path, rows, palette, height=160):
+    """Saves what `panels` returns as a PNG."""
+    sheet = panels(rows, palette, height)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

@@ -75,8 +75,11 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def refusals():
-    """A Refusal becomes one line and exit code 2, Ctrl-C one and 130, SIGTERM one and 143."""
+def refusals(resume="the same command with --resume goes on"):
+    """A Refusal becomes one line and exit code 2, Ctrl-C one and 130, SIGTERM one and 143.
+
+    resume: what to do after a stop.
+    """
 
     def interrupt(*_):
         """Ctrl-C ends the loaders at once: one that loses its reader prints a traceback."""
@@ -94,7 +97,7 @@ def refusals():
         code = 2
     except (KeyboardInterrupt, Stopped) as error:
         code = 143 if isinstance(error, Stopped) else 130
-        line = f"{str(error) or 'stopped'}; the same command with --resume goes on"
+        line = f"{str(error) or 'stopped'}; {resume}"
     except BaseException as error:
         end_loaders()  # deaf to SIGTERM: the exit would wait for them for ever
         remedy = machine_remedy(error)

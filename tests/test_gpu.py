@@ -2,13 +2,15 @@
 
 import importlib
 import json
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu, gpu_checks, gpu_runs, page, released, steps
-from common import Refusal, distributed
+from common import Refusal, distributed, run
 from common.distributed import Group
 from processes import Forked
 from tiny import draw_tree
@@ -117,13 +119,26 @@ def test_mps_is_accepted_where_torch_has_it(monkeypatch):
 
 @pytest.mark.parametrize("name", steps.MODES)
 def test_what_mps_cannot_run_is_named(name):
-    """The sums of the log are float32 there."""
+    """The others bring float64 onto a device for the sums of the log alone."""
     if name in ("ael_fpl", "u2pl", "esl"):
         with pytest.raises(Refusal, match="--device mps: .* in float64, which MPS does not have"):
             seen(name, FIRST[name], device=MPS)
     else:
-        assert seen(name, FIRST[name]).wide  # float64 for the sums of the log
-        assert not seen(name, FIRST[name], device=MPS).wide
+        found = seen(name, FIRST[name]).wide
+        assert {wide.where.split(":")[0] for wide in found} == {"run.py"}
+
+
+@pytest.mark.parametrize(("device", "kind"), [("mps", torch.float32), ("cpu", torch.float64)])
+def test_the_sums_of_the_log_are_float32_on_mps(device, kind):
+    never = dict.fromkeys(["log_every", "eval_every", "save_every", "pictures_every"], 0)
+    one = object.__new__(run.Run)
+    one.group = SimpleNamespace(device=SimpleNamespace(type=device))
+    one.args = SimpleNamespace(total_iters=9, **never)
+    one.first = one.signalled = False
+    one.begin = 1  # no word on the first step
+    one.meter, one.clock, one.bad_step = torch.zeros(0), Counter(), torch.tensor(run.NEVER)
+    one.log_step(1, {"loss": torch.tensor(0.5)}, 0.1, 0.0, {})
+    assert one.meter.dtype == kind and one.meter.tolist() == [1, 0.5]
 
 
 @pytest.fixture

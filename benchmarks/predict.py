@@ -1,0 +1,133 @@
+"""predict.py against a plain loop over the script's predict: images per second and peak memory.
+
+python benchmarks/predict.py                          # 24 photographs of noise, 480x360
+python benchmarks/predict.py --width 8000 --height 6000 --images 1 --repeats 1 --classes 21
+
+Both read the same JPEG files with the same network of random weights (ResNet-18, stride 16) and
+write the same classes and overlays. The plain loop reads, predicts and writes one image after the
+other; predict.py reads ahead and writes behind. Every run is a process of its own, the two in
+turns; the median of the repeats is printed, with the largest resident memory of a process.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # before this folder, which has a predict.py too
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import tyro  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import predict  # noqa: E402
+import supervised  # noqa: E402
+from common import outputs  # noqa: E402
+from common.checkpoints import write_checkpoint  # noqa: E402
+from common.flags import acting, merge  # noqa: E402
+
+
+@dataclass
+class Options:
+    """What is predicted, and how often."""
+
+    images: int = 24
+    width: int = 480  # pixels
+    height: int = 360
+    classes: int = 11
+    repeats: int = 3
+    threads: int = torch.get_num_threads()  # of the network
+    maps: bool = False  # confidence and entropy too
+    child: str = ""  # plain or overlapped: run once in folder, print seconds and bytes
+    folder: str = ""
+
+
+def draw(options, folder):
+    """Writes the photographs, smooth noise, and a checkpoint."""
+    (folder / "images").mkdir()
+    for number in range(options.images):
+        rng = np.random.default_rng(number)
+        pixels = rng.integers(0, 256, (options.height // 8, options.width // 8, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((options.width, options.height))
+        image.save(folder / f"images/{number:04d}.jpg", quality=90)
+    args = supervised.Args(
+        dataset="folder", num_classes=options.classes, backbone="resnet18", weights="none"
+    )
+    args = merge(args, supervised.preset)
+    args = replace(args, split="all")
+    torch.manual_seed(0)
+    group = predict.SimpleNamespace(world=1, device=torch.device("cpu"))
+    net = supervised.build(args, options.classes, supervised.DeepLabV3Plus, group)
+    content = dict(script="supervised.py", args=acting(args), step=1)
+    write_checkpoint(folder / "net.pt", content | {"networks": {"student": net.state_dict()}})
+
+
+def plain(options, folder):
+    """One image after the other."""
+    source = predict.open_source(folder / "net.pt")
+    kinds = ["classes", "overlays"]
+    kinds += ["confidence", "entropy"] * options.maps
+    writer = outputs.Writer(folder / "plain", kinds, source.data)
+    for item in outputs.find_images([str(folder / "images")], writer.folder):
+        item, image, label = writer.read(item)
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        writer.write(item, image, label, predict.segment(source, pixels, maps=options.maps))
+
+
+def overlapped(options, folder):
+    """The command."""
+    words = [str(folder / "net.pt"), str(folder / "images"), "--out", str(folder / "overlapped")]
+    predict.main(words + ["--device", "cpu"] + ["--maps"] * options.maps)
+
+
+def child(options):
+    """Runs one of the two, and prints seconds and bytes as JSON."""
+    torch.set_num_threads(options.threads)
+    begin = time.time()
+    {"plain": plain, "overlapped": overlapped}[options.child](options, Path(options.folder))
+    seconds = time.time() - begin
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps([seconds, kibibytes * 1024]))
+
+
+def main(options):
+    """Draws, runs both in turns, and prints a line for each."""
+    rows = {"plain": [], "overlapped": []}
+    with tempfile.TemporaryDirectory() as name:
+        draw(options, Path(name))
+        for repeat in range(options.repeats):
+            for kind in sorted(rows, reverse=bool(repeat % 2)):
+                folder = Path(name) / kind
+                if folder.exists():
+                    folder.rename(Path(name) / f"{kind}-{repeat}")
+                words = [f"--{key}={value}" for key, value in asdict(options).items()]
+                words = [w for w in words if not w.startswith(("--maps", "--child", "--folder"))]
+                words += ["--child", kind, "--folder", name, *["--maps"] * options.maps]
+                done = subprocess.run(
+                    [sys.executable, __file__, *words],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                )
+                rows[kind].append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{options.images} images of {options.width}x{options.height}, {options.threads} threads")
+    for kind, found in rows.items():
+        seconds = statistics.median(row[0] for row in found)
+        memory = max(row[1] for row in found) / 2**30
+        rate = options.images / seconds
+        print(f"{kind:11} {rate:8.2f} images a second, peak memory {memory:.2f} GiB")
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options)
+    if options.child:
+        child(options)
+    else:
+        main(options)

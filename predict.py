@@ -1,0 +1,576 @@
+"""From a checkpoint of any script to pictures, scores, archives and a network to take away.
+
+  python predict.py runs/NAME photos --out pictures           # folders, files, globs, lists (.txt)
+  python predict.py runs/NAME photos --out pictures --maps --csv
+  python predict.py runs/NAME --split val --out scored        # IoU, confusion, worst images first
+  python predict.py runs/NAME photos --masks masks --out scored
+  python predict.py runs/NAME photos --out test --export cityscapes
+  python predict.py runs/NAME --onnx net.onnx
+
+The network, its windows and its classes are those of the script that wrote the checkpoint, which is
+imported: nothing of them is repeated here. In Python, an image (B, 3, H, W) of 0..255 in, logits
+(B, C, H, W) out:
+
+  from predict import load
+  net, classes = load("runs/NAME/best.pt")
+  logits = net(image)
+
+docs/predict.md has what each file is, and the rules.
+"""
+
+# ---- 1. Imports ------------------------------------------------------------------------------
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import sys
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+from common import Refusal, distributed, outputs
+from common.checkpoints import load_checkpoint, load_networks
+from common.data import Data
+from common.flags import (
+    NO_NUMBER,
+    Number,
+    Scales,
+    check,
+    cli,
+    given_names,
+    in_words,
+    merge,
+    met,
+    rules,
+)
+from common.run import machine_remedy, refusals, report
+
+# ---- 2. Options ------------------------------------------------------------------------------
+
+HEADS = {  # script -> the head of its networks
+    "supervised.py": "DeepLabV3Plus",
+    "mean_teacher.py": "DeepLabV3Plus",
+    "cps_fpl.py": "CPSHead",
+    "ael_fpl.py": "DeepLabV3Plus",
+    "u2pl.py": "U2PLHead",
+    "esl.py": "ESLHead",
+}
+WHOLE = 4_000_000  # pixels; a larger image goes through in windows whatever the protocol
+WINDOW = 1024  # their side then
+SIZES = ((2, 97, 65), (1, 64, 128))  # images, height, width that an export is verified on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Predicts images with a checkpoint: classes, overlays, maps, scores, archives, exports."""
+
+    run: tyro.conf.Positional[str]  # a run's folder (its best.pt, or else last.pt) or a checkpoint
+    images: tyro.conf.Positional[tuple[str, ...]] = ()  # folders, files, globs, lists (.txt)
+    out: str = ""  # folder for all that is written; started again, it goes on there
+    # which of the checkpoint's; left out: the one that its run scored
+    network: Literal["branch1", "branch2", "mean", "student", "teacher"] | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    amp: Literal["none", "bf16"] = "none"  # bf16: network in bfloat16, what follows in float32
+    window: Number = 0  # side of the windows; 0: as the checkpoint was evaluated
+    scales: Scales = (1.0,)  # of the image; probabilities are averaged
+    flip: bool = False  # average with the mirrored image
+    upright: bool = False  # turn photographs as their EXIF data say; training reads them as stored
+    overlays: bool = True  # pictures of the classes on the image, with a legend
+    maps: bool = False  # confidence, entropy and, of cps_fpl and ael_fpl, K
+    csv: bool = False  # shares.csv: the share of each class in each image
+    # scores
+    split: Literal["val", "test"] | None = None  # predict and score this part of the data set
+    # of --split; left out: the one trained on
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] | None = None
+    data_root: str = ""  # of --split; left out: the one trained on
+    masks: str = ""  # folder of masks, named as the images: score the images
+    # to take away
+    export: Literal["cityscapes", "voc"] | None = None  # archive for the test server
+    onnx: str = ""  # write the network as this ONNX file
+    program: str = ""  # write it by torch.export as this .pt2 file
+    safetensors: str = ""  # write its weights as this file, and a model card beside it
+
+    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+        **dict.fromkeys("window scales flip maps csv export".split(), "out"),
+        "overlays": "out",
+        "dataset": "split",
+        "data_root": "split",
+        "masks": "images",
+        "upright": "images, no masks",
+    }
+
+
+def checked(options, argv):
+    """Returns options. Raises Refusal where one is out of its range or cannot act."""
+    given = given_names(options, argv)
+    for name, kind in get_type_hints(Args, include_extras=True).items():
+        flag = "--" + name.replace("_", "-")
+        value = getattr(options, name)
+        check(flag, value, rules(kind))
+        need = Args.NEEDS.get(name, "")
+        if name in given and not met(need, options, given):
+            raise Refusal(f"{flag} {value} does nothing {in_words(need)}")
+    if options.images and options.split:
+        raise Refusal("images and --split: give one of them")
+    pictured = bool(options.images or options.split)
+    if pictured != bool(options.out):
+        raise Refusal("--out DIR with images or --split, and with them alone")
+    if not (pictured or options.onnx or options.program or options.safetensors):
+        raise Refusal("nothing to do: give images, --split, --onnx, --program or --safetensors")
+    return options
+
+
+# ---- 3. A checkpoint's network ---------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """A checkpoint, opened: its script, resolved flags, classes and palette, and one network."""
+
+    saved: dict
+    script: Any
+    args: Any
+    data: Data
+    name: str  # of the network
+    net: nn.Module  # in eval mode; forward: (B, 3, H, W) 0..255 -> {"logits": (B, C, H, W)}
+    networks: dict  # {name: network} that it is made of
+
+
+class Logits(nn.Module):
+    """A network by itself: images (B, 3, H, W), RGB in 0..255 -> logits (B, C, H, W) float32."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, image):
+        return self.net(image)["logits"]
+
+
+def load(path, network=None, device="cpu"):
+    """Returns (Logits in eval mode, class names) of a run's folder or a checkpoint file.
+
+    network: branch1, branch2, mean, student, teacher; None: the one that was scored. Raises
+    Refusal.
+    """
+    source = open_source(path, network, torch.device(device))
+    return Logits(source.net).eval(), list(source.data.classes)
+
+
+def open_source(path, network=None, device="cpu", amp="none"):
+    """Returns the Source of a run's folder or a checkpoint file. Raises Refusal."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
+        if not found:
+            raise Refusal(f"{path}: neither best.pt nor last.pt there: give a run's folder")
+        path = found[0]
+    if path.suffix == ".safetensors":
+        return build_source(load_safetensors(path), network, device, amp)
+    return build_source(load_checkpoint(path), network, device, amp)
+
+
+def build_source(saved, network=None, device="cpu", amp="none"):
+    """Returns the Source of a checkpoint's dict. Raises Refusal."""
+    path = saved["path"]
+    if saved["script"] not in HEADS:
+        raise Refusal(f"{path}: of {saved['script']}; known are {', '.join(HEADS)}")
+    script = importlib.import_module(Path(saved["script"]).stem)
+    args = arguments(script, saved["args"], amp)
+    data = Data(args, [], [], [], [])
+    group = SimpleNamespace(world=1, device=torch.device(device))
+    name = network or saved.get("network") or scored_name(saved, args)
+    known = list(saved["networks"])
+    if {"branch1", "branch2"} <= set(known):
+        known.append("mean")
+    if name not in known:
+        raise Refusal(f"{path}: no network {name}; --network takes {', '.join(known)}")
+    parts = ["branch1", "branch2"] if name == "mean" else [name]
+    head = getattr(script, HEADS[saved["script"]])
+    networks = {part: script.build(args, data.num_classes, head, group) for part in parts}
+    load_networks(saved, networks)
+    net = script.Average(networks.values()) if name == "mean" else networks[name]
+    net.requires_grad_(False).eval()
+    return Source(saved, script, args, data, name, net, networks)
+
+
+def arguments(script, saved, amp):
+    """Returns a script's Args as a checkpoint's dict of those that acted has them, resolved."""
+    names = {field.name for field in fields(script.Args)}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names}
+    return merge(script.Args(**values | {"weights": "none", "amp": amp}), script.preset)
+
+
+def scored_name(saved, args):
+    """Returns the name of the network that the script's own evaluation scores at this step."""
+    if hasattr(args, "evaluate"):
+        return args.evaluate
+    if "teacher" in saved["networks"] and saved["step"] > getattr(args, "warmup_iters", 0):
+        return "teacher"
+    return next(iter(saved["networks"]))
+
+
+class Views(nn.Module):
+    """A network that looks at an image at several scales and mirrored.
+
+    "logits" is the logarithm of the mean of the views' probabilities, at the image's size whatever
+    upsampled says. In windows every window is scaled by itself: memory stays bounded.
+    """
+
+    def __init__(self, net, scales, flip):
+        super().__init__()
+        self.net = net
+        self.scales = scales
+        self.flip = flip
+
+    def forward(self, x, upsampled=True):
+        total = 0.0
+        size = x.shape[2:]
+        for scale in self.scales:
+            scaled = [max(round(scale * side), 1) for side in size]
+            view = x.float()
+            if scale != 1:
+                view = F.interpolate(view, scaled, mode="bilinear", antialias=scale < 1)
+            for mirrored in (False, True)[: 1 + self.flip]:
+                logits = self.net(view.flip(3) if mirrored else view)["logits"]
+                logits = logits.flip(3) if mirrored else logits
+                logits = F.interpolate(logits, size, mode="bilinear", align_corners=True)
+                total = total + F.softmax(logits, 1)
+        count = len(self.scales) * (1 + self.flip)
+        return {"logits": (total / count).clamp(min=1e-30).log()}
+
+
+class Counted(nn.Module):
+    """A network with a channel of ones after its logits: windows that overlap are counted."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        logits = self.net(x)["logits"]
+        return {"logits": torch.cat([logits, torch.ones_like(logits[:, :1])], 1)}
+
+
+# ---- 4. Prediction ---------------------------------------------------------------------------
+
+
+def protocol_for(args, pixels, window):
+    """Returns args with the protocol and the window for an image of so many pixels."""
+    if window:
+        return replace(args, protocol="slide", crop_size=window)
+    if args.protocol == "whole" and pixels > WHOLE:
+        return replace(args, protocol="slide", crop_size=WINDOW)
+    return args
+
+
+@torch.no_grad()
+def segment(source, image, window=0, maps=False):
+    """Returns {name: (H, W) uint8} of an image, (3, H, W) uint8 on the network's device.
+
+    classes, as the script's predict has them; with maps confidence, entropy (over log C), both 255
+    for 1, and K of Alg. 1, where the script has it and the checkpoint has a T. Memory grows with
+    the width of the image, not with its height, but for the results.
+    """
+    script = source.script
+    classes = source.data.num_classes
+    args = protocol_for(source.args, image[0].numel(), window)
+    if not maps:
+        found = {"classes": script.predict(source.net, image, args, classes)}
+        return {name: value.to(torch.uint8).cpu().numpy() for name, value in found.items()}
+    net = Counted(source.net)
+    if args.protocol == "slide":
+        parts = script.slide(net, image, args.crop_size, classes + 1)
+    else:
+        parts = [net(image[None])["logits"][0]]
+    rows = [described(source, some) for part in parts for some in part.split(64, dim=1)]
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def described(source, sums):
+    """Returns {name: (rows, W) uint8} of rows of summed logits with their counts (Counted)."""
+    logits = sums[None, :-1]
+    prob = F.softmax(logits / sums[None, -1:], 1)
+    found = {"classes": logits.argmax(1)}
+    entropy = -torch.special.xlogy(prob, prob).sum(1) / np.log(prob.shape[1])
+    found["confidence"] = (255 * prob.amax(1)).round()
+    found["entropy"] = (255 * entropy).round().clamp(0, 255)
+    if "T" in source.saved["args"]:
+        args = source.args
+        p, _ = source.script.by_rank(prob)
+        found["K"] = source.script.fuzzy_positive_assignment(
+            p, args.T, k_max=args.k_max, strict=args.strict
+        )
+    return {name: value[0].to(torch.uint8).cpu().numpy() for name, value in found.items()}
+
+
+# ---- 5. All images ---------------------------------------------------------------------------
+
+
+def predict_all(options, source, device):
+    """Predicts all images; returns (Results in their order, Data of the masks, what was not read).
+
+    One thread reads ahead, two write, and the network runs in between. An image that cannot be read
+    is named and left out.
+    """
+    scored = bool(options.split or options.masks)
+    data = source.data
+    if options.split:
+        items, data = outputs.find_part(source.args, options)
+    else:
+        items = outputs.find_images(options.images, options.out)
+    if options.masks:
+        items = outputs.with_masks(items, Path(options.masks))
+    if options.export:
+        outputs.check_names(options.export, source.args.dataset, items)
+    outputs.claim(Path(options.out), facts_of(options, source))
+    if len(options.scales) > 1 or options.scales[0] != 1 or options.flip:
+        source = source._replace(net=Views(source.net, options.scales, options.flip))
+    kinds = kinds_of(options, source)
+    writer = outputs.Writer(options.out, kinds, data, scored, options.upright)
+    unread = []
+    pending = deque()
+    results = []
+    every = 0.5 if sys.stderr.isatty() else 10  # seconds between lines
+    bar = tqdm(total=len(items), unit="image", mininterval=every, dynamic_ncols=True)
+    with bar, ThreadPoolExecutor(2) as pool:
+        for read in outputs.ahead(writer.read, items):
+            bar.update()
+            if isinstance(read, Refusal):
+                unread.append(str(read))
+                bar.write(unread[-1], file=sys.stderr)
+                continue
+            item, image, label = read
+            found = None
+            if not writer.done(item.key):
+                found = segment_or_say(source, item, image, options, device)
+            pending.append(pool.submit(writer.write, item, image, label, found))
+            large = image is not None and image.width * image.height > WHOLE
+            while len(pending) > 3 * (not large):  # memory for one large image
+                results.append(pending.popleft().result())
+        results += [future.result() for future in pending]
+    return results, data, unread
+
+
+def kinds_of(options, source):
+    """Returns the kinds of files that an image gets, of outputs.FORMS."""
+    kinds = ["classes"]
+    if options.overlays:
+        kinds.append("overlays")
+    if options.maps:
+        kinds += ["confidence", "entropy"]
+    if options.maps and "T" in source.saved["args"]:
+        kinds.append("K")
+    if options.split or options.masks:
+        kinds.append("compared")
+    return kinds
+
+
+def segment_or_say(source, item, image, options, device):
+    """Returns what segment does. Raises Refusal, naming the image, where memory does not do."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+    try:
+        return segment(source, pixels, options.window, options.maps)
+    except (MemoryError, RuntimeError) as error:
+        if not machine_remedy(error):
+            raise
+        window = "--window 512, or a smaller one"
+        size = f"{image.width}x{image.height}"
+        raise Refusal(f"{item.image or item.key}: {size} pixels, out of memory: {window}") from None
+
+
+def facts_of(options, source):
+    """Returns what the numbers in an output folder depend on, as JSON values."""
+    names = ("amp", "window", "scales", "flip", "upright")
+    facts = {name: getattr(options, name) for name in names}
+    facts["scales"] = list(options.scales)
+    facts["sha256"] = hashlib.sha256(Path(source.saved["path"]).read_bytes()).hexdigest()
+    facts["network"] = source.name
+    facts["script"] = source.saved["script"]
+    facts["step"] = source.saved["step"]
+    return facts
+
+
+# ---- 6. A network to take away ---------------------------------------------------------------
+
+
+def need(flag, *modules):
+    """Raises Refusal if a module that a flag wants is not installed."""
+    absent = [name for name in modules if not importlib.util.find_spec(name)]
+    if absent:
+        raise Refusal(f"{flag}: not installed; pip install {' '.join(absent)}")
+
+
+def verified(run, model):
+    """Returns how far run(image) is from model(image) at SIZES, in words. Raises Refusal.
+
+    run: the written network, images (B, 3, H, W) uint8 -> logits. Neither the number of images nor
+    their sizes are those that it was written with.
+    """
+    largest = 0.0
+    for number, height, width in SIZES:
+        generator = torch.Generator().manual_seed(0)
+        shape = (number, 3, height, width)
+        image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        expected = model(image)
+        found = run(image)
+        if found.shape != expected.shape:
+            raise Refusal(f"verified: shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+        largest = max(largest, float((found - expected).abs().max() / expected.abs().max()))
+    if not largest < 1e-3:
+        raise Refusal(f"verified: logits differ by {largest:.1e} of the largest: not written")
+    return f"float32, logits within {largest:.0e} of the largest one at {len(SIZES)} sizes"
+
+
+def exported(model, convert):
+    """Returns convert(model, (image,), dynamic_shapes=...) with free numbers and sizes."""
+    free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    image = torch.zeros(3, 3, 128, 160, dtype=torch.uint8)
+    return convert(model, (image,), dynamic_shapes={"image": free})
+
+
+def write_onnx(path, model):
+    """Writes a network as one ONNX file, input image, output logits; returns what was verified."""
+    import onnxruntime
+
+    def convert(*given, **more):
+        names = {"input_names": ["image"], "output_names": ["logits"]}
+        return torch.onnx.export(*given, dynamo=True, verbose=False, **names, **more)
+
+    def write(new):
+        exported(model, convert).save(str(new), external_data=False)
+        session = onnxruntime.InferenceSession(str(new), providers=["CPUExecutionProvider"])
+
+        def run(image):
+            return torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
+
+        return verified(run, model)
+
+    return outputs.put(path, write)
+
+
+def write_program(path, model):
+    """Writes a network by torch.export; returns what was verified."""
+
+    def write(new):
+        torch.export.save(exported(model, torch.export.export), new)
+        return verified(torch.export.load(new).module(), model)
+
+    return outputs.put(path, write)
+
+
+def write_safetensors(path, source):
+    """Writes a network's weights, with what it takes to build it, and a model card beside them.
+
+    open_source reads the file as a checkpoint. Returns what was verified.
+    """
+    from safetensors.torch import save_file
+
+    saved = source.saved
+    facts = {"script": saved["script"], "step": saved["step"], "network": source.name}
+    facts["args"] = {k: v for k, v in saved["args"].items() if k not in NO_NUMBER}
+    weights = {}
+    for part, net in source.networks.items():
+        for name, value in net.state_dict().items():
+            weights[f"{part}.{name}"] = value.contiguous()
+
+    def write(new):
+        save_file(weights, new, metadata={k: json.dumps(v) for k, v in facts.items()})
+        again = build_source(load_safetensors(new))
+        return verified(Logits(again.net), Logits(source.net))
+
+    said = outputs.put(path, write)
+    outputs.put_text(path.with_suffix(".md"), outputs.model_card(source, path.name, said))
+    return said
+
+
+def load_safetensors(path):
+    """Returns a file of write_safetensors as the dict of a checkpoint. Raises Refusal."""
+    need(str(path), "safetensors")
+    from safetensors import SafetensorError, safe_open
+
+    networks = {}
+    try:
+        with safe_open(path, "pt") as file:
+            facts = {name: json.loads(value) for name, value in file.metadata().items()}
+            for key in file.keys():
+                part, _, name = key.partition(".")
+                networks.setdefault(part, {})[name] = file.get_tensor(key)
+        return {name: facts[name] for name in ("script", "args", "step", "network")} | {
+            "networks": networks,
+            "path": str(path),
+        }
+    except (OSError, SafetensorError, AttributeError, KeyError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise Refusal(f"{path}: no file of --safetensors ({line})") from None
+
+
+# ---- 7. The command line ---------------------------------------------------------------------
+
+
+def main(argv=None):
+    """Does what the flags say. Raises Refusal."""
+    argv = sys.argv[1:] if argv is None else argv
+    options = checked(cli(Args, argv), argv)
+    if options.onnx:
+        need("--onnx", "onnx", "onnxscript", "onnxruntime")
+    if options.safetensors:
+        need("--safetensors", "safetensors")
+    group = distributed.setup(options.device)
+    if group.world > 1:
+        raise Refusal("one process alone: leave torchrun out")
+    source = open_source(options.run, options.network, group.device, options.amp)
+    of = f"{source.name} of {source.saved['script']}, step {source.saved['step']}"
+    print(f"{source.saved['path']}: {of}, {source.data.num_classes} classes", flush=True)
+    if options.out:
+        predict_and_write(options, source, group.device)
+    if options.onnx or options.program or options.safetensors:
+        take_away(options, open_source(options.run, options.network))
+
+
+def predict_and_write(options, source, device):
+    """Predicts images; writes what --csv, masks and --export ask for. Raises Refusal."""
+    folder = Path(options.out)
+    results, data, unread = predict_all(options, source, device)
+    print(f"{folder}: {len(results)} images in {folder / 'classes'}", flush=True)
+    if options.csv:
+        outputs.write_shares(folder, source.data.classes, results)
+        print(f"{folder / 'shares.csv'}: share of each class in each image")
+    if results and results[0].confusion is not None:
+        of = options.split or options.masks
+        title = f"{source.saved['path']} on {of}"
+        scores = outputs.write_scores(folder, title, data, results)
+        print(report(data, {"predict": scores}, of))
+        print(f"{folder / 'index.html'}: the same, and the worst images first")
+    if options.export and not unread:
+        print(outputs.write_archive(folder, options.export, results, source.data.palette))
+    if unread:
+        raise Refusal(f"{len(unread)} images were not read, the first: {unread[0]}")
+
+
+def take_away(options, source):
+    """Writes what --onnx, --program and --safetensors ask for, on the CPU in float32."""
+    model = Logits(source.net).eval()
+    warnings.simplefilter("ignore")  # the exporters' own
+    if options.onnx:
+        print(f"{options.onnx}: {write_onnx(Path(options.onnx), model)}")
+    if options.program:
+        print(f"{options.program}: {write_program(Path(options.program), model)}")
+    if options.safetensors:
+        print(f"{options.safetensors}: {write_safetensors(Path(options.safetensors), source)}")
+
+
+if __name__ == "__main__":
+    with refusals("the same command goes on"):
+        main()

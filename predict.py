@@ -202,7 +202,24 @@ def build_source(saved, network=None, device="cpu", amp="none"):
     load_networks(saved, networks)
     net = script.Average(networks.values()) if name == "mean" else networks[name]
     net.requires_grad_(False).eval()
+    if args.precise_bn:
+        estimate_bn(script, net, args, torch.device(device))
     return Source(saved, script, args, data, name, net, networks)
+
+
+def estimate_bn(script, net, args, device):
+    """Gives a network the statistics of --precise-bn, as the run's evaluation had them, in place.
+
+    They are those of training images: where these are not, a note says that the running ones stay.
+    """
+    try:
+        data = script.load(args)
+    except Refusal as error:
+        print(f"note: BN's running statistics are used, no --precise-bn: {error}", file=sys.stderr)
+        return
+    with script.evaluating(net, data, args, distributed.Group(0, 1, device)):
+        scored = {name: value.clone() for name, value in net.state_dict().items()}
+    net.load_state_dict(scored)
 
 
 def arguments(script, saved, amp):

@@ -200,7 +200,6 @@ STEP = "        optimizer.step()\n"
 END = "        # <<< method: losses\n"
 BEGIN = "# >>> method: functions\n"
 ONE = "def one():\n    return 1\n\n\n"
-LONG = "def long():\n" + "    x = 1\n" * FUNCTION
 
 
 def test_a_change_outside_the_seams_is_found_and_fixed():
@@ -233,26 +232,20 @@ def test_broken_marks_are_named():
             raise AssertionError(f"{old!r} as {new!r} went unnoticed")
 
 
-def test_statements_are_counted_not_lines():
-    text = "@d\nclass A:\n    x: int = 1\n    y = f(\n        a=1,\n    )\n    a, b = 1, 2; c = 3\n"
-    assert statements(ast.parse(text)) == 6
-    assert statements(ast.parse('def f():\n    """Says."""\n    if a:\n        return 1\n')) == 3
-
-
 def test_caps_are_enforced():
-    many = SCRIPT - statements(ast.parse(PARENT_TEXT)) + 1
-    for name, text, words in (  # in a seam of the parent, or a file of its own
-        (PARENT, LONG, ""),
-        (PARENT, LONG + "    return x\n", "long has 41 statements, cap 40"),
-        (PARENT, "B = 1\n" * many, f"{PARENT} has 621 statements, cap 620"),
-        ("a.py", LONG.replace("long", "main") + "    return x\n", ""),
-        ("a.py", "a = 1\n" * 1751, "common/ has 1751 statements"),
-        ("fused.py", "a = 1\n" * 201, "fused.py has 201 statements"),
+    long = "def long():\n" + "    x = 1\n" * FUNCTION
+    for name, text, words in (
+        ("a.py", long, ""),
+        ("a.py", long + "    return x\n", "long has 41 statements, cap 40"),
+        ("a.py", long.replace("long", "main") + "    return x\n", ""),
+        ("a.py", "a, b = 1, 2\n" * 876, "common/ has 1752 statements"),
+        ("fused.py", "a = 1\n" * 201, "common/fused.py has 201 statements"),
         ("prepare_data.py", "a = 1\n" * 496, "prepare_data.py has 496 statements"),
     ):
-        script = PARENT_TEXT.replace(BEGIN, BEGIN + text * (name == PARENT))
-        messages = oversized({PARENT: script}, {} if name == PARENT else {name: text})
+        messages = oversized({PARENT: PARENT_TEXT}, {name: text})
         assert len(messages) == bool(words) and words in "".join(messages)
+    text = PARENT_TEXT + "a = f(\n    b\n)\n" * SCRIPT
+    assert f"statements, cap {SCRIPT}" in oversized({PARENT: text}, {})[0]
 
 
 def main(argv):

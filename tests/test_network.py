@@ -129,9 +129,7 @@ def test_loaded_weights_give_the_features_of_a_literal_construction(
 
 DILATIONS = [  # of the 3x3 convolutions of the last two stages' blocks; the multi-grid [D6]
     ("resnet18", 16, [1, 1], [2, 4]),
-    ("resnet18", 8, [1, 2], [4, 8]),
     ("resnet50", 8, [1] + [2] * 5, [4, 8, 16]),
-    ("resnet101", 16, [1] * 23, [2, 4, 8]),
     ("resnet101", 8, [1] + [2] * 22, [4, 8, 16]),
 ]
 
@@ -205,7 +203,6 @@ def test_the_address_of_weights_that_cannot_be_had_is_named(stem, url, tmp_path,
 
 BEGUN = [  # what makes kernels, and their fan
     (lambda: make_backbone(flags("resnet18", "deep")), "out_channels"),
-    (lambda: make_backbone(flags("resnet50", "v1c")), "out_channels"),
     (lambda: CPSHead(NARROW, 21, flags()), "in_channels"),  # as its released code
 ]
 
@@ -296,8 +293,6 @@ def test_the_heads_are_the_literal_ones(name, literal_head, training, rates, wid
     torch.manual_seed(0)
     args = flags(aux_weight=0.4, aspp_rates=rates, head_channels=width)
     head = unsettled(HEADS[name](NARROW, 5, args)).train(training)
-    widths = {m.out_channels for m in head.modules() if isinstance(m, nn.Conv2d)}
-    assert widths - {48} == {width, 5}  # 48: CPS's low-level branch
     sides = zip(NARROW, (9, 5, 3, 3), strict=True)
     stages = [torch.randn(2, c, s, s + 1, requires_grad=True) for c, s in sides]
     expected = literal_head(head, stages, (33, 37), training, rates)

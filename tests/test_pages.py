@@ -1,11 +1,7 @@
 """What the documents say is run or compared: tags, commands, links, tables, pictures, --help."""
 
-import os
 import re
 import shlex
-import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,9 +10,7 @@ import pytest
 import cps_fpl
 import prepare_data
 from benchmarks import runs
-from common.data import FACTS, set_hash
 from common.flags import parse
-from common.sources import read_list
 from results import table
 from tiny import ROOT, SCRIPTS, draw_folder, resolved, shrink, train
 from tiny import script as module_of
@@ -36,18 +30,6 @@ def test_tags_and_code_words_of_a_page_are_the_scripts(name):
     assert words
     for word in words:
         assert hasattr(module_of(name), word) or word in ("losses", "main"), word
-
-
-def test_no_table_row_without_a_head():
-    """An empty line cuts a table in two: what is below it has no head and is printed as text."""
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
-        for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
-            rows = [re.sub(r"\\\|", "", line) for line in block.splitlines()]
-            assert len(rows) > 2, f"{page.name}: {rows[0]}"
-            assert re.fullmatch(r"\|(:?-+:?\|)+", rows[1]), f"{page.name}: no head: {rows[0]}"
-            for row in rows:
-                assert row.count("|") == rows[0].count("|"), f"{page.name}: {row}"
 
 
 def test_the_readme_quotes_eq_7_as_the_script_has_it():
@@ -118,23 +100,6 @@ def test_help_shows_every_flag_and_what_it_means(name, capsys):
     assert stop.value.code == 0 and list(meanings) == list(shown) == known
     for flag, meaning in meanings.items():
         assert meaning and shown[flag].startswith(meaning), flag
-
-
-@pytest.mark.skipif(not os.environ.get("SPLITS"), reason="SPLITS: a folder of published lists")
-def test_the_printed_command_draws_the_sets_that_fpl_had_on_ael(tmp_path):
-    """docs/ael_fpl.md: seed 1 on the train.txt of CPS's repository, and the hashes of four sets."""
-    page = (ROOT / "docs/ael_fpl.md").read_text()
-    (line,) = re.findall(r"^    (python -c .*) > ael_1_16\.txt$", page, re.M)
-    shutil.copy(f"{os.environ['SPLITS']}/cps/city/config_new/train.txt", tmp_path)
-    hashes = re.search(r"Seed 1 gives the sets (.*?);", page, re.S)[1]
-    sets = re.findall(r"(\w{8}) \((\d+)\)", hashes)
-    assert len(sets) == 4
-    for key, count in sets:
-        words = [sys.executable] + [w.replace("186", count) for w in shlex.split(line)[1:]]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-        (tmp_path / "l.txt").write_text(done.stdout)
-        rows = read_list(tmp_path / "l.txt", FACTS["cityscapes"]["key"])
-        assert (len(rows), set_hash(rows)) == (int(count), key)
 
 
 def test_your_own_images_in_ten_lines(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from common import Refusal, metrics
 from common.checkpoints import write_checkpoint
 from common.data import FACTS
 from common.flags import acting, merge
-from tiny import SCORED, SCRIPTS, draw_tree, save, script, shrink
+from tiny import SCORED, SCRIPTS, draw_tree, flags, save, script, shrink, train
 
 PARTS = {"supervised": ["student"], "cps_fpl": ["branch1", "branch2"]}
 
@@ -247,3 +248,20 @@ def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch):
     ):
         with pytest.raises(Refusal, match=message):
             run(*words)
+
+
+def test_bn_has_the_statistics_that_the_run_was_scored_with(tmp_path, monkeypatch, capsys):
+    """--precise-bn: of the training images, or a note where these are not."""
+    monkeypatch.chdir(tmp_path)
+    draw_tree(Path("tree"))
+    supervised = script("supervised")
+    shrink(supervised, monkeypatch)
+    argv = flags(Path("tree"), tmp_path / "run", iters=2, log=2, evaluate=2, save=2)
+    train(supervised, [*argv, "--precise-bn", "2"])
+    scored = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["last"]
+    run(tmp_path / "run/last.pt", "--split", "test", "--out", "scored", "--no-overlays")
+    assert json.loads(Path("scored/scores.json").read_text())["miou"] == scored["miou"]
+    assert "running statistics" not in capsys.readouterr().err
+    Path("tree").rename("moved")
+    predict.open_source(tmp_path / "run/last.pt")
+    assert "running statistics" in capsys.readouterr().err

@@ -146,7 +146,7 @@ def test_k_draws_the_share_and_prints_three_tenths(tmp_path, capsys):
 
 
 def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
-    """Shares and means by case, of an untrained cps_fpl.py with spread logits; what is refused."""
+    """Shares and means by case, of an untrained cps_fpl.py with spread logits."""
     monkeypatch.chdir(tmp_path)
     shrink(cps_fpl, monkeypatch)
     tree = draw_tree(tmp_path / "tree", train=4, val=3, test=0)
@@ -158,7 +158,6 @@ def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
         networks[name]["head.classify.1.weight"] *= 40
     content = {"script": "cps_fpl.py", "step": 600, "args": plain(args), "networks": networks}
     torch.save(content, "last.pt")
-    torch.save(content | {"script": "esl.py"}, "esl.pt")
     assert analysis.main("scores last.pt --images 2 --device cpu --T 0.8".split()) == 0
     head, names, *lines = capsys.readouterr().out.splitlines()
     assert head == "step 600, 2 images of val, branch 2 teaches branch 1, T 0.8"
@@ -166,8 +165,6 @@ def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
     assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
     assert sure[1] == "0.0000" and names.split()[:3] == ["case", "pixels", "K"]
-    line = refusal(capsys, analysis, "scores", "esl.pt")
-    assert "written by esl.py" in line
 
 
 def test_counts_of_ranks_equal_a_loop_over_pixels():

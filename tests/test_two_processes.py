@@ -25,7 +25,6 @@ SHARED_OUT = {
     ("cps_fpl", "cutmix"): SOFT,
     ("cps_fpl", "plain"): SOFT + "--no-cutmix",
     ("cps_fpl", "same image"): SOFT + "--same-image-cutmix",
-    ("cps_fpl", "labels"): "--unsup-weight 0",
     ("ael_fpl", "mixed"): "--beta 0 --lr 0.002",
     ("ael_fpl", "all"): "--beta 0 --lr 0.002 --recipe official --T 0.3",
     ("ael_fpl", "skip"): "--beta 0 --lr 0.002 --skip-absent --pooled 1",
@@ -118,10 +117,6 @@ def test_two_processes_take_the_steps_of_one(name, row, pairs):
                 assert mean == pytest.approx(one["parts"][part], rel=2e-5, abs=1e-7), part
         buckets = [0] * len(wrapped[0])
         assert (first.reduced, second.reduced, one["reduced"]) == (buckets, buckets, [])
-    if row in ("cutmix", "plain", "same image"):  # the cross loss has its part in what was compared
-        labels = torch.load(f"{folder}/{name} labels alone.steps", weights_only=True)[0]["grads"]
-        for key, x in alone[0]["grads"].items():
-            assert (x - labels[key]).abs().max() > 0.05 * x.abs().max(), key
 
 
 @pytest.mark.parametrize("name", tiny.SCRIPTS)

@@ -126,8 +126,7 @@ def folder(root, names=("a", "b", "c", "d"), ends=(".png",), images="images/{}",
 
     The flat colours tell which image a crop shows.
     """
-    parts = {"train": names, "val": ["v0", "v1"], "test": ["t0"]}
-    for part, keys in parts.items():
+    for part, keys in (("train", names), ("val", ["v0", "v1"]), ("test", ["t0"])):
         for i, key in enumerate(keys):
             image = root / images.format(part) / f"{key}{ends[i % len(ends)]}"
             picture(image, "RGB", (10 * (i + 1), 30, 40 * len(part)))

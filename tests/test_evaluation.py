@@ -221,9 +221,8 @@ def test_panels_reopen_with_every_map_in_its_place(tmp_path):
     rows = [maps, {"image": maps["image"][:, :, :20]}]  # then a narrower picture, and fewer of them
     path = tmp_path / "new/folder/a.png"
     save_panels(path, rows, PALETTE, height=80)
-    with Image.open(path) as sheet:
-        assert sheet.size == (3 * (120 + 4), 2 * (80 + 16))  # 60 x 40 at height 80: 120 wide
-        pixels = np.array(sheet)
+    pixels = np.array(Image.open(path))
+    assert pixels.shape == (2 * (80 + 16), 3 * (120 + 4), 3)  # 60 x 40 at height 80: 120 wide
     # a title of 16 pixels above each map, a gap of 4 behind it; enlarged without mixed colours
     for i, one in enumerate(maps.values()):
         cell = pixels[16:96, 124 * i : 124 * i + 120]

@@ -242,7 +242,6 @@ def test_two_starts_at_once_have_a_folder_each_or_one_is_refused(name, tree, tmp
 GONE = "log.jsonl: moved, removed or replaced while this run writes it"
 NOT_THERE, NOT_IT = "beside it is not there: put that", "beside it is not the log that belongs"
 LOGS = {  # what is done to it, and the refusals of a run that lives and of its resume
-    "moved": (lambda log: log.rename(log.with_name("old")), GONE, NOT_THERE),
     "removed": (Path.unlink, GONE, NOT_THERE),
     "replaced": (lambda log: shutil.copy(log.rename(log.with_name("old")), log), GONE, ""),
     "cut": (lambda log: log.write_bytes(log.read_bytes()[:99]), "", NOT_IT),

@@ -239,7 +239,7 @@ def test_caps_are_enforced():
         ("a.py", long + "    return x\n", "long has 41 statements, cap 40"),
         ("a.py", long.replace("long", "main") + "    return x\n", ""),
         ("a.py", "a, b = 1, 2\n" * 876, "common/ has 1752 statements"),
-        ("fused.py", "a = 1\n" * 201, "common/fused.py has 201 statements"),
+        ("fused.py", "a = 1\n" * 201, "fused.py has 201 statements"),
         ("prepare_data.py", "a = 1\n" * 496, "prepare_data.py has 496 statements"),
     ):
         messages = oversized({PARENT: PARENT_TEXT}, {name: text})

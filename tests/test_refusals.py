@@ -177,7 +177,7 @@ CASES = [
           (U2PL, "u2pl", "--bank-sizes 30 20", "[5000,_3000]_there_and_[30,_20]_here"),
           (U2PL, "u2pl", "--unreliable-loss none", "contrastive_there_and_none_here"))),
     Case("resume with other images", S, RESUME, f"{LAST} other_labeled_images --out",
-         lambda patch: os.remove(IMAGE)),
+         lambda patch: (os.remove(IMAGE), os.remove(MASK))),
     Case("resume of a best.pt", S, RESUME, f"{LAST} a_best.pt --init_starts_from_it",
          lambda patch: os.replace("run/best.pt", LAST)),
     Case("log of bytes", S, RESUME, f"{LAST} log.jsonl is_not_the_log --out --init",

@@ -11,28 +11,25 @@ row that stays 0.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
-ON_CPUS = ("fuzzy_positive_loss", "fpl_loss")  # twins that auto takes there alone: measured there
 CHUNK = 8192  # pixels of FPL's loss at a time on a CPU: what a pass needs stays in its caches
 FAR = 1e30  # from any logit
-LOW = -80.0  # exp is slow below it, and next to nothing there
 
 
 def pick(definition, args, device="cpu"):
     """Returns a script's function or the one of its name in this file, as --fused says.
 
-    off: the script's; on: this file's; auto: this file's where a benchmark shows a gain on a device
-    of this type.
+    off: the script's; on: this file's; auto: this file's, but FPL's on CPUs alone, where
+    benchmarks/fpl_loss.py shows a gain. device: the type of one.
     """
-    name = definition.__name__
-    slower = args.fused == "auto" and name in ON_CPUS and device != "cpu"
-    if args.fused == "off" or slower:
+    slower = device != "cpu" and definition.__name__ in ("fuzzy_positive_loss", "fpl_loss")
+    if args.fused == "off" or (args.fused == "auto" and slower):
         return definition
-    return globals()[name]
+    return globals()[definition.__name__]
 
 
 def upcast(x):
@@ -206,142 +203,104 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
 
 
 # ---- FPL ----
-
-
-class Rule(NamedTuple):
-    """The options of FPL's loss."""
-
-    T: float
-    K: int | str  # "n-1" or "n" of Alg. 1, or a number
-    k_max: int  # 0: no cap
-    strict: bool
-    weight: str
-    mean_over: str
-
-    def ranks(self, C):
-        """Returns how many of the likeliest classes decide: one more than can be positive."""
-        most = C
-        if self.k_max:
-            most = min(most, self.k_max)
-        if isinstance(self.K, int):
-            most = min(most, self.K)
-        return min(most + 1, C)
+# Pixels stand last here: (C, n) or, ranked, (R, n); results of a pixel are (1, n). R: how many of
+# the likeliest classes decide, one more than can be positive. rule: T, strict; K = n - minus, at
+# least `least` and at most `most`; kind of weight; mean_over.
 
 
 @lru_cache
-def comparators(C, count):
-    """Returns pairs (i, j), i < j: put the larger number of each pair of C at i, one pair after
-    another, and the `count` largest stand first, in order. Batcher's odd-even merge sort of the
-    next power of two, less what does not reach those places.
+def comparators(C, R):
+    """Returns pairs (i, j), i < j: the larger number of each pair of C is put at i, one pair after
+    another, and the R largest stand first, in order. Batcher's odd-even merge sort, less what does
+    not reach those places.
     """
     pairs = []
-    p = 1
-    while p < C:
-        k = p
-        while k:
-            for j in range(k % p, C - k, 2 * k):
-                for i in range(j, min(j + k, C - k)):
-                    if i // (2 * p) == (i + k) // (2 * p):
-                        pairs.append((i, i + k))
-            k //= 2
-        p *= 2
-    reached = set(range(count))
+    for merge in range((C - 1).bit_length()):  # of runs of 2^merge numbers that are in order
+        for power in range(merge, -1, -1):
+            k = 2**power
+            for i in range(k % 2**merge, C - k):
+                if (i - k % 2**merge) // k % 2 == 0 and i >> merge + 1 == i + k >> merge + 1:
+                    pairs.append((i, i + k))
+    reached = set(range(R))
     kept = []
     for pair in reversed(pairs):
-        if reached & set(pair):
+        if reached.intersection(pair):
             reached.update(pair)
             kept.append(pair)
     return kept[::-1]
 
 
-def ranked(p, count):
-    """Returns the `count` largest of p (C, n) in descending order, (count, n), without a sort."""
+def ranked(p, R):
+    """Returns the R largest of p (C, n) in descending order, (R, n), without a sort."""
     rows = list(p)
-    for i, j in comparators(len(rows), count):
+    for i, j in comparators(len(p), R):
         larger = torch.maximum(rows[i], rows[j])
         rows[j] = torch.minimum(rows[i], rows[j])
         rows[i] = larger
-    return torch.stack(rows[:count])
+    return torch.stack(rows[:R])
 
 
 def running_sum(p):
-    """Returns the sums over the first 1, 2, ... of p (R, n). As cumsum on a CPU: summed in float64."""
-    total = torch.zeros_like(p[0], dtype=torch.float64)
-    sums = torch.empty_like(p)
-    for row, result in zip(p, sums, strict=True):
-        total += row
-        result.copy_(total)
-    return sums
+    """Returns p.cumsum(0) as a CPU computes it, summed in float64, but row by row."""
+    return torch.stack(list(accumulate(p[1:], torch.add, initial=p[0].double()))).to(p.dtype)
 
 
-def count_positives(V, C, rule):
-    """K of Alg. 1 or another strategy: (1, n) int64. V: (R, n), the running sums."""
-    if isinstance(rule.K, int):
-        K = torch.full_like(V[:1], rule.K, dtype=torch.int64)
-    else:
-        below = torch.le if rule.strict else torch.lt
-        n = below(V, rule.T, out=torch.empty_like(V)).sum(0, True).long() + 1
-        K = n.clamp(max=C)
-        if rule.K == "n-1":
-            K = (K - 1).clamp(min=1)
-    return K.clamp(max=min(rule.k_max or C, C))
-
-
-def weight_of(total, rest, K, rule):
-    """Eq. (11) or (16). total: of the K positives; rest: the largest negative, 0 if there is none."""
-    mean = total / K
-    if rule.mean_over == "positives_and_next":
-        mean = (total + rest) / (K + 1)
+def weight_of(total, rest, K, kind, mean_over):
+    """Eq. (11) or (16). total: of the K positives; rest: of the likeliest negative, or 0."""
+    following = int(mean_over == "positives_and_next")
+    mean = (total + following * rest) / (K + following)
     gap = (mean - rest).clamp(min=0)
-    if rule.weight == "concave":
+    if kind == "concave":
         return torch.log1p(50 * gap) / torch.log1p(50 * mean)
-    if rule.weight == "linear":
-        return gap / mean
-    if rule.weight == "convex":
-        return gap / (mean + 4 * rest)
-    return torch.ones_like(gap)
+    if kind == "none":
+        return torch.ones_like(gap)
+    return gap / (mean + {"linear": 0, "convex": 4}[kind] * rest)
 
 
 def positives(p, last, rest, K):
-    """Returns Y (C, n): 1 for the K likeliest classes, 0 for others; p (C, n).
+    """Returns Y (C, n): 1 for the K likeliest classes, 0 for others. Overwrites p (C, n).
 
     last, rest: the probabilities ranked K and K + 1. Where they are equal, the lowest classes of
-    that probability are taken. Overwrites p.
+    that probability are taken.
     """
-    tied = rest == last
-    if tied.is_cuda or tied.any():  # rare; asking would wait for a GPU
+    if p.is_cuda or (rest == last).any():  # rare; to ask would be to wait for a GPU
         equal = p == last
-        taken = K - (p > last).sum(0, True)
-        return ((p > last) | equal & (equal.cumsum(0) <= taken)).to(p.dtype)
+        place = (p > last).sum(0) + equal.cumsum(0)  # 1 is the first, for those that are equal
+        return ((p > last) | equal & (place <= K)).to(p.dtype)
     return p.ge_(last)
 
 
-def fpl_of_pixels(z, p, rule):
-    """Returns of n pixels: Eq. (7) times the weight, (n,); the pseudo label, (n,) int64; and the
-    gradient by z, Eq. (8) times the weight, (C, n). z, the student's logits, and p: (C, n).
+def fpl_of_pixels(z, t, T, strict, minus, least, most, *weight):
+    """Returns Eq. (7) times its weight, (n,); the pseudo label, (n,) int64; and the gradient by z,
+    Eq. (8) times the weight, (C, n). z, t: (C, n), logits of the student and the teacher.
     """
-    C = len(z)
-    top = ranked(p, rule.ranks(C))
+    C = len(t)
+    p = upcast(t).contiguous().softmax(0)
+    top = ranked(p, min(most + 1, C))
     V = running_sum(top)
-    K = count_positives(V, C, rule)
+    below = torch.le if strict else torch.lt
+    n = below(V, T, out=torch.empty_like(V)).sum(0, True) + 1  # Alg. 1; out: faster than of bool
+    K = (n.long().clamp(max=C) - minus).clamp(least, min(most, C))
     last = top.gather(0, K - 1)
     rest = F.pad(top, (0, 0, 0, 1)).gather(0, K)
-    weight = weight_of(V.gather(0, K - 1), rest, K, rule)
-    likeliest = torch.eq(p, top[0], out=torch.empty_like(p))  # 1 or, where p are equal, several
-    descending = torch.arange(C, 0, -1, device=p.device, dtype=p.dtype)
-    pseudo = C - likeliest.mul_(descending[:, None]).amax(0).long()  # the lowest of them
-    Y = positives(p, last, rest.masked_fill_(K == C, -1), K)
+    weight = weight_of(V.gather(0, K - 1), rest, K, *weight)
+    places = torch.arange(C, 0, -1, device=p.device, dtype=p.dtype)
+    likeliest = torch.eq(p, top[0], out=torch.empty_like(p))
+    pseudo = C - (likeliest * places[:, None]).amax(0).long()  # the lowest of equals
+    Y = positives(p, last, rest.masked_fill(K == C, -1), K)
+    z = upcast(z).contiguous()
     negative = torch.sub(z, Y, alpha=FAR)  # the negatives' logits; positives are far below
     positive = torch.add(z, 1 - Y, alpha=FAR)  # the positives'; negatives are far above
+    # exp below -80 is next to nothing, and slow: at the numbers that are far away
     high = negative.amax(0, True)
     low = positive.amin(0, True)
-    negative = negative.sub_(high).clamp_(min=LOW).exp_()
-    positive = torch.sub(low, positive, out=positive).clamp_(min=LOW).exp_()
+    negative = negative.sub_(high).clamp_(min=-80).exp_()
+    positive = torch.sub(low, positive, out=positive).clamp_(min=-80).exp_()
     above = negative.sum(0, True)
-    below = positive.sum(0, True)
-    x = (high + above.log()) + (below.log() - low)
+    under = positive.sum(0, True)
+    x = (high + above.log()) + (under.log() - low)
     slope = x.sigmoid() * weight
-    gradient = negative.mul_(slope / above).addcmul_(positive, slope / below, value=-1)
+    gradient = negative.mul_(slope / above).addcmul_(positive, slope / under, value=-1)
     return (F.softplus(x) * weight)[0], pseudo, gradient
 
 
@@ -352,22 +311,16 @@ class FPL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_s, logits_t, rule):
-        layout = torch.contiguous_format
-        if logits_s.is_contiguous(memory_format=torch.channels_last):
-            layout = torch.channels_last
+        rows = logits_s.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if rows else torch.contiguous_format
         gradient = torch.empty_like(logits_s, memory_format=layout)
-        B, _, H, W = logits_s.shape
-        loss = torch.empty(B, H, W, dtype=upcast(logits_s[:0]).dtype, device=logits_s.device)
-        pseudo = torch.empty(B, H, W, dtype=torch.int64, device=logits_s.device)
-        size = H * W if loss.is_cuda else CHUNK
+        loss = torch.empty_like(upcast(logits_s[:, 0]), memory_format=torch.contiguous_format)
+        pseudo = torch.empty_like(loss, dtype=torch.int64)
+        size = loss[0].numel() if loss.is_cuda else CHUNK
         for maps in zip(logits_s, logits_t, loss, pseudo, gradient, strict=True):
             chunks = [x.flatten(-2).split(size, -1) for x in maps]
             for z, t, *results in zip(*chunks, strict=True):
-                p = upcast(t).contiguous().softmax(0)
-                for result, found in zip(
-                    results, fpl_of_pixels(upcast(z).contiguous(), p, rule), strict=True
-                ):
-                    result.copy_(found)
+                torch._foreach_copy_(results, fpl_of_pixels(z, t, *rule))
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(pseudo)
         return loss, pseudo
@@ -380,16 +333,18 @@ class FPL(torch.autograd.Function):
 
 
 def fuzzy_positive_loss(
-    logits_s, logits_t, T, *, K="n-1", k_max=0, strict=True, weight="concave", mean_over="positives"
+    logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
 ):
-    """Twin of ael_fpl.py's; K as Rule has it."""
-    rule = Rule(T, K, k_max, strict, weight, mean_over)
-    return FPL.apply(logits_s, logits_t.detach(), rule)[0]
+    """Twin of ael_fpl.py's."""
+    rule = (T, strict, 1, 1, k_max or logits_s.shape[1], weight, mean_over)
+    return FPL.apply(logits_s, logits_t, rule)[0]
 
 
 def fpl_loss(logits_s, logits_t, phase, args):
     """Twin of cps_fpl.py's."""
-    third = min(int(3 * phase), 2)
-    K = {"fixed2": 2, "fixed3": 3, "step": 3 - third}.get(args.k_strategy, args.k_strategy)
-    rule = Rule(args.T, K, args.k_max, args.strict, args.weight, args.mean_over)
-    return FPL.apply(logits_s, logits_t.detach(), rule)
+    C = logits_s.shape[1]
+    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - min(int(3 * phase), 2)}.get(args.k_strategy)
+    most = min(args.k_max or C, fixed or C)
+    minus = int(args.k_strategy == "n-1")
+    rule = (args.T, args.strict, minus, min(fixed or 1, most), most, args.weight, args.mean_over)
+    return FPL.apply(logits_s, logits_t, rule)

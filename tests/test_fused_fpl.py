@@ -97,10 +97,8 @@ def test_the_same_classes_are_positive_in_ties_and_where_a_sum_is_T(dtype):
     flat = torch.zeros(1, 20, 1, 1)  # T is a sum of equal numbers: the last bit decides
     for T in (0.25, 0.45, 0.7, 0.9):
         args = options(T=T, weight="none")
-        definition = positives_of(cps_fpl.fpl_loss, flat, args)
-        assert definition.any() and torch.equal(
-            definition, positives_of(fused.fpl_loss, flat, args)
-        )
+        found = [positives_of(module.fpl_loss, flat, args) for module in (cps_fpl, fused)]
+        assert found[0].any() and torch.equal(*found)
 
 
 def test_what_is_not_finite_is_seen_and_a_network_of_comparators_sorts():

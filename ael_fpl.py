@@ -55,6 +55,7 @@ from common.flags import (
     fill,
     parse,
 )
+from common.fused import pick
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
 from common.weights import load_backbone, load_timm
@@ -156,6 +157,8 @@ class Args:
     # mode of the teacher, eval: no dropout, BN averaged as the weights
     teacher_mode: Literal["train", "eval"] = "train"
     ema_decay: Share = 0.99  # of the teacher's moving average
+    # FPL's loss, off: as written here; on: the twin in common/fused.py; auto: on where it is faster
+    fused: Literal["auto", "on", "off"] = "auto"
     # <<< method: args
 
     NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
@@ -173,6 +176,7 @@ class Args:
         "weight": "unsup_weight, unsup_loss=fpl",
         "mean_over": "unsup_weight, unsup_loss=fpl, weight!=none",
         "balance": "unsup_weight, unsup_loss=fpl",
+        "fused": "unsup_weight, unsup_loss=fpl",
         "threshold": "unsup_weight",
         "gamma": "unsup_weight",
         "beta": "unsup_weight",
@@ -336,7 +340,10 @@ def adaptive_weight(p, K, kind="concave", mean_over="positives"):
 def fuzzy_positive_loss(
     logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
 ):
-    """FPL's loss of every pixel: Eq. (7) times the weight of Eq. (11). Logits of any float type."""
+    """FPL's loss of every pixel: Eq. (7) times the weight of Eq. (11). Logits of any float type.
+
+    The definition; common/fused.py has a fast twin of this name (--fused).
+    """
     p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     K = fuzzy_positive_assignment(p, T, k_max=k_max, strict=strict)
     loss = fuzzy_positive_regularization(logits_s, order, K)
@@ -555,7 +562,7 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
     ce = F.cross_entropy(upcast(logits_s), prob_t.argmax(1), reduction="none")
     loss = ce
     if args.unsup_loss == "fpl":
-        loss = fuzzy_positive_loss(
+        loss = pick(fuzzy_positive_loss, args, logits_s.device.type)(
             logits_s,
             logits_t,
             args.T,

@@ -7,7 +7,7 @@ logits is pushed above all others (Eq. 7), with a weight (Eq. 11).
   Alg. 1                         cumulative_classes (n), fuzzy_positive_assignment (K)
   Eq. (7), (8), (9)              fuzzy_positive_regularization
   Eq. (11), (16)                 adaptive_weight
-  Eq. (1), (2)                   losses in main; cross_loss is CPS's L12 + L21
+  Eq. (1), (2)                   losses in main; taught_loss is CPS's L12 or L21
   supplement Eq. (1), (4)        negative_loss, soft_loss (its Table 4)
   supplement Tables 1-3, 5       T in preset, k_values
   Eq. (12)-(15), supp. Sec. 3    results/analysis.py
@@ -55,6 +55,7 @@ from common.flags import (
     fill,
     parse,
 )
+from common.fused import pick
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
 from common.weights import load_backbone, load_timm
@@ -143,6 +144,8 @@ class Args:
     same_image_cutmix: bool = False  # mix two crops of one image, as released
     # network that is scored, mean: of both networks' probabilities
     evaluate: Literal["branch1", "branch2", "mean"] = "branch1"
+    # FPL's loss, off: as written here; on: the twin in common/fused.py; auto: on where it is faster
+    fused: Literal["auto", "on", "off"] = "auto"
     # <<< method: args
 
     NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
@@ -161,6 +164,7 @@ class Args:
         "weight": "unsup_weight, unsup_loss=fpl",
         "mean_over": "unsup_weight, unsup_loss=fpl, weight!=none",
         "balance": "unsup_weight, unsup_loss=fpl",
+        "fused": "unsup_weight, unsup_loss=fpl",
         "cutmix": "unsup_weight",
         "same_image_cutmix": "unsup_weight, cutmix",
         "aux_weight": "never",
@@ -341,36 +345,65 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def cross_loss(students, teachers, inside, phase, args):
-    """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns (what is minimized, logged).
+def fpl_loss(logits_s, logits_t, phase, args):
+    """Returns FPL's loss of every pixel, Eq. (7) times its weight, and the pseudo label, int64.
 
-    students, teachers: logits of both. inside: (B, H, W) bool, what counts. logged: unsup,
-    the sum; balance: its cross-entropy / unsup, a factor of FPL with --balance [D16].
+    The definition; common/fused.py has a fast twin of this name (--fused).
     """
-    s1, s2 = students
-    t1, t2 = teachers
-    unsup = 0.0
-    ce = 0.0
-    for logits_s, logits_t in ((s1, t2), (s2, t1)):
+    p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+    K = k_values(p, phase, args)
+    weight = adaptive_weight(p, K, args.weight, args.mean_over)
+    return weight * fuzzy_positive_regularization(logits_s, order, K), order[:, 0]
+
+
+def taught_loss(logits_s, logits_t, inside, phase, args):
+    """What a network learns from the other one: (its loss, cross-entropy in its place), scalars.
+
+    inside: (B, H, W) bool, what counts. Without --balance cross-entropy is only logged, and that of
+    every fourth pixel each way.
+    """
+    if args.unsup_loss == "fpl":
+        loss_of = pick(fpl_loss, args, logits_s.device.type)
+        loss, pseudo = loss_of(logits_s, logits_t, phase, args)
+    else:
         prob_t = F.softmax(upcast(logits_t.detach()), 1)
-        pseudo = prob_t.argmax(1).masked_fill(~inside, IGNORE)
-        if args.unsup_loss == "ce":
-            loss = cross_entropy(logits_s, pseudo)  # FPL Eq. (2)
-        elif args.unsup_loss == "fpl":
-            p, order = by_rank(prob_t)
-            K = k_values(p, phase, args)
-            weight = adaptive_weight(p, K, args.weight, args.mean_over)
-            loss = masked_mean(weight * fuzzy_positive_regularization(logits_s, order, K), inside)
-        else:
-            distance = soft_loss if args.unsup_loss == "soft" else negative_loss
-            loss = masked_mean(distance(logits_s, prob_t), inside)
-        unsup += loss
-        ce += cross_entropy(logits_s.detach(), pseudo)
+        pseudo = prob_t.argmax(1)
+    pseudo = pseudo.masked_fill(~inside, IGNORE)
+    if args.unsup_loss == "ce":
+        ce = cross_entropy(logits_s, pseudo)  # FPL Eq. (2)
+        return ce, ce.detach()
+    if args.unsup_loss == "soft":
+        loss = soft_loss(logits_s, prob_t)
+    elif args.unsup_loss == "negative":
+        loss = negative_loss(logits_s, prob_t)
+    stride = 1 if args.balance else 4
+    seen = logits_s.detach()[..., ::stride, ::stride]
+    ce = cross_entropy(seen, pseudo[..., ::stride, ::stride])
+    return masked_mean(loss, inside), ce
+
+
+def balanced(losses, args):
+    """Returns (the sum of what taught_loss returns for both networks, to be minimized; logged).
+
+    logged: unsup, the sum; balance: cross-entropy / unsup, a factor of FPL with --balance [D16].
+    """
+    unsup = sum(loss for loss, _ in losses)
+    ce = sum(ce for _, ce in losses)
     balance = torch.where(unsup > 0, ce / unsup.detach().clamp(min=1e-12), 1.0)
     logged = {"unsup": unsup.detach(), "balance": balance}
     if args.balance and args.unsup_loss == "fpl":
         unsup = unsup * balance
     return unsup, logged
+
+
+def cross_loss(students, teachers, inside, phase, args):
+    """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns (what is minimized, logged).
+
+    students, teachers: logits of both. inside: (B, H, W) bool, what counts.
+    """
+    pairs = zip(students, reversed(teachers), strict=True)
+    losses = [taught_loss(*pair, inside, phase, args) for pair in pairs]
+    return balanced(losses, args)
 
 
 @torch.no_grad()
@@ -1032,19 +1065,36 @@ def main(args):
                     z2 = net(u2["image"])["logits"]
                     teachers.append(torch.where(mask, z2, z1))
             with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
-                students = [net(x_mixed)["logits"] for net in branches]
-                cross, logged = cross_loss(students, teachers, inside, phase, args)
-                (args.unsup_weight * cross).backward()  # now: frees its graph before the next one
-            del students
-        logits = [net(x_l)["logits"] for net in branches]
-        sup = sum(supervised_loss({"logits": z}, y_l, args) for z in logits)
+                losses = []
+                for net, logits_t in zip(branches, reversed(teachers), strict=True):
+                    loss, ce = taught_loss(net(x_mixed)["logits"], logits_t, inside, phase, args)
+                    if not args.balance:
+                        (args.unsup_weight * loss).backward()  # now: frees its graph
+                        loss = loss.detach()
+                    losses.append((loss, ce))
+                cross, logged = balanced(losses, args)
+                if args.balance:  # a factor that both losses decide: both graphs are kept for it
+                    (args.unsup_weight * cross).backward()
+            del losses, loss
+            cross = cross.detach()
+        logits = []
+        sup = 0.0
+        for net in branches:
+            z = net(x_l)["logits"]
+            loss = supervised_loss({"logits": z}, y_l, args)
+            if args.cutmix:
+                loss.backward()  # now: frees its graph before that of the other network
+                loss = loss.detach()
+            logits.append(z)
+            sup = sup + loss
         if args.unsup_weight and not args.cutmix:  # labelled images teach as well [D21]
             z_u = [net(batch["unlabeled"]["image"])["logits"] for net in branches]
             teachers = [torch.cat(pair) for pair in zip(logits, z_u, strict=True)]
             inside = torch.cat([batch["labeled"]["inside"], batch["unlabeled"]["inside"]])
             cross, logged = cross_loss(teachers, teachers, inside, phase, args)
         loss = sup + args.unsup_weight * cross  # Eq. (1)
-        (sup if args.cutmix else loss).backward()
+        if not args.cutmix:
+            loss.backward()
         logged = {"loss": loss, "sup": sup, **logged}
         if args.unsup_weight:
             logged.update(teacher_statistics(teachers, inside, phase, args))

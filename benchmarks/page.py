@@ -1,4 +1,4 @@
-"""Makes docs/performance.md from results/gpu/*.json, and the table of cards in docs/scaling.md.
+"""Makes docs/performance.md from results/gpu/*.json and fpl_loss.json, and docs/scaling.md's cards.
 
 python benchmarks/page.py           # writes both pages
 python benchmarks/page.py --check   # exit code 1 if one of them is not what it would write
@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "results" / "gpu"
 PERFORMANCE, SCALING = ROOT / "docs" / "performance.md", ROOT / "docs" / "scaling.md"
 MEMORY = ROOT / "results" / "memory.json"
+FPL_LOSS = ROOT / "results" / "fpl_loss.json"
 MARKS = "<!-- table: benchmarks/page.py -->\n", "<!-- end of table -->\n"
 HEAD = """# Performance
 
-Made by `python benchmarks/page.py` from the JSON files of `benchmarks/gpu.py`, a section a machine:
+Made by `python benchmarks/page.py`, a section for each JSON file of `benchmarks/gpu.py`, a machine,
+and of `benchmarks/fpl_loss.py`. The first,
 
     python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json
 
@@ -111,6 +113,29 @@ def performance(runs):
     return HEAD + ("".join(section(run) for run in real) or NONE)
 
 
+def fpl_loss(found):
+    """Returns the section of FPL's loss on a CPU. found: what fpl_loss.py wrote."""
+    text = "\n## FPL's loss on a CPU\n\n`python benchmarks/fpl_loss.py`, forward and backward, "
+    text += f"torch {found['torch']}, {found['threads']} thread(s), {found['rounds']} rounds, "
+    text += f"load {found['load']:.1f}. Medians; ratio, [low..high], to cross-entropy with the "
+    text += "likeliest class\nby argmax; peak above the inputs, in tensors of the logits' size. "
+    text += "Large tensors cost a CPU page faults, the baseline's most of all:\nat smaller sizes "
+    text += "(`--quick`) ratios are larger.\n"
+    rows = found["rows"]
+    for size in dict.fromkeys((row["classes"], row["side"]) for row in rows):
+        here = [row for row in rows if (row["classes"], row["side"]) == size]
+        teachers = list(dict.fromkeys(row["teacher"] for row in here))
+        lines = {}
+        for row in here:
+            line = lines.setdefault(row["call"], [row["call"]])
+            line.append(f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]")
+        for row in here[: len(lines)]:
+            lines[row["call"]] += [f"{row['ms']:.0f}", f"{row['peak_tensors']:.1f}"]
+        titles = [f"{size[0]} classes, 2x{size[1]}x{size[1]}", *teachers]
+        text += "\n" + table([*titles, f"ms, {teachers[0]}", "peak"], lines.values())
+    return text
+
+
 def cards(memory):
     """Returns the table of docs/scaling.md. memory: what memory.py wrote."""
     names = sorted(memory["rows"][0]["fits"], key=int)
@@ -134,10 +159,13 @@ def replaced(text, body):
 def pages():
     """Returns {path: text} of both pages as they should be."""
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
+    text = performance(runs)
+    if FPL_LOSS.exists():
+        text += fpl_loss(json.loads(FPL_LOSS.read_text()))
     scaling = SCALING.read_text()
     if MEMORY.exists():
         scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())))
-    return {PERFORMANCE: performance(runs), SCALING: scaling}
+    return {PERFORMANCE: text, SCALING: scaling}
 
 
 if __name__ == "__main__":

@@ -1,21 +1,33 @@
-"""Fast twins of what u2pl.py and esl.py define one class at a time: sampling, queues, losses.
+"""Fast twins of functions of the scripts: U2PL's and ESL's sampling, queues and losses, FPL's loss.
 
 --fused off takes a script's own function, the definition, instead of the function of the same name
-here. A twin takes the same arguments, draws the same pixels and rows from the same numbers u, and
-returns the same up to rounding (tests/test_fused.py). It has no loop over classes but that of
-Eq. (10) of ESL, tensors of fixed shapes, and never waits for the device.
+here. A twin takes the same arguments and returns the same up to rounding (tests/test_fused.py,
+tests/test_fused_fpl.py), in tensors of fixed shapes, and never waits for a GPU.
 
-P pixels, features (P, D); masks (C, P) bool; u: numbers in [0, 1), float64, from which all is
-drawn. A bank has the rings of all queues, one after another, and a last row that stays 0.
+U2PL and ESL draw the same pixels and rows from the same numbers u, without a loop over classes but
+that of Eq. (10) of ESL. P pixels, features (P, D); masks (C, P) bool; u: numbers in [0, 1),
+float64, from which all is drawn. A bank has the rings of all queues, one after another, and a last
+row that stays 0.
 """
+
+from functools import lru_cache
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 
+CHUNK = 8192  # pixels of FPL's loss at a time on a CPU: what a pass needs stays in its caches
+FAR = 1e30  # from any logit
 
-def pick(definition, args):
-    """Returns a script's function with --fused off, or else the one of its name in this file."""
-    if args.fused == "off":
+
+def pick(definition, args, device="cpu"):
+    """Returns a script's function or the one of its name in this file, as --fused says.
+
+    off: the script's; on: this file's; auto: this file's, but FPL's on CPUs alone, where
+    benchmarks/fpl_loss.py shows a gain. device: the type of one.
+    """
+    slower = device != "cpu" and definition.__name__ in ("fuzzy_positive_loss", "fpl_loss")
+    if args.fused == "off" or (args.fused == "auto" and slower):
         return definition
     return globals()[definition.__name__]
 
@@ -188,3 +200,151 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
         losses.append(scores.logsumexp(1) - scores[:, 0])
     losses = torch.where(real, torch.stack(losses), 0.0)
     return (losses.sum(1) / real.sum(1).clamp(min=1)).mean(), real.sum()
+
+
+# ---- FPL ----
+# Pixels stand last here: (C, n) or, ranked, (R, n); results of a pixel are (1, n). R: how many of
+# the likeliest classes decide, one more than can be positive. rule: T, strict; K = n - minus, at
+# least `least` and at most `most`; kind of weight; mean_over.
+
+
+@lru_cache
+def comparators(C, R):
+    """Returns pairs (i, j), i < j: the larger number of each pair of C is put at i, one pair after
+    another, and the R largest stand first, in order. Batcher's odd-even merge sort, less what does
+    not reach those places.
+    """
+    pairs = []
+    for merge in range((C - 1).bit_length()):  # of runs of 2^merge numbers that are in order
+        for power in range(merge, -1, -1):
+            k = 2**power
+            for i in range(k % 2**merge, C - k):
+                if (i - k % 2**merge) // k % 2 == 0 and i >> merge + 1 == i + k >> merge + 1:
+                    pairs.append((i, i + k))
+    reached = set(range(R))
+    kept = []
+    for pair in reversed(pairs):
+        if reached.intersection(pair):
+            reached.update(pair)
+            kept.append(pair)
+    return kept[::-1]
+
+
+def ranked(p, R):
+    """Returns the R largest of p (C, n) in descending order, (R, n), without a sort."""
+    rows = list(p)
+    for i, j in comparators(len(p), R):
+        larger = torch.maximum(rows[i], rows[j])
+        rows[j] = torch.minimum(rows[i], rows[j])
+        rows[i] = larger
+    return torch.stack(rows[:R])
+
+
+def running_sum(p):
+    """Returns p.cumsum(0) as a CPU computes it, summed in float64, but row by row."""
+    return torch.stack(list(accumulate(p[1:], torch.add, initial=p[0].double()))).to(p.dtype)
+
+
+def weight_of(total, rest, K, kind, mean_over):
+    """Eq. (11) or (16). total: of the K positives; rest: of the likeliest negative, or 0."""
+    following = int(mean_over == "positives_and_next")
+    mean = (total + following * rest) / (K + following)
+    gap = (mean - rest).clamp(min=0)
+    if kind == "concave":
+        return torch.log1p(50 * gap) / torch.log1p(50 * mean)
+    if kind == "none":
+        return torch.ones_like(gap)
+    return gap / (mean + {"linear": 0, "convex": 4}[kind] * rest)
+
+
+def positives(p, last, rest, K):
+    """Returns Y (C, n): 1 for the K likeliest classes, 0 for others. Overwrites p (C, n).
+
+    last, rest: the probabilities ranked K and K + 1. Where they are equal, the lowest classes of
+    that probability are taken.
+    """
+    if p.is_cuda or (rest == last).any():  # rare; to ask would be to wait for a GPU
+        equal = p == last
+        place = (p > last).sum(0) + equal.cumsum(0)  # 1 is the first, for those that are equal
+        return ((p > last) | equal & (place <= K)).to(p.dtype)
+    return p.ge_(last)
+
+
+def fpl_of_pixels(z, t, T, strict, minus, least, most, *weight):
+    """Returns Eq. (7) times its weight, (n,); the pseudo label, (n,) int64; and the gradient by z,
+    Eq. (8) times the weight, (C, n). z, t: (C, n), logits of the student and the teacher.
+    """
+    C = len(t)
+    p = upcast(t).contiguous().softmax(0)
+    top = ranked(p, min(most + 1, C))
+    V = running_sum(top)
+    below = torch.le if strict else torch.lt
+    n = below(V, T, out=torch.empty_like(V)).sum(0, True) + 1  # Alg. 1; out: faster than of bool
+    K = (n.long().clamp(max=C) - minus).clamp(least, min(most, C))
+    last = top.gather(0, K - 1)
+    rest = F.pad(top, (0, 0, 0, 1)).gather(0, K)
+    weight = weight_of(V.gather(0, K - 1), rest, K, *weight)
+    places = torch.arange(C, 0, -1, device=p.device, dtype=p.dtype)
+    likeliest = torch.eq(p, top[0], out=torch.empty_like(p))
+    pseudo = C - (likeliest * places[:, None]).amax(0).long()  # the lowest of equals
+    Y = positives(p, last, rest.masked_fill(K == C, -1), K)
+    z = upcast(z).contiguous()
+    negative = torch.sub(z, Y, alpha=FAR)  # the negatives' logits; positives are far below
+    positive = torch.add(z, 1 - Y, alpha=FAR)  # the positives'; negatives are far above
+    # exp below -80 is next to nothing, and slow: at the numbers that are far away
+    high = negative.amax(0, True)
+    low = positive.amin(0, True)
+    negative = negative.sub_(high).clamp_(min=-80).exp_()
+    positive = torch.sub(low, positive, out=positive).clamp_(min=-80).exp_()
+    above = negative.sum(0, True)
+    under = positive.sum(0, True)
+    x = (high + above.log()) + (under.log() - low)
+    slope = x.sigmoid() * weight
+    gradient = negative.mul_(slope / above).addcmul_(positive, slope / under, value=-1)
+    return (F.softplus(x) * weight)[0], pseudo, gradient
+
+
+class FPL(torch.autograd.Function):
+    """FPL's loss of every pixel and the pseudo label. The gradient is made with the loss and kept,
+    the only map of C channels; so there is no second derivative.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_s, logits_t, rule):
+        rows = logits_s.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if rows else torch.contiguous_format
+        gradient = torch.empty_like(logits_s, memory_format=layout)
+        loss = torch.empty_like(upcast(logits_s[:, 0]), memory_format=torch.contiguous_format)
+        pseudo = torch.empty_like(loss, dtype=torch.int64)
+        size = loss[0].numel() if loss.is_cuda else CHUNK
+        for maps in zip(logits_s, logits_t, loss, pseudo, gradient, strict=True):
+            chunks = [x.flatten(-2).split(size, -1) for x in maps]
+            for z, t, *results in zip(*chunks, strict=True):
+                torch._foreach_copy_(results, fpl_of_pixels(z, t, *rule))
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(pseudo)
+        return loss, pseudo
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, _):
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None
+
+
+def fuzzy_positive_loss(
+    logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
+):
+    """Twin of ael_fpl.py's."""
+    rule = (T, strict, 1, 1, k_max or logits_s.shape[1], weight, mean_over)
+    return FPL.apply(logits_s, logits_t, rule)[0]
+
+
+def fpl_loss(logits_s, logits_t, phase, args):
+    """Twin of cps_fpl.py's."""
+    C = logits_s.shape[1]
+    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - min(int(3 * phase), 2)}.get(args.k_strategy)
+    most = min(args.k_max or C, fixed or C)
+    minus = int(args.k_strategy == "n-1")
+    rule = (args.T, args.strict, minus, min(fixed or 1, most), most, args.weight, args.mean_over)
+    return FPL.apply(logits_s, logits_t, rule)

@@ -8,9 +8,10 @@ def confusion_matrix(pred, label, num_classes):
 
     pred: int64 of any shape, values in [0, C). label: same shape, ignored where it is >= C.
     """
-    valid = label < num_classes
-    index = label[valid].long() * num_classes + pred[valid]
-    return torch.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)
+    truth = label.clamp(max=num_classes).long()  # no class: one more row, that is left out
+    index = (truth * num_classes + pred).flatten()
+    counts = torch.bincount(index, minlength=(num_classes + 1) * num_classes)
+    return counts.view(num_classes + 1, num_classes)[:num_classes]
 
 
 def iou_per_class(confusion):

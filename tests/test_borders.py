@@ -191,3 +191,18 @@ def test_a_teacher_at_the_threshold_is_certain():
         maps = pixel(0.3, -0.2), pixel(0.0, 0.0), inside
         value, parts = ael_fpl.consistency_loss(*maps, torch.ones(2), 1, args)
         assert value.item() == pytest.approx(expected, rel=1e-6) and parts["kept"] == 1
+
+
+@pytest.mark.parametrize("kind", ["fpl", "soft", "negative"])
+def test_a_balance_that_is_only_logged_is_of_every_fourth_pixel_each_way(kind):
+    students = torch.randn(2, 1, 5, 9, 10)
+    teachers = torch.randn(2, 1, 5, 9, 10)
+    inside = torch.rand(1, 9, 10) < 0.7
+    args = fpl_oracle.printed(unsup_loss=kind)
+    value, logged = cps_fpl.cross_loss(list(students), list(teachers), inside, 0.0, args)
+    pseudo = teachers.argmax(2).masked_fill(~inside, 255)[..., ::4, ::4]
+    ce = sum(
+        cps_fpl.cross_entropy(z[..., ::4, ::4], label)
+        for z, label in zip(students, pseudo.flip(0), strict=True)
+    )
+    assert logged["balance"].item() == pytest.approx((ce / value).item(), rel=1e-5)

@@ -3,8 +3,6 @@
 The same numbers u: the same pixels, rows and banks; loss and gradient within 1e-5.
 """
 
-import ast
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -132,5 +130,3 @@ def test_a_definition_has_its_twin_and_the_scripts_share_its_text():
             for name in [*names.split(), "push_features"]:
                 expected = getattr(choice or script, name)
                 assert fused.pick(getattr(script, name), SimpleNamespace(fused=args)) is expected
-    tree = ast.parse(Path(fused.__file__).read_text())
-    assert len([x for x in ast.walk(tree) if isinstance(x, ast.stmt)]) <= 200

@@ -10,6 +10,7 @@ def printed(**changes):
     """The flags that FPL's and AEL's losses read, as printed in the papers, with changes."""
     values = dict(T=0.9037, k_max=0, strict=True, weight="concave", mean_over="positives")
     values |= dict(k_strategy="n-1", unsup_loss="fpl", balance=False, threshold=0.0, gamma=2.0)
+    values["fused"] = "off"
     return SimpleNamespace(**values | changes)
 
 

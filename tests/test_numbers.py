@@ -33,12 +33,12 @@ RUNS += [("esl", "--label hard --no-contrast --no-cutmix --ohem-kept 0.1 --aux-w
 
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
-    """Drawn trees; images of one colour; masks of nothing but CamVid's void; 5 classes of 11."""
+    """Drawn trees; images of one colour; training masks of void alone; 5 classes of 11."""
     root = tmp_path_factory.mktemp("trees")
     found = {name: tiny.draw_tree(root / name) for name in ("drawn", "equal", "void")}
     for path in found["equal"].rglob("*.jpg"):
         Image.new("RGB", (48, 36)).save(path)
-    for path in found["void"].rglob("*.png"):
+    for path in found["void"].glob("trainannot/*.png"):
         Image.new("L", (48, 36), 11).save(path)
     return found | {"absent": tiny.draw_tree(root / "absent", ids=5)}
 
@@ -137,7 +137,6 @@ def test_every_number_stays_finite(kind, name, extra, trees, tmp_path, monkeypat
         assert min(supervision) > 0
     if kind == "void":
         assert supervision == [0, 0]
-        assert scores == dict(miou=0.0, accuracy=0.0, constant=0.0, iou=[None] * C)
     if kind == "large":
         assert max(supervision) > 100
     if kind == "padding":

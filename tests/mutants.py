@@ -251,11 +251,11 @@ def judge(product, facts, mutant, folder):
     return answer.split("\t")
 
 
-def run(product, facts, column):
+def run(product, facts, column, again):
     """Judges each mutant that has no verdict yet in a column."""
     rows, folder = read_table(), scratch("run")
     for row in rows:
-        if not row.get(column) and not row["equivalent"]:
+        if row.get(column) in ("", None, again) and not row["equivalent"]:
             verdict, test = judge(product, facts, row, folder)
             print(f"{row['number']:>4} {verdict:8} {row['file']} {test}", flush=True)
             row |= {column: verdict, f"{column}_test": test}
@@ -276,6 +276,7 @@ def main():
     parser.add_argument("command", choices="run report show check".split())
     parser.add_argument("number", type=int, nargs="?", default=1, help="of a mutant")
     parser.add_argument("--column", default="new")
+    parser.add_argument("--again", help="a verdict, timeout say, that is to be found anew")
     args = parser.parse_args()
     product, rows = Product(), read_table()
     mutant = rows[args.number - 1]
@@ -288,7 +289,7 @@ def main():
         __import__(name)
     if args.command == "check":
         return print(*judge(product, facts, mutant, scratch("check")))
-    run(product, facts, args.column)
+    run(product, facts, args.column, args.again)
 
 
 if __name__ == "__main__":

@@ -286,7 +286,8 @@ def fpl_of_pixels(z, t, T, strict, minus, least, most, *weight):
     weight = weight_of(V.gather(0, K - 1), rest, K, *weight)
     places = torch.arange(C, 0, -1, device=p.device, dtype=p.dtype)
     likeliest = torch.eq(p, top[0], out=torch.empty_like(p))
-    pseudo = C - (likeliest * places[:, None]).amax(0).long()  # the lowest of equals
+    # the lowest of equals; some class where all are NaN, so that the loss tells
+    pseudo = C - (likeliest * places[:, None]).amax(0).long().clamp(min=1)
     Y = positives(p, last, rest.masked_fill(K == C, -1), K)
     z = upcast(z).contiguous()
     negative = torch.sub(z, Y, alpha=FAR)  # the negatives' logits; positives are far below

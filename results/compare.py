@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
 
 from common import Refusal  # noqa: E402
 from common.data import FACTS  # noqa: E402
-from common.flags import cli  # noqa: E402
+from common.flags import NO_NUMBER, cli  # noqa: E402
 from common.run import refusals  # noqa: E402
 from results.table import read  # noqa: E402
 
@@ -39,7 +39,9 @@ def load(path, score):
         facts = {"data set": args["dataset"], "classes": len(iou), "scored on": f"{on}, {sets[on]}"}
         facts |= {"labelled": sets["labeled"], "seed": args["seed"], "steps": args["total_iters"]}
         name = file.resolve().parent.name if file.name == "log.jsonl" else file.stem
-        return SimpleNamespace(name=name, facts=facts, classes=classes, iou=iou, miou=miou)
+        return SimpleNamespace(
+            name=name, facts=facts, classes=classes, iou=iou, miou=miou, flags=args
+        )
     except IndexError:
         raise Refusal(f"{file}: no line of kind done: let the run finish") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,6 +106,10 @@ def main(argv=None):
     print(f"\n{args.score} step, {a.facts['scored on']}; one seed each\n{summary(a.iou, b.iou)}")
     if words:
         print(f"warning: {words}: the improvement is not that of the method alone")
+    for name in sorted((set(a.flags) & set(b.flags)) - set(NO_NUMBER)):
+        if a.flags[name] != b.flags[name]:
+            flag = "--" + name.replace("_", "-")
+            print(f"{flag}: {a.flags[name]} against {b.flags[name]}")
 
 
 if __name__ == "__main__":

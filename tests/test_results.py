@@ -246,11 +246,12 @@ def test_a_comparison_of_two_logs_as_rows_and_as_columns(tmp_path, capsys):
 # ---- refusals and warnings of all three ----
 
 
-def test_other_labels_seeds_and_steps_are_warned_of_in_one_line(tmp_path, capsys):
+def test_other_labels_seeds_and_steps_are_warned_of_and_flags_that_differ_named(tmp_path, capsys):
     a = log_of_scores(tmp_path / "a.jsonl", SEVEN)
     b = log_of_scores(tmp_path / "b.jsonl", SEVEN, seed=1, lists={"labeled": [20, "ee"]})
     words = "warning: labelled 20 images, set aaaa against 20 images, set ee; seed 0 against 1"
-    assert printed(capsys, a, b)[1][-1].startswith(words)
+    *_, warning, flag = printed(capsys, a, b)[1]
+    assert warning.startswith(words) and flag == "--seed: 0 against 1"
 
 
 @pytest.fixture

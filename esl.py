@@ -146,7 +146,7 @@ class Args:
     fused: Literal["auto", "on", "off"] = "auto"
     # <<< method: args
 
-    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+    NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
         "split_seed": "split!=all, no labeled_list",

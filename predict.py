@@ -102,7 +102,7 @@ class Args:
     program: str = ""  # write it by torch.export as this .pt2 file
     safetensors: str = ""  # write its weights as this file, and a model card beside it
 
-    NEEDS: ClassVar = {  # flag: what it needs to act, as common/flags.py has it
+    NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         **dict.fromkeys("window scales flip maps csv export".split(), "out"),
         "overlays": "out",
         "dataset": "split",

@@ -282,6 +282,7 @@ def test_the_page_counts_them():
 def test_so_it_is_as_a_process(place, monkeypatch):
     (case,) = (case for case in CASES if case.name == "image a loader reads")
     monkeypatch.setattr(tempfile, "tempdir", str(place.parent))
+    monkeypatch.setenv("TMPDIR", str(place.parent))  # where torch 2.6 writes a module
     case.arrange(monkeypatch)
     before = everything(place)
     process = Forked([case.script.__file__, *case.argv], folder=place, apart=True)

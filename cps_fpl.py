@@ -377,8 +377,8 @@ def taught_loss(logits_s, logits_t, inside, phase, args):
     elif args.unsup_loss == "negative":
         loss = negative_loss(logits_s, prob_t)
     stride = 1 if args.balance else 4
-    seen = logits_s.detach()[..., ::stride, ::stride]
-    ce = cross_entropy(seen, pseudo[..., ::stride, ::stride])
+    sampled = logits_s.detach()[..., ::stride, ::stride]
+    ce = cross_entropy(sampled, pseudo[..., ::stride, ::stride])
     return masked_mean(loss, inside), ce
 
 
@@ -829,8 +829,8 @@ def open_stream(name, data, args, group, start):
     stream = streams(data, args)[name]
     batch = distributed.share(stream.batch, group, name)  # of this process
     if not stream.items:
-        what = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
-        raise Refusal(f"no {name} images {what} of {args.dataset}: give fewer images labels")
+        origin = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
+        raise Refusal(f"no {name} images {origin} of {args.dataset}: give fewer images labels")
     if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
         raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
     first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]

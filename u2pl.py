@@ -877,8 +877,8 @@ def open_stream(name, data, args, group, start):
     stream = streams(data, args)[name]
     batch = distributed.share(stream.batch, group, name)  # of this process
     if not stream.items:
-        what = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
-        raise Refusal(f"no {name} images {what} of {args.dataset}: give fewer images labels")
+        origin = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
+        raise Refusal(f"no {name} images {origin} of {args.dataset}: give fewer images labels")
     if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
         raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
     first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]

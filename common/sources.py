@@ -271,15 +271,15 @@ class Tree:
         lines = []
         unread = self.unread(part)
         masks = self.root / self.facts["label"][0].partition("{key}")[0].format(part=part)
-        taken = {self.file(part, key, [row], 1) for key, row in rows.items()}
-        alone = [p for p in files_below(masks) if p not in taken and not p.is_dir()]
+        used = {self.file(part, key, [row], 1) for key, row in rows.items()}
+        alone = [p for p in files_below(masks) if p not in used and not p.is_dir()]
         why = f"files that are no photograph by their suffix ({' '.join(SUFFIXES)})"
-        for folder, files, what in (
+        for folder, files, reason in (
             (self.image_folder(part), unread, why),
             (masks, alone, "masks that go with no image (named as it, with .png)"),
         ):
             if files:
-                lines.append(f"{folder}: {what}: {len(files)}, {files[0].name} first")
+                lines.append(f"{folder}: {reason}: {len(files)}, {files[0].name} first")
         return lines
 
     def part(self, part, fetch=True):
@@ -300,8 +300,8 @@ class Tree:
                     rows[match[0]] = (path, None)
             if rows:
                 return dict(sorted(rows.items()))
-        here = any((self.root / p.split("{")[0]).is_dir() for p in self.facts["image"])
-        if not here or part not in SPLITS.get(self.name, {}).get("parts", {}):
+        found = any((self.root / p.split("{")[0]).is_dir() for p in self.facts["image"])
+        if not found or part not in SPLITS.get(self.name, {}).get("parts", {}):
             return {}
         if part == "train" and not fetch:  # lists name all that is wanted
             return {}

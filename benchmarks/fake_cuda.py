@@ -184,7 +184,9 @@ def where():
     frame, lines = sys._getframe(1), []
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and path.parent.name not in ("benchmarks", "tests"):
+        installed = "site-packages" in path.parts  # an environment may lie in the checkout
+        tool = path.parent.name in ("benchmarks", "tests")
+        if path.is_relative_to(ROOT) and not installed and not tool:
             line = linecache.getline(str(path), frame.f_lineno).strip()
             words = f"{path.name}: {line}"
             if words not in lines[-1:]:  # a comprehension has a frame of its own

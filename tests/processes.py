@@ -4,6 +4,7 @@ As a program (python tests/processes.py SCRIPT JSON JSON) it is SCRIPT with the 
 flags in the first JSON; the second has the settings of `main`.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -103,7 +104,8 @@ class Forked:
     def send_signal(self, number):
         for process in self.processes:
             if process.exitcode is None:
-                os.kill(process.pid, number)
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, number)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)

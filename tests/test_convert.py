@@ -13,7 +13,7 @@ import prepare_data
 from common.run import report
 from common.sources import load
 from convert import read_table
-from test_reading import GREY, IDS, RGB, TURNED, packed, png, saved
+from formats import GREY, IDS, RGB, TURNED, packed, png, saved
 from trees import folder, listed, own, refusal
 
 

@@ -327,6 +327,7 @@ def brush(data, height, width):
     place = 0
 
     def take(count):
+        """Returns the next bits as a number."""
         nonlocal place
         place += count
         return int(bits[place - count : place], 2)

@@ -514,6 +514,7 @@ def supervised_loss(out, label, args):
     """
 
     def loss(logits):
+        """Of one head, a scalar."""
         if args.ohem_kept:
             pixels = round(args.ohem_kept * args.crop_size**2)
             return ohem_cross_entropy(logits, label, 0.7, pixels)
@@ -733,6 +734,7 @@ def augment(image, label, rng, crop, scales):
         warp = (sx, 0, x * sx, 0, sy, y * sy)
 
     def warped(picture, kernel, padding):
+        """The crop of a picture as an array."""
         mode = Image.Transform.AFFINE
         return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=padding))
 

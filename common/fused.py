@@ -329,6 +329,7 @@ class FPL(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
+        """The kept gradient, (B, C, H, W), times that of each pixel's loss, (B, H, W)."""
         (gradient,) = ctx.saved_tensors
         return gradient * upstream[:, None].to(gradient.dtype), None, None
 

@@ -463,11 +463,15 @@ def write_archive(folder, server, results, palette):
             add(archive_name(server, key), content.getvalue())
 
     def write_zip(new):
+        """As the server of Cityscapes takes it."""
         with zipfile.ZipFile(new, "w") as archive:
             add_all(archive.writestr)
 
     def write_tar(new):
+        """As the server of VOC takes it."""
+
         def add(name, content):
+            """Adds a file where the server looks for it."""
             member = tarfile.TarInfo(f"results/VOC2012/Segmentation/comp6_test_cls/{name}")
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))

@@ -48,13 +48,22 @@ def _rgb(hue, saturation, value):
 def _outline(kind, rng, x, y, r):
     """Corners of a figure of class kind (3 to 6), or of a disc as a polygon (1, 2)."""
     if kind <= 2:
-        corners, start, radii = 40, 0.0, (1.0,)
+        corners = 40
+        start = 0.0
+        radii = (1.0,)
     elif kind <= 4:
         tilt = rng.uniform(-0.2, 0.2)  # radians; a diamond is a square turned by an eighth
-        corners, start, radii = 4, tilt + (math.pi / 4 if kind == 3 else 0.0), (1.15,)
+        corners = 4
+        start = tilt
+        if kind == 3:
+            start += math.pi / 4
+        radii = (1.15,)
     else:
-        corners, start = 6, rng.uniform(0, 2 * math.pi)
-        radii = (1.25, 0.625) if kind == 5 else (1.25, 0.36)  # every second corner: flat or hollow
+        corners = 6
+        start = rng.uniform(0, 2 * math.pi)
+        radii = (1.25, 0.36)  # every second corner: hollow
+        if kind == 5:
+            radii = (1.25, 0.625)  # flat
     angles = [start + 2 * math.pi * i / corners for i in range(corners)]
     return [
         (x + r * radii[i % len(radii)] * math.cos(a), y + r * radii[i % len(radii)] * math.sin(a))
@@ -72,7 +81,8 @@ def draw(key):
     n = SIZE
     # background: a dull gradient between two colours
     a, b = (_rgb(rng.random(), rng.uniform(0.05, 0.4), rng.uniform(0.25, 0.9)) for _ in range(2))
-    angle, (u, v) = rng.uniform(0, 2 * math.pi), np.mgrid[0:n, 0:n] / n - 0.5
+    angle = rng.uniform(0, 2 * math.pi)
+    u, v = np.mgrid[0:n, 0:n] / n - 0.5
     t = np.clip(0.5 + u * math.cos(angle) + v * math.sin(angle), 0, 1)[..., None]
     image = Image.fromarray((np.array(a) * (1 - t) + np.array(b) * t).astype(np.uint8))
     label = Image.new("L", (n, n), 0)

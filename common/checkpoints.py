@@ -116,7 +116,9 @@ def load_init(path, networks):
     sentences = []
     used = set()
     for name, net in networks.items():
-        source = name if name in saved["networks"] else next(iter(saved["networks"]))
+        source = name
+        if name not in saved["networks"]:
+            source = next(iter(saved["networks"]))
         trains = any(p.requires_grad for p in net.parameters())
         equal = source in used and trains
         used.add(source)
@@ -186,4 +188,5 @@ def check_tensors(step, networks, state=()):
     tensors += [v for v in dict(state).values() if torch.is_tensor(v)]
     device = tensors[0].device
     fine = torch.stack([v.isfinite().all().to(device, non_blocking=True) for v in tensors])
-    check_finite(NEVER if fine.all() else step)
+    if not fine.all():
+        check_finite(step)

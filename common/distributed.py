@@ -39,7 +39,7 @@ def setup(device="auto"):
         return Group(0, 1, torch.device("mps"))
     cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return Group(0, 1, torch.device("cuda", 0) if cuda else torch.device("cpu"))
+        return Group(0, 1, device_of(cuda, 0))
     host = "MASTER_ADDR"
     numbers = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"]
     wrong = [n for n in numbers if not os.environ.get(n, "").isdecimal()]
@@ -62,7 +62,14 @@ def setup(device="auto"):
         line = f"{str(error).splitlines()[0][:150]}; is another run there, or a machine missing?"
         raise Refusal(f"MASTER_ADDR:MASTER_PORT {where}: {line}") from None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Group(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
+    return Group(rank, world, device_of(cuda, local))
+
+
+def device_of(cuda, local):
+    """Returns the CPU, or the GPU of a process of this machine."""
+    if cuda:
+        return torch.device("cuda", local)
+    return torch.device("cpu")
 
 
 def need_float64(group, what):
@@ -150,7 +157,9 @@ def to_device(array, group):
 
 def no_sync(net):
     """Returns a context in which backward leaves a DDP network's gradients to a later backward."""
-    return net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext()
+    if hasattr(net, "no_sync"):
+        return net.no_sync()
+    return contextlib.nullcontext()
 
 
 def from_first(value):

@@ -1,15 +1,14 @@
 """Mutants: small faults put into the product, one at a time; which of them do the tests notice?
 
-    python tests/mutants_make.py map            # first: which test runs what
+    python tests/mutants_make.py generate       # the list, tests/mutants.tsv
+    python tests/mutants_make.py map            # which test runs what
     python tests/mutants.py run --column new    # goes on where it was stopped
     python tests/mutants.py report
-    python tests/mutants.py show 17
-    python tests/mutants.py check 17            # one mutant; writes nothing
 
-Run by hand: a whole run takes an hour of one core. mutants.tsv holds the list and the verdicts. A
-mutant changes one operator, constant or argument, or deletes one line, in every script that holds
-the same text. It is known by that text; one whose text is gone is reported so. Killed: a test
-fails. Timeout: the limit came first, which counts as not killed.
+Run by hand: a whole run takes an hour of one core. A mutant changes one operator, constant or
+argument, or deletes one line, in every script that holds the same text. It is known by that text;
+one whose text is gone is reported so. Killed: a test fails. Timeout: the limit came first, which
+counts as not killed.
 """
 
 import argparse
@@ -109,7 +108,7 @@ class Product:
         """Returns the files with this statement: all scripts with the text that is held equal."""
         having = [other for other, found in self.statements.items() if key in found]
         if name not in having or name not in self.scripts:
-            return [name] if name in having else having[:1]  # moved to another file
+            return [name] if name in having else []
         tops = {n: self.statements[n][key][1] for n in having if n in self.scripts}
         return [n for n in tops if not key[1] or tops[n] == tops[name]]
 
@@ -215,8 +214,7 @@ def in_child(folder, plugin, limit=0):
     signal.alarm(limit)
     settings.register_profile("mutants", derandomize=True, database=None)
     settings.load_profile("mutants")
-    files = [name for name in plugin.files if Path(name.partition("::")[0]).exists()]
-    pytest.main(["-p", "no:cacheprovider", "--rootdir", ".", *files], [plugin])
+    pytest.main(["-n", "0", "-p", "no:cacheprovider", "--rootdir", ".", *plugin.files], [plugin])
     os._exit(1)
 
 
@@ -251,11 +249,14 @@ def judge(product, facts, mutant, folder):
     return answer.split("\t")
 
 
-def run(product, facts, column, again):
+def run(column):
     """Judges each mutant that has no verdict yet in a column."""
-    rows, folder = read_table(), scratch("run")
+    product, rows, folder = Product(), read_table(), scratch("run")
+    facts = json.loads((WORK / "tests.json").read_text())
+    for name in WARM:
+        __import__(name)
     for row in rows:
-        if row.get(column) in ("", None, again) and not row["equivalent"]:
+        if not row.get(column) and not row["equivalent"]:
             verdict, test = judge(product, facts, row, folder)
             print(f"{row['number']:>4} {verdict:8} {row['file']} {test}", flush=True)
             row |= {column: verdict, f"{column}_test": test}
@@ -273,23 +274,13 @@ def report(rows):
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("command", choices="run report show check".split())
-    parser.add_argument("number", type=int, nargs="?", default=1, help="of a mutant")
+    parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--column", default="new")
-    parser.add_argument("--again", help="a verdict, timeout say, that is to be found anew")
     args = parser.parse_args()
-    product, rows = Product(), read_table()
-    mutant = rows[args.number - 1]
     if args.command == "report":
-        return report(rows)
-    if args.command == "show":
-        return print(*mutant.items(), list(product.mutate(mutant)) or "gone", sep="\n")
-    facts = json.loads((WORK / "tests.json").read_text())
-    for name in WARM:
-        __import__(name)
-    if args.command == "check":
-        return print(*judge(product, facts, mutant, scratch("check")))
-    run(product, facts, args.column, args.again)
+        report(read_table())
+    else:
+        run(args.column)
 
 
 if __name__ == "__main__":

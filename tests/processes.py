@@ -78,6 +78,7 @@ class Forked:
             self.processes[-1].start()
         self.pids = [process.pid for process in self.processes]
         self.pid, self.returncode = self.pids[0], None
+        self.failed = None  # the time when one did
 
     def poll(self):
         """The first code that is not 0, 0 if all are, None while one is at work."""
@@ -85,7 +86,9 @@ class Forked:
         wrong = [code for code in codes if code]
         self.returncode = None if None in codes else (wrong or [0])[0]
         if wrong and self.returncode is None:  # as torchrun: one that failed ends the others
-            self.kill()
+            self.failed = self.failed or time.time()
+            if time.time() > self.failed + 30:  # seconds, as torchrun's
+                self.kill()
         return self.returncode
 
     def wait(self, timeout=300):

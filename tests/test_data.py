@@ -1,8 +1,9 @@
-"""Images and masks as they come, lists, splits; refusals name the file.
+"""Images and masks as they come, in every format, lists, splits, the fill of polygons.
 
-Formats, the generated pictures: test_reading.py; layouts, published splits: test_sources.py.
+Refusals name the file. Layouts, published splits: test_sources.py.
 """
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.data import FACTS, SPLITS, Data, Item, counts, set_hash
+from common import shapes
+from common.data import FACTS, SPLITS, Data, Item, counts, read_mask, read_photograph, set_hash
 from common.sources import choose, read_list
+from convert import box, ellipse
+from formats import GREY, IDS, RGB, TURNED, WIDE, packed, png, saved, tiff
 from trees import NAMES, TRAIN_ID, entry, flags, picture, refusal
 
 
@@ -71,6 +75,64 @@ def test_photographs_are_read_as_rgb_but_for_one_too_large(item, monkeypatch):
     assert "not readable as an image" in refusal(reader().read, item, False)
 
 
+FILES = [  # bytes; what is read of them, or words of the refusal; as a mask, then as a photograph
+    (png(2, 3, packed(IDS, 2), bytes(range(12))), IDS, None),
+    (tiff(IDS.tobytes(), kinds=(0, 1, 4)), IDS, IDS),
+    (tiff(IDS.tobytes(), kinds=(0, 0, 1)), "2 pages or frames", "2 pages or frames"),
+    (b"P5 8 4 255\n" + IDS.tobytes(), IDS, IDS),
+    (saved(GREY, "GIF"), IDS, IDS),
+    (saved(GREY, "TIFF", compression="tiff_lzw"), IDS, IDS),
+    (png(2, 0, packed(IDS, 2)), "2 or 4 bits, which PIL rescales", IDS * 85),
+    (tiff(IDS.tobytes(), photo=0), "white is stored as 0", 255 - IDS),
+    (b"P4 8 4\n" + packed(IDS % 2, 1).tobytes(), "white is stored as 0", 255 - IDS % 2 * 255),
+    (b"P5 8 4 3\n" + IDS.tobytes(), "another maximum than 255", IDS * 85),
+    (saved(GREY, "JPEG"), "JPEG, which blurs ids", None),
+    (saved(GREY, "TIFF", compression="jpeg"), "TIFF with JPEG inside", None),
+    (saved(GREY, "PCX"), "PCX (pcx L), not known to keep ids", IDS),
+    (png(16, 0, IDS.astype(">u2").view(np.uint8)), "not one 8-bit channel", "not 8 bits"),
+    (saved(GREY, "PNG", exif=TURNED), "EXIF orientation 3", IDS),
+    (png(8, 2, RGB), "mode RGB, not one 8-bit channel", IDS),
+    (png(16, 2, WIDE), "mode RGB", "not 8 bits a channel"),
+    (tiff(WIDE.tobytes(), 3, 16, 2), "mode RGB", "not 8 bits a channel"),
+    (b"P6 8 4 4095\n" + WIDE.tobytes(), "mode RGB", "not 8 bits a channel"),
+    *((tiff(bytes(128), 4, photo=2, alpha=n), "mode RGB", "a TIFF of 4 bands") for n in (0, 2)),
+    (tiff(bytes(160), 5, photo=2, kinds=(0,)), "bands, bits or a compression", "bands, bits or"),
+    (b"", "fetch it again", "fetch it again"),
+]  # fmt: skip
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("data, mask, photograph", FILES)
+def test_a_file_is_read_as_stored_or_refused_with_the_cause(tmp_path, data, mask, photograph):
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    for read, found in ((read_mask, mask), (read_photograph, photograph)):
+        if isinstance(found, str):
+            assert found in refusal(read, path)
+        elif found is not None:
+            assert (np.asarray(read(path)).reshape(4, 8, -1) == found[..., None]).all()
+
+
+@pytest.mark.smoke
+def test_a_fill_has_the_pixels_whose_centres_it_holds_and_pictures_are_the_same_everywhere():
+    square = [(2.5, 2.5), (6.5, 2.5), (6.5, 6.5), (2.5, 6.5)]
+    assert shapes.polygon([square], 9, 9).sum() == 16
+    edge = [(0, 0), (9, 0), (9, 9), (0, 9)]
+    assert shapes.polygon([edge, square], 9, 9).sum() == 81 - 16  # a hole
+    for x, y in np.random.default_rng(0).uniform(0, 9, (9, 2)):  # four triangles tile the square
+        parts = [[edge[i], edge[i - 1], (x, y)] for i in range(4)]
+        assert (sum(shapes.polygon([part], 9, 9).astype(int) for part in parts) == 1).all()
+    disc = ellipse((10, 10), (8, 4), 30, 20, 20)
+    assert abs(disc.sum() - 32 * np.pi) < 3 and disc[13, 15] and not disc[6, 15]  # clockwise
+    turned = shapes.polygon([box(2, 4, 8, 6, 90, (5, 5))], 9, 9)
+    assert np.array_equal(turned, shapes.polygon([box(4, 2, 6, 8)], 9, 9)) and turned.sum() == 12
+    digest = hashlib.sha1()
+    for key in (key for part in shapes.COUNTS for key in shapes.keys(part)):
+        for drawn in shapes.draw(key):
+            digest.update(drawn.tobytes())
+    assert digest.hexdigest() == "9ae3527a81f34e3516d5b1a34facf18b5d56c833"
+
+
 def tables():
     """Yields data set, flags, the name of a mask, and {a value of it: its class or 255}."""
     yield "camvid", {}, "k.png", {v: v for v in range(11)} | {11: 255, 255: 255}
@@ -112,8 +174,7 @@ FORMS = [  # data set, a list, its keys, the columns of the first; B's do not ma
     ("camvid", f"{P} {M}\r\ntrain/{B}.png trainannot/{B}.png\r\n", [A, B], P, M),
     ("camvid", f"\n\n  {B}  \n   \n\t\n\t{A}\n\n", [B, A], B, None),  # in its order
     ("camvid", f"{P}\tNone\ntrain/{B}.png\t\n", [A, B], P, None),
-    ("camvid", f"\ufeff{A}\n{B}\n", [A, B], A, None),  # a byte order mark
-    ("camvid", f"{A}\r{B}\r", [A, B], A, None),
+    ("camvid", f"\ufeff{A}\r{B}\r", [A, B], A, None),  # a byte order mark
     ("camvid", "train/a..b.png x/..c.png", ["a..b"], "train/a..b.png", "x/..c.png"),  # no climbing
     # lines of the released lists
     ("voc", "/J/2007_000032.jpg /x/7_9.png", ["2007_000032"], "J/2007_000032.jpg", "x/7_9.png"),
@@ -138,6 +199,8 @@ UNUSABLE = [  # data set, bytes of a list (None: no file), what the line says af
     ("camvid", f"{A}\n{B}\t\ta\n".encode(), f":2: more than two columns: {B}\t\ta"),
     *(("camvid", f"{A}\n{line}\n".encode(), ":2: a path with ..: ") for line in CLIMBS),
     ("camvid", b"a\0b.png", ":1: a NUL: "),
+    ("camvid", b"a.jpg,b.png", ":1: columns with , between"),
+    ("camvid", "a".encode("utf-16"), ": UTF-16"),
     ("camvid", b"\xff\xfe\x00\x81", ": not a readable list ("),
     ("camvid", None, ": not a readable list ("),
 ]  # fmt: skip

@@ -3,16 +3,12 @@
 import re
 import shlex
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
-import cps_fpl
-import prepare_data
-from benchmarks import runs
 from common.flags import parse
 from results import table
-from tiny import ROOT, SCRIPTS, draw_folder, resolved, shrink, train
+from tiny import ROOT, SCRIPTS, resolved
 from tiny import script as module_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -100,29 +96,3 @@ def test_help_shows_every_flag_and_what_it_means(name, capsys):
     assert stop.value.code == 0 and list(meanings) == list(shown) == known
     for flag, meaning in meanings.items():
         assert meaning and shown[flag].startswith(meaning), flag
-
-
-def test_your_own_images_in_ten_lines(tmp_path, monkeypatch, capsys):
-    page = (ROOT / "docs/data.md").read_text().split("## Your own images in ten lines")[1]
-    block = [line[4:] for line in page.split("\n## ")[0].splitlines() if line.startswith("    ")]
-    assert 5 <= len(block) <= 10
-    monkeypatch.chdir(tmp_path)
-    shrink(cps_fpl, monkeypatch)
-    draw_folder(tmp_path / "my", 4)
-    for i in (5, 6, 7):  # images without masks
-        (tmp_path / f"my/masks/train/{i}.png").unlink()
-    small = "--backbone resnet18 --weights none --crop-size 32 --total-iters 2 --batch-size 2 "
-    small += "--workers 0 --log-every 1 --save-every 2 --device cpu --out runs/my"
-    done = []
-    for _, command, *argv in (line.split() for line in block if line.startswith("python ")):
-        if command == "prepare_data.py":
-            prepare_data.main(argv)
-            done.append(argv[0])
-        else:
-            train(cps_fpl, argv + small.split())
-            done.append("dry run" if "--dry-run" in argv else "run")
-    assert done == ["check", "stats", "dry run", "run"] and Path("classes.png").exists()
-    assert "every file can be read" in capsys.readouterr().out
-    start, *_, last = runs.log(Path("runs/my"))
-    assert [start["lists"][n][0] for n in ("labeled", "unlabeled", "val")] == [5, 8, 2]
-    assert len(last["last"]["iou"]) == 4

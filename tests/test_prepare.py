@@ -1,8 +1,9 @@
-"""Published lists, archives, downloads, VOC with SBD, COCO, checks: on drawn miniatures.
+"""prepare_data.py on drawn miniatures: lists, archives, downloads, VOC with SBD, checks, convert.
 
 Nothing is fetched but from this process.
 """
 
+import base64
 import hashlib
 import io
 import json
@@ -23,7 +24,11 @@ from scipy.io import savemat
 import prepare_data
 from common import sources
 from common.data import FACTS, SPLITS
-from trees import NAMES, camvid, entry, flags, keys_of, listed, own, picture, refusal
+from common.run import report
+from common.sources import load
+from convert import read_table
+from formats import GREY, IDS, RGB, TURNED, packed, png, saved
+from trees import NAMES, camvid, entry, flags, folder, keys_of, listed, own, picture, refusal
 
 
 def command(line, *more):
@@ -270,8 +275,8 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys, mo
     files, root = contents("data/voc"), Path("data/voc")
     for key in (*TRAIN, *VAL):
         drawn = voc.files[0][f"VOCdevkit/VOC2012/SegmentationClass/{key}.png"]
-        for folder in ("SegmentationClass", "SegmentationClassAug"):
-            assert files[f"{folder}/{key}.png"] == drawn
+        for place in ("SegmentationClass", "SegmentationClassAug"):
+            assert files[f"{place}/{key}.png"] == drawn
     for key in REST:
         with Image.open(root / f"SegmentationClassAug/{key}.png") as mask:
             assert mask.mode == "P" and np.array_equal(np.asarray(mask), voc.masks[key])
@@ -392,8 +397,7 @@ def test_coco_masks_hold_the_smaller_instance_on_top_and_crowds_below():
         file = f"{name:012d}.jpg"
         picture(root / "train2017" / file, "RGB", 0, (width, height))
         good["images"].append(dict(id=name, file_name=file, width=width, height=height))
-    wrong = good | {"annotations": [rows[2] | {"category_id": 12}]}
-    train = Path(listed(root / "annotations/instances_train2017.json", json.dumps(wrong)))
+    train = Path(listed(root / "annotations/instances_train2017.json", "{}"))
     listed(root / "annotations/instances_val2017.json", json.dumps(good | {"images": []}))
     assert str(train) in refusal(command, "coco") and not list(root.glob("*.txt"))
     train.write_text(json.dumps(good))
@@ -411,17 +415,17 @@ def test_coco_masks_hold_the_smaller_instance_on_top_and_crowds_below():
 # ---- lists of one's own, checks, statistics ----
 
 
-def folder(**masks):
-    """A folder of one's own: these masks, and v of val."""
+def one(value):
+    return np.full((3, 4), value, np.uint8)
+
+
+def masks_of(**masks):
+    """Draws a folder of one's own: these masks, and v of val."""
     for key, mask in (masks | {"v": one(0)}).items():
         part = "val" if key == "v" else "train"
         picture(Path(f"own/images/{part}/{key}.png"), "RGB", 0, (4, 3))
         path = picture(Path(f"own/masks/{part}/{key}.png"), "L", 0, (4, 3))
         Image.fromarray(mask).save(path)
-
-
-def one(value):
-    return np.full((3, 4), value, np.uint8)
 
 
 CAM, OWN = "--dataset camvid --data-root cam", "--dataset folder --data-root own --num-classes"
@@ -440,17 +444,10 @@ def test_a_drawn_list_is_that_of_the_same_split_and_seed(capsys):
         assert "--labels" in refusal(command, f"make-split {CAM} --out l.txt {words}")
     assert "--seed -1" in refusal(command, f"make-split {CAM} --out l.txt --labels 1 --seed -1")
     assert not Path("l.txt").exists()
-    # names with blanks, folders and points are read back
-    folder(**{"a b/c d": one(1), "e/f": one(1), "x.1": one(1)})
-    command(f"make-split {OWN} 2 --labels 3 --out o.txt")
-    words = f"next: {OWN} 2 --ignore-index 255 --labeled-list o.txt\n"
-    assert capsys.readouterr().out.endswith(words)
-    data = sources.load(own("own", num_classes=2, labeled_list="o.txt"))
-    assert keys_of(data.labeled) == ["a b/c d", "e/f", "x.1"]
 
 
 def test_every_class_means_every_class_as_few_images_changed_as_that_takes():
-    folder(**{key: one(i) for i, key in enumerate("abcde")})
+    masks_of(**{key: one(i) for i, key in enumerate("abcde")})
     command(f"make-split {OWN} 9 --every-class --labels 5 --out all.txt")
     line = refusal(command, f"make-split {OWN} 9 --every-class --labels 4 --out few.txt")
     assert "too few" in line and line.rpartition(": ")[2] in "0 1 2 3 4"
@@ -480,7 +477,7 @@ def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
     masks = {"a": one(0), "b": one(1), "c": one(1)}
     masks["a"][0, :3] = 2
     masks["b"][2] = 255
-    folder(**masks)
+    masks_of(**masks)
     command(f"stats {OWN} 4")
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     expected = ["28.125 1", "62.500 2", "9.375 1", "0.000 0"]  # of 9, 20, 3 and 0 pixels of 32
@@ -489,11 +486,130 @@ def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
     assert rows[1][4:] == ["100.000", "1"]  # val
 
 
-def test_ctrl_c_ends_with_130_and_says_that_it_goes_on(monkeypatch, capsys):
-    def stop_it(self):
-        raise KeyboardInterrupt
+# ---- masks out of values, colours and exports; what nothing reads ----
 
-    monkeypatch.setattr(prepare_data.Voc, "run", stop_it)
-    with pytest.raises(SystemExit) as end:
-        command("voc")
-    assert end.value.code == 130 and "goes on" in capsys.readouterr().err
+
+def test_what_nothing_reads_and_what_two_sets_share_is_named(capsys):
+    root = folder(Path("own"), ["a", "deep/b", "c"])
+    images, check = root / "images", f"check {OWN} 4"
+    for path in (*images.glob("val/*"), *images.glob("test/*")):  # pictures of their own
+        Image.effect_noise((8, 6), 9).convert("RGB").save(path, exif=TURNED)
+    strays = [images / "train/x.heic", root / "masks/train/a.PNG", root / "masks/val/v.png"]
+    for path in strays:
+        os.symlink("nowhere", path)
+    command(check)
+    told = capsys.readouterr()
+    lines = [line for line in told.err.splitlines() if line.startswith("note")]
+    for path, line in zip(strays, lines, strict=True):
+        assert str(path.parent) in line and line.endswith(f": 1, {path.name} first")
+    assert "warning: 3 images have an EXIF orientation" in told.out
+    (images / "val/v0.png").write_bytes((images / "train/c.png").read_bytes())
+    assert "1 bad files" in refusal(command, check)
+    assert f"of val, the same as {images}/train/c.png of train" in capsys.readouterr().err
+    for path in (root / "masks/train").rglob("*.png"):
+        Image.new("L", (8, 6), 255).save(path)
+    assert "no pixel of any class in the masks of labeled" in refusal(command, check)
+    for path in images.glob("val/*"):
+        path.rename(path.with_suffix(".heic"))
+    assert "no photograph by its suffix: " in refusal(command, check)
+    (root / "label_colors.txt").touch()
+    assert "datumaro or CVAT" in refusal(load, own(root, dataset="cityscapes", num_classes=0))
+
+
+KINDS = [  # masks to convert; their ids, or words of the refusal
+    (saved(Image.fromarray(IDS % 2 * 255), "PNG"), IDS % 2),
+    (png(16, 0, (IDS * 1000.0).astype(">u2").view(np.uint8)), IDS),
+    (png(2, 3, packed(IDS, 2), bytes(range(12))), IDS),  # its colours rise with the index
+    (png(8, 2, RGB * 50), IDS),
+    (png(2, 3, packed(IDS, 2), bytes(12)), "several indices one colour"),
+    (saved(GREY, "JPEG"), "JPEG, which blurs"),
+]
+
+
+@pytest.mark.parametrize("data, expected", KINDS)
+def test_values_and_colours_become_ids_with_a_table(data, expected):
+    path, words = Path("from/a_mask.png"), "convert --from from --out own --strip _mask"
+    path.parent.mkdir()
+    path.write_bytes(data)
+    if isinstance(expected, str):
+        assert expected in refusal(command, words)
+        return
+    command(words)
+    assert np.array_equal(np.asarray(Image.open("own/masks/train/a.png")), expected)
+    path.write_bytes(png(8, 2, RGB + 7))
+    assert "#070707 at row 0, column 0 has no row" in refusal(command, words)
+
+
+def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():
+    root = folder(Path("own"))
+    rows = ["id,name,r,g,b", '0,"tree, old",4,5,6', "1,b,1,2,3", "2,c,0,0,0", "3,d,0,0,9"]
+    listed(root / "classes.csv", *rows, "255,void,9,9,9", "3,also d,8,8,8")
+    data = load(own(root, num_classes=0))
+    assert data.classes == ["tree, old", "b", "c", "d"] and data.palette[0].tolist() == [4, 5, 6]
+    scores = dict(iou=[0.5] * 4, miou=0.5, accuracy=0.5, constant=0.1)
+    assert "tree, old" in report(data, {"last": scores}, "val")
+    assert "has 4; leave it out" in refusal(load, own(root, num_classes=5))
+    for text in ("4 5 6 a b\n1 2 3 c", "# label:color_rgb:parts:actions\na b:4,5,6::\nc:1,2,3::"):
+        rows_of_tool = read_table(listed(root / "labelmap.txt", text))
+        assert [row[:3] for row in rows_of_tool] == [(0, "a b", (4, 5, 6)), (1, "c", (1, 2, 3))]
+    for row, words in (("4,e,0,0", ":6: "), ("6,e,0,0,0", "id 4"), ("254,e,0,0,0", ":6: id 254")):
+        listed(root / "classes.csv", *rows, row)
+        assert words in refusal(load, own(root, num_classes=0))
+
+
+SQUARE = [[1, 1], [5, 1], [5, 4], [1, 4]]
+EXPECTED = np.zeros((8, 12), np.uint8)
+EXPECTED[1:4, 1:5] = 1  # big
+EXPECTED[1:4, 2:7] = EXPECTED[5, 9] = 2  # pen, above it
+EXPECTED[2, 4] = 1  # its hole
+COUNTS = "a03500NL04200d0NI"  # the pen as pycocotools 2.0.11 writes it
+BOX = EXPECTED[1:6, 2:10] == 2
+PEN = base64.b64encode(saved(Image.fromarray(BOX), "PNG")).decode()
+SIZE = dict(width=12, height=8)
+
+
+def coco():
+    names = [{"id": 5, "name": "pen"}, {"id": 3, "name": "big"}]
+    rows = [(5, 15, {"counts": COUNTS, "size": [8, 12]}), (3, 20, [sum(SQUARE, [])]), (3, 9, [])]
+    rows = [dict(image_id=7, id=i, iscrowd=1, category_id=r[0], area=r[1], segmentation=r[2])
+            for i, r in enumerate(rows)]  # fmt: skip
+    images = [dict(id=7, file_name="x/a.jpg", **SIZE), dict(id=8, file_name="b.jpg", **SIZE)]
+    return json.dumps(dict(categories=names, annotations=rows, images=images))
+
+
+def labelme():
+    shapes_ = [
+        ("big", "polygon", SQUARE),
+        ("pen", "mask", [[2, 1], [9, 5]]),
+        ("p", "point", [[1, 1]]),
+    ]
+    rows = [dict(label=n, shape_type=k, points=p, mask=PEN) for n, k, p in shapes_]
+    return json.dumps(dict(imagePath="..\\a.jpg", imageWidth=12, imageHeight=8, shapes=rows))
+
+
+RUNS = ", ".join(map(str, np.diff([0, *np.flatnonzero(np.diff(BOX.ravel(), prepend=False)), 40])))
+CVAT = f"""<annotations><image id="0" name="a.jpg" width="12" height="8">
+<mask label="pen" z_order="1" rle="{RUNS}" left="2" top="1" width="8" height="5"/>
+<polygon label="big" z_order="0" points="1,1;5,1;5,4;1,4"/><points label="big" points="1,1"/>
+</image><image id="1" name="b.jpg" width="12" height="8"/></annotations>"""
+
+
+EXPORTS = [("c.json", coco()), ("l.json", labelme()), ("x.xml", CVAT)]
+
+
+@pytest.mark.parametrize("name, text", EXPORTS)
+def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(capsys, name, text):
+    root, words = folder(Path("own"), ["a", "b"]), f"convert --from {name} --out own"
+    for path in root.glob("masks/train/*"):
+        path.unlink()
+    listed(Path(name), text)
+    command(words)
+    assert [path.name for path in root.glob("masks/train/*")] == ["a.png"]
+    assert np.array_equal(np.asarray(Image.open(root / "masks/train/a.png")), EXPECTED)
+    assert load(own(root, num_classes=0)).classes == ["background", "big", "pen"]
+    lost = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lost: 1 ")]
+    assert len(lost) == 2 - (name == "l.json")  # what has no area; the image without a shape
+    listed(root / "classes.csv", "id,name,r,g,b", "0,big,0,0,0", "1,x,0,0,0")
+    assert "no row named 'pen'" in refusal(command, words)
+    listed(Path(name), text[: len(text) // 2])
+    assert "not" in refusal(command, words)

@@ -2,13 +2,11 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import cps_fpl
 from common import Refusal
@@ -89,17 +87,15 @@ def test_a_score_outside_the_set_has_the_sign_that_eq_8_gives():
         assert score == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("C, n, K, T", [(3, 2, 1, 0.5), (5, 4, 2, 0.75), (19, 6, 5, 0.9)])
-def test_the_bound_on_the_mass_of_the_negatives_holds_and_is_reached(C, n, K, T):
+def test_the_bound_on_the_mass_of_the_negatives_is_reached_by_equal_ones():
     """Supplement Eq. (8), corrected: V^{n-1} = T, and equal probabilities behind K, reach it."""
+    C, n, K, T = 19, 6, 5, 0.9
     numbers = (torch.full((1, 1, 1), number) for number in (n, K))
-    bound = analysis.least_negative_mass(*numbers, T, C).item()
     m = (1 - T) / (C - n + 1)
     p = [(1 - (C - K) * m) / K] * K + [m] * (C - K)
-    assert p[0] >= m and sum(p[: n - 1]) == pytest.approx(T) and sum(p) == pytest.approx(1)
+    assert sum(p[: n - 1]) == pytest.approx(T) and sum(p) == pytest.approx(1)
+    bound = analysis.least_negative_mass(*numbers, T, C).item()
     assert sum(p[K:]) == pytest.approx(bound, rel=1e-6)
-    for p in np.sort(np.random.default_rng(0).dirichlet(np.full(C, 0.4), 10_000))[:, ::-1]:
-        assert p[: n - 1].sum() > T or p[K:].sum() >= bound - 1e-6  # float32
 
 
 # ---- python results/analysis.py, results/ranks.py ----
@@ -109,28 +105,6 @@ def log_of(path, *lines, end=""):
     """Writes a log of these lines; returns its path."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
     return str(path)
-
-
-def log_of_k(path, values, name="K_gt_1", **flags):
-    """Writes a log in the format of common/run.py, its last line half written."""
-    start = {"kind": "start", "script": "cps_fpl.py", "args": {"out": str(path), **flags}}
-    lines = [{"kind": "train", "step": 20 * i, name: v} for i, v in enumerate(values, 1)]
-    return log_of(path, start, *lines, end='{"kind": "train", "st')
-
-
-def test_k_draws_the_share_and_prints_three_tenths(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    falls = [0.9, 0.8, *[0.5] * 7, 0.4, 0.2, *[0.3] * 7, 0.1, 0.0]  # twenty lines: tenths of two
-    one = log_of_k(tmp_path / "one.jsonl", falls, T=0.9, seed=0)
-    two = log_of_k(tmp_path / "two.jsonl", [0.25, 0.5, 1.0], T=0.95, seed=0)
-    out = tmp_path / "k.png"
-    assert analysis.main(["k", one, two, "--out", str(out)]) == 0
-    _, *lines = capsys.readouterr().out.splitlines()
-    numbers = [re.findall(r"([\d.]+) %", line) for line in lines]
-    assert numbers == [["85.00", "30.00", "5.00"], ["25.00", "50.00", "100.00"]]
-    assert "step 400 " in lines[0] and lines[0].endswith("  T 0.9")
-    with Image.open(out) as picture:
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
 def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -221,7 +195,7 @@ def test_a_comparison_is_of_the_classes_that_both_have_the_hardest_first(tmp_pat
 def broken(tmp_path, monkeypatch):
     """The current folder, with logs of which each is wrong in its own way."""
     monkeypatch.chdir(tmp_path)
-    log_of_k(Path("mean.jsonl"), [0.5], name="consistency")
+    log_of(Path("mean.jsonl"), {"kind": "start", "script": "mean_teacher.py", "args": {}})
     log_of_scores(Path("a.jsonl"), SEVEN)
     log_of(Path("unfinished.jsonl"), {"kind": "start", "args": {}, "lists": {}})
     log_of_scores(Path("seven.jsonl"), SEVEN, dataset="folder")

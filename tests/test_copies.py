@@ -218,29 +218,6 @@ def test_a_change_outside_the_seams_is_found_and_fixed_and_one_inside_is_kept():
     assert any("one in third.py" in message for message in differences(texts))
 
 
-def test_broken_marks_are_named():
-    import pytest  # without it this file is a program still
-
-    for old, new in ((BEGIN, ""), (BEGIN, 2 * BEGIN), (END, ""), ("functions\n", "functions!\n")):
-        with pytest.raises(ValueError, match="x.py"):
-            split(PARENT_TEXT.replace(old, new), "x.py")
-
-
-def test_caps_are_enforced():
-    long = "def long():\n" + "    x = 1\n" * FUNCTION
-    for name, text, words in (
-        ("a.py", long, ""),
-        ("a.py", long + "    return x\n", "long has 41 statements, cap 40"),
-        ("a.py", long.replace("long", "main") + "    return x\n", ""),
-        ("a.py", "a, b = 1, 2\n" * 876, "common/ has 1752 statements"),
-        ("prepare_data.py", "a = 1\n" * 496, "prepare_data.py has 496 statements"),
-    ):
-        messages = oversized({PARENT: PARENT_TEXT}, {name: text})
-        assert len(messages) == bool(words) and words in "".join(messages)
-    text = PARENT_TEXT + "a = f(\n    b\n)\n" * SCRIPT
-    assert f"statements, cap {SCRIPT}" in oversized({PARENT: text}, {})[0]
-
-
 def main(argv):
     """The command line: check, --fix or --show NAME."""
     texts, rooms = read()

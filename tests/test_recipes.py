@@ -1,7 +1,7 @@
 """What the flags of a command line become: data sets, splits, backbones, recipes, explicit flags.
 
-recipes.json has every resolved recipe, reviewed against the tables below, which are the papers' and
-the audits' own. `python tests/test_recipes.py --write` makes it again: read what changes in it.
+recipes.json has every resolved recipe, reviewed against papers.json: the papers' and the audits'
+own tables. `python tests/test_recipes.py --write` makes it again: read what changes in it.
 """
 
 import dataclasses
@@ -114,55 +114,9 @@ def test_every_recipe_is_the_reviewed_one(name):
         assert then[name][key] == value, key
 
 
-# ---- the papers' tables ----
-
-# T of FPL's supplement, Tables 1 and 2: cps_fpl.py without and with CutMix, then FPL+AEL; Table 3,
-# printed over 1/32, 1/16, 1/8, 1/4, which are the main paper's 1/16 to 1/2 of 1,464. Else: 0.9
-T_TABLE = {
-    ("cityscapes", "resnet50", "-"): "1/32 0.95  1/16 0.9  1/8 0.9  1/4 0.9",
-    ("cityscapes", "resnet101", "-"): "1/32 0.95  1/16 0.95  1/8 0.95  1/4 0.9",
-    ("cityscapes", "resnet50", "CutMix"): "1/32 0.9  1/16 0.85  1/8 0.85  1/4 0.85",
-    ("cityscapes", "resnet101", "CutMix"): "1/32 0.9  1/16 0.85  1/8 0.85  1/4 0.85",
-    ("cityscapes", "resnet50", "AEL"): "1/32 0.95  1/16 0.95  1/8 0.9  1/4 0.9",
-    ("cityscapes", "resnet101", "AEL"): "1/32 0.9  1/16 0.9  1/8 0.85  1/4 0.85",
-    ("voc_aug", "resnet50", "-"): "1/16 0.9  1/8 0.9  1/4 0.9",
-    ("voc_aug", "resnet101", "-"): "1/16 0.95  1/8 0.9  1/4 0.9",
-    ("voc_aug", "resnet50", "CutMix"): "1/16 0.95  1/8 0.9  1/4 0.9",
-    ("voc_aug", "resnet101", "CutMix"): "1/16 0.9  1/8 0.9  1/4 0.9",
-    ("voc_aug", "resnet50", "AEL"): "1/16 0.95  1/8 0.95  1/4 0.95",
-    ("voc_aug", "resnet101", "AEL"): "1/16 0.95  1/8 0.9  1/4 0.9",
-}
-for backbone in ("resnet18", "resnet50", "resnet101"):
-    T_TABLE["voc", backbone, "CutMix"] = "92 0.95  183 0.85  366 0.85  732 0.85"
-# the audits' steps: of SupOnly, of the semi-supervised runs (matched), one pass of these; and ESL's
-# 80 or 200 passes over the unlabelled images, 8 a step
-STEPS = {
-    ("voc", "92"): (480, 52_400, 655, 104_880),
-    ("voc", "183"): (960, 52_000, 650, 104_000),
-    ("voc", "366"): (1840, 51_040, 638, 102_160),
-    ("voc", "732"): (3680, 49_200, 615, 98_480),
-    ("voc", "1464"): (7360, 45_600, 570, 91_200),
-    ("voc_aug", "1/16"): (3360, 49_600, 620, 99_200),
-    ("voc_aug", "1/8"): (6640, 46_240, 578, 92_560),
-    ("voc_aug", "1/4"): (13_280, 39_680, 496, 79_360),
-    ("voc_aug", "1/2"): (26_480, 26_400, 330, 52_880),
-    ("cityscapes", "1/16"): (2400, 34_800, 174, 69_800),
-    ("cityscapes", "1/8"): (4800, 32_600, 163, 65_200),
-    ("cityscapes", "1/4"): (9400, 27_800, 139, 55_800),
-    ("cityscapes", "1/2"): (18_600, 18_600, 93, 37_200),
-}
-U2PL = ("supervised", "mean_teacher", "u2pl")
-# batch, lr, of the head, decay, on, crop, pixels of OHEM, stride: what acted in the released runs
-RATES = {
-    ("cps_fpl", "voc"): (8, 0.0025, 1.0, 4e-4, "weights", 512, 0, 16),
-    ("cps_fpl", "cityscapes"): (8, 0.0025, 1.0, 8e-4, "weights", 800, 50_000, 16),
-    ("ael_fpl", "voc"): (16, 0.00125, 10.0, 8e-4, "all", 513, 50_000, 8),
-    ("ael_fpl", "cityscapes"): (16, 0.00125, 10.0, 8e-4, "all", 769, 50_000, 8),
-    ("esl", "voc"): (8, 0.001, 10.0, 1e-4, "all", 513, 0, 8),
-    ("esl", "cityscapes"): (8, 0.01, 1.0, 5e-4, "all", 769, 50_000, 8),
-    **{(name, "voc"): (16, 0.001, 10.0, 1e-4, "all", 513, 0, 8) for name in U2PL},
-    **{(name, "cityscapes"): (16, 0.01, 1.0, 5e-4, "all", 769, 50_000, 8) for name in U2PL},
-}
+PAPERS = json.loads(
+    Path(__file__).with_name("papers.json").read_text()
+)  # its notes say what is what
 UNLABELED = {"cps_fpl": 8, "ael_fpl": 8, "esl": 8, "mean_teacher": 16, "u2pl": 16}
 FPL_STEPS = {"cps_fpl": (39_680, 44_640), "ael_fpl": (39_680, 18_000)}  # VOC, Cityscapes
 COLUMNS = "batch_size lr lr_head weight_decay decay_on crop_size ohem_kept output_stride".split()
@@ -279,7 +233,7 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
         found = [getattr(args, column) for column in COLUMNS]
         found[6] = round(found[6] * args.crop_size**2)  # pixels
         if "--lr" not in words:  # of a table that varies it
-            assert tuple(found) == RATES[name, dataset.removesuffix("_aug")], line
+            assert found == PAPERS["rates"][f"{name} {dataset.removesuffix('_aug')}"], line
         assert getattr(args, "batch_size_unlabeled", None) == UNLABELED.get(name)
         city = dataset == "cityscapes"
         if re.match("FPL Table [123],", source):
@@ -287,11 +241,11 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
             assert (args.unsup_loss == "fpl") == ("FPL+" in source), line
             row = "AEL" if name == "ael_fpl" else "-" if "w/o" in source else "CutMix"
             assert name == "ael_fpl" or args.cutmix == (row == "CutMix"), line
-            table = T_TABLE[dataset, args.backbone, row].split()
+            table = PAPERS["T"][f"{dataset} {args.backbone} {row}"].split()
             assert args.T == float(table[table.index(split) + 1]), line
             seen.add((dataset, split, args.backbone, row))
-        elif name not in FPL_STEPS and (dataset, split) in STEPS:
-            alone, semi, one_pass, esl = STEPS[dataset, split]
+        elif name not in FPL_STEPS and f"{dataset} {split}" in PAPERS["steps"]:
+            alone, semi, one_pass, esl = PAPERS["steps"][f"{dataset} {split}"]
             total = {"supervised": alone, "esl": esl}.get(name, semi)
             warm = one_pass * (20 if city else 1)  # App. A: 1 pass of VOC's 80, 20 of 200
             assert (args.total_iters, getattr(args, "warmup_iters", warm)) == (total, warm), line

@@ -200,7 +200,7 @@ UNUSABLE = [  # data set, bytes of a list (None: no file), what the line says af
     *(("camvid", f"{A}\n{line}\n".encode(), ":2: a path with ..: ") for line in CLIMBS),
     ("camvid", b"a\0b.png", ":1: a NUL: "),
     ("camvid", b"a.jpg,b.png", ":1: columns with , between"),
-    ("camvid", "a".encode("utf-16"), ": UTF-16"),
+    ("camvid", "a".encode("utf-16"), ": not a readable list (UTF-16)"),
     ("camvid", b"\xff\xfe\x00\x81", ": not a readable list ("),
     ("camvid", None, ": not a readable list ("),
 ]  # fmt: skip
@@ -237,9 +237,8 @@ def test_a_split_is_every_rth_key_or_a_random_set_as_large_and_nested(seed):
 COUNTS = {  # labelled and unlabelled images of the papers' splits, and of r of any number
     "voc": {"92": (92, 10490), "1464": (1464, 9118), "all": (10582, 10582), "1465": (0, 0)},
     "voc_aug": {"1/2": (5291, 5291), "1/16": (662, 9920), "10582": (0, 0)},
-    "cityscapes": {"1/16": (186, 2789), "1/3": (992, 1983), "all": (2975, 2975)}
-    | dict.fromkeys((None, "", "list", "1/0", "x/2", "1/x", "-3", "1/1"), (0, 0)),
-    "folder": dict.fromkeys(("1/2", "all"), (0, 0)),
+    "cityscapes": {"1/16": (186, 2789), "1/3": (992, 1983), "list": (0, 0), "1/0": (0, 0)},
+    "folder": {"1/2": (0, 0), "all": (0, 0)},
 }
 
 

@@ -12,7 +12,7 @@ import cps_fpl
 from common.flags import plain
 from oracles.fpl import order, regularization
 from oracles.supervised import VOID, likeliest, nll
-from results import analysis, compare, ranks
+from results import analysis, compare
 from tiny import draw_tree, resolved, shrink
 from trees import refusal
 
@@ -127,23 +127,6 @@ def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
     assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
     assert sure[1] == "0.0000" and names.split()[:3] == ["case", "pixels", "K"]
-
-
-def test_counts_of_ranks_equal_a_loop_over_pixels():
-    rng = torch.Generator().manual_seed(0)
-    prob = (2 * torch.randn(1, 11, 9, 14, generator=rng, dtype=torch.float64)).softmax(1)
-    label = torch.randint(0, 11, (1, 9, 14), generator=rng)
-    label[0, :2] = VOID
-    pixels = []
-    for y, x in np.ndindex(9, 14):
-        p, truth = prob[0, :, y, x].tolist(), label[0, y, x].item()
-        if truth != VOID:
-            pixels.append((-math.fsum(v * math.log(v) for v in p if v), order(p).index(truth)))
-    gamma = np.percentile([H for H, _ in pixels], 80)
-    expected = np.zeros((2, 11))
-    for H, rank in pixels:
-        expected[int(H > gamma), rank] += 1
-    assert ranks.counts(prob, label, 0.2).tolist() == expected.tolist()
 
 
 # ---- python results/compare.py ----

@@ -285,6 +285,7 @@ def test_lists_of_ones_own_name_images_and_masks_anywhere_in_the_folder(tmp_path
     for text, words in told.items():
         (root / "l.txt").write_bytes(os.fsencode(text))
         assert words in refusal(load, args)
+    (root / "masks/train/q.png").unlink()
     listed(root / "train.txt", "photos here/x 1.JPG\tlabels/of x 1.png", "images/train/q.png\tNone")
     data = load(own(root))
     files = (root / "photos here/x 1.JPG", root / "labels/of x 1.png")
@@ -293,7 +294,6 @@ def test_lists_of_ones_own_name_images_and_masks_anywhere_in_the_folder(tmp_path
     listed(root / "train.txt", "images/train/q.png\tNone")
     assert "no image to train on with a mask" in refusal(load, own(root))
     listed(root / "train.txt", "images/train/q.png typo/q.png")  # a named mask must be there
-    (root / "masks/train/q.png").unlink()
     assert "q has no mask here" in refusal(load, own(root))
 
 

@@ -137,9 +137,6 @@ def reach(process, folder, step):
         time.sleep(0.005)
 
 
-# ---- comparisons ----
-
-
 def snapshot(folder):
     """Returns {file: hash} of everything under a folder."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())

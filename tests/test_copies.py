@@ -163,9 +163,6 @@ def fixed(texts):
     return {name: join(text, texts[PARENT]) for name, text in texts.items()}
 
 
-# ---- tests ----
-
-
 def test_all_scripts_are_one_text_outside_the_seams_and_below_their_caps():
     texts, rooms = read()
     assert not differences(texts) and not oversized(texts, rooms)

@@ -192,7 +192,7 @@ def test_a_list_is_read_in_every_form_and_in_its_order(tmp_path, name, text, key
 
 
 CLIMBS = ("a/../b.png", f"{B}\t../b.png", f"{B} /../b.png", "a/..")
-UNUSABLE = [  # data set, bytes of a list (None: no file), what the line says after the file's name
+UNUSABLE = [  # data set, bytes of a list, what the line says after the file's name
     ("camvid", b"\n \n\r\n", ": an empty list"),
     ("camvid", f"{A}\n{B}\n\nx/{A}.png y/{A}.png\n".encode(), f":4: twice: x/{A}.png"),
     ("camvid", b"\nwhat/is/this/\n", ":2: no image key: what/is/this/"),
@@ -202,15 +202,13 @@ UNUSABLE = [  # data set, bytes of a list (None: no file), what the line says af
     ("camvid", b"a.jpg,b.png", ":1: columns with , between"),
     ("camvid", "a".encode("utf-16"), ": not a readable list (UTF-16)"),
     ("camvid", b"\xff\xfe\x00\x81", ": not a readable list ("),
-    ("camvid", None, ": not a readable list ("),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, text, words", UNUSABLE)
 def test_lists_that_cannot_be_used_are_refused_by_file_and_line(tmp_path, name, text, words):
     path = tmp_path / "list.txt"
-    if text is not None:
-        path.write_bytes(text)
+    path.write_bytes(text)
     assert refusal(read_list, path, FACTS[name]["key"]).startswith(f"{path}{words}")
 
 

@@ -1,12 +1,10 @@
-"""What the documents say is run or compared: tags, commands, links, tables, pictures, --help."""
+"""What the documents say is run or compared: tags, commands, links, tables, pictures."""
 
 import re
 import shlex
-from dataclasses import fields
 
 import pytest
 
-from common.flags import parse
 from results import table
 from tiny import ROOT, SCRIPTS, resolved
 from tiny import script as module_of
@@ -80,19 +78,3 @@ def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
         start, train_lines, evals, done = table.read(path)
         assert train_lines[-1]["step"] == done["step"] == start["args"]["total_iters"], path
         assert len(start["sha256"]) == 64 and evals and done["last"]["miou"] > 0, path
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_help_shows_every_flag_and_what_it_means(name, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(module_of(name).Args, module_of(name).preset, ["--help"])
-    lines = re.findall(r"^  --(?:\[no-\])?(\S+) +(.+)$", capsys.readouterr().out, re.M)
-    shown = {flag.replace("-", "_"): line for flag, line in lines}
-    source = TEXTS[name][0].split("class Args")[1].split("NEEDS")[0]
-    found = re.findall(r"^(?:    # (.+)\n)?    (\w+): [^#\n]+?(?:  # (.+))?$", source, re.M)
-    meanings = {flag: behind or above for above, flag, behind in found}
-    known = [field.name for field in fields(module_of(name).Args)]
-    assert stop.value.code == 0 and list(meanings) == list(shown) == known
-    for flag, meaning in meanings.items():
-        assert meaning and shown[flag].startswith(meaning), flag

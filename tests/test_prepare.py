@@ -134,7 +134,7 @@ def test_a_list_is_fetched_once_checked_kept_in_its_order_and_never_mended(small
     path.write_text("a page")
     line = refusal(command, "splits --family u2pl")
     assert line.startswith(f"{path}: ") and "delete it" in line and path.read_text() == "a page"
-    path.unlink()
+    shutil.rmtree("data")
     for body in (b"2007_000007\n2007_000040\n", b"<html>moved</html>", None):
         small.files = {f"{HOST}/u2pl": body}
         line = refusal(sources.fetch_list, "voc_aug", "u2pl", "1/4")
@@ -464,19 +464,6 @@ def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(ca
     assert never == "1 2 3 5 6 7 8 9 10".split()
     assert out[10] == f"unlabeled: 2 images, set {entry(NAMES[1::2])['set']}, 8x6 to 20x10 pixels"
     assert refusal(command, f"check {CAM}").startswith("1 bad files, the first 1 named above")
-
-
-def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
-    masks = {"a": one(0), "b": one(1), "c": one(1)}
-    masks["a"][0, :3] = 2
-    masks["b"][2] = 255
-    masks_of(**masks)
-    command(f"stats {OWN} 4")
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    expected = ["28.125 1", "62.500 2", "9.375 1", "0.000 0"]  # of 9, 20, 3 and 0 pixels of 32
-    assert [" ".join(row[2:4]) for row in rows[1:5]] == expected
-    assert rows[5][:3] == ["ignored", "11.111", "1"]  # 4 of 36
-    assert rows[1][4:] == ["100.000", "1"]  # val
 
 
 # ---- masks out of values, colours and exports; what nothing reads ----

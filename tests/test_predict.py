@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 import predict
-from common import Refusal, metrics
+from common import metrics
 from common.checkpoints import write_checkpoint
 from common.data import FACTS
 from common.flags import acting, merge
-from tiny import SCORED, SCRIPTS, draw_tree, save, script, shrink
+from tiny import SCORED, SCRIPTS, draw_tree, script, shrink
 
 PARTS = {"supervised": ["student"], "cps_fpl": ["branch1", "branch2"]}
 
@@ -110,17 +110,6 @@ def test_networks_scales_and_flip(checkpoint):
     assert predict.open_source(checkpoint("u2pl", step=3, warmup_iters=3)).name == "student"
 
 
-def test_images_of_every_kind_and_one_that_cannot_be_read(checkpoint):
-    checkpoint()
-    for name, mode in (("g.png", "L"), ("r.png", "RGBA"), ("c.jpg", "CMYK"), ("p.png", "P")):
-        photo(f"in/{name}", mode=mode)
-    save(Path("in/deep.png"), np.zeros((9, 9), np.uint16))
-    with pytest.raises(Refusal, match=r"1 images were not read, the first: .*deep.png: mode I;16"):
-        run("run in --out o")
-    shapes = {path.stem: index(path).shape for path in Path("o/classes").glob("*")}
-    assert shapes == dict.fromkeys("g r c p".split(), (40, 52))
-
-
 def test_scores_are_those_of_the_confusion_matrix(checkpoint):
     tree, own = draw_tree(Path("tree")), []
     checkpoint(data_root="tree")
@@ -159,21 +148,3 @@ def test_archives_are_as_the_servers_take_them(server, end, name, place, checkpo
         table = np.array(FACTS[server]["ids"]["_labelIds.png"])
     assert found == Path("u", place.format(name))
     assert (table[index(found)] == index(f"o/classes/x/{name}.png")).all()
-
-
-def test_exports_are_what_the_network_computes(checkpoint):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("safetensors")
-    folder = checkpoint("cps_fpl")
-    x = torch.randint(0, 256, (1, 3, 40, 56), dtype=torch.uint8)
-    run("run --network branch2 --onnx n.onnx --program n.pt2 --safetensors n.safetensors")
-    session = onnxruntime.InferenceSession("n.onnx")
-    by_onnx = torch.from_numpy(session.run(["logits"], {"image": x.numpy()})[0])
-    by_torch = torch.export.load("n.pt2").module()(x)
-    net, _ = predict.load(folder, "branch2")
-    for logits in (by_onnx, by_torch, predict.load(Path("n.safetensors"))[0](x)):
-        assert torch.allclose(logits, net(x), atol=1e-4)
-    assert "branch2 of cps_fpl.py, step 600" in Path("n.md").read_text()
-    with pytest.raises(Refusal, match="differ by"):
-        predict.verified(lambda image: 1.01 * net(image), net)

@@ -26,7 +26,7 @@ from common.data import FACTS, SPLITS
 from common.run import report
 from common.sources import load
 from convert import read_table
-from formats import IDS, RGB, TURNED, packed, png, saved
+from formats import TURNED
 from trees import NAMES, camvid, entry, flags, folder, keys_of, listed, own, picture, refusal
 
 
@@ -213,8 +213,6 @@ def test_what_leads_out_or_is_cut_off_is_refused_by_name(tmp_path, kind):
         line = refusal(list, prepare_data.members(path, to, "."))
         assert line.startswith(f"{path}: damaged or cut off")
 
-
-# ---- VOC with SBD ----
 
 TRAIN, VAL = ["2007_000001", "2007_000002", "2009_000005"], ["2007_000003", "2008_000009"]
 SBD = ["2007_000001", "2007_000003", "2008_000004", "2010_000006"]  # two of them VOC's too
@@ -406,22 +404,6 @@ def test_coco_masks_hold_the_smaller_instance_on_top_and_crowds_below():
     assert (root / "train.txt").read_text().splitlines() == lines
 
 
-# ---- lists of one's own, checks, statistics ----
-
-
-def one(value):
-    return np.full((3, 4), value, np.uint8)
-
-
-def masks_of(**masks):
-    """Draws a folder of one's own: these masks, and v of val."""
-    for key, mask in (masks | {"v": one(0)}).items():
-        part = "val" if key == "v" else "train"
-        picture(Path(f"own/images/{part}/{key}.png"), "RGB", 0, (4, 3))
-        path = picture(Path(f"own/masks/{part}/{key}.png"), "L", 0, (4, 3))
-        Image.fromarray(mask).save(path)
-
-
 CAM, OWN = "--dataset camvid --data-root cam", "--dataset folder --data-root own --num-classes"
 
 
@@ -440,14 +422,25 @@ def test_a_drawn_list_is_that_of_the_same_split_and_seed(capsys):
 
 
 def test_every_class_means_every_class_as_few_images_changed_as_that_takes():
-    masks_of(**{key: one(i) for i, key in enumerate("abcde")})
-    command(f"make-split {OWN} 9 --every-class --labels 5 --out all.txt")
-    line = refusal(command, f"make-split {OWN} 9 --every-class --labels 4 --out few.txt")
-    assert "too few" in line and line.rpartition(": ")[2] in "0 1 2 3 4"
+    folder(Path("own"))
+    command(f"make-split {OWN} 4 --every-class --labels 4 --out all.txt")
+    line = refusal(command, f"make-split {OWN} 4 --every-class --labels 3 --out few.txt")
+    assert "too few" in line and line.rpartition(": ")[2] in "0 1 2 3"
     assert not Path("few.txt").exists()
     # for a missing class the last image that is not needed goes
     present = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 0], [0, 1, 0]], bool)
     assert prepare_data.with_every_class(present, 3) == [0, 2, 3]
+
+
+def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
+    mask = Image.fromarray(np.array([[3] * 8] + [[255] * 8] * 2 + [[1] * 8] * 3, np.uint8))
+    mask.save(folder(Path("own")) / "masks/train/d.png")
+    command(f"stats {OWN} 4")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    expected = ["27.273 1", "40.909 2", "27.273 1", "4.545 1"]  # of 48, 72, 48, 8 pixels of 176
+    assert [" ".join(row[2:4]) for row in rows[1:5]] == expected
+    assert rows[5][:3] == ["ignored", "8.333", "1"]  # 16 of 192
+    assert rows[1][4:] == ["50.000", "1"]  # val
 
 
 def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(capsys):
@@ -464,9 +457,6 @@ def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(ca
     assert never == "1 2 3 5 6 7 8 9 10".split()
     assert out[10] == f"unlabeled: 2 images, set {entry(NAMES[1::2])['set']}, 8x6 to 20x10 pixels"
     assert refusal(command, f"check {CAM}").startswith("1 bad files, the first 1 named above")
-
-
-# ---- masks out of values, colours and exports; what nothing reads ----
 
 
 def test_what_nothing_reads_and_what_two_sets_share_is_named(capsys):
@@ -489,29 +479,6 @@ def test_what_nothing_reads_and_what_two_sets_share_is_named(capsys):
     for path in (root / "masks/train").rglob("*.png"):
         Image.new("L", (8, 6), 255).save(path)
     assert "no pixel of any class in the masks of labeled" in refusal(command, check)
-
-
-KINDS = [  # masks to convert; their ids, or words of the refusal
-    (saved(Image.fromarray(IDS % 2 * 255), "PNG"), IDS % 2),
-    (png(16, 0, (IDS * 1000.0).astype(">u2").view(np.uint8)), IDS),
-    (png(2, 3, packed(IDS, 2), bytes(range(12))), IDS),  # its colours rise with the index
-    (png(8, 2, RGB * 50), IDS),
-    (png(2, 3, packed(IDS, 2), bytes(12)), "several indices one colour"),
-]
-
-
-@pytest.mark.parametrize("data, expected", KINDS)
-def test_values_and_colours_become_ids_with_a_table(data, expected):
-    path, words = Path("from/a_mask.png"), "convert --from from --out own --strip _mask"
-    path.parent.mkdir()
-    path.write_bytes(data)
-    if isinstance(expected, str):
-        assert expected in refusal(command, words)
-        return
-    command(words)
-    assert np.array_equal(np.asarray(Image.open("own/masks/train/a.png")), expected)
-    path.write_bytes(png(8, 2, RGB + 7))
-    assert "#070707 at row 0, column 0 has no row" in refusal(command, words)
 
 
 def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():

@@ -1,8 +1,6 @@
 """results/: FPL's analysis against one pixel at a time, tables of comparisons, the commands."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +10,8 @@ import cps_fpl
 from common.flags import plain
 from oracles.fpl import order, regularization
 from oracles.supervised import VOID, likeliest, nll
-from results import analysis, compare
+from results import analysis
 from tiny import draw_tree, resolved, shrink
-from trees import refusal
 
 
 def norm(grad):
@@ -96,12 +93,6 @@ def test_the_bound_on_the_mass_of_the_negatives_is_reached_by_equal_ones():
     assert sum(p[K:]) == pytest.approx(bound, rel=1e-6)
 
 
-def log_of(path, *lines, end=""):
-    """Writes a log of these lines; returns its path."""
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
-    return str(path)
-
-
 def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     """Shares and means by case, of an untrained cps_fpl.py with spread logits."""
     monkeypatch.chdir(tmp_path)
@@ -122,54 +113,3 @@ def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
     assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
     assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
     assert sure[1] == "0.0000" and names.split()[:3] == ["case", "pixels", "K"]
-
-
-SEVEN = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # IoU of shapes' seven classes
-
-
-def log_of_scores(path, iou, dataset="shapes", seed=0, labeled=("aaaa", 20), test="cccc"):
-    """Writes a log with the scores iou (0 to 1) in a run's format; returns its path as text."""
-    args = {"dataset": dataset, "seed": seed, "total_iters": 600}
-    known = {"labeled": labeled[::-1], "val": [64, "bbbb"], "test": [64, test]}
-    last = {"miou": sum(v or 0 for v in iou) / len(iou), "iou": iou}
-    done = {"kind": "done", "step": 600, "on": "test", "last": last}
-    return log_of(path, {"kind": "start", "args": args, "lists": known}, done)
-
-
-def printed(capsys, *argv):
-    """Runs the comparison; returns (rows of cells without the dashes, the lines below)."""
-    compare.main([str(word) for word in argv])
-    table, below = capsys.readouterr().out.split("\n\n")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    del rows[1]
-    return rows, below.splitlines()
-
-
-def test_a_comparison_is_of_the_classes_that_both_have_the_hardest_first(tmp_path, capsys):
-    """What differs beside the method is said; improvements are those of the printed numbers."""
-    (tmp_path / "a").mkdir()
-    a = log_of_scores(tmp_path / "a/log.jsonl", [0.9, 0.2, 0.3, None, 0.4, 0.000033, 0.7])
-    scores = [0.8, 0.3, 0.3, 0.5, None, 0.000067, 0.71]
-    b = log_of_scores(tmp_path / "b.jsonl", scores, seed=1, labeled=("ee", 20))
-    rows, below = printed(capsys, Path(a).parent, b, "--rows")  # a folder, named after it
-    columns, same = printed(capsys, a, b)
-    assert [list(row) for row in zip(*columns, strict=True)] == rows and below == same
-    assert [" ".join(row) for row in columns] == [
-        "Class triangle disc ring star background square diamond mIoU",
-        "a 0.00 20.00 30.00 70.00 90.00 absent absent 42.00",
-        "b 0.01 30.00 30.00 71.00 80.00 absent absent 42.20",
-        "Improvement +0.01 +10.00 +0.00 +1.00 -10.00 absent absent +0.20",
-    ]
-    first, summary, warning, flag = below
-    assert first == "last step, test, 64 images, set cccc; one seed each"
-    assert summary.startswith("3 of 5 classes rise, 1 fall; on average +5.00 in the 2 hardest, ")
-    words = "warning: labelled 20 images, set aaaa against 20 images, set ee; seed 0 against 1"
-    assert warning.startswith(words) and flag == "--seed: 0 against 1"
-
-
-def test_what_cannot_be_compared_is_refused(tmp_path):
-    a = log_of_scores(tmp_path / "a.jsonl", SEVEN)
-    other = log_of_scores(tmp_path / "b.jsonl", SEVEN, test="dd")
-    assert "scored on test, 64 images, set cccc against" in refusal(compare.main, [a, other])
-    unfinished = log_of(tmp_path / "c.jsonl", {"kind": "start", "args": {}, "lists": {}})
-    assert "c.jsonl: no line of kind done" in refusal(compare.main, [a, unfinished])

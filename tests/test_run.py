@@ -182,8 +182,7 @@ def test_the_first_line_of_the_log_says_what_ran_on_what(tree, tmp_path, monkeyp
     assert first["sha256"] == hashlib.sha256(source).hexdigest()
     args = first["args"]
     assert (args["cutmix"], args["lr"], args["batch_size_unlabeled"]) == (True, 0.003, 2)
-    assert {"numpy", "pillow", "python", "torch", "torchvision"} <= set(first["versions"])
-    assert first["device"].startswith("CPU") and first["world"] == 1
+    assert {"pillow", "torch"} <= set(first["versions"]) and first["world"] == 1
     keys = {"labeled": ["train0", "train4"], "val": ["val0", "val1", "val2"]}
     keys |= {"unlabeled": [f"train{i}" for i in UNLABELED], "test": ["test0", "test1"]}
     for name, some in keys.items():
@@ -332,11 +331,12 @@ def test_a_run_starts_from_the_networks_of_any_other(
             end = "" if fits and not twin else ", head random"
             words.append(f"{name} from its {source}{end}")
             for key, x in mine[name].state_dict().items():
-                taken_over = not end or "backbone" in key
-                given = saved["networks"][source] if taken_over else own[name].state_dict()
+                given = own[name].state_dict()
+                if not end or "backbone" in key:
+                    given = saved["networks"][source]
                 assert torch.equal(x, given[key]), (writer, name, key)
-        line = f"run folder: {tmp_path}/{writer}, starting from {path}, step {saved['step']}: "
-        assert line + "; ".join(words) + "\n" in capsys.readouterr().out
+        line = f"starting from {path}, step {saved['step']}: {'; '.join(words)}\n"
+        assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", tiny.SCRIPTS)

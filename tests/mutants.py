@@ -40,9 +40,6 @@ LIMIT = 180  # seconds for one mutant
 WARM = "torch torchvision numpy PIL tyro tqdm scipy.ndimage".split()  # imported once, before forks
 
 
-# ---- statements ----
-
-
 def header(node):
     """Returns a copy of a statement with nothing in its body: of a compound one, its first line."""
     bare = copy.copy(node)
@@ -152,9 +149,6 @@ def write_table(rows):
     new = TABLE.with_suffix(".new")
     new.write_text("\n".join(["\t".join(columns), *lines]) + "\n")
     new.replace(TABLE)
-
-
-# ---- running ----
 
 
 def scratch(name):

@@ -19,8 +19,6 @@ NUMBER = 330
 # what holds texts, pages and results, not the product: a kill there would say nothing of a fault
 NOT_FOR_MUTANTS = ("test_copies.py", "test_pages.py", "test_results.py")
 
-# ---- changes ----
-
 SWAPS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult}
 SWAPS |= {ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult}
 SWAPS |= {ast.BitAnd: ast.BitOr, ast.And: ast.Or, ast.Or: ast.And}
@@ -73,9 +71,6 @@ def alternatives(node):
         for word in node.keywords:
             kept = [other for other in node.keywords if other is not word]
             yield "argument", node, ast.Call(node.func, node.args, kept)
-        if len(node.args) > 1 and not node.keywords:
-            first, second, *others = node.args
-            yield "argument", node, ast.Call(node.func, [second, first, *others], [])
 
 
 def generate(product):
@@ -97,8 +92,6 @@ def generate(product):
             compile(text, name, "exec")
     return mutants
 
-
-# ---- which test runs which statement ----
 
 SEEN = """from os import O_APPEND, O_CREAT, O_WRONLY, environ, open, write
 FILE = open({log!r}, O_WRONLY | O_CREAT | O_APPEND)

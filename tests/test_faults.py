@@ -271,6 +271,13 @@ def test_a_machine_that_is_too_small_is_one_line(text, tree, tmp_path, monkeypat
     assert end.value.code == 2 and text in line and MACHINE[text] in line
 
 
+def test_a_closed_stdout_stops_nothing(tree, tmp_path, monkeypatch, whole):
+    with open(tmp_path / "out", "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+    train(small(tree, tmp_path / "run"), monkeypatch)
+    assert differences(whole[1], tmp_path / "run") == []
+
+
 def test_a_checkpoint_that_cannot_be_written(tree, tmp_path, whole):
     out = tmp_path / "run"
     process = faulty("supervised", small(tree, out), fault=("full", 3, 0.5))

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,23 +127,3 @@ def test_scores_are_those_of_the_confusion_matrix(checkpoint):
         places = [page.index(f"compared/val{i}.jpg") for i in worst]
         assert places == sorted(places) and "http" not in page and "<script" not in page
         assert (out / "confusion.png").is_file() and (out / "compared/val0.jpg").is_file()
-
-
-SERVERS = [  # its archive, the name of an image, its place in the archive
-    ("cityscapes", "zip", "berlin_000000_000019", "{}.png"),
-    ("voc", "tgz", "2008_000006", "results/VOC2012/Segmentation/comp6_test_cls/{}.png"),
-]
-
-
-@pytest.mark.parametrize("server, end, name, place", SERVERS)
-def test_archives_are_as_the_servers_take_them(server, end, name, place, checkpoint):
-    checkpoint(dataset=server)
-    photo(f"in/x/{name}.png")
-    run(f"run in --out o --export {server}")
-    shutil.unpack_archive(f"o/{server}.{end}", "u")
-    (found,) = (path for path in Path("u").rglob("*") if path.is_file())
-    table = np.arange(256)
-    if server == "cityscapes":
-        table = np.array(FACTS[server]["ids"]["_labelIds.png"])
-    assert found == Path("u", place.format(name))
-    assert (table[index(found)] == index(f"o/classes/x/{name}.png")).all()

@@ -25,7 +25,6 @@ from common import sources
 from common.data import FACTS, SPLITS
 from common.run import report
 from common.sources import load
-from convert import read_table
 from formats import TURNED
 from trees import NAMES, camvid, entry, flags, folder, keys_of, listed, own, picture, refusal
 
@@ -490,8 +489,6 @@ def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():
     scores = dict(iou=[0.5] * 4, miou=0.5, accuracy=0.5, constant=0.1)
     assert "tree, old" in report(data, {"last": scores}, "val")
     assert "has 4; leave it out" in refusal(load, own(root, num_classes=5))
-    rows_of_tool = read_table(listed(root / "labelmap.txt", "4 5 6 a b\n1 2 3 c"))
-    assert [row[:3] for row in rows_of_tool] == [(0, "a b", (4, 5, 6)), (1, "c", (1, 2, 3))]
     for row, words in (("4,e,0,0", ":6: "), ("6,e,0,0,0", "id 4"), ("254,e,0,0,0", ":6: id 254")):
         listed(root / "classes.csv", *rows, row)
         assert words in refusal(load, own(root, num_classes=0))

@@ -114,11 +114,7 @@ def test_every_recipe_is_the_reviewed_one(name):
         assert then[name][key] == value, key
 
 
-PAPERS = json.loads(
-    Path(__file__).with_name("papers.json").read_text()
-)  # its notes say what is what
-UNLABELED = {"cps_fpl": 8, "ael_fpl": 8, "esl": 8, "mean_teacher": 16, "u2pl": 16}
-FPL_STEPS = {"cps_fpl": (39_680, 44_640), "ael_fpl": (39_680, 18_000)}  # VOC, Cityscapes
+PAPERS = json.loads(Path(__file__).with_name("papers.json").read_text())  # with notes
 COLUMNS = "batch_size lr lr_head weight_decay decay_on crop_size ohem_kept output_stride".split()
 
 
@@ -234,17 +230,17 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
         found[6] = round(found[6] * args.crop_size**2)  # pixels
         if "--lr" not in words:  # of a table that varies it
             assert found == PAPERS["rates"][f"{name} {dataset.removesuffix('_aug')}"], line
-        assert getattr(args, "batch_size_unlabeled", None) == UNLABELED.get(name)
+        assert getattr(args, "batch_size_unlabeled", None) == PAPERS["unlabeled"].get(name)
         city = dataset == "cityscapes"
         if re.match("FPL Table [123],", source):
-            assert args.total_iters == FPL_STEPS[name][city], line
+            assert args.total_iters == PAPERS["FPL steps"][name][city], line
             assert (args.unsup_loss == "fpl") == ("FPL+" in source), line
             row = "AEL" if name == "ael_fpl" else "-" if "w/o" in source else "CutMix"
             assert name == "ael_fpl" or args.cutmix == (row == "CutMix"), line
             table = PAPERS["T"][f"{dataset} {args.backbone} {row}"].split()
             assert args.T == float(table[table.index(split) + 1]), line
             seen.add((dataset, split, args.backbone, row))
-        elif name not in FPL_STEPS and f"{dataset} {split}" in PAPERS["steps"]:
+        elif name not in PAPERS["FPL steps"] and f"{dataset} {split}" in PAPERS["steps"]:
             alone, semi, one_pass, esl = PAPERS["steps"][f"{dataset} {split}"]
             total = {"supervised": alone, "esl": esl}.get(name, semi)
             warm = one_pass * (20 if city else 1)  # App. A: 1 pass of VOC's 80, 20 of 200

@@ -126,7 +126,6 @@ RESNET18 = S.torchvision.models.resnet18().state_dict()
 W, NO_WEIGHTS = "--weights w.pth", "--weights_w.pth --weights_FILE --weights_none"
 
 CASES = [
-    # ---- the command line; test_recipes.py has ranges and choices of every flag ----
     Case("unknown flag", S, "--bach-size 4", "--bach-size --batch-size"),
     Case("one value of two", U2PL, "--ranks 3", "--ranks 2_values"),
     Case("range upside down", S, "--scales 2.0 0.5", "--scales_(2.0,_0.5) rising"),
@@ -142,7 +141,6 @@ CASES = [
     Case("no TensorBoard", S, "--tensorboard", "--tensorboard pip_install_tensorboard",
          lambda patch: patch.setitem(sys.modules, "tensorboard", None)),
     Case("eval-on without eval-only", S, "--eval-on test", "--eval-on with_--eval-only"),
-    # ---- the data; test_data.py and test_sources.py have every damage, layout and list ----
     Case("missing data root", S, "--data-root nowhere", "nowhere no_such_folder --data-root"),
     Case("mask a loader reads", S, "--workers 1", f"{MASK} 17 row_0 column_0",
          lambda patch: trees.picture(Path(MASK), "L", 17, (48, 36))),
@@ -160,13 +158,10 @@ CASES = [
          lambda patch: os.replace("run/best.pt", LAST)),
     Case("log of bytes", S, RESUME, f"{LAST} log.jsonl is_not_the_log --out --init",
          put(LOG, b"\xff\xfe\n{}\n")),
-    Case("log that is a folder", S, RESUME, f"{LOG} Is_a_directory",
-         lambda patch: (os.remove(LOG), os.mkdir(LOG))),
     *(Case(f"{use}: {what}", script, use, f"{LAST} damaged,_or_no_checkpoint", arrange)
       for script, use in ((S, RESUME), (S, SCORE), (M, INIT))
       for what, arrange in (
           ("half a file", lambda patch: os.truncate(LAST, 9999)),
-          ("no flags", changed(lambda content: content.update(args=None))),
           ("a trap", changed(lambda content: content.update(step=Trap()))),
           ("a trap of today", put(LAST, pickle.dumps(Trap(), 4))))),
     *(Case(f"resume: {what}", U2PL, "--out u2pl --resume", f"u2pl/last.pt {what.replace(' ', '_')}",
@@ -180,8 +175,10 @@ CASES = [
            f"{other}/last.pt {other}.py {name}.py")
       for use in ("--out {} --resume", "--eval-only --checkpoint {}/last.pt")
       for name, other in zip(SCRIPTS, [*SCRIPTS[1:], "mean_teacher"], strict=True)),
+    Case("absent checkpoint", S, "--eval-only --checkpoint no.pt", "no.pt no_such_checkpoint"),
     Case("another network's checkpoint", S, f"{SCORE} --dataset shapes --data-root=",
          f"{LAST} does_not_fit_these_flags head.classify"),
+    Case("absent weights", S, "--weights no.pth", "--weights_no.pth --weights_FILE --weights_none"),
     Case("weights that are a page", S, W, NO_WEIGHTS, put("w.pth", b"<!doctype html>")),
     Case("malicious weights", S, W, NO_WEIGHTS, put("w.pth", {"conv1.weight": Trap()})),
     Case("another shape", S, W, "--weights_w.pth conv1",
@@ -190,6 +187,7 @@ CASES = [
          environ(WORLD_SIZE="2")),
     Case("MASTER_PORT taken", S, "", "MASTER_PORT", busy),
     Case("absent archive", P, "voc --root new --from own", "--from_own VOCtrainval https://"),
+    Case("half a data set", P, "camvid --root data", "data train:_8_of_367 https://"),
     Case("list that is there", P, f"{MAKE} 2", "--out_list.txt exists give_another",
          put("list.txt", b"mine")),
 ]  # fmt: skip

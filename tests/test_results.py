@@ -1,4 +1,4 @@
-"""results/: FPL's analysis against one pixel at a time, tables of comparisons, the commands."""
+"""results/: FPL's analysis against one pixel at a time."""
 
 import math
 
@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import cps_fpl
-from common.flags import plain
 from oracles.fpl import order, regularization
 from oracles.supervised import VOID, likeliest, nll
 from results import analysis
-from tiny import draw_tree, resolved, shrink
 
 
 def norm(grad):
@@ -91,25 +88,3 @@ def test_the_bound_on_the_mass_of_the_negatives_is_reached_by_equal_ones():
     assert sum(p[: n - 1]) == pytest.approx(T) and sum(p) == pytest.approx(1)
     bound = analysis.least_negative_mass(*numbers, T, C).item()
     assert sum(p[K:]) == pytest.approx(bound, rel=1e-6)
-
-
-def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
-    """Shares and means by case, of an untrained cps_fpl.py with spread logits."""
-    monkeypatch.chdir(tmp_path)
-    shrink(cps_fpl, monkeypatch)
-    tree = draw_tree(tmp_path / "tree", train=4, val=3, test=0)
-    argv = ["--dataset", "camvid", "--data-root", str(tree), "--split", "1/2"]
-    args, networks = resolved(cps_fpl, argv), {}
-    for seed, name in enumerate(("branch1", "branch2")):
-        torch.manual_seed(seed)
-        networks[name] = cps_fpl.Network(args, 11, cps_fpl.CPSHead).state_dict()
-        networks[name]["head.classify.1.weight"] *= 40
-    content = {"script": "cps_fpl.py", "step": 600, "args": plain(args), "networks": networks}
-    torch.save(content, "last.pt")
-    assert analysis.main("scores last.pt --images 2 --device cpu --T 0.8".split()) == 0
-    head, names, *lines = capsys.readouterr().out.splitlines()
-    assert head == "step 600, 2 images of val, branch 2 teaches branch 1, T 0.8"
-    number, share, _, sure, vanilla, fuzzy, *_ = zip(*map(str.split, lines), strict=True)
-    assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
-    assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
-    assert sure[1] == "0.0000" and names.split()[:3] == ["case", "pixels", "K"]

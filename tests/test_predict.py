@@ -1,6 +1,7 @@
 """predict.py: every checkpoint to pictures, scores, archives and files that others read."""
 
 import csv
+import importlib.util
 import json
 import shutil
 from dataclasses import replace
@@ -83,16 +84,68 @@ def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1(tmp_path, monkeypatc
         p.data *= 2  # otherwise all classes are equally likely
     x = torch.randint(0, 256, (3, 40, 52), dtype=torch.uint8)
     p = source.net(x[None])["logits"][0].double().softmax(0)
-    found = predict.segment(source, x, maps=True)
+    (found,) = predict.segment(source, x[None], maps=True)
     K = (p.sort(0, descending=True).values.cumsum(0) <= 0.9).sum(0).clamp(min=1)  # n - 1
     entropy = -(p * p.log()).sum(0) / np.log(11)
     assert (found["K"] == K.numpy()).mean() > 0.99 and K.unique().numel() > 1
     assert abs(found["confidence"] - 255 * p.amax(0).numpy()).max() <= 0.51
     assert abs(found["entropy"] - 255 * entropy.numpy()).max() <= 0.51
     flat = torch.full_like(x, 100)  # windows that overlap do not make it surer
-    windows = predict.segment(source, flat, window=24, maps=True)["confidence"]
-    alone = predict.segment(source, flat[:, :24, :24], maps=True)["confidence"]
+    (windows,) = predict.segment(source, flat[None], window=24, maps=True)
+    (alone,) = predict.segment(source, flat[None, :, :24, :24], maps=True)
+    windows, alone = windows["confidence"], alone["confidence"]
     assert abs(int(windows.max()) - int(alone.max())) <= 1
+
+
+def test_images_of_one_size_go_through_the_network_at_once(tmp_path, monkeypatch):
+    """--batch-size: the same files, in order, whatever sizes follow one another."""
+    folder = checkpoint("supervised", tmp_path / "run", monkeypatch)
+    for i, height in enumerate((30, 30, 30, 40, 30)):
+        photo(tmp_path / f"in/{i}.png", height)
+    seen = []
+    segment = predict.segment
+
+    def counted(source, images, *more):
+        seen.append(len(images))
+        return segment(source, images, *more)
+
+    monkeypatch.setattr(predict, "segment", counted)
+    for size, expected in ((1, [1] * 5), (2, [2, 1, 1, 1])):
+        seen.clear()
+        run(folder, tmp_path / "in", "--out", tmp_path / f"o{size}", "--batch-size", size)
+        assert seen == expected
+    for i in range(5):
+        one, two = (index(tmp_path / f"o{size}/classes/{i}.png") for size in (1, 2))
+        assert (one == two).mean() > 0.99
+
+
+def test_boundary_iou_is_that_of_single_pixels(tmp_path):
+    """Near: a pixel of another class, or none, within width rows and columns."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, (5, 6)).repeat(4, 0).repeat(4, 1)
+    label[:3, :9] = 255
+    pred = np.roll(label, (1, 2), (0, 1)) % 3
+    width = round(0.06 * np.hypot(*label.shape))
+
+    def near(classes, y, x):
+        """Whether a pixel's band reaches another class or the edge."""
+        for v in range(y - width, y + width + 1):
+            for u in range(x - width, x + width + 1):
+                inside = 0 <= v < classes.shape[0] and 0 <= u < classes.shape[1]
+                if not inside or classes[v, u] != classes[y, x]:
+                    return True
+        return False
+
+    found = np.where(label == 255, 255, pred)
+    bands = {c: (set(), set()) for c in range(3)}
+    for y, x in zip(*np.nonzero(label != 255), strict=True):
+        for classes, kind in ((label, 0), (found, 1)):
+            if near(classes, y, x):
+                bands[classes[y, x]][kind].add((y, x))
+    expected = [len(a & b) / len(a | b) for a, b in bands.values()]
+    counts = metrics.boundary_confusion(pred, label, 3, share=0.06)
+    assert metrics.iou_per_class(counts)[:3].tolist() == pytest.approx(expected)
+    assert width == 2 and 0 < min(expected) and max(expected) < 1
 
 
 def test_networks_scales_and_flip(tmp_path, monkeypatch):
@@ -174,7 +227,8 @@ def test_scores_are_those_of_the_confusion_matrix(tmp_path, monkeypatch):
         own.append(metrics.confusion_matrix(found, label, 11))
     worst = sorted((0, 1), key=lambda i: metrics.scores(own[i])["miou"])
     for out in (tmp_path / "o", tmp_path / "two"):
-        assert json.loads((out / "scores.json").read_text()) == metrics.scores(sum(own))
+        scores = json.loads((out / "scores.json").read_text())
+        assert {k: scores[k] for k in metrics.scores(sum(own))} == metrics.scores(sum(own))
         rows = list(csv.reader((out / "confusion.csv").open()))
         assert [[int(n) for n in row[1:]] for row in rows[1:]] == sum(own).tolist()
         page = (out / "index.html").read_text()
@@ -204,6 +258,29 @@ def test_archives_are_as_the_servers_take_them(server, tmp_path, monkeypatch):
     assert (table[index(tmp_path / "u" / inside)] == classes).all()
 
 
+def test_the_official_tool_of_cityscapes_gives_our_scores_of_an_archive(tmp_path, monkeypatch):
+    module = "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"
+    tool = pytest.importorskip(module)
+    folder = checkpoint("supervised", tmp_path / "run", monkeypatch, dataset="cityscapes")
+    name = "berlin_000000_000019"
+    photo(tmp_path / f"in/{name}_leftImg8bit.png")
+    run(folder, tmp_path / "in", "--out", tmp_path / "o", "--export", "cityscapes")
+    shutil.unpack_archive(tmp_path / "o/cityscapes.zip", tmp_path / "u")
+    truth = np.random.default_rng(0).integers(0, 34, (5, 4)).repeat(8, 0).repeat(13, 1)
+    save(tmp_path / f"{name}_gtFine_labelIds.png", truth.astype(np.uint8))
+    ids = np.array(FACTS["cityscapes"]["ids"]["_labelIds.png"])
+    classes = index(tmp_path / f"o/classes/{name}_leftImg8bit.png").astype(np.int64)
+    pair = [torch.from_numpy(x) for x in (classes, ids[truth])]
+    ours = metrics.scores(metrics.confusion_matrix(*pair, 19))
+    tool.args.quiet, tool.args.evalInstLevelScore, tool.args.JSONOutput = True, False, False
+    pictures = (
+        [str(tmp_path / "u" / f"{name}.png")],
+        [str(tmp_path / f"{name}_gtFine_labelIds.png")],
+    )
+    theirs = tool.evaluateImgLists(*pictures, tool.args)
+    assert theirs["averageScoreClasses"] == pytest.approx(ours["miou"])
+
+
 def test_exports_are_what_the_network_computes(tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -219,6 +296,14 @@ def test_exports_are_what_the_network_computes(tmp_path, monkeypatch):
     for logits in (by_onnx, by_torch, predict.load(files[2])[0](x)):
         assert torch.allclose(logits, predict.load(folder, "branch2")[0](x), atol=1e-4)
     assert "branch2 of cps_fpl.py, step 600" in (tmp_path / "n.md").read_text()
+    if importlib.util.find_spec("openvino"):
+        import openvino
+
+        core = openvino.Core()
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # left alone it may choose bfloat16
+        compiled = core.compile_model(core.read_model(files[0]), "CPU", exact)
+        by_openvino = torch.from_numpy(compiled({"image": x.numpy()})["logits"])
+        assert torch.allclose(by_openvino, by_torch, atol=1e-4)
     net, _ = predict.load(folder)
     with pytest.raises(Refusal, match="differ by"):
         predict.verified(lambda image: 1.01 * net(image), net)

@@ -26,7 +26,7 @@ SCRIPT = 620
 FUNCTION = 40  # main excepted
 COMMANDS = {"prepare_data.py": 495, "convert.py": 495, "predict.py": 355}
 ROOMS = COMMANDS | {"common/": 1750, "fused.py": 200, "outputs.py": 380}
-EXCEPTIONS = {"ael_fpl.py": 678, "u2pl.py": 645, "esl.py": 675}  # none is to be added
+EXCEPTIONS = {"ael_fpl.py": 679, "u2pl.py": 646, "esl.py": 676}  # none is to be added
 # over all scripts and common/, per 100 lines
 PACKED = 0.6  # a, b = x, y
 TERNARIES = 1.2

@@ -24,6 +24,7 @@ import zlib
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -852,6 +853,12 @@ def random_offset(rng, length, crop):
     return int(rng.integers(length - crop + 1))
 
 
+@lru_cache(maxsize=8)
+def shuffled(length, *seed):
+    """Returns 0 ... length - 1 in the random order of a seed; the last few are kept."""
+    return np.random.default_rng(seed).permutation(length)
+
+
 class Samples(Dataset):
     """Sample number -> dict of image, inside and, if masks are opened, label (uint8).
 
@@ -871,8 +878,7 @@ class Samples(Dataset):
     def which(self, number):
         """Returns the index of the item that sample `number` shows."""
         lap, place = divmod(number, len(self.items))
-        order = np.random.default_rng([*self.order_seed, lap]).permutation(len(self.items))
-        return order[place]
+        return shuffled(len(self.items), *self.order_seed, lap)[place]
 
     def __getitem__(self, number):
         return self.sample(self.which(number), number)

@@ -45,6 +45,7 @@ from common.checkpoints import load_checkpoint, load_networks
 from common.data import Data
 from common.flags import (
     NO_NUMBER,
+    Count,
     Number,
     Scales,
     check,
@@ -83,6 +84,7 @@ class Args:
     network: Literal["branch1", "branch2", "mean", "student", "teacher"] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
     amp: Literal["none", "bf16"] = "none"  # bf16: network in bfloat16, what follows in float32
+    batch_size: Count = 1  # images at once, of one size and one after the other, in one piece
     window: Number = 0  # side of the windows; 0: as the checkpoint was evaluated
     scales: Scales = (1.0,)  # of the image; probabilities are averaged
     flip: bool = False  # average with the mirrored image
@@ -103,7 +105,7 @@ class Args:
     safetensors: str = ""  # write its weights as this file, and a model card beside it
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
-        **dict.fromkeys("window scales flip maps csv export".split(), "out"),
+        **dict.fromkeys("batch_size window scales flip maps csv export".split(), "out"),
         "overlays": "out",
         "dataset": "split",
         "data_root": "split",
@@ -293,26 +295,42 @@ def protocol_for(args, pixels, window):
 
 
 @torch.no_grad()
-def segment(source, image, window=0, maps=False):
-    """Returns {name: (H, W) uint8} of an image, (3, H, W) uint8 on the network's device.
+def segment(source, images, window=0, maps=False):
+    """Returns a {name: (H, W) uint8} for each image, (B, 3, H, W) uint8 on the network's device.
 
     classes, as the script's predict has them; with maps confidence, entropy (over log C), both 255
-    for 1, and K of Alg. 1, where the script has it and the checkpoint has a T. Memory grows with
-    the width of the image, not with its height, but for the results.
+    for 1, and K of Alg. 1, where the script has it and the checkpoint has a T. In one piece all
+    images go through the network at once, in windows one after the other. Memory grows with the
+    width of an image, not with its height, but for the results.
     """
-    script = source.script
-    classes = source.data.num_classes
-    args = protocol_for(source.args, image[0].numel(), window)
-    if not maps:
-        found = {"classes": script.predict(source.net, image, args, classes)}
-        return {name: value.to(torch.uint8).cpu().numpy() for name, value in found.items()}
-    net = Counted(source.net)
+    args = protocol_for(source.args, images[0, 0].numel(), window)
     if args.protocol == "slide":
-        parts = script.slide(net, image, args.crop_size, classes + 1)
-    else:
-        parts = [net(image[None])["logits"][0]]
+        return [segment_in_windows(source, image, args, maps) for image in images]
+    if maps:
+        logits = Counted(source.net)(images)["logits"]
+        return [described_in_rows(source, [sums]) for sums in logits]
+    logits = source.net(images, upsampled=False)["logits"]
+    return [as_arrays({"classes": c}) for c in source.script.likeliest(logits, images.shape[2:])]
+
+
+def segment_in_windows(source, image, args, maps):
+    """Returns what segment does of one image, (3, H, W) uint8, by the windows of args."""
+    classes = source.data.num_classes
+    if maps:
+        parts = source.script.slide(Counted(source.net), image, args.crop_size, classes + 1)
+        return described_in_rows(source, parts)
+    return as_arrays({"classes": source.script.predict(source.net, image, args, classes)})
+
+
+def described_in_rows(source, parts):
+    """Returns {name: (H, W) uint8} of parts of one image from top to bottom, 64 rows at a time."""
     rows = [described(source, some) for part in parts for some in part.split(64, dim=1)]
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+
+def as_arrays(maps):
+    """Returns {name: tensor of integers below 256} as {name: uint8 array}."""
+    return {name: value.to(torch.uint8).cpu().numpy() for name, value in maps.items()}
 
 
 def described(source, sums):
@@ -329,7 +347,7 @@ def described(source, sums):
         found["K"] = source.script.fuzzy_positive_assignment(
             p, args.T, k_max=args.k_max, strict=args.strict
         )
-    return {name: value[0].to(torch.uint8).cpu().numpy() for name, value in found.items()}
+    return as_arrays({name: value[0] for name, value in found.items()})
 
 
 # ---- 5. All images ---------------------------------------------------------------------------
@@ -361,23 +379,44 @@ def predict_all(options, source, device):
     results = []
     every = 0.5 if sys.stderr.isatty() else 10  # seconds between lines
     bar = tqdm(total=len(items), unit="image", mininterval=every, dynamic_ncols=True)
+    reads = outputs.ahead(writer.read, items, depth=2 * options.batch_size)
     with bar, ThreadPoolExecutor(2) as pool:
-        for read in outputs.ahead(writer.read, items):
-            bar.update()
-            if isinstance(read, Refusal):
-                unread.append(str(read))
+        for group in grouped(reads, options.batch_size, writer.done):
+            bar.update(len(group))
+            if isinstance(group[0], Refusal):
+                unread.append(str(group[0]))
                 bar.write(unread[-1], file=sys.stderr)
                 continue
-            item, image, label = read
-            found = None
-            if not writer.done(item.key):
-                found = segment_or_say(source, item, image, options, device)
-            pending.append(pool.submit(writer.write, item, image, label, found))
+            maps = [None]
+            if not writer.done(group[0][0].key):
+                maps = segment_or_say(source, group, options, device)
+            for read, found in zip(group, maps, strict=True):
+                pending.append(pool.submit(writer.write, *read, found))
+            image = group[0][1]
             large = image is not None and image.width * image.height > WHOLE
-            while len(pending) > 3 * (not large):  # memory for one large image
+            while len(pending) > 3 * options.batch_size * (not large):  # memory for one large image
                 results.append(pending.popleft().result())
         results += [future.result() for future in pending]
     return results, data, unread
+
+
+def grouped(reads, size, done):
+    """Yields what was read in lists: up to size images of one size to predict, or one other thing.
+
+    reads: (item, image, label) or the Refusal of an image. done(key): whether its files are there.
+    """
+    group = []
+    for read in reads:
+        alone = isinstance(read, Refusal) or done(read[0].key)
+        if group and (alone or len(group) == size or read[1].size != group[0][1].size):
+            yield group
+            group = []
+        if alone:
+            yield [read]
+        else:
+            group.append(read)
+    if group:
+        yield group
 
 
 def kinds_of(options, source):
@@ -394,17 +433,22 @@ def kinds_of(options, source):
     return kinds
 
 
-def segment_or_say(source, item, image, options, device):
-    """Returns what segment does. Raises Refusal, naming the image, where memory does not do."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(device)
+def segment_or_say(source, group, options, device):
+    """Returns what segment does of a group of images. Raises Refusal where memory does not do."""
+    images = np.stack([np.array(image) for _, image, _ in group])
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
     try:
         return segment(source, pixels, options.window, options.maps)
     except (MemoryError, RuntimeError) as error:
         if not machine_remedy(error):
             raise
-        window = "--window 512, or a smaller one"
-        size = f"{image.width}x{image.height}"
-        raise Refusal(f"{item.image or item.key}: {size} pixels, out of memory: {window}") from None
+        item, image, _ = group[0]
+        remedy = "--window 512, or a smaller one"
+        if len(group) > 1:
+            remedy = f"a smaller --batch-size than {options.batch_size}"
+        size = f"{len(group)} x {image.width}x{image.height}"
+        name = item.image or item.key
+        raise Refusal(f"{name}: {size} pixels, out of memory: {remedy}") from None
 
 
 def facts_of(options, source):

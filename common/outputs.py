@@ -196,11 +196,12 @@ def pixels_of(classes, size):
 
 
 class Result(NamedTuple):
-    """What is kept of an image: pixels per class, (C,), and its (C, C) confusion or None."""
+    """What is kept of an image: pixels per class, (C,), and its confusions or None."""
 
     key: str
     counts: torch.Tensor
-    confusion: torch.Tensor | None
+    confusion: torch.Tensor | None  # (C, C)
+    boundaries: torch.Tensor | None = None  # (C + 1, C + 1), metrics.boundary_confusion
 
 
 class Writer:
@@ -254,7 +255,8 @@ class Writer:
             self.write_compared(item.key, image, truth, classes)
         pred = torch.from_numpy(classes.astype(np.int64))
         confusion = metrics.confusion_matrix(pred, torch.from_numpy(truth.copy()), size)
-        return Result(item.key, counts, confusion)
+        boundaries = metrics.boundary_confusion(classes, truth, size)
+        return Result(item.key, counts, confusion, boundaries)
 
     def write_maps(self, key, image, found):
         """Writes classes, maps and overlay."""
@@ -365,16 +367,21 @@ def error_map(classes, label):
 def score_page(title, names, palette, scores, images):
     """Returns a page of HTML that needs no other file than pictures beside it.
 
-    scores: as common/metrics.py has them. images: rows (key, mIoU, accuracy, place of its picture).
+    scores: as write_scores has them. images: rows (key, mIoU, accuracy, place of its picture).
     """
     lines = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"]
     lines.append(f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>")
-    lines.append("<table><tr><th>class</th><th>IoU, %</th></tr>")
-    for name, colour, iou in zip(names, palette, scores["iou"], strict=True):
-        value = "absent" if iou is None else f"{100 * iou:.2f}"
+    lines.append("<table><tr><th>class</th><th>IoU, %</th><th>Boundary IoU, %</th></tr>")
+    both = zip(names, palette, scores["iou"], scores["boundary_iou"], strict=True)
+    for name, colour, *values in both:
+        texts = ["absent" if value is None else f"{100 * value:.2f}" for value in values]
         square = "<i style='background: rgb({}, {}, {})'></i>".format(*colour)
-        lines.append(f"<tr><td>{square}{html.escape(name)}</td><td>{value}</td></tr>")
-    for name, key in (("mIoU", "miou"), ("accuracy", "accuracy"), ("of a constant", "constant")):
+        cells = "".join(f"<td>{text}</td>" for text in texts)
+        lines.append(f"<tr><td>{square}{html.escape(name)}</td>{cells}</tr>")
+    means = f"<td><b>{100 * scores['miou']:.2f}</b></td>"
+    means += f"<td><b>{100 * scores['boundary_miou']:.2f}</b></td>"
+    lines.append(f"<tr><td><b>mean</b></td>{means}</tr>")
+    for name, key in (("accuracy", "accuracy"), ("mIoU of a constant", "constant")):
         lines.append(f"<tr><td><b>{name}</b></td><td><b>{100 * scores[key]:.2f}</b></td></tr>")
     lines.append("</table><h2>Confusion</h2><img src='confusion.png' alt='confusion matrix'>")
     lines.append(f"<h2>{len(images)} images, the worst first</h2>")
@@ -392,7 +399,7 @@ def score_page(title, names, palette, scores, images):
 def write_shares(folder, classes, results):
     """Writes shares.csv: an image a line, the share of each class in [0, 1]."""
     rows = [["image", *classes]]
-    for key, counts, _ in results:
+    for key, counts, *_ in results:
         shares = counts.double() / counts.sum()
         rows.append([key, *(f"{share:.6f}" for share in shares.tolist())])
     write_csv(folder / "shares.csv", rows)
@@ -402,6 +409,10 @@ def write_scores(folder, title, data, results):
     """Writes scores.json, confusion.csv, confusion.png and index.html; returns the scores."""
     confusion = torch.stack([result.confusion for result in results]).sum(0)
     scores = metrics.scores(confusion)
+    boundaries = torch.stack([result.boundaries for result in results]).sum(0)
+    of_boundaries = metrics.iou_per_class(boundaries)[:-1]
+    scores["boundary_miou"] = float(of_boundaries.nanmean())
+    scores["boundary_iou"] = [None if x != x else round(x, 6) for x in of_boundaries.tolist()]
     put_text(folder / "scores.json", json.dumps(scores, indent=1) + "\n")
     rows = [["truth \\ prediction", *data.classes]]
     for name, counts in zip(data.classes, confusion.tolist(), strict=True):
@@ -410,7 +421,7 @@ def write_scores(folder, title, data, results):
     picture = confusion_picture(confusion.numpy(), data.classes)
     put_picture(folder / "confusion.png", picture)
     images = []
-    for key, _, own in results:
+    for key, _, own, _ in results:
         if own.sum():  # an image without labels has no score
             found = metrics.scores(own)
             images.append((key, found["miou"], found["accuracy"], f"compared/{key}.jpg"))
@@ -453,7 +464,7 @@ def write_archive(folder, server, results, palette):
 
     def add_all(add):
         """Has add(name, content) take every image."""
-        for key, _, _ in results:
+        for key, *_ in results:
             with Image.open(folder / f"classes/{key}.png") as file:
                 picture = Image.fromarray(table[np.asarray(file)])
             if server == "voc":

@@ -20,7 +20,7 @@ def row(source, key):
     """Returns the panels of one picture."""
     image, label = shapes.draw(key)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    found = predict.segment(source, pixels, maps=True)
+    (found,) = predict.segment(source, pixels[None], maps=True)
     return {
         "image": np.asarray(image),
         "truth": np.asarray(label),

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import processes
 import recorder
@@ -317,3 +318,36 @@ def test_a_deterministic_run_repeats_itself(name, device, tree, tmp_path, monkey
     finally:
         torch.use_deterministic_algorithms(False)
     assert differences(tmp_path / "one", tmp_path / "two") == []
+
+
+# what torch 2.6 documents to raise on CUDA with deterministic algorithms: names in aten
+RAISES = """_adaptive_avg_pool2d_backward adaptive_max_pool2d_backward put_ put histc median
+fractional_max_pool2d_backward max_unpool2d upsample_linear1d_backward grid_sampler_2d_backward
+upsample_bilinear2d_backward upsample_bicubic2d_backward reflection_pad2d_backward nanmedian
+kthvalue _embedding_bag scatter_reduce scatter_reduce_ _ctc_loss_backward""".split()
+
+
+class Weak(TorchDispatchMode):
+    """Collects the operations that torch documents to raise, or to need a newer torch."""
+
+    found = frozenset()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        weak = name in RAISES or name == "cumsum" and args[0].is_floating_point()
+        # the mean or sum of a loss; 0: none, each pixel's own
+        weak |= name in ("nll_loss_forward", "nll_loss2d_forward") and args[3] != 0
+        weak |= name == "bincount" and len(args) > 1 and args[1] is not None
+        self.found |= {name} if weak else set()
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", tiny.SCRIPTS)
+def test_what_has_no_deterministic_kernel_on_cuda(name, tree, tmp_path, monkeypatch):
+    """docs/reliability.md has why each of them is there; cumsum: cumulative probabilities."""
+    words = f"{tiny.MORE.get(name, '')} --ohem-kept 0.1 --aux-weight 0.4"
+    argv = tiny.with_acting(name, small(tree, tmp_path / "run"), words)
+    with Weak() as weak:
+        train(argv, monkeypatch, tiny.script(name))
+    sums = {"cumsum"} if name in ("cps_fpl", "ael_fpl", "esl") else set()
+    assert weak.found == {"upsample_bilinear2d_backward", "kthvalue"} | sums

@@ -492,36 +492,3 @@ def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():
     for row, words in (("4,e,0,0", ":6: "), ("6,e,0,0,0", "id 4"), ("254,e,0,0,0", ":6: id 254")):
         listed(root / "classes.csv", *rows, row)
         assert words in refusal(load, own(root, num_classes=0))
-
-
-SQUARE = [[1, 1], [5, 1], [5, 4], [1, 4]]
-EXPECTED = np.zeros((8, 12), np.uint8)
-EXPECTED[1:4, 1:5] = 1  # big
-EXPECTED[1:4, 2:7] = EXPECTED[5, 9] = 2  # pen, above it
-EXPECTED[2, 4] = 1  # its hole
-COUNTS = "a03500NL04200d0NI"  # the pen as pycocotools 2.0.11 writes it
-SIZE = dict(width=12, height=8)
-
-
-def coco():
-    names = [{"id": 5, "name": "pen"}, {"id": 3, "name": "big"}]
-    rows = [(5, 15, {"counts": COUNTS, "size": [8, 12]}), (3, 20, [sum(SQUARE, [])]), (3, 9, [])]
-    rows = [dict(image_id=7, id=i, iscrowd=1, category_id=r[0], area=r[1], segmentation=r[2])
-            for i, r in enumerate(rows)]  # fmt: skip
-    images = [dict(id=7, file_name="x/a.jpg", **SIZE), dict(id=8, file_name="b.jpg", **SIZE)]
-    return json.dumps(dict(categories=names, annotations=rows, images=images))
-
-
-def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(capsys):
-    root, words = folder(Path("own"), ["a", "b"]), "convert --from c.json --out own"
-    for path in root.glob("masks/train/*"):
-        path.unlink()
-    listed(Path("c.json"), coco())
-    command(words)
-    assert [path.name for path in root.glob("masks/train/*")] == ["a.png"]
-    assert np.array_equal(np.asarray(Image.open(root / "masks/train/a.png")), EXPECTED)
-    assert load(own(root, num_classes=0)).classes == ["background", "big", "pen"]
-    lost = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lost: 1 ")]
-    assert len(lost) == 2  # what has no area; the image without a shape
-    listed(root / "classes.csv", "id,name,r,g,b", "0,big,0,0,0", "1,x,0,0,0")
-    assert "no row named 'pen'" in refusal(command, words)

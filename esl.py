@@ -106,7 +106,7 @@ class Args:
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
     # -- optimization --
-    # paper: as printed; official: as the released code computes
+    # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
     recipe: Literal["paper", "official"] = "paper"
     batch_size: Count | None = None  # labelled images per step, over all processes
     total_iters: Count | None = None  # optimizer steps
@@ -919,7 +919,10 @@ def open_stream(name, data, args, group, start):
     batch = distributed.share(stream.batch, group, name)  # of this process
     if not stream.items:
         origin = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
-        raise Refusal(f"no {name} images {origin} of {args.dataset}: give fewer images labels")
+        raise Refusal(
+            f"no {name} images {origin} of {args.dataset}: "
+            "give fewer images labels, or --unlabeled-list"
+        )
     if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
         raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
     first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from common import Refusal, distributed, outputs
 from common.checkpoints import load_checkpoint, load_networks
-from common.data import Data
+from common.data import ClassRow, Data
 from common.flags import (
     NO_NUMBER,
     Count,
@@ -190,7 +190,8 @@ def build_source(saved, network=None, device="cpu", amp="none"):
         raise Refusal(f"{path}: of {saved['script']}; known are {', '.join(HEADS)}")
     script = importlib.import_module(Path(saved["script"]).stem)
     args = arguments(script, saved["args"], amp)
-    data = Data(args, [], [], [], [])
+    rows = [ClassRow(*row) for row in saved.get("classes", ())]  # older ones name none
+    data = Data(args, [], [], [], [], rows)
     group = SimpleNamespace(world=1, device=torch.device(device))
     name = network or saved.get("network") or scored_name(saved, args)
     known = list(saved["networks"])
@@ -362,7 +363,7 @@ def predict_all(options, source, device):
     scored = bool(options.split or options.masks)
     data = source.data
     if options.split:
-        items, data = outputs.find_part(source.args, options)
+        items, data = outputs.find_part(source.args, options, source.data.num_classes)
     else:
         items = outputs.find_images(options.images, options.out)
     if options.masks:
@@ -540,6 +541,7 @@ def write_safetensors(path, source):
 
     saved = source.saved
     facts = {"script": saved["script"], "step": saved["step"], "network": source.name}
+    facts["classes"] = saved.get("classes", [])
     facts["args"] = {k: v for k, v in saved["args"].items() if k not in NO_NUMBER}
     weights = {}
     for part, net in source.networks.items():
@@ -569,6 +571,7 @@ def load_safetensors(path):
                 part, _, name = key.partition(".")
                 networks.setdefault(part, {})[name] = file.get_tensor(key)
         return {name: facts[name] for name in ("script", "args", "step", "network")} | {
+            "classes": facts.get("classes", []),
             "networks": networks,
             "path": str(path),
         }

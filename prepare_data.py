@@ -308,14 +308,15 @@ def inventory(name, root, expected, where):
 
 
 def survey(data, items, masks, title):
-    """Opens all items, with their masks if masks; returns (sizes, tallies, errors).
+    """Opens all items, with their masks if masks; returns (sizes, tallies, errors, found).
 
     sizes: (W, H) of each that can be read. tallies: (N, 256) pixels of each class, 0 in a bad one.
-    errors: a line for each bad one.
+    errors: a line for each bad one. found: {file: sha1 of its pixels}, of those that can be read.
     """
 
     if not items:
-        return [], np.zeros((0, 256), np.int64), []
+        return [], np.zeros((0, 256), np.int64), [], {}
+    found = {}
 
     def one(item):
         """Returns size, tally and error of one item."""
@@ -323,13 +324,15 @@ def survey(data, items, masks, title):
             image, label = data.read(item, masks)
         except Refusal as error:
             return None, np.zeros(256, np.int64), str(error)
+        if item.image:
+            found[item.image] = hashlib.sha1(repr(image.size).encode() + image.tobytes()).digest()
         values = np.asarray(label).ravel() if masks else np.zeros(0, np.int64)
         return image.size, np.bincount(values, minlength=256), None
 
     with ThreadPoolExecutor() as pool:
         rows = list(tqdm(pool.map(one, items), title, len(items), unit="file", disable=None))
     sizes, tallies, errors = zip(*rows, strict=True)
-    return [*filter(None, sizes)], np.stack(tallies), [*filter(None, errors)]
+    return [*filter(None, sizes)], np.stack(tallies), [*filter(None, errors)], found
 
 
 def turned_photographs(data):
@@ -342,32 +345,21 @@ def turned_photographs(data):
     return [f"warning: {len(turned)} images {what} {turned[0]} first"]
 
 
-def same_content(data):
-    """Returns a line for each image of val or test whose bytes an image of another set has too."""
+def same_content(data, found):
+    """Returns a line for each image of val or test whose pixels an image of another set has too.
+
+    found: {file: sha1 of its pixels}.
+    """
     sets = {"train": data.labeled + data.unlabeled, "val": data.val, "test": data.test}
-    sizes = {}  # only files of one size are read
-    for name, items in sets.items():
-        for path in dict.fromkeys(item.image for item in items if item.image):
-            sizes.setdefault(path.stat().st_size, []).append((name, path))
+    first = {}
     lines = []
-    for found in sizes.values():
-        first = {}
-        for name, path in found if len({name for name, _ in found}) > 1 else ():
-            other, place = first.setdefault(hash_of(path), (name, path))
+    for name, items in sets.items():
+        for path in (item.image for item in items if item.image in found):
+            other, place = first.setdefault(found[path], (name, path))
             if other != name:
-                lines.append(
-                    printable(f"{path}: an image of {name}, the same as {place} of {other}")
-                )
+                line = f"{path}: an image of {name}, the same as {place} of {other}"
+                lines.append(printable(line))
     return lines
-
-
-def hash_of(path):
-    """Returns the sha1 of a file, in hex."""
-    digest = hashlib.sha1()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def with_every_class(present, count):
@@ -557,7 +549,7 @@ class MakeSplit(Source):
         order = np.random.default_rng(self.seed).permutation(sorted(items)).tolist()
         chosen = order[:count]
         if self.every_class:
-            _, tallies, errors = survey(data, [items[key] for key in order], True, "classes")
+            _, tallies, errors, _ = survey(data, [items[key] for key in order], True, "classes")
             if errors:
                 raise Refusal(errors[0])
             chosen = [order[i] for i in with_every_class(tallies[:, :IGNORE] > 0, count)]
@@ -593,25 +585,30 @@ class Check(Source):
         data = load(self)
         bad = []
         opened = set()
+        found = {}
         for name in PARTS:
             todo = [i for i in getattr(data, name) if (i.image or i.key) not in opened]
             if not todo:  # split all: the unlabelled are the labelled
                 continue
             opened.update(item.image or item.key for item in todo)
-            bad += self.look_at(data, name, todo)
+            bad += self.look_at(data, name, todo, found)
         for line in turned_photographs(data):
             print(printable(line))
-        bad += same_content(data)
+        bad += same_content(data, found)
         if bad:
             print(*bad[:SHOWN], sep="\n", file=sys.stderr)
             raise Refusal(f"{len(bad)} bad files, the first {min(SHOWN, len(bad))} named above")
         print("every file can be read")
 
-    def look_at(self, data, name, todo):
-        """Prints what a list of images holds, todo: those of it not yet opened; returns errors."""
+    def look_at(self, data, name, todo, found):
+        """Prints what a list of images holds, todo: those of it not yet opened; returns errors.
+
+        found: as survey has it, which grows.
+        """
         items = getattr(data, name)
         masks = name != "unlabeled"
-        sizes, tallies, errors = survey(data, todo, masks, name)
+        sizes, tallies, errors, pixels = survey(data, todo, masks, name)
+        found.update(pixels)
         line = f"{name}: {len(items)} images, set {set_hash(item.key for item in items)}"
         if sizes:
             ends = min(sizes, key=math.prod), max(sizes, key=math.prod)
@@ -623,7 +620,10 @@ class Check(Source):
             line += f", {100 * total[IGNORE] / max(total.sum(), 1):.2f} % ignored"
         print(line)
         if masks and not errors:  # else a class may be in what cannot be read
-            data.require_pixels(total[:IGNORE], name)
+            try:
+                data.require_pixels(total[:IGNORE], name)
+            except Refusal as error:  # no class is there: none is named
+                return [str(error)]
             for i in np.flatnonzero(total[: data.num_classes] == 0) if name == "labeled" else ():
                 print(f"warning: class {i} ({data.classes[i]}) is in no labelled mask")
         return errors
@@ -645,7 +645,7 @@ class Stats(Check):
         names = [*data.classes, "ignored"]
         table = [[f"{name:16}" for name in ("class", *names)]]
         for name in ("labeled", "val"):
-            _, tallies, errors = survey(data, getattr(data, name), True, name)
+            _, tallies, errors, _ = survey(data, getattr(data, name), True, name)
             if errors:
                 raise Refusal(errors[0])
             tallies = tallies[:, [*range(data.num_classes), IGNORE]]

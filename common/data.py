@@ -85,6 +85,11 @@ class Data:
         keys = {name: [item.key for item in getattr(self, name)] for name in names}
         return {name: [len(keys[name]), set_hash(keys[name])] for name in names}
 
+    def named(self):
+        """Returns [[id, name, colour]] of the classes, for checkpoints."""
+        both = zip(self.classes, self.palette.tolist(), strict=True)
+        return [[i, name, colour] for i, (name, colour) in enumerate(both)]
+
     def read(self, item, with_label):
         """Returns PIL (image RGB, mask L or None) of one size; mask values are in [0, C) or 255.
 
@@ -119,8 +124,8 @@ class Data:
         masks: which they are, "val". Scores over nothing would pass for a result.
         """
         if not tally.any():
-            why = "all is ignored: their ids are not those of"
-            raise Refusal(f"no pixel of any class in the masks of {masks}; {why} {self.name}")
+            why = f"all is ignored: their ids are not those of {self.name}; {CONVERT}"
+            raise Refusal(f"no pixel of any class in the masks of {masks}; {why}")
 
 
 def voc_colours(count):

@@ -101,23 +101,22 @@ def with_masks(items, folder):
     return found
 
 
-def find_part(args, options):
+def find_part(args, options, count):
     """Returns (Items with their masks, Data) of --split of --dataset, or of a checkpoint's args.
 
-    Raises Refusal.
+    count: how many classes the checkpoint has. Raises Refusal.
     """
     dataset = options.dataset or args.dataset
     root = options.data_root
     if not root and dataset == args.dataset:
         root = args.data_root
-    tree = Tree(dataset, root)
+    tree = Tree(dataset, root, any_ids=bool(args.labeled_list))
     items = tree.items(options.split, tree.part(options.split))
     if not items:
         raise Refusal(f"{tree.root}: no {options.split} of {dataset} there")
-    data = Data(replace(args, dataset=dataset), [], [], [], [])
-    own = Data(args, [], [], [], [])
-    if data.num_classes != own.num_classes:
-        wrong = f"{data.num_classes} classes, the checkpoint has {own.num_classes}"
+    data = Data(replace(args, dataset=dataset), [], [], [], [], tree.classes())
+    if data.num_classes != count:
+        wrong = f"{data.num_classes} classes, the checkpoint has {count}"
         raise Refusal(f"--dataset {dataset}: {wrong}")
     return items, data
 
@@ -304,6 +303,15 @@ def legend(names, colours, width):
     return strip
 
 
+def with_legend(picture, names, colours):
+    """Returns a PIL picture with the legend of names and colours below it."""
+    strip = legend(names, colours, picture.width)
+    sheet = Image.new("RGB", (picture.width, picture.height + strip.height))
+    sheet.paste(picture, (0, 0))
+    sheet.paste(strip, (0, picture.height))
+    return sheet
+
+
 def overlay(image, classes, names, palette):
     """Returns the picture of classes, (H, W) uint8, half seen through on a PIL image, and a legend.
 
@@ -319,11 +327,7 @@ def overlay(image, classes, names, palette):
         size = (factor * width, factor * height)
         blended = blended.resize(size, Image.Resampling.NEAREST)
     words = [f"{names[i]} {100 * counts[i] / classes.size:.1f} %" for i in present]
-    strip = legend(words, palette[present], blended.width)
-    sheet = Image.new("RGB", (blended.width, blended.height + strip.height))
-    sheet.paste(blended, (0, 0))
-    sheet.paste(strip, (0, blended.height))
-    return sheet
+    return with_legend(blended, words, palette[present])
 
 
 def confusion_picture(confusion, names):

@@ -42,8 +42,10 @@ from common.checkpoints import (
     write_checkpoint,
     writing,
 )
+from common.data import CONVERT
 from common.distributed import ReduceOp, from_first, reduced
 from common.flags import NO_NUMBER, acting
+from common.outputs import with_legend
 
 try:
     import fcntl
@@ -380,6 +382,7 @@ class Run:
         self._open()
         content["script"] = self.script.name
         content["args"] = acting(self.args)
+        content["classes"] = self.data.named()
         content["sha256"] = self.sha256
         self._check_log()
         content["log"] = {"bytes": self.file.tell(), "sha256": self.hash.hexdigest()}
@@ -425,6 +428,8 @@ class Run:
         miou = 100 * result["miou"]
         constant = 100 * result["constant"]
         self.say(f"val mIoU {miou:.2f} % (a constant: {constant:.2f} %)", step)
+        if not self.best["step"] and result["constant"] >= result["miou"]:
+            self.say(at_constant(result, self.args))
         if self.args.pictures_every:
             self.panels(f"{step:06d}-val", maps)
         if result["miou"] > self.best["miou"]:
@@ -528,6 +533,7 @@ class Run:
             "common": hash_of_folder(Path(__file__).parent),
             "args": acting(self.args),
             "lists": self.data.hashes(),
+            "classes": self.data.classes,
             "versions": versions,
             "device": self._device(),
             "threads": torch.get_num_threads(),
@@ -572,7 +578,10 @@ class Run:
             rows = [{k: v[i].detach().cpu() for k, v in maps.items()} for i in range(count)]
             path = self.folder / f"panels/{name}.png"
             with writing(path):
-                pictures.save_panels(path, rows, self.data.palette)
+                sheet = pictures.panels(rows, self.data.palette)
+                sheet = with_legend(sheet, self.data.classes, self.data.palette)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sheet.save(path)
 
     def load_best(self, networks):
         """Fills networks from best.pt; returns its step, or None with a word if it is not there."""
@@ -667,6 +676,21 @@ def git_state(folder):
     command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def at_constant(result, args):
+    """Returns why one class everywhere may score as much as a network, and the command that tells.
+
+    result: scores of a first evaluation.
+    """
+    if result["constant"] == 1:
+        return f"val's masks hold one class and ignored pixels, as those of 0 and 255 do: {CONVERT}"
+    command = f"python prepare_data.py stats --dataset {args.dataset}"
+    if args.data_root:
+        command += f" --data-root {args.data_root}"
+    if args.num_classes:
+        command += f" --num-classes {args.num_classes} --ignore-index {args.ignore_index}"
+    return f"one class everywhere scores as much: too early, or wrong masks or --lr: {command}"
 
 
 def report(data, results, on):

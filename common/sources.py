@@ -77,7 +77,10 @@ def fault(line, columns, match, rows):
     if any(".." in Path(column).parts for column in columns):
         return "a path with .."
     ends = "|".join(SUFFIXES).replace(".", "[.]")
-    if between := re.search(rf"(?i)(?:{ends})([,;|])", line):
+    between = re.search(rf"(?i)(?:{ends})([,;|])", line)
+    if match and not between:
+        between = re.match("([,;|])", columns[0][match.end() :])
+    if between:
         return f"columns with {between[1]} between them: TAB or a space is read"
     if len(columns) > 2:
         return "more than two columns"
@@ -113,7 +116,7 @@ def load(args):
     stream of samples, in whatever order it came.
     """
     own = args.dataset == "folder"
-    tree = Tree(args.dataset, args.data_root)
+    tree = Tree(args.dataset, args.data_root, any_ids=bool(args.labeled_list))
     rows = tree.classes()
     if own:
         check_classes(args, tree, rows)
@@ -192,9 +195,15 @@ def training(args, tree):
     """
     if args.unlabeled_list and not args.labeled_list:
         raise Refusal("--unlabeled-list without --labeled-list: give both")
-    train = tree.part("train", fetch=not args.unlabeled_list)
+    listed = {}
     if args.labeled_list:
-        labeled = by_stem(read_list(args.labeled_list, tree.facts["key"], tree.root), train)
+        listed = read_list(args.labeled_list, tree.facts["key"], tree.root)
+    other_ids = not all(re.search(FACTS[tree.name]["key"], image) for image, _ in listed.values())
+    train = tree.part("train", fetch=not (args.unlabeled_list or other_ids))
+    if other_ids and not train:
+        train = tree.part("train of other ids")
+    if args.labeled_list:
+        labeled = by_stem(listed, train)
         unlabeled = {key: row for key, row in train.items() if key not in labeled}
         if args.unlabeled_list:
             unlabeled = read_list(args.unlabeled_list, tree.facts["key"], tree.root)
@@ -227,10 +236,15 @@ def training(args, tree):
 class Tree:
     """A data set's folder in any of its known layouts. A row is (image, mask): places, or None."""
 
-    def __init__(self, name, root=""):
-        """root: "" takes the usual folder. Raises Refusal if there is none."""
+    def __init__(self, name, root="", any_ids=False):
+        """root: "" takes the usual folder. Raises Refusal if there is none.
+
+        any_ids: images of VOC's layout may have other names than VOC's; lists say which they are.
+        """
         self.name = name
         self.facts = FACTS[name]
+        if any_ids and "any_key" in self.facts:
+            self.facts = self.facts | {"key": self.facts["any_key"]}
         self.root = Path(root or self.facts.get("root", "."))
         self.real = os.path.realpath(self.root)
         if not self.root.is_dir():
@@ -293,7 +307,7 @@ class Tree:
                 inside = path.relative_to(self.root).as_posix()
                 match = re.search(pattern, inside)
                 if place.endswith(".txt"):
-                    rows = read_list(path, pattern, self.root)
+                    rows = self.by_id(part, read_list(path, pattern, self.root))
                 elif match and path.suffix.lower() in SUFFIXES and "/." not in f"/{inside}":
                     if match[0] in rows:
                         raise Refusal(f"{path}: another image has the key {match[0]} too")
@@ -306,6 +320,22 @@ class Tree:
         if part == "train" and not fetch:  # lists name all that is wanted
             return {}
         return dict(sorted(read_list(fetch_list(self.name, "parts", part), pattern).items()))
+
+    def by_id(self, part, rows):
+        """Returns rows of a folder's own list, with the file of each image that is named by id."""
+        if self.name != "folder":
+            return rows
+        files = {}
+        for path in files_below(self.image_folder(part)):
+            place = path.relative_to(self.root).as_posix()
+            if path.suffix.lower() in SUFFIXES:
+                files[re.search(self.facts["key"], place)[0]] = (place, None)
+        found = by_stem(rows, files)
+        for key in set(found) & set(files):
+            image, mask = found[key]
+            if not (self.root / image).is_file():
+                found[key] = (files[key][0], mask)
+        return found
 
     def places(self, part, key, rows, kind):
         """Yields where a file may be (kind 0: an image, 1: a mask): the columns of rows first.
@@ -344,6 +374,8 @@ class Tree:
                 tried = dict.fromkeys(map(str, self.places(part, key, both, files.index(None))))
                 tried = ", ".join(tried) or "nothing: a link leads what its list names out of here"
                 tried += MADE * (what == "mask" and self.name.startswith("voc"))
+                if sign := re.search("[,;|]", key):
+                    tried += f"; lists are read at TAB or a blank, not at {sign[0]}"
                 raise Refusal(f"{source or self.root}: {key} has no {what} here; tried {tried}")
             items.append(Item(key, *files))
         return items

@@ -21,7 +21,8 @@ def load_backbone(resnet, weights, backbone, stem):
 
     weights: "none" (random weights stay), "auto" (ImageNet's: torchvision's IMAGENET1K_V1 for the
     classic stem, else the v1c files; downloaded once, hash-checked, cached by torch.hub) or a file
-    with a state dict, deep stems as conv1.0 ... bn1 or as stem.0 ... stem.7. Raises Refusal.
+    with a state dict, deep stems as conv1.0 ... bn1 or as stem.0 ... stem.7; it may lie under
+    state_dict or model, its keys under module. Raises Refusal.
     """
     if weights == "none":
         return
@@ -36,7 +37,8 @@ def load_backbone(resnet, weights, backbone, stem):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of the pickle's protocol
                 state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+        state = state.get("state_dict", state.get("model", state))
+        state = {re.sub(r"^module\.", "", k): v for k, v in state.items()}  # of a parallel network
         state = {re.sub(r"^stem\.7\.", "bn1.", k): v for k, v in state.items() if k[:3] != "fc."}
         state = {re.sub(r"^stem\.", "conv1.", k): v for k, v in state.items()}
     except Exception as error:

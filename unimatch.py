@@ -135,10 +135,9 @@ class Args:
     feature_perturbation: bool = True
     unsup_loss: Literal["ce", "fpl"] = "ce"  # on unlabelled images
     threshold: Share | None = None  # tau, the least confidence of a pseudo label that counts
-    # what CutMix shows, batch: the next image of the batch; crop: another crop of the same image,
-    # labelled in eval mode [D10] [D11]
+    # CutMix shows, batch: the next image; crop: another crop, labelled in eval mode [D10] [D11]
     partner: Literal["batch", "crop"] | None = None
-    # upper bound of the cumulative probability; several: each pixel has its own, A-FPL [D21]
+    # upper bound of the cumulative probability; several: each pixel's own, by A-FPL [D21]
     T: Annotated[tuple[Inside01, ...], Rising(strict=True)] | None = None
     k_max: Number | None = None  # K at most; 0: no cap
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T

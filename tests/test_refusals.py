@@ -26,7 +26,7 @@ from processes import Forked
 from tiny import ROOT, SCRIPTS, draw_tree, flags, shrink, train
 from tiny import script as module_of
 
-S, M, CPS, AEL, U2PL, ESL = map(module_of, SCRIPTS)
+S, M, CPS, AEL, U2PL, ESL, UNI = map(module_of, SCRIPTS)
 P = prepare_data
 TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
 

@@ -24,7 +24,7 @@ from common.distributed import Group
 from processes import digest, snapshot
 
 UNLABELED = (1, 2, 3, 5, 6, 7)  # of train0 to train7, at 1/4
-NETWORKS = {"supervised": ["student"], "cps_fpl": ["branch1", "branch2"]}
+NETWORKS = {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
 NETWORKS = {name: NETWORKS.get(name, ["student", "teacher"]) for name in tiny.SCRIPTS}
 
 
@@ -186,6 +186,7 @@ RESUMED = [pytest.param(name, "", marks=pytest.mark.smoke) for name in tiny.SCRI
 RESUMED += [("cps_fpl", "--no-cutmix --precise-bn 2")]
 RESUMED += [("ael_fpl", "--recipe official --teacher-mode eval")]
 RESUMED += [("u2pl", "--bank-dtype bf16"), ("u2pl", "--no-bank --ranks 1 4 --fused off")]
+RESUMED += [("unimatch", "--partner crop --unsup-loss fpl --T 0.2 0.4")]
 RESUMED += [("esl", "--no-contrast --label hard"), ("mean_teacher", "--init {}")]
 
 
@@ -277,6 +278,10 @@ FLAGS = {
         --unsup-weight 1|--contrast-weight 1|--no-contrast|--parts 2|--theta 0.5|--zeta 0.5
         --anchors 2|--anchor-share 0.5|--negatives 3|--sigma 0.1|--queue 2|--ema-decay 0.3
         --no-cutmix|--cutmix-prob 0.5|--batch-size-unlabeled 4""",
+    "unimatch": """--batch-size-unlabeled 4|--views 1|--no-feature-perturbation|--threshold 0.2
+        --partner crop|--unsup-loss fpl|--unsup-loss fpl --T 0.5|--unsup-loss fpl --T 0.2 0.3 0.5
+        --unsup-loss fpl --k-max 2|--unsup-loss fpl --weight linear|--unsup-loss fpl --weight none
+        --unsup-loss fpl --mean-over positives_and_next""",
 }
 
 

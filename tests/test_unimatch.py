@@ -44,7 +44,7 @@ def drawn(classes, kind, seed=0, dtype=torch.float64):
 # ---- losses ----
 
 RELEASED = dict(k_max=3, strict=False, mean_over="positives_and_next")
-LOSSES = [dict(threshold=tau) for tau in (0.0, 0.3, 0.5)]  # two flat classes: 0.5
+LOSSES = [dict(threshold=tau) for tau in (0.0, 0.3, 0.95)]
 LOSSES += [dict(unsup_loss="fpl", **more) for more in ({}, RELEASED, dict(T=(0.6037,)))]
 LOSSES += [dict(unsup_loss="fpl", weight=kind, fused="on") for kind in ("linear", "none")]
 
@@ -72,6 +72,10 @@ def test_consistency_is_the_oracles_and_sees_what_it_should(changes):
         again = found(torch.where(outside, -z, z), torch.where(outside, -t, t), inside)
         assert torch.equal(again[0], loss) and not gradient[outside.expand_as(z)].any()
     assert found(z, t, inside & False)[0] == 0
+    if args.unsup_loss == "ce":  # a confidence at the threshold counts
+        taught = unimatch.lesson(t, inside, args)
+        taught["conf"] = torch.full_like(taught["conf"], args.threshold)
+        assert (unimatch.pixel_loss(z, taught, args) > 0).all()
     t.requires_grad_()
     assert not any(x.requires_grad for x in unimatch.lesson(t, inside, args).values())
     for low in (torch.bfloat16, torch.float16):

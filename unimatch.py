@@ -284,7 +284,7 @@ def strong_view(image, operations):
 
 
 def drawn_box(rng, size):
-    """Draws CutMix's box in a crop of this side: (top, left, height, width); no pixel with p 0.5.
+    """Draws CutMix's box in a crop, (top, left, height, width); no pixel with p 0.5 [D23].
 
     Area between 0.02 and 0.4 of the crop, height / width between 0.3 and 1 / 0.3; ratio and place
     are drawn again until the box fits, the area is kept.

@@ -19,7 +19,7 @@ PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # p
 USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule": "paper"}
 USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}
 USUAL |= {"teacher_mode": "train", "skip_absent": False, "views": 2, "partner": "batch"}
-USUAL |= {"feature_perturbation": True, "threshold": 0.95}
+USUAL |= {"feature_perturbation": True}
 USUAL |= {"same_image_cutmix": False, "evaluate": "branch1", "seed": 0, "stem": "classic"}
 METHODS = {  # script -> (flag that names the method, {its value: the first words of a row})
     "supervised.py": ("", {"": "supervised"}),
@@ -65,6 +65,8 @@ def method(start):
     if args.get("views") == 1 and not args["feature_perturbation"]:
         words = [words[0].replace("UniMatch", "FixMatch")]
         args = args | {"views": 2, "feature_perturbation": True}
+    if start["script"] == "unimatch.py" and args.get("threshold", 0.95) != 0.95:
+        words.append(f"threshold {args['threshold']:g}")
     for name, usual in USUAL.items():
         value = spelled(args.get(name, usual))
         if value != spelled(usual):

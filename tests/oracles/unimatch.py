@@ -55,17 +55,3 @@ def adaptive_positives(p, inside, flags):
                 if best is None or distance < best[0] - 1e-9:
                     chosen[y][x] = (distance, K[y][x])
     return [[K for _, K in row] for row in chosen]
-
-
-def box(rng, size):
-    """CutMix's box, (top, left, height, width): none with 0.5; drawn again until it fits."""
-    if rng.random() < 0.5:
-        return (0, 0, 0, 0)
-    area = (0.02 + 0.38 * rng.random()) * size**2
-    while True:
-        ratio = 0.3 + (1 / 0.3 - 0.3) * rng.random()  # height / width
-        height = math.floor((area * ratio) ** 0.5)
-        width = math.floor((area / ratio) ** 0.5)
-        top, left = rng.integers(0, size), rng.integers(0, size)
-        if top + height <= size and left + width <= size:
-            return (top, left, height, width)

@@ -215,10 +215,12 @@ def test_networks_have_the_parameters_and_dilations_that_the_released_logs_have(
     args = fill(parse(unimatch.Args, unimatch.preset, words), unimatch.preset, words)
     with torch.device("meta"):
         net = unimatch.Network(args, 21, unimatch.UniMatchHead)
+        eight = unimatch.make_backbone(unimatch.replace(args, output_stride=8))
     count = sum(p.numel() for p in net.parameters()) / 1e6
     assert round(count, 1) == millions
-    found = [block.conv2.dilation[0] for block in net.backbone.layer4]
-    assert found == [1, 2, 2] and net.backbone.layer4[0].conv2.stride == (1, 1)
+    for backbone, expected in ((net.backbone, [1, 2, 2]), (eight, [2, 4, 4])):
+        assert [block.conv2.dilation[0] for block in backbone.layer4] == expected
+        assert backbone.layer4[0].conv2.stride == (1, 1)
 
 
 # ---- the step ----

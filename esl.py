@@ -103,6 +103,7 @@ class Args:
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
+    multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
     # -- optimization --
@@ -153,6 +154,7 @@ class Args:
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         "stem": "backbone=resnet18|resnet50|resnet101",
+        "multi_grid": "backbone=resnet18|resnet50|resnet101",
         # >>> method: needs
         "parts": "contrast, contrast_weight",
         "theta": "contrast, contrast_weight",
@@ -175,7 +177,7 @@ class Args:
 # >>> method: recipe
 # fmt: off
 VOC = dict(  # U2PL Sec. 4.1 and its released configurations
-    backbone="resnet101", stem="v1c", weights="auto", output_stride=8,  # [D9]
+    backbone="resnet101", stem="v1c", weights="auto", output_stride=8, multi_grid=True,  # [D9]
     head_channels=256,
     split_family="u2pl", crop_size=513, scales=(0.5, 2.0), batch_size=16,
     lr=0.001, lr_head=10.0, weight_decay=1e-4, decay_on="all", aux_weight=0.0, ohem_kept=0.0,
@@ -587,6 +589,12 @@ def supervised_loss(out, label, args):
 
 MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
 STD = (58.395, 57.12, 57.375)
+DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
+    (16, True): (2, 4, 8),
+    (16, False): (1, 2, 2),
+    (8, True): (4, 8, 16),
+    (8, False): (2, 4, 4),
+}
 
 
 def make_backbone(args):
@@ -605,11 +613,9 @@ def make_backbone(args):
     elif args.stem == "v1c":
         deepen_stem(net, (32, 32, 64))
     load_backbone(net, args.weights, args.backbone, args.stem)
-    if args.output_stride == 16:
-        dilate(net.layer4, (2, 4, 8))
-    else:
+    if args.output_stride == 8:
         dilate(net.layer3, (1, *[2] * (len(net.layer3) - 1)))
-        dilate(net.layer4, (4, 8, 16))
+    dilate(net.layer4, DILATIONS[args.output_stride, args.multi_grid])
     return net
 
 

@@ -67,6 +67,7 @@ HEADS = {  # script -> the head of its networks
     "ael_fpl.py": "DeepLabV3Plus",
     "u2pl.py": "U2PLHead",
     "esl.py": "ESLHead",
+    "unimatch.py": "UniMatchHead",
 }
 WHOLE = 4_000_000  # pixels; a larger image goes through in windows whatever the protocol
 WINDOW = 1024  # their side then
@@ -90,7 +91,7 @@ class Args:
     flip: bool = False  # average with the mirrored image
     upright: bool = False  # turn photographs as their EXIF data say; training reads them as stored
     overlays: bool = True  # pictures of the classes on the image, with a legend
-    maps: bool = False  # confidence, entropy and, of cps_fpl and ael_fpl, K
+    maps: bool = False  # confidence, entropy and, of runs with FPL, K
     csv: bool = False  # shares.csv: the share of each class in each image
     # scores
     split: Literal["val", "test"] | None = None  # predict and score this part of the data set
@@ -334,6 +335,13 @@ def as_arrays(maps):
     return {name: value.to(torch.uint8).cpu().numpy() for name, value in maps.items()}
 
 
+def one_T(source):
+    """Returns the T of a run with FPL; None of others, and where each pixel chose among several."""
+    T = source.saved["args"].get("T")
+    several = T if isinstance(T, list) else [T]
+    return several[0] if len(several) == 1 else None
+
+
 def described(source, sums):
     """Returns {name: (rows, W) uint8} of rows of summed logits with their counts (Counted)."""
     logits = sums[None, :-1]
@@ -342,11 +350,10 @@ def described(source, sums):
     entropy = -torch.special.xlogy(prob, prob).sum(1) / np.log(prob.shape[1])
     found["confidence"] = (255 * prob.amax(1)).round()
     found["entropy"] = (255 * entropy).round().clamp(0, 255)
-    if "T" in source.saved["args"]:
-        args = source.args
+    if one_T(source):
         p, _ = source.script.by_rank(prob)
         found["K"] = source.script.fuzzy_positive_assignment(
-            p, args.T, k_max=args.k_max, strict=args.strict
+            p, one_T(source), k_max=source.args.k_max, strict=source.args.strict
         )
     return as_arrays({name: value[0] for name, value in found.items()})
 
@@ -427,7 +434,7 @@ def kinds_of(options, source):
         kinds.append("overlays")
     if options.maps:
         kinds += ["confidence", "entropy"]
-    if options.maps and "T" in source.saved["args"]:
+    if options.maps and one_T(source):
         kinds.append("K")
     if options.split or options.masks:
         kinds.append("compared")

@@ -70,6 +70,13 @@ MODES = {
         "--label topk --top-k 2 --cutmix-prob 0.5",
         "--label soft --aux-weight 0.4",
     ],
+    "unimatch": [
+        "--threshold 0.3",
+        "--threshold 0.3 --recipe official",
+        "--threshold 0 --views 1 --no-feature-perturbation",
+        "--unsup-loss fpl --recipe official",
+        "--unsup-loss fpl --T 0.84 0.89 0.94 0.99",
+    ],
 }
 
 

@@ -41,7 +41,7 @@ import tiny  # noqa: E402
 from benchmarks.runs import differences, kill, running  # noqa: E402
 from common import run  # noqa: E402
 
-SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl")
+SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl", "unimatch")
 MORE = {  # flags that make a run of a few steps do all that a long one does
     "mean_teacher": "--cutmix --warmup-iters 3",
     "esl": "--anchors 6 --queue 5 --zeta 0.12",

@@ -48,6 +48,7 @@ def drawn_on_cpu():
         stack.enter_context(patch.object(torch, "rand_like", draw_like))
         for layer in (nn.Dropout, nn.Dropout2d):
             stack.enter_context(patch.object(layer, "forward", lambda self, x: x))
+        stack.enter_context(patch.object(nn.functional, "dropout2d", lambda x, p: x))
         yield
 
 
@@ -149,6 +150,19 @@ def ael(flags):
     return case
 
 
+def unimatch(flags):
+    """Returns a case: what a view learns in unimatch.py."""
+
+    def case(x):
+        script, args = importlib.import_module("unimatch"), arguments("unimatch", *flags.split())
+        student, teacher, inside = x.logits(leaf=True), x.logits(), x.inside()
+        taught = script.lesson(teacher, inside, args)
+        loss = script.consistency(student, taught, inside.sum(), args)
+        return {"loss": loss, **script.statistics(teacher, inside, args)}
+
+    return case
+
+
 def u2pl(kind):
     """Returns a case: entropy, percentiles, masks, keys, queues and U2PL's loss on top of them."""
 
@@ -239,6 +253,9 @@ CASES = {
     "ael_fpl.py FPL+AEL": ael(""),
     "ael_fpl.py FPL+AEL, official": ael("--recipe official"),
     "ael_fpl.py AEL": ael("--unsup-loss ce"),
+    "unimatch.py": unimatch("--threshold 0.5"),
+    "unimatch.py FPL": unimatch("--unsup-loss fpl"),
+    "unimatch.py FPL, several T": unimatch("--unsup-loss fpl --T 0.6 0.8 0.95"),
     "u2pl.py L_c": u2pl("contrastive"),
     "u2pl.py L_b": u2pl("binary"),
     "esl.py": esl,
@@ -277,6 +294,7 @@ def losses(options, report):
 
         report.attempt(name, compare, seconds=2)
     report.attempt("confusion matrix", lambda: counted(report, size))
+    report.attempt("strong views", lambda: viewed(report, size))
 
 
 def counted(report, size):
@@ -286,6 +304,19 @@ def counted(report, size):
         x = Inputs(device, torch.float32, torch.float32, size)
         found.append(metrics.confusion_matrix(x.logits().argmax(1), x.labels(), 11).cpu())
     report.check("confusion matrix", float((found[0] != found[1]).sum()), 0.0)
+
+
+def viewed(report, size):
+    """unimatch.py's strong views: a rounding of one operation is a few levels after all of them."""
+    script = importlib.import_module("unimatch")
+    weak = torch.randint(0, 256, (8, 3, size, size), generator=torch.Generator().manual_seed(0))
+    weak = nn.functional.avg_pool2d(weak.float(), 5, 1, 2).byte()
+    args = Namespace(seed=0, batch_size_unlabeled=8, crop_size=size)
+    found = []
+    for device in (CPU, report.device):
+        views, _ = script.strong_views(weak.to(device), "view0", 0, args, Group(0, 1, device))
+        found.append(views.cpu().int())
+    report.check("strong views", float((found[0] - found[1]).abs().max()), 4.0, "grey levels")
 
 
 def judge(report, name, found, own, truth, floor, times=TIMES):
@@ -329,6 +360,9 @@ def one_step(name, flags, device, float64=False, tiny=False):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(drawn_on_cpu())
+        if hasattr(script, "strong_view"):  # in whole numbers, which no device rounds
+            halved = patch.object(script, "strong_view", lambda image, operations: image // 2)
+            stack.enter_context(halved)
         if float64:
             build = script.build
             stack.enter_context(in_float64())

@@ -171,7 +171,7 @@ def copy_bandwidth(report, size):
 
 def configurations(options):
     """Yields (script, backbone, crop, amp, compile), sorted by worth."""
-    names = ["cps_fpl", "mean_teacher", "ael_fpl", "u2pl", "esl", "supervised"]
+    names = ["cps_fpl", "unimatch", "mean_teacher", "ael_fpl", "u2pl", "esl", "supervised"]
     if options.tiny:
         for name in names:
             yield name, "resnet50", 32, "none", False
@@ -264,6 +264,7 @@ LOSSES = {
     "ael_fpl": ["supervised_loss", "consistency_loss"],
     "u2pl": ["supervised_loss", "cross_entropy", "unreliable_loss"],
     "esl": ["supervised_loss", "soft_cross_entropy", "part_contrast"],
+    "unimatch": ["supervised_loss", "consistency", "statistics"],
 }
 BANKS = {
     "supervised": [],
@@ -272,6 +273,7 @@ BANKS = {
     "ael_fpl": "draw_partners partner_mask copy_paste class_confidence presence".split(),
     "u2pl": "cutmix draw_features push_features negative_masks anchor_masks class_ranks".split(),
     "esl": "cutmix push_features part_ids part_sums update_prototypes soft_label".split(),
+    "unimatch": ["strong_views", "mixed", "lesson"],
 }
 
 

@@ -1,4 +1,5 @@
-"""Makes docs/performance.md from results/gpu/*.json and fpl_loss.json, and docs/scaling.md's cards.
+"""Makes docs/performance.md from results/gpu/*.json, fpl_loss.json and unimatch_step.json, and the
+cards of docs/scaling.md.
 
 python benchmarks/page.py           # writes both pages
 python benchmarks/page.py --check   # exit code 1 if one of them is not what it would write
@@ -14,11 +15,12 @@ RUNS = ROOT / "results" / "gpu"
 PERFORMANCE, SCALING = ROOT / "docs" / "performance.md", ROOT / "docs" / "scaling.md"
 MEMORY = ROOT / "results" / "memory.json"
 FPL_LOSS = ROOT / "results" / "fpl_loss.json"
+UNIMATCH_STEP = ROOT / "results" / "unimatch_step.json"
 MARKS = "<!-- table: benchmarks/page.py -->\n", "<!-- end of table -->\n"
 HEAD = """# Performance
 
 Made by `python benchmarks/page.py`, a section for each JSON file of `benchmarks/gpu.py`, a machine,
-and of `benchmarks/fpl_loss.py`. The first,
+of `benchmarks/fpl_loss.py` and of `benchmarks/unimatch_step.py`. The first,
 
     python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json
 
@@ -136,6 +138,29 @@ def fpl_loss(found):
     return text
 
 
+def unimatch_step(found):
+    """Returns the section of UniMatch's step. found: what unimatch_step.py wrote."""
+    text = "\n## UniMatch's step\n\n`python benchmarks/unimatch_step.py`, against the released "
+    text += f"order of work (docs/unimatch.md, D10, D11, D17); torch {found['torch']}.\nTime: CPU, "
+    text += f"{found['threads']} thread(s), ResNet-50, 2 + 2 images of {found['crop']}x"
+    text += f"{found['crop']}, {found['rounds']} rounds, load {found['load']:.1f}; ratio "
+    text += "[low..high] to the released order.\nPeak memory: computed on fake CUDA tensors, GB.\n"
+    rows = []
+    for order, row in found["time"].items():
+        ratio = f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]"
+        rows.append([order, row["s"], ratio])
+    text += "\n" + table(["order", "s a step", "ratio"], rows)
+    orders = list(found["time"])
+    rows = []
+    for row in found["memory"]:
+        shares = [f"{row[name]:.2f} ({row[name] / row[orders[0]]:.2f})" for name in orders]
+        rows.append([row["dataset"], row["backbone"], row["images"], *shares])
+    text += "\n" + table(["recipe", "backbone", "images of each kind", *orders], rows)
+    rows = [[side, row["tensor"], row["blur"], row["PIL"]] for side, row in found["views"].items()]
+    text += "\nA strong view on a CPU, ms, means over what is drawn:\n\n"
+    return text + table(["side", "tensors, as here", "of it blur", "Pillow, as released"], rows)
+
+
 def cards(memory):
     """Returns the table of docs/scaling.md. memory: what memory.py wrote."""
     names = sorted(memory["rows"][0]["fits"], key=int)
@@ -162,6 +187,8 @@ def pages():
     text = performance(runs)
     if FPL_LOSS.exists():
         text += fpl_loss(json.loads(FPL_LOSS.read_text()))
+    if UNIMATCH_STEP.exists():
+        text += unimatch_step(json.loads(UNIMATCH_STEP.read_text()))
     scaling = SCALING.read_text()
     if MEMORY.exists():
         scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())))

@@ -55,6 +55,13 @@ MODES = {
         "L_b": "--unreliable-loss binary --warmup-iters 0",
         "neither": "--unreliable-loss none --warmup-iters 0",
     },
+    "unimatch": {
+        "UniMatch": "--threshold 0.13",
+        "FixMatch": "--threshold 0.13 --views 1 --no-feature-perturbation",
+        "UniMatch, recipe official": "--threshold 0.13 --recipe official",
+        "UniMatch with FPL": "--unsup-loss fpl",
+        "UniMatch with FPL, several T": "--unsup-loss fpl --T 0.84 0.89 0.94 0.99",
+    },
     "esl": {
         "ESL": "--cutmix-prob 1",
         "dynamic soft labels": "--no-contrast",

@@ -18,13 +18,15 @@ PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # p
 # flags named where they differ
 USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule": "paper"}
 USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}
-USUAL |= {"teacher_mode": "train", "skip_absent": False}
+USUAL |= {"teacher_mode": "train", "skip_absent": False, "views": 2, "partner": "batch"}
+USUAL |= {"feature_perturbation": True}
 USUAL |= {"same_image_cutmix": False, "evaluate": "branch1", "seed": 0, "stem": "classic"}
 METHODS = {  # script -> (flag that names the method, {its value: the first words of a row})
     "supervised.py": ("", {"": "supervised"}),
     "mean_teacher.py": ("", {"": "Mean Teacher"}),
     "cps_fpl.py": ("unsup_loss", {"fpl": "FPL+CPS", "ce": "CPS"}),
     "ael_fpl.py": ("unsup_loss", {"fpl": "FPL+AEL", "ce": "AEL"}),
+    "unimatch.py": ("unsup_loss", {"ce": "UniMatch", "fpl": "UniMatch, FPL"}),
     "u2pl.py": (
         "unreliable_loss",
         {"contrastive": "U2PL, L_c", "binary": "U2PL, L_b", "none": "U2PL, neither L_c nor L_b"},
@@ -60,14 +62,22 @@ def method(start):
         words.append("CutMix")
     if args.get("contrast") is False:
         words.append("no L_CTR")
+    if args.get("views") == 1 and not args["feature_perturbation"]:
+        words = [words[0].replace("UniMatch", "FixMatch")]
+        args = args | {"views": 2, "feature_perturbation": True}
+    if start["script"] == "unimatch.py" and args.get("threshold", 0.95) != 0.95:
+        words.append(f"threshold {args['threshold']:g}")
     for name, usual in USUAL.items():
-        value = args.get(name, usual)
-        if isinstance(value, list):
-            value = " ".join(str(x) for x in value)
-            usual = " ".join(str(x) for x in usual)
-        if value != usual:
+        value = spelled(args.get(name, usual))
+        if value != spelled(usual):
             words.append(f"{name} {value}")
     return ", ".join(words)
+
+
+def spelled(value):
+    """Returns a flag's value as one types it: the numbers of a list one after another."""
+    values = value if isinstance(value, list) else [value]
+    return " ".join(str(x) for x in values)
 
 
 def commit(start):

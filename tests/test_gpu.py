@@ -166,7 +166,7 @@ def test_every_part_runs_on_a_cpu(part, report, tmp_path, monkeypatch):
     assert rows and all(row.get("ok") is not False for row in rows), rows
     if part.name in ("steps", "waits"):
         assert {row["name"].split(".py")[0] for row in rows} == set(steps.MODES)
-    counts = {"shares": 1 + len(steps.MODES), "losses": 2 * len(gpu_checks.CASES) + 1}
+    counts = {"shares": 1 + len(steps.MODES), "losses": 2 * len(gpu_checks.CASES) + 2}
     assert len(rows) == counts.get(part.name, len(rows))
 
 

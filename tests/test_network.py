@@ -29,7 +29,7 @@ HEADS = {"deeplab": DeepLabV3Plus, "cps": CPSHead}
 def flags(backbone="resnet18", stem="classic", weights="none", stride=16, **others):
     """Returns the flags that the network reads."""
     values = dict(backbone=backbone, stem=stem, weights=weights, output_stride=stride)
-    values |= dict(aux_weight=0.0, aspp_rates=(1, 2, 3), head_channels=256)
+    values |= dict(aux_weight=0.0, aspp_rates=(1, 2, 3), head_channels=256, multi_grid=True)
     return Args(**values | others)
 
 

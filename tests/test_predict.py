@@ -19,7 +19,7 @@ from common.data import FACTS
 from common.flags import acting, merge
 from tiny import SCORED, SCRIPTS, draw_tree, flags, save, script, shrink, train
 
-PARTS = {"supervised": ["student"], "cps_fpl": ["branch1", "branch2"]}
+PARTS = {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
 
 
 def checkpoint(name, folder, monkeypatch, step=600, dataset="camvid", **values):

@@ -11,13 +11,15 @@ from torch import nn
 from common import flags as flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl"]
+SCRIPTS = ["supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl", "unimatch"]
 MORE = {  # flags that make a run of a few steps do all that a long one does
     "mean_teacher": "--cutmix --warmup-iters 3",
     "u2pl": "--warmup-iters 2 --anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12 --delta-p 0.1",
     "esl": "--anchors 6 --negatives 7 --queue 5 --parts 3 --zeta 0.12",
+    "unimatch": "--threshold 0.13",
 }
-SCORED = {"supervised": "student", "cps_fpl": "branch1"}  # the network that is scored; else:
+# the network that is scored; else:
+SCORED = {"supervised": "student", "unimatch": "student", "cps_fpl": "branch1"}
 SCORED |= {name: "teacher" for name in SCRIPTS if name not in SCORED}
 LINES = {  # what a line of the log has, in this order
     "supervised": "loss",
@@ -26,6 +28,8 @@ LINES = {  # what a line of the log has, in this order
     "ael_fpl": "loss sup unsup balance kept conf_t K_gt_1 bank regions",
     "u2pl": "loss sup unsup unsup_weight contrast classes entropy",
     "esl": "loss sup unsup contrast anchors parts dominant conf",
+    "unimatch": """loss sup strong perturbed confident K K_gt_1 weight pseudo_acc unsure_acc
+        coverage""",
 }
 STATE = {  # what a checkpoint holds beside the networks
     "ael_fpl": "confidence present draws",
@@ -140,8 +144,24 @@ def tiny_modules(module, bare=False):
             out = super().forward(stages, size)
             return out | ({"encoder": stages[3]} if "rep" in out else {})
 
+    class HeadOfUniMatch(Head):
+        perturbed = 0
+        dropout = 0.0
+        has_aux = False
+
+        def forward(self, stages, size):
+            n, high = self.perturbed, stages[3]
+            if n:
+                high = torch.cat([high, module.feature_perturbation(high[-n:])])
+            logits = module.upsample(self.classify(high).float(), size)
+            return {"logits": logits[:-n], "perturbed": logits[-n:]} if n else {"logits": logits}
+
     parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadOfCPS}
-    parts |= {"U2PLHead": HeadWithFeatures, "ESLHead": HeadWithParts}
+    parts |= {
+        "UniMatchHead": HeadOfUniMatch,
+        "U2PLHead": HeadWithFeatures,
+        "ESLHead": HeadWithParts,
+    }
     return {name: part for name, part in parts.items() if hasattr(module, name)}
 
 

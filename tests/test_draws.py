@@ -20,6 +20,7 @@ from common.distributed import Group
 from oracles import ael as ael_oracle
 from oracles import fpl as fpl_oracle
 from oracles import mean_teacher as mt_oracle
+from oracles import u2pl as u2pl_oracle
 
 BELOW_1 = 1 - 2.0**-53  # the largest float64 of a generator's [0, 1)
 some_classes = pytest.mark.parametrize(
@@ -42,10 +43,6 @@ def uniform(*shape, seed=0):
 
 def whole(classes, *shape, seed=0):
     return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def tuples(*sizes):
-    return itertools.product(*map(range, sizes))
 
 
 class Scripted:
@@ -127,7 +124,7 @@ def test_pixels_of_drawn_classes_cover_the_chosen_images():
     source["label"][normal(4, 6, 5) > 1] = 255
     drawn, chosen = torch.tensor([[0, 3], [1, 2], [5, 5], [6, 4]]), torch.arange(4) != 1
     found = ael_fpl.copy_paste(base, source, drawn, chosen)
-    for (b, y, x), key in itertools.product(tuples(4, 6, 5), base):
+    for (b, y, x), key in itertools.product(np.ndindex(4, 6, 5), base):
         over = b != 1 and source["label"][b, y, x].item() in drawn[b].tolist()
         expected = (source if over else base)[key]
         assert torch.equal(found[key][b, ..., y, x], expected[b, ..., y, x])
@@ -139,7 +136,7 @@ def test_pixels_of_drawn_classes_cover_the_chosen_images():
 @some_classes
 def test_the_confidence_of_a_class_and_its_moving_mean(classes):
     """Eq. (4), [D21], [D22]; Eq. (7)."""
-    for seed, skip in tuples(3, 2):
+    for seed, skip in np.ndindex(3, 2):
         prob = normal(4, classes, 6, 5, seed=seed).softmax(1)
         label = whole(classes, 4, 6, 5, seed=seed)
         label[uniform(4, 6, 5) < 0.2] = 255
@@ -226,13 +223,37 @@ def test_candidates_have_more_entropy_than_gamma_or_less_than_the_lower_limit():
     assert found.tolist() == [[False, False], [False, True]]
 
 
-@pytest.mark.parametrize("full, small", [((513, 9), (129, 3)), ((4, 5), (4, 5))])
-def test_pixels_at_stride_4_are_in_the_order_of_labels(full, small):
-    """[D21]: row floor(i M / m), column alike."""
-    x = torch.arange(2 * full[0] * full[1]).view(2, *full)
-    found = u2pl.nearest(x, small).view(2, *small)
-    for b, i, j in tuples(2, *small):
-        assert found[b, i, j] == x[b, i * full[0] // small[0], j * full[1] // small[1]]
+def test_features_wait_in_rings():
+    """Alg. 1: a new feature takes the place of the oldest; any number, rings of any size."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        K, sizes = int(rng.integers(1, 8)), rng.integers(1, 10, 3).tolist()
+        bank, pushed = torch.zeros(sum(sizes) + 1, 1), torch.zeros(3, dtype=torch.int64)
+        offered = torch.from_numpy(rng.random((3, 6 * K, 2), np.float32))
+        offered[..., 1] = (offered[..., 1] < 0.6).float()
+        for turn in offered.split(K, 1):
+            u2pl.push_features(bank, pushed, torch.tensor(sizes), turn)
+        for ring, row, size, count in zip(bank[:-1].split(sizes), offered, sizes, pushed):  # noqa: B905
+            features = row[row[:, 1] > 0, 0].tolist()
+            expected = u2pl_oracle.ring(features, size)
+            assert ring.flatten().tolist() == expected + [0] * (size - len(expected))
+            assert count == len(features)
+        assert bank[-1] == 0
+
+
+@pytest.mark.parametrize("m, M", [(1, 5), (2, 9), (8, 128), (33, 513), (129, 513), (5, 5), (9, 4)])
+def test_pixels_of_a_smaller_map(m, M):
+    """U2PL [D21]: row floor(i M / m). ESL [D24]: corners on corners, the nearest, halves go up."""
+    places = {
+        u2pl.nearest: lambda i, m, M: i * M // m,
+        esl.aligned: lambda i, m, M: math.floor(i * (M - 1) / max(m - 1, 1) + 0.5),
+    }
+    x = torch.arange(2 * M * (M + 2)).view(2, M, M + 2)
+    for resized, place in places.items():
+        rows = [place(i, m, M) for i in range(m)]
+        columns = [place(i, m + 1, M + 2) for i in range(m + 1)]
+        found = resized(x, (m, m + 1)).view(2, m, m + 1)  # U2PL: in the order of labels
+        assert torch.equal(found, x[:, rows][:, :, columns])
 
 
 # ---- ESL ----
@@ -250,13 +271,6 @@ def test_soft_labels_at_their_borders():
         assert label([0.25] * 4, kind, 0.3, 1) == target
     for kind in ("dynamic", "topk", "soft"):
         assert all(map(math.isnan, label([math.nan] * 3, kind)))
-
-
-@pytest.mark.parametrize("m, M", [(1, 5), (2, 9), (8, 128), (33, 513), (5, 5), (9, 4)])
-def test_aligned_is_the_nearest_with_corners_on_corners(m, M):  # ESL [D24]
-    x = torch.arange(M)[None, :, None].expand(1, M, M) * 1000 + torch.arange(M)
-    rows = [math.floor(i * (M - 1) / max(m - 1, 1) + 0.5) for i in range(m)]  # halves go up
-    assert esl.aligned(x, (m, m))[0].tolist() == [[1000 * r + c for c in rows] for r in rows]
 
 
 def test_kmeans_by_hand():

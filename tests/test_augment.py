@@ -90,9 +90,6 @@ def test_image_label_and_inside_are_one_literal_warp(scales):
         assert np.array_equal(alone[2], inside)
 
 
-# ---- samples ----
-
-
 def literal_sample(data, items, stream, seed, number, crop=24, scales=(0.5, 2.0)):
     """The item of a round's own order [D4], with an augmentation of the number's own.
 

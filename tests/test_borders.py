@@ -29,8 +29,6 @@ def drawn(*shape, seed=0, spread=2.0):
     return spread * torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
-# ---- supervised ----
-
 U2PL = 50_000 / 769**2  # the share of a crop that the released OHEM keeps at least
 CPS = 50_000 / 800**2
 COUNTS = [(U2PL, 16, 22), (U2PL, 32, 87), (CPS, 16, 20), (CPS, 40, 125), (1e-6, 16, 1)]
@@ -66,9 +64,6 @@ def test_ohem_keeps_a_share_of_the_pixels_of_a_crop(share, crop, count):
     assert both.item() == pytest.approx(loss.item() + 0.4 * math.log(4), rel=1e-6)
 
 
-# ---- Mean Teacher, U2PL ----
-
-
 def test_schedules():
     for step, length in itertools.product(range(31), (1, 20)):
         expected = math.exp(-5 * (1 - min(step / length, 1)) ** 2)  # T&V App. B
@@ -83,9 +78,6 @@ def test_schedules():
         assert u2pl.unreliable_share(step, args) == pytest.approx(0.2 * left / 80, rel=1e-12)
     args.dpa = False
     assert u2pl.unreliable_share(999, args) == 0.2
-
-
-# ---- FPL: Alg. 1, supplement Eq. (1) ----
 
 
 @pytest.mark.smoke
@@ -117,9 +109,6 @@ def test_a_class_is_negative_below_the_threshold_not_at_it():
     for dtype in (torch.float32, torch.float64):
         loss = cps_fpl.negative_loss(pixel(*z, dtype=dtype), pixel(*q, dtype=dtype)).item()
         assert loss == pytest.approx(fpl_oracle.negative(z, q)[0], rel=1e-6)
-
-
-# ---- CPS ----
 
 
 def test_where_the_loss_of_fpl_is_exactly_0_the_balance_is_1():

@@ -67,9 +67,6 @@ class Scripted:
         return values[self.integers(len(values))]
 
 
-# ---- boxes, CutMix, Copy-Paste ----
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     "draw, oracle, count, sizes",
@@ -128,9 +125,6 @@ def test_pixels_of_drawn_classes_cover_the_chosen_images():
         over = b != 1 and source["label"][b, y, x].item() in drawn[b].tolist()
         expected = (source if over else base)[key]
         assert torch.equal(found[key][b, ..., y, x], expected[b, ..., y, x])
-
-
-# ---- AEL: confidence, classes, partners ----
 
 
 @some_classes
@@ -195,9 +189,6 @@ def test_partners_are_a_class_by_eq_9_and_an_image_that_shows_it(classes):
         ael_fpl.draw_partners(bank, present[:, :0], 4, Scripted([]))
 
 
-# ---- U2PL ----
-
-
 def test_candidates_have_more_entropy_than_gamma_or_less_than_the_lower_limit():
     """Eq. (6), (8), (11), (15), Table 4; gamma is numpy's percentile of what is inside [D20]."""
     H = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
@@ -254,9 +245,6 @@ def test_pixels_of_a_smaller_map(m, M):
         columns = [place(i, m + 1, M + 2) for i in range(m + 1)]
         found = resized(x, (m, m + 1)).view(2, m, m + 1)  # U2PL: in the order of labels
         assert torch.equal(found, x[:, rows][:, :, columns])
-
-
-# ---- ESL ----
 
 
 def test_soft_labels_at_their_borders():

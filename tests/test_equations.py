@@ -83,9 +83,6 @@ def pixels(x):
     return sum(images(x), [])
 
 
-# ---- the table ----
-
-
 class Row(NamedTuple):
     """product(case): (scalar, parts); oracle(case): (value, gradient, parts).
 
@@ -388,9 +385,6 @@ def test_pixels_that_do_not_count_change_nothing(row):
     assert not gradient[hidden.expand_as(gradient)].any()
     assert torch.equal(value, same) and torch.equal(gradient, again)
     assert all(torch.equal(part, same_parts[name]) for name, part in parts.items())
-
-
-# ---- maps of the teacher: no gradient ----
 
 
 def label_of(kind, eta=0.95, top_k=5):

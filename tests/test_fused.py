@@ -64,9 +64,6 @@ def test_fused_says_which_is_taken():
             assert fused.pick(definition, SimpleNamespace(fused=choice), device) is expected
 
 
-# ---- U2PL, ESL ----
-
-
 def masks_of(C, P):
     """Masks (C, P): of four classes one has no pixel, one all, one some and one a single pixel."""
     share = torch.tensor([0.0, 1.0, 0.4, 0.0])[torch.arange(C) % 4]
@@ -134,9 +131,6 @@ def test_the_same_part_contrast(C, dtype, share, K=3, q=4, A=7, N=9):
         found = both(esl.part_contrast, rep_s, chosen, bank, count, *u, args)
         assert_same(*found)
         assert (found[0][0] > 0) == (0 < found[0][2] < A * C) == (chosen is ids and count is pushed)
-
-
-# ---- FPL ----
 
 
 def options(**changes):

@@ -37,8 +37,6 @@ def watched(script, argv, monkeypatch, calls=()):
         return recorder.watch(patch, script, argv, calls)
 
 
-# ---- cps_fpl: which of the two networks is scored, and how both begin ----
-
 KINDS = {"branch1": ["branch1"], "branch2": ["branch2"], "mean": ["branch1", "branch2"]}
 
 
@@ -79,9 +77,6 @@ def test_the_network_that_evaluate_names_is_scored_and_best_follows_it(tree, tmp
         assert scored == bits((words or ["branch2"])[-1], saved)
 
 
-# ---- pairs, ranks ----
-
-
 @pytest.mark.parametrize("name", ["mean_teacher", "u2pl", "esl"])
 def test_every_process_mixes_pairs_of_its_own(name, tree, tmp_path, monkeypatch):
     """8 unlabelled images are enough for 4 processes, and too few for 8."""
@@ -113,9 +108,6 @@ def test_ranks_beyond_the_classes_are_cut_with_one_line(words, cut, tree, tmp_pa
     assert [line for line in printed if "--ranks" in line] == said
     lines = [line for line in runs.log(tmp_path / "run") if line["kind"] == "train"]
     assert lines[-1]["contrast"] > 0
-
-
-# ---- ael_fpl ----
 
 
 @pytest.mark.smoke
@@ -157,9 +149,6 @@ def test_a_damaged_partner_is_refused_by_name_in_one_line(tmp_path, monkeypatch,
     assert f"{path}: not readable as an image" in line
     ended.assert_called_once_with(2)
     assert run.holds_nothing(tmp_path / "run")
-
-
-# ---- esl ----
 
 
 def test_the_panel_of_parts_has_a_colour_for_each(tree, tmp_path, monkeypatch):

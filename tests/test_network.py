@@ -74,9 +74,6 @@ def literal_features(net, x):
     return stages[1:]
 
 
-# ---- weights ----
-
-
 def as_openmmlab(state):
     """Returns a state under OpenMMLab's names; everything behind the stem keeps its own."""
     names = {re.sub("^bn1", "stem.7", re.sub("^conv1", "stem", name)): name for name in state}
@@ -142,9 +139,6 @@ def test_a_file_of_another_stem_is_refused_and_its_stem_named(tmp_path, stem, ot
     assert line.endswith(f"; is it --stem {other}?)")
 
 
-# ---- weights that are fetched ----
-
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, ("executed",)
@@ -198,9 +192,6 @@ def test_kernels_begin_by_kaimings_normal_distribution():
                 # 864 numbers in the smallest kernel: 1 / sqrt(2 n) = 2.4 % per sigma
                 assert x.std().item() == pytest.approx(expected, rel=0.08), name
                 assert x.abs().max() > 2.5 * x.std(), name  # a uniform one has no tails
-
-
-# ---- heads ----
 
 
 class Literal:

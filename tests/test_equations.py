@@ -276,12 +276,8 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     *(cross_loss(p, k_strategy="step") for p in (0.33, 1 / 3, 0.66, 2 / 3, 0.999)),
     *(cross_loss(T=T, strict=s) for T in (0.5037, 0.9537) for s in (True, False)),
     *(cross_loss(0.5, T=0.8537, k_strategy=name, k_max=3, fused="on") for name in STRATEGIES),
-    *(
-        cross_loss(weight=w, mean_over=o, fused=f)
-        for w in WEIGHTS
-        for o in OVER
-        for f in ("off", "on")
-    ),
+    *(cross_loss(weight=kind, mean_over=over) for kind in WEIGHTS for over in OVER),
+    *(cross_loss(weight=w, mean_over=OVER[w == "linear"], fused="on") for w in WEIGHTS),
     *(contrast(kind, 0.1, fused, N=n) for kind in ("contrastive", "binary") for n in (4, 600)),
     part_contrast(1.0, fused),
     *(contrast("contrastive", tau) for tau in (10, 0.01)),

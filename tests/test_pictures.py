@@ -311,15 +311,14 @@ def test_statistics_of_fixed_batches_for_an_evaluation_alone():
         assert norm.momentum == 0.1 and norm.num_batches_tracked == 0
 
 
-ALL = 2**41 + 3
 MANY = 2**40  # Cityscapes' 500 images are 2**30 pixels; float32 would lose the 3 and the 1
+ALL = 2 * MANY + 3
 TABLES = [  # IoU of each class, None without any pixel; accuracy; mIoU of the best constant
     ([[3, 0, 1, 0], [0] * 4, [2, 0, 4, 0], [0] * 4], [3 / 6, None, 4 / 7, None], 7 / 10, 3 / 10),
     ([[3, 1], [0, 0]], [3 / 4, 0.0], 3 / 4, 1.0),  # a class that is only predicted counts as zero
     ([[3, 0], [1, 0]], [3 / 4, 0.0], 3 / 4, 3 / 8),  # and one that is only in the labels
     ([[0] * 3] * 3, [None] * 3, 0.0, 0.0),  # only ignored pixels
     ([[MANY, 3], [0, MANY]], [MANY / (MANY + 3)] * 2, 2 * MANY / ALL, (MANY + 3) / ALL / 2),
-    ([[5]], [1.0], 1.0, 1.0),
 ]
 
 
@@ -344,7 +343,6 @@ PALETTE = np.array([[10, 20, 30], [200, 0, 0], [0, 90, 250]], np.uint8)
 def test_a_map_is_coloured_by_its_kind():
     image, (first, second, third), white = photograph(5, 4), PALETTE.tolist(), [255] * 3
     assert np.array_equal(colour(image, PALETTE), image.permute(1, 2, 0))
-    assert np.array_equal(colour(image.permute(1, 2, 0).numpy(), PALETTE), image.permute(1, 2, 0))
     found = colour(np.array([[0, 1, 2], [255, 3, 1]]), PALETTE)  # everything outside is white
     assert found.tolist() == [[first, second, third], [white, white, second]]
     assert colour(np.array([[True, False]]), PALETTE).tolist() == [[white, [0] * 3]]

@@ -1,8 +1,7 @@
 """One warp for image, label and inside; samples are a function of seed, stream and number.
 
-Windows against a loop over windows, scores against fractions, panels by their pixels. The network
-of the windows has whole numbers for logits that depend on the colour and the place in the window:
-one that is shifted, counted twice, left out or filled with another colour shows.
+Windows against a loop over windows, by logits that tell colour and place in the window; scores
+against fractions, panels by their pixels.
 """
 
 import functools

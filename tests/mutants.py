@@ -28,7 +28,6 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-from hypothesis import settings
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -205,8 +204,6 @@ def in_child(folder, plugin, limit=0):
     os.dup2(output, 2)
     signal.signal(signal.SIGALRM, lambda *_: plugin.end("timeout\t"))
     signal.alarm(limit)
-    settings.register_profile("mutants", derandomize=True, database=None)
-    settings.load_profile("mutants")
     pytest.main(["-n", "0", "-p", "no:cacheprovider", "--rootdir", ".", *plugin.files], [plugin])
     os._exit(1)
 

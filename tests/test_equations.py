@@ -1,7 +1,7 @@
 """Losses and maps of all scripts against oracles/: one table, crossed with what holds for each row.
 
-A new script is covered by its oracles and its rows. Numbers worked out by hand: test_borders.py;
-what draws: test_draws.py. A function that stands in several scripts is one text, tested once.
+A new script is covered by its oracles and its rows. Numbers worked out by hand and what draws:
+test_borders.py. A function that stands in several scripts is one text, tested once.
 """
 
 import itertools
@@ -44,7 +44,6 @@ class Case(NamedTuple):
     prob: torch.Tensor  # its softmax, or what takes its place
     inside: torch.Tensor  # (4, H, W) bool, the same for both halves
     label: torch.Tensor  # (4, H, W), a quarter void, and all that is outside
-    K: torch.Tensor  # (4, H, W), 1 to C
     rate: torch.Tensor  # (C,) multiples of 1 / 1024, so that 1 - rate is exact; a 1, and a 0
 
     @property
@@ -66,11 +65,10 @@ def draw_case(classes, kind="random", mask="some", seed=0, dtype=torch.float64):
     inside = torch.cat([inside, inside])
     label = torch.randint(classes, inside.shape, generator=rng)
     label[(torch.rand(inside.shape, generator=rng) < 0.25) | ~inside] = 255
-    K = torch.randint(1, classes + 1, inside.shape, generator=rng)
     rate = torch.randint(1, 1024, (classes,), generator=rng).to(dtype) / 1024
     rate[seed % classes] = 1.0
     rate[(seed + 1) % classes] = 0.0 if classes > 2 else 0.5
-    return Case(z.to(dtype), t.to(dtype), t.to(dtype).softmax(1), inside, label, K, rate)
+    return Case(z.to(dtype), t.to(dtype), t.to(dtype).softmax(1), inside, label, rate)
 
 
 def images(x):
@@ -81,9 +79,6 @@ def images(x):
 def pixels(x):
     """All pixels of all images in one list."""
     return sum(images(x), [])
-
-
-# ---- the table ----
 
 
 class Row(NamedTuple):
@@ -201,7 +196,7 @@ def contrast(kind, tau, of=u2pl, M=3, N=4, size=9):
         value, counted = u2pl_oracle.unreliable_loss(rep_s, rep_t, *rest)
         return value, None, {"counted": counted}
 
-    name = f"{of.__name__}.unreliable_loss {kind} {tau}"
+    name = f"{of.__name__}.unreliable_loss {kind} {tau} {N}"
     return Row(name, product, expected, True, "label")
 
 
@@ -255,7 +250,7 @@ RELEASED = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=T
 STRATEGIES = ["n-1", "n", "fixed2", "fixed3", "step"]
 WEIGHTS = ["concave", "linear", "convex", "none"]
 OVER = ["positives", "positives_and_next"]
-OHEM_ORACLE = supervised_oracle.ohem_cross_entropy
+BOTH_OHEM = supervised.ohem_cross_entropy, supervised_oracle.ohem_cross_entropy
 OHEM = [(0.7, 3), (0.05, 0), (0.2, 7), (0.1, 1000), (1.0, 1)]  # threshold, pixels at least
 ROWS = [
     loss(supervised.cross_entropy, supervised_oracle.cross_entropy, "z label"),
@@ -264,6 +259,7 @@ ROWS = [
     *(cross_loss(unsup_loss=name) for name in ("fpl", "ce", "soft", "negative")),
     cross_loss(**RELEASED),
     consistency_loss(1, unsup_loss="ce", threshold=0.6),
+    cross_loss(fused="on"),
     consistency_loss(2),
     consistency_loss(4, **RELEASED, threshold=0.5),
     loss(esl.soft_cross_entropy, esl_oracle.soft_cross_entropy, "z target inside", double=True),
@@ -274,13 +270,20 @@ ROWS = [
     part_contrast(0.1, fused),
 ]
 VARIANTS = [  # flags that reach a loss: every value of each, compared at a few classes
-    *(loss(supervised.ohem_cross_entropy, OHEM_ORACLE, "z label", *rest) for rest in OHEM),
+    *(loss(*BOTH_OHEM, "z label", *rest) for rest in OHEM),
     *(cross_loss(unsup_loss=name, balance=True) for name in ("ce", "soft", "negative")),
     *(cross_loss(0.5, T=0.8537, k_strategy=name, k_max=k) for name in STRATEGIES for k in (0, 2)),
+    *(cross_loss(p, k_strategy="step") for p in (0.33, 1 / 3, 0.66, 2 / 3, 0.999)),
+    *(cross_loss(T=T, strict=s) for T in (0.5037, 0.9537) for s in (True, False)),
+    *(cross_loss(0.5, T=0.8537, k_strategy=name, k_max=3, fused="on") for name in STRATEGIES),
     *(cross_loss(weight=kind, mean_over=over) for kind in WEIGHTS for over in OVER),
+    *(cross_loss(weight=w, mean_over=OVER[w == "linear"], fused="on") for w in WEIGHTS),
+    *(contrast(kind, 0.1, fused, N=n) for kind in ("contrastive", "binary") for n in (4, 600)),
+    part_contrast(1.0, fused),
     *(contrast("contrastive", tau) for tau in (10, 0.01)),
     *(part_contrast(share) for share in (0.0, 0.5, 1.0)),
     *(consistency_loss(p, **c) for p in (1, 2) for c in (dict(balance=True), RELEASED)),
+    consistency_loss(2, fused="on"),
     *(consistency_loss(p, unsup_loss="ce", gamma=g) for p, g in ((2, 0.5), (4, 0.0))),
     consistency_loss(1, **RELEASED, weight="linear", T=0.6537, gamma=0.0),
     consistency_loss(2, weight="convex", k_max=2, strict=False, threshold=0.6, gamma=1.0),
@@ -390,59 +393,27 @@ def test_pixels_that_do_not_count_change_nothing(row):
     assert all(torch.equal(part, same_parts[name]) for name, part in parts.items())
 
 
-# ---- maps of the teacher: no gradient ----
-
-
-def label_of(kind, eta=0.95, top_k=5):
-    args = SimpleNamespace(label=kind, eta=eta, top_k=top_k)
-    return (
-        f"soft_label {kind} {eta} {top_k}",
-        lambda case: esl.soft_label(case.prob, args),
-        lambda p, K: esl_oracle.soft_label(p, kind, eta, top_k),
+MAPS = {"entropy": (lambda case: u2pl.entropy(case.prob), u2pl_oracle.entropy)}
+LABELS = [("soft", 0, 0), ("hard", 0, 0)]
+LABELS += [(k, *x) for k in ("dynamic", "topk") for x in ((0.5, 1), (0.8, 3), (0.999, 90))]
+for words in LABELS:
+    flags = SimpleNamespace(**dict(zip(("label", "eta", "top_k"), words, strict=True)))
+    MAPS["soft_label {} {} {}".format(*words)] = (
+        lambda case, flags=flags: esl.soft_label(case.prob, flags),
+        lambda p, words=words: esl_oracle.soft_label(p, *words),
     )
-
-
-def positives_of(progress, **changes):
-    args = fpl_oracle.printed(**changes)
-    return (
-        " ".join(["k_values", str(progress), *map(str, changes.values())]),
-        lambda case: cps_fpl.k_values(cps_fpl.by_rank(case.prob)[0], progress, args),
-        lambda p, K: fpl_oracle.positives(p, args, progress),
-    )
-
-
-def weight_of(kind, over):
-    return (
-        f"adaptive_weight {kind} {over}",
-        lambda case: cps_fpl.adaptive_weight(cps_fpl.by_rank(case.prob)[0], case.K, kind, over),
-        lambda p, K: fpl_oracle.weight(p, K, kind, over),
-    )
-
-
-THIRDS = (0.0, 0.33, 1 / 3, 0.66, 2 / 3, 0.999)
-BOUNDS = (0.5037, 0.8537, 0.9037, 0.9537)  # off n / C, where a flat teacher leaves no room
-MAPS = [  # (name, of a case, the oracle of a pixel's p and K)
-    *(positives_of(0.5, k_strategy="n", T=T, strict=s) for T in BOUNDS for s in (True, False)),
-    *(positives_of(0.5, k_strategy=name, k_max=k) for name in STRATEGIES for k in (0, 1, 3, 500)),
-    *(positives_of(progress, k_strategy="step") for progress in THIRDS),
-    *(weight_of(kind, over) for kind in WEIGHTS for over in OVER),
-    *(label_of(k, *x) for k in ("dynamic", "topk") for x in ((0.5, 1), (0.8, 3), (0.999, 90))),
-    label_of("soft"),
-    label_of("hard"),
-    ("entropy", lambda case: u2pl.entropy(case.prob), lambda p, K: u2pl_oracle.entropy(p)),
-]
 
 
 @pytest.mark.parametrize("classes", CLASSES)
-@pytest.mark.parametrize("name, product, oracle", MAPS, ids=[row[0] for row in MAPS])
-def test_maps(name, product, oracle, classes):
+@pytest.mark.parametrize("name", MAPS)
+def test_maps(name, classes):
+    product, oracle = MAPS[name]
     for seed, kind in enumerate(KINDS):
         for dtype in NEAR if kind == "random" else (torch.float64,):
             case = draw_case(classes, kind, seed=seed, dtype=dtype)
             found = product(case)
-            assert found.dtype == (torch.int64 if name.startswith("k_values") else dtype)
-            rows = zip(pixels(case.prob), pixels(case.K), strict=True)
-            expected = torch.tensor([oracle(p, K) for p, K in rows], dtype=torch.float64)
+            assert found.dtype == dtype
+            expected = torch.tensor([oracle(p) for p in pixels(case.prob)], dtype=torch.float64)
             found = torch.tensor(pixels(found), dtype=torch.float64)
             near = NEAR[dtype]
             assert torch.allclose(found, expected, rtol=near["rel"], atol=near["abs"])

@@ -4,12 +4,16 @@ A recorded run leaves networks, batches and what came of every step. From the we
 its literal twin makes the same passes with the same random numbers, in one graph; whatever the loop
 did is compared: which network saw what in which mode and order, bit for bit, gradients, SGD, BN
 statistics, the teacher's average, banks, the numbers of the log, and the maps of the panels.
-The equations are the script's own functions, which test_equations.py, test_borders.py and
-test_draws.py hold: what enters them, and what becomes of their results, is written out here.
+The equations are the script's own functions, which test_equations.py and test_borders.py hold:
+what enters them, and what becomes of their results, is written out here. At the end: what one
+script's loop has and others have not.
 """
 
+import itertools
 import math
+import zlib
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,9 +24,12 @@ import ael_fpl
 import cps_fpl
 import esl
 import mean_teacher
+import processes
 import recorder
 import tiny
 import u2pl
+from benchmarks import runs
+from common import Refusal, run
 from common.distributed import Group
 
 UNEVEN = "--batch-size-unlabeled 3 "  # no count of labelled images can pass for the other
@@ -32,9 +39,6 @@ HAND = "--lr-head 3 --weight-decay 0.1 "
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return tiny.draw_tree(tmp_path_factory.mktemp("steps") / "data")
-
-
-# ---- what the steps share ----
 
 
 def result(loss, state=None, maps=None, **parts):
@@ -66,13 +70,8 @@ def blend(mask, first, second):
     return first * ~mask + second * mask
 
 
-def sampled(x):
-    """Every fourth pixel of every fourth row."""
-    return x[..., ::4, ::4]
-
-
 def stacked(samples):
-    """A batch of samples, each as test_augment.py holds it."""
+    """A batch of samples, each as test_pictures.py holds it."""
     return {key: torch.stack([one[key] for one in samples]) for key in samples[0]}
 
 
@@ -95,9 +94,6 @@ def same_samples(name, args, images, number, batch):
         expected = stacked([samples[number * count + i] for i in range(count)])
         assert own.keys() == expected.keys()
         assert all(torch.equal(own[key], x) for key, x in expected.items()), (number, stream)
-
-
-# ---- supervised, Mean Teacher ----
 
 
 def supervised_step(nets, state, batch, args, number, images):
@@ -136,9 +132,6 @@ def mean_teacher_step(nets, state, batch, args, number, images):
     maps = {"student's view": x_u, "confidence": conf, "inside": inside}
     maps |= {"pseudo label": torch.where(inside, prob.argmax(1), 255), "student": logits.argmax(1)}
     return result(loss, {}, maps, sup=sup, unsup=unsup, conf=conf[inside].mean())
-
-
-# ---- CPS and FPL+CPS ----
 
 
 def cps_fpl_step(nets, state, batch, args, number, images):
@@ -180,9 +173,6 @@ def cps_fpl_step(nets, state, batch, args, number, images):
     return result(loss, {}, maps, **parts)
 
 
-# ---- AEL and FPL+AEL ----
-
-
 def ael_fpl_step(nets, state, batch, args, number, images):
     student, teacher = nets["student"], nets["teacher"]
     B, C, size = args.batch_size_unlabeled, len(state["confidence"]), args.crop_size
@@ -213,8 +203,8 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     sums = ael_fpl.class_confidence(prob, label, args.pooled, args.skip_absent)
     bank = ael_fpl.update_confidence(state["confidence"], sums, args.bank_momentum)
     new |= {"confidence": bank, "present": state["present"].clone()}
-    seen = sampled(views.argmax(1))
-    seen[~sampled(torch.cat([first["inside"], second["inside"]]))] = 255
+    hidden = ~torch.cat([first["inside"], second["inside"]])
+    seen = views.argmax(1).masked_fill(hidden, 255)[..., ::4, ::4]
     shown = [*map(partners.which, numbers), *indices]  # partners after first images
     for image, row in zip(shown, ael_fpl.presence(seen, C, args.bank_area), strict=True):
         new["present"][:, image] = row
@@ -243,9 +233,6 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     maps = {"labelled, pasted": x_l, "label": label, "mixed": x_u, "box": mask}
     maps |= {"pseudo label": teachers.argmax(1), "student": logits.argmax(1), "weight": None}
     return result(loss, new, maps, sup=sup, **parts, bank=bank.mean(), regions=boxes / B)
-
-
-# ---- U2PL ----
 
 
 def u2pl_step(nets, state, batch, args, number, images):
@@ -309,9 +296,6 @@ def u2pl_contrast(state, out, out_t, y_l, y_u, chosen, args):
     return loss, counted.sum(), {"bank": bank, "pushed": pushed}
 
 
-# ---- ESL ----
-
-
 def esl_step(nets, state, batch, args, number, images):
     student, teacher = nets["student"], nets["teacher"]
     x_l, y_l = batch["labeled"]["image"], batch["labeled"]["label"]
@@ -372,16 +356,15 @@ def esl_parts(out_t, label, state, args, none):
 LITERAL = {name: globals()[f"{name}_step"] for name in tiny.SCRIPTS}
 
 
-# ---- the comparison ----
-
-
 def assert_close(mine, theirs, rel):
-    """Every tensor equals its namesake up to rel of its largest number."""
+    """Names, and numbers up to rel of the largest; None: a map that is seen elsewhere."""
     assert mine.keys() == theirs.keys()
     for name, x in mine.items():
-        scale = theirs[name].double().abs().max().item()
-        distance = (x.double() - theirs[name].double()).abs().max().item()
-        assert distance <= rel * scale, f"{name}: {distance} of {scale}"
+        if theirs[name] is not None:
+            assert x.dtype == theirs[name].dtype, name
+            scale = theirs[name].double().abs().max().item()
+            distance = (x.double() - theirs[name].double()).abs().max().item()
+            assert distance <= (rel * scale if x.is_floating_point() else 0), name
 
 
 def sgd(nets, trained, momentum, args, number):
@@ -412,22 +395,10 @@ def move_teacher(name, nets, args, number):
             x.copy_(keep * x + (1 - keep) * mine[key])
 
 
-def assert_same(found, expected):
-    """Names, whole numbers, and others but for rounding; None: a map that is seen elsewhere."""
-    assert found.keys() == expected.keys()
-    for name, x in expected.items():
-        if x is not None and x.is_floating_point():
-            assert torch.allclose(found[name], x, rtol=1e-5, atol=1e-5), name
-        elif x is not None:
-            assert torch.equal(found[name], x), name
-
-
 def compared(name, argv, monkeypatch):
     """Makes a recorded run and compares each of its steps; returns flags and what was found."""
     script = tiny.script(name)
-    with monkeypatch.context() as patch:
-        tiny.shrink(script, patch)
-        found = recorder.watch(patch, script, argv)
+    found = watched(script, argv, monkeypatch)
     args = tiny.resolved(script, argv)
     images, nets, state, momentum, passes = script.load(args), found.networks, found.state, {}, []
     recorder.listen(nets, passes.append)
@@ -464,21 +435,24 @@ def compared(name, argv, monkeypatch):
         assert list(step.parts) == list(literal.parts)
         # means over 4,000 numbers or fewer in float32: a few 1e-7 relative
         assert step.parts == pytest.approx(literal.parts, rel=1e-5, abs=1e-6)
-        assert_same(step.state, literal.state)
+        assert_close(step.state, literal.state, 1e-5)
         if step.maps:
-            assert_same(step.maps, literal.maps)
+            assert_close(step.maps, literal.maps, 1e-5)
         for key, net in nets.items():  # no rounding is carried on
             net.load_state_dict(step.nets[key])
         state = step.state
     return args, found
 
 
-CPS = "--unsup-weight 2.5 " + HAND + UNEVEN
-AEL = UNEVEN + HAND + "--unsup-weight 2.5 --seed 3 --lr 0.05 --bank-momentum 0.7 "
-AEL += "--bank-area 0.08 --region-area 0.02 "  # 6 and more than 1 cell of 64
-U2PL = tiny.MORE["u2pl"] + " --scales 0.5 1.5 " + HAND
-ESL = tiny.MORE["esl"] + " --scales 0.5 1.5 " + HAND
 ALONE = HAND + " "  # in place of what its script's rows share: flags that would not act there
+SHARED = {
+    "cps_fpl": "--unsup-weight 2.5 " + HAND + UNEVEN,
+    # areas: 6 and more than 1 cell of 64
+    "ael_fpl": "--unsup-weight 2.5 --seed 3 --lr 0.05 --bank-momentum 0.7 --bank-area 0.08 "
+    "--region-area 0.02 " + HAND + UNEVEN,
+    "u2pl": tiny.MORE["u2pl"] + " --scales 0.5 1.5 " + HAND,
+    "esl": tiny.MORE["esl"] + " --scales 0.5 1.5 " + HAND,
+}
 ROWS = {
     "supervised": ["", "--ohem-kept 0.2 --aux-weight 0.4 --decay-on weights"],
     "mean_teacher": [
@@ -488,20 +462,17 @@ ROWS = {
     ],
     "cps_fpl": [
         "",
-        "--same-image-cutmix --seed 3",
-        "--recipe official --T 0.5 --ohem-kept 0.2",
-        "--no-cutmix --recipe official --T 0.5",
+        "--same-image-cutmix --seed 3 --k-strategy step --weight convex",
+        "--no-cutmix --recipe official --T 0.5 --ohem-kept 0.2",
         ALONE + "--unsup-weight 0",
-        "--k-strategy step --weight convex",
     ],
     "ael_fpl": [
         "--T 0.2 --ema-decay 0.6",
         "--unsup-loss ce --skip-absent --beta 0.5 --gamma 1 --threshold 0.12",
-        "--recipe official --T 0.3",
         "--recipe official --unsup-loss ce --pooled 4 --teacher-mode eval",
-        "--consistency-on all --pooled 1 --ohem-kept 0.2 --decay-on weights",
+        "--recipe official --T 0.3 --consistency-on all --pooled 1 --ohem-kept 0.2",
         "--paste-draws 1 --paste-prob 0.5 --paste-power 2 --paste-not 3 4 --paste-scales 0.2 0.4",
-        "--paste-draws 0 --aux-weight 0.4",
+        "--paste-draws 0 --aux-weight 0.4 --decay-on weights",
     ],
     "u2pl": [
         "",
@@ -514,20 +485,18 @@ ROWS = {
         "",
         ALONE + "--label soft --no-contrast --scales 0.5 1.5",
         "--label topk --top-k 2 --theta 0.5 --unsup-weight 1 --contrast-weight 2 --aux-weight 0.4",
-        "--no-cutmix --parts 1 --fused off",
-        "--seed 5 --cutmix-prob 0.5",
+        "--no-cutmix --parts 1 --fused off --seed 5",
     ],
 }
-SHARED = {"cps_fpl": CPS, "ael_fpl": AEL, "u2pl": U2PL, "esl": ESL}
 NUMBERS = {"ael_fpl": dict(iters=6, batch=4), "u2pl": dict(iters=6), "cps_fpl": dict(iters=3)}
 
 
 def see_all_parts_at_work(name, args, found):
     """What a row is there for does occur in its steps."""
     parts = [step.parts for step in found.steps]
-    if name == "ael_fpl":
+    if name == "ael_fpl":  # it tells images apart
         present = [step.state["present"] for step in found.steps]
-        assert sum(int(x.any() and not x.all()) for x in present) >= 5  # it tells images apart
+        assert sum(int(x.any() and not x.all()) for x in present) >= 5
         assert any(0 < one["kept"] < 1 for one in parts) and any(one["regions"] for one in parts)
     if name == "u2pl":
         assert any(one["classes"] > 1 for one in parts) == (args.unreliable_loss != "none")
@@ -535,15 +504,140 @@ def see_all_parts_at_work(name, args, found):
         assert all((one["anchors"] > 0) == (one["contrast"] > 0) == args.contrast for one in parts)
 
 
-def marked(name, row):
-    """The first row of each script runs on the oldest versions too."""
-    return pytest.param(name, row, marks=[pytest.mark.smoke] if row == ROWS[name][0] else [])
+FIRST = {name: [pytest.mark.smoke] for name in ROWS}  # the oldest versions run a row of each script
+CASES = [pytest.param(n, row, marks=FIRST.pop(n, [])) for n, rows in ROWS.items() for row in rows]
 
 
-@pytest.mark.parametrize("name, row", [marked(name, row) for name in ROWS for row in ROWS[name]])
+@pytest.mark.parametrize("name, row", CASES)
 def test_every_step_is_the_literal_one(name, row, tree, tmp_path, monkeypatch):
     numbers = dict(log=1, iters=4, evaluate=2, save=9, pictures=3) | NUMBERS.get(name, {})
     argv = tiny.flags(tree, tmp_path / "run", **numbers)
     argv += f"{'' if row.startswith(ALONE) else SHARED.get(name, HAND)} {row}".split()
     args, found = compared(name, argv, monkeypatch)
     see_all_parts_at_work(name, args, found)
+
+
+def small(name, tree, out, *words, **numbers):
+    """Flags of a run of a few steps in which a method does all that it does."""
+    numbers = dict(iters=4, log=1, evaluate=9, save=9) | numbers
+    return [*tiny.flags(tree, out, **numbers), *tiny.MORE.get(name, "").split(), *words]
+
+
+def watched(script, argv, monkeypatch):
+    with monkeypatch.context() as patch:
+        tiny.shrink(script, patch)
+        return recorder.watch(patch, script, argv)
+
+
+KINDS = {"branch1": ["branch1"], "branch2": ["branch2"], "mean": ["branch1", "branch2"]}
+
+
+def bits(kind, networks):
+    """The digest of what --evaluate names: one network, or both in a list."""
+    states = [networks[name] for name in KINDS[kind]]
+    if len(states) == 1:
+        return processes.digest({"": states[0]})
+    both = {f"{i}.{key}": x for i, state in enumerate(states) for key, x in state.items()}
+    return processes.digest({"": both})
+
+
+def test_the_network_that_evaluate_names_is_scored_and_best_follows_it(tree, tmp_path, monkeypatch):
+    """[D19]; scoring changes nothing of the training; a checkpoint knows what was scored.
+
+    No two networks of two seeds begin equal.
+    """
+    trained, begun = [], []
+    for kind, seed in itertools.product(KINDS, "01"):
+        out = tmp_path / kind / seed
+        words = f"--evaluate {kind} --seed {seed} --lr 0.1 --batch-size-unlabeled 3".split()
+        argv = small("cps_fpl", tree, out, *words, evaluate=1)
+        found = watched(cps_fpl, argv, monkeypatch)
+        lines = [line["miou"] for line in runs.log(out) if line["kind"] == "eval"]
+        best = 1 + lines.index(max(lines))
+        assert runs.log(out)[-1]["best_step"] == best
+        order = [*found.steps, found.steps[-1], found.steps[best - 1]]
+        assert found.scored == [(bits(kind, step.nets), {False}) for step in order]
+        begun += [processes.digest({"": net}) for net in found.networks.values()]
+        trained += [bits(branch, found.steps[-1].nets) for branch in ("branch1", "branch2")]
+    assert len(set(begun[:4])) == 4 and begun == begun[:4] * 3
+    assert len(set(trained[:4])) == 4 and trained == trained[:4] * 3
+    path = tmp_path / "branch2/0/best.pt"
+    saved = torch.load(path, weights_only=True)["networks"]
+    for words in ([], ["--evaluate", "mean"]):
+        argv = ["--eval-only", "--checkpoint", str(path), *words]
+        ((scored, _),) = watched(cps_fpl, argv, monkeypatch).scored
+        assert scored == bits((words or ["branch2"])[-1], saved)
+
+
+@pytest.mark.parametrize("name", ["mean_teacher", "u2pl", "esl"])
+def test_every_process_mixes_pairs_of_its_own(name, tree, tmp_path, monkeypatch):
+    """8 unlabelled images are enough for 4 processes, and too few for 8."""
+    script = tiny.script(name)
+    tiny.shrink(script, monkeypatch)
+    words = ["--cutmix", "--batch-size-unlabeled", "8"]
+    args = tiny.resolved(script, small(name, tree, tmp_path / "run", *words, batch=8))
+
+    begin = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(script, "Run", begin)
+    monkeypatch.setattr(script, "parallel", lambda net, *_: net)
+    for world, error in ((4, KeyboardInterrupt), (8, Refusal)):
+        group = Group(0, world, torch.device("cpu"))
+        monkeypatch.setattr(script.distributed, "setup", lambda device, group=group: group)
+        with pytest.raises(error):
+            script.main(args)
+
+
+@pytest.mark.parametrize("words, cut", [("", "(3, 20)"), ("12 20", "(12, 20)"), ("3 11", "")])
+def test_ranks_beyond_the_classes_are_cut_with_one_line(words, cut, tree, tmp_path, capsys):
+    """r_l is at most 10 of 11 classes, r_h 11; so the last rank remains."""
+    words = ["--ranks", *words.split()] if words else []
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shrink(u2pl, patch)
+        tiny.train(u2pl, small("u2pl", tree, tmp_path / "run", *words))
+    printed = capsys.readouterr().out.splitlines()
+    to = "(10, 11)" if "12" in cut else "(3, 11)"
+    said = [f"--ranks {cut}: cut to {to}, as there are 11 classes"] if cut else []
+    assert [line for line in printed if "--ranks" in line] == said
+    lines = [line for line in runs.log(tmp_path / "run") if line["kind"] == "train"]
+    assert lines[-1]["contrast"] > 0
+
+
+@pytest.mark.smoke
+def test_the_banks_of_a_run_begin_as_functions_of_the_seed(tree, tmp_path, monkeypatch):
+    """Random confidences; four steps' partners by Eq. (9), any image, as none has been seen."""
+    words = ["--batch-size-unlabeled", "3", "--seed", "8"]
+    state = watched(ael_fpl, small("ael_fpl", tree, tmp_path / "run", *words), monkeypatch).state
+    rng = np.random.default_rng([8, zlib.crc32(b"bank")])
+    confidence = rng.random(11, np.float32)
+    assert state["confidence"].tolist() == confidence.tolist()
+    assert state["present"].tolist() == [[False] * 6] * 11
+    score = np.exp(1 - confidence.astype(float))
+    chances = np.cumsum(score) / score.sum()
+    expected = []
+    for _ in range(4):
+        classes = [int((chances <= u).sum()) for u in rng.random(3)]
+        expected.append([[c, int(rng.integers(6))] for c in classes])
+    assert state["draws"].tolist() == expected
+
+
+def test_a_damaged_partner_is_refused_by_name_in_one_line(tmp_path, monkeypatch, capsys):
+    """Of seed 1 a first partner is none of the first images; threads do not hold up the end."""
+    rng = np.random.default_rng([1, zlib.crc32(b"bank")])
+    bank, empty = rng.random(11, np.float32), torch.zeros(11, 6, dtype=torch.bool)
+    drawn = ael_fpl.draw_partners(torch.from_numpy(bank), empty, 2, rng)[:, 1].tolist()
+    order = np.random.default_rng([1, zlib.crc32(b"unlabeled"), 0, 0]).permutation(6)
+    partner = (set(drawn) - set(order[:2].tolist())).pop()
+    tree = tiny.draw_tree(tmp_path / "data")
+    path = tree / f"train/train{(1, 2, 3, 5, 6, 7)[partner]}.jpg"  # the unlabelled ones, at 1/4
+    path.write_bytes(path.read_bytes()[:200])
+    argv = small("ael_fpl", tree, tmp_path / "run", *"--batch-size-unlabeled 2 --seed 1".split())
+    tiny.shrink(ael_fpl, monkeypatch)
+    ended = Mock()
+    monkeypatch.setattr(run.os, "_exit", ended)
+    monkeypatch.setattr(run.signal, "signal", Mock())
+    with run.refusals():
+        tiny.train(ael_fpl, argv)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{path}: not readable as an image" in line
+    ended.assert_called_once_with(2)
+    assert run.holds_nothing(tmp_path / "run")

@@ -25,7 +25,7 @@ RECIPE = "# ---- 2. Recipe"
 SCRIPT = 620
 FUNCTION = 40  # main excepted
 COMMANDS = {"prepare_data.py": 495, "convert.py": 495, "predict.py": 355}
-ROOMS = COMMANDS | {"common/": 1750, "fused.py": 200, "outputs.py": 380}
+ROOMS = COMMANDS | {"common/": 1780, "fused.py": 200, "track.py": 75, "outputs.py": 380}
 EXCEPTIONS = {"ael_fpl.py": 678, "u2pl.py": 645, "esl.py": 675}  # none is to be added
 # over all scripts and common/, per 100 lines
 PACKED = 0.6  # a, b = x, y
@@ -238,7 +238,7 @@ def test_caps_are_enforced():
         ("a.py", long, ""),
         ("a.py", long + "    return x\n", "long has 41 statements, cap 40"),
         ("a.py", long.replace("long", "main") + "    return x\n", ""),
-        ("a.py", "a, b = 1, 2\n" * 876, "common/ has 1752 statements"),
+        ("a.py", "a, b = 1, 2\n" * 891, "common/ has 1782 statements"),
         ("fused.py", "a = 1\n" * 201, "fused.py has 201 statements"),
         ("prepare_data.py", "a = 1\n" * 496, "prepare_data.py has 496 statements"),
     ):

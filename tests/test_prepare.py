@@ -285,7 +285,7 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys, mo
     monkeypatch.setattr(prepare_data, "archive", lambda *some: pytest.fail("archives asked for"))
     capsys.readouterr()
     command("voc")
-    assert capsys.readouterr().out == "data/voc: complete\n"
+    assert capsys.readouterr().out.startswith("data/voc: complete; next: ")
 
 
 def test_what_is_there_stays_archives_and_other_files(voc, monkeypatch):
@@ -435,7 +435,8 @@ def test_a_drawn_list_is_that_of_the_same_split_and_seed(capsys):
     assert keys == sources.choose(NAMES, "1/2", 5)[0] and len(keys) == 3
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert first == f"lists/5.txt: 3 of 5 images, set {entry(keys)['set']}"
-    assert second == f"next: {CAM} --labeled-list lists/5.txt"
+    words = f"next: python cps_fpl.py {CAM} --labeled-list lists/5.txt"
+    assert second == f"{words}    # or another script"
     for words in ("", "--labels 2 --share 1/2", "--share half", "--labels -1", "--labels 6"):
         assert "--labels" in refusal(command, f"make-split {CAM} --out l.txt {words}")
     assert "--seed -1" in refusal(command, f"make-split {CAM} --out l.txt --labels 1 --seed -1")
@@ -443,7 +444,7 @@ def test_a_drawn_list_is_that_of_the_same_split_and_seed(capsys):
     # names with blanks, folders and points are read back
     folder(**{"a b/c d": one(1), "e/f": one(1), "x.1": one(1)})
     command(f"make-split {OWN} 2 --labels 3 --out o.txt")
-    words = f"next: {OWN} 2 --ignore-index 255 --labeled-list o.txt\n"
+    words = f"next: python cps_fpl.py {OWN} 2 --labeled-list o.txt    # or another script\n"
     assert capsys.readouterr().out.endswith(words)
     data = sources.load(own("own", num_classes=2, labeled_list="o.txt"))
     assert keys_of(data.labeled) == ["a b/c d", "e/f", "x.1"]

@@ -65,7 +65,8 @@ class Args:
     """All flags. A flag left out takes its value from the recipe below."""
 
     # -- run --
-    out: str = ""  # folder of the run; left out: runs/<script>-<dataset>-<split>-s<seed>
+    # folder of the run; left out: runs/<script>-<dataset>-<split>-<what differs>-s<seed>
+    out: str = ""
     seed: Seed = 0  # of weights, sample stream and augmentation
     resume: bool = False  # go on from last.pt in the run folder (from zero if there is none)
     eval_only: bool = False  # score --checkpoint on the --eval-on images, and stop
@@ -83,6 +84,7 @@ class Args:
     save_every: Count | None = None  # steps between checkpoints
     pictures_every: Number | None = None  # steps between panels; 0: none
     tensorboard: bool = False  # write TensorBoard events too, if it is installed
+    track: Literal["none", "trackio", "wandb"] = "none"  # log there too, if it is installed
     # -- data --
     # which images: shapes are generated, folder is any of your own
     dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
@@ -1136,7 +1138,7 @@ def main(args):
         state["pushed"] = torch.zeros(C * K, dtype=torch.int64, device=group.device)
         sizes = torch.full((C * K,), args.queue, device=group.device)
     # <<< method: state
-    run = Run(args, __file__, group, data)
+    run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)
     batches = {name: open_stream(name, data, args, group, start) for name in streams(data, args)}
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import stat
 import sys
@@ -27,7 +28,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Literal
@@ -304,7 +305,8 @@ def inventory(name, root, expected, where):
             missing.append(f"{part}: {len(bare)} images without a mask, {bare[0]} first")
     if missing:
         raise Refusal(f"{root}: {'; '.join(missing)}; {where}")
-    print(f"{root}: complete; next: --dataset {name} --data-root {root}")
+    where = f"--dataset {name} --data-root {shlex.quote(str(root))}"
+    print(f"{root}: complete; next: python prepare_data.py check {where}")
 
 
 def survey(data, items, masks, title):
@@ -428,7 +430,7 @@ class Voc:
         partial = root / ".partial-voc"
         if not lacking(root):
             shutil.rmtree(partial, ignore_errors=not partial.exists())  # of a call that was killed
-            print(f"{root}: complete")
+            print(f"{root}: complete; {self.next_step()}")
             return
         print(f"{root}: needs 3.4 GB for two archives, kept, and about 2 GB for the folders")
         files = [archive(name, top, self.source) for name in ARCHIVES]
@@ -439,7 +441,11 @@ class Voc:
             place(partial, root, VOC)
         if wrong := lacking(root):
             raise Refusal(wrong)
-        print(f"{root}: complete; the archives are no longer needed")
+        print(f"{root}: complete; the archives are no longer needed; {self.next_step()}")
+
+    def next_step(self):
+        """Returns the command that looks at every file."""
+        return f"next: python prepare_data.py check --dataset voc --data-root {self.root}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,7 +514,8 @@ class Coco:
                 raise Refusal(f"{path}: not as COCO has it ({error!r}); {where}") from None
             write(root / f"{part}.txt", "".join(lines).encode())
             print(f"{root / part}.txt: {len(lines)} images")
-        print(f"next: --dataset folder --data-root {root} --num-classes 81")
+        source = Source(dataset="folder", data_root=str(root), num_classes=81)
+        print(f"next: python prepare_data.py check {in_flags(source, Source)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,6 +526,16 @@ class Source:
     data_root: str = ""  # its folder; left out: data/<dataset>
     num_classes: int = 0  # of --dataset folder; left out: those of its classes.csv
     ignore_index: int = IGNORE  # of --dataset folder: the value in a mask that is no class
+
+
+def in_flags(source, kind):
+    """Returns the flags of kind, Source or Check, that are not at their defaults, as one types."""
+    words = []
+    for field in fields(kind):
+        value = getattr(source, field.name)
+        if value != field.default:
+            words += ["--" + field.name.replace("_", "-"), str(value)]
+    return shlex.join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -564,10 +581,8 @@ class MakeSplit(Source):
             out.unlink()
             raise Refusal(f"{self.dataset}: names that a list cannot hold")
         print(f"{out}: {count} of {len(items)} images, set {set_hash(chosen)}")
-        root = f" --data-root {self.data_root}" if self.data_root else ""
-        if self.num_classes:
-            root += f" --num-classes {self.num_classes} --ignore-index {self.ignore_index}"
-        print(f"next: --dataset {self.dataset}{root} --labeled-list {out}")
+        words = f"{in_flags(self, Source)} --labeled-list {shlex.quote(self.out)}"
+        print(f"next: python cps_fpl.py {words}    # or another script")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -599,6 +614,7 @@ class Check(Source):
             print(*bad[:SHOWN], sep="\n", file=sys.stderr)
             raise Refusal(f"{len(bad)} bad files, the first {min(SHOWN, len(bad))} named above")
         print("every file can be read")
+        print(f"next: python cps_fpl.py {in_flags(self, Check)}    # or another script")
 
     def look_at(self, data, name, todo, found):
         """Prints what a list of images holds, todo: those of it not yet opened; returns errors.

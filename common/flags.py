@@ -4,6 +4,7 @@ A script's Args declares what a flag takes at the field: `lr: Above0 | None = No
 """
 
 import contextlib
+import hashlib
 import inspect
 import io
 import json
@@ -55,7 +56,11 @@ Scales = Annotated[tuple[Above0, ...], Rising()]
 
 # what no number of a run depends on: these may change at a resume
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
-log_every save_every pictures_every tensorboard fused""".split()
+log_every save_every pictures_every tensorboard track fused""".split()
+
+# what a run is of, not how: these are no part of a folder's name, or have their own place in it
+OF = "dataset split seed num_classes ignore_index".split()
+LONGEST = 135  # characters of a name: file systems take 255 bytes, encrypted ones 143
 
 
 def cli(kind, argv=None, **more):
@@ -186,6 +191,41 @@ def acting(args):
     """Returns the flags that act, as a dict of JSON values."""
     needs = type(args).NEEDS
     return {name: value for name, value in plain(args).items() if met(needs.get(name, ""), args)}
+
+
+def run_name(script, args, preset, argv=None):
+    """Returns <script>-<dataset>-<split>-<what differs>-s<seed>, the name of a run's folder.
+
+    What differs are the flags of argv, in the order of Args, that act and whose value is not the
+    one that they would have if left out. Longer names are cut, with a hash of the whole.
+    """
+    given = given_names(args, sys.argv[1:] if argv is None else argv)
+    acts = acting(args)
+    words = [Path(script).stem, args.dataset, args.split]
+    for field in fields(args):
+        if field.name in given and field.name in acts and field.name not in (*NO_NUMBER, *OF):
+            others = {name: getattr(args, name) for name in given - {field.name}}
+            left_out = getattr(merge(type(args)(**others), preset), field.name)
+            value = getattr(args, field.name)
+            if value != left_out:
+                words.append(in_a_name(field.name, value))
+    name = re.sub(r"[^\w.-]+", "_", "-".join(words), flags=re.ASCII)
+    end = f"-s{args.seed}"
+    if len(name + end) > LONGEST:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: LONGEST - len(digest) - 1 - len(end)]}-{digest}"
+    return name + end
+
+
+def in_a_name(flag, value):
+    """Returns a flag and its value as they stand in a name: lr0.02, no_cutmix, weight_linear."""
+    if isinstance(value, bool):
+        return flag if value else f"no_{flag}"
+    if isinstance(value, str):  # of a path its last two parts
+        return f"{flag}_{'_'.join(Path(value).parts[-2:])}"
+    if isinstance(value, tuple):
+        return flag + "_".join(map(str, value))
+    return f"{flag}{value}"
 
 
 def advise_rate(args, recipe):

@@ -27,7 +27,7 @@ def scores(confusion):
     """Returns miou (mean over classes present), accuracy, constant, iou (list, None if absent).
 
     constant is the mIoU of the best constant prediction: the largest class frequency over the
-    number of classes that occur in the labels.
+    number of classes that occur in the labels. confusion: the counts, a row a true class.
     """
     iou = iou_per_class(confusion)
     truth = confusion.sum(1).double()
@@ -37,6 +37,7 @@ def scores(confusion):
         "accuracy": float(confusion.diag().sum() / pixels),
         "constant": float(truth.max() / pixels / max(int((truth > 0).sum()), 1)),
         "iou": [None if x != x else round(x, 6) for x in iou.tolist()],
+        "confusion": confusion.tolist(),
     }
 
 

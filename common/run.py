@@ -8,12 +8,12 @@ checkpoint knows the log that it belongs to, by its length and hash. Nothing is 
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import multiprocessing
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -44,8 +44,9 @@ from common.checkpoints import (
 )
 from common.data import CONVERT
 from common.distributed import ReduceOp, from_first, reduced
-from common.flags import NO_NUMBER, acting
+from common.flags import NO_NUMBER, acting, run_name
 from common.outputs import with_legend
+from common.track import Tracker, require
 
 try:
     import fcntl
@@ -141,10 +142,11 @@ def end_loaders():
 class Run:
     """One run folder. Only process 0 writes."""
 
-    def __init__(self, args, script, group, data):
+    def __init__(self, args, script, group, data, preset):
         """args: resolved flags. script: path. data: its lists are counted and hashed for the log.
 
-        Raises Refusal if the folder exists and --resume was not given.
+        preset: as fill takes it; the folder is named by what differs from it. Raises Refusal if
+        the folder exists and --resume was not given.
         """
         self.args = args
         self.script = Path(script)
@@ -160,7 +162,7 @@ class Run:
         self.sha256 = hashlib.sha256(self.script.read_bytes()).hexdigest()
         self.lock = None
         self.bar = None
-        self.board = None
+        self.tracker = None
         self.file = None
         self.meter = torch.zeros(0, device=group.device)  # steps and sums since the last line
         self.clock = Counter()  # steps, and seconds for data and all, likewise
@@ -169,20 +171,18 @@ class Run:
         self.hash = hashlib.sha256()  # of all lines of the log
         self.saved_best = 0  # the step of the best weights that last.pt names
         self.written_best = 0  # the step of those in best.pt
-        if args.tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise Refusal("--tensorboard: not installed; pip install tensorboard")
-        name, self.resume = from_first(self._own_folder() if self.first else None)
+        require(args)
+        name = f"runs/{run_name(script, args, preset)}"
+        name, self.resume = from_first(self._own_folder(name) if self.first else None)
         self.folder = Path(name)
 
-    def _own_folder(self):
+    def _own_folder(self, name):
         """Makes this process the owner of a folder; returns its name, and whether its run goes on.
 
-        --out, or runs/<script>-<dataset>-<split>-s<seed>: the newest with --resume, or if this
-        torchrun began it and starts it again; else the first that is free. Raises Refusal.
+        --out, or name, name-2 and so on: the newest with --resume, or if this torchrun began it and
+        starts it again; else the first that is free. Raises Refusal.
         """
         args = self.args
-        split = args.split.replace("/", "_")
-        name = f"runs/{self.script.stem}-{args.dataset}-{split}-s{args.seed}"
         names = [name, *(f"{name}-{i}" for i in range(2, 10_000))]
         free = next(i for i, n in enumerate(names) if holds_nothing(Path(n)))
         newest = Path(args.out or names[max(free - 1, 0)])
@@ -496,9 +496,7 @@ class Run:
             return
         self._open()
         self._write({"kind": kind, "step": step, **values})
-        for name, value in values.items() if self.board else ():
-            if isinstance(value, float):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        self.tracker.numbers(kind, values, step)
 
     def _open(self):
         if self.file is None:
@@ -507,10 +505,7 @@ class Run:
                 self.file = open(self.folder / "log.jsonl", "ab")
             if not self.file.tell():
                 self._write(self._header())
-            if self.args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(self.folder))
+            self.tracker = Tracker(self.args, self.folder, self.begin, self.data.classes)
 
     def _write(self, entry):
         line = (json.dumps(entry) + "\n").encode()
@@ -533,7 +528,7 @@ class Run:
             "common": hash_of_folder(Path(__file__).parent),
             "args": acting(self.args),
             "lists": self.data.hashes(),
-            "classes": self.data.classes,
+            "classes": list(self.data.classes),
             "versions": versions,
             "device": self._device(),
             "threads": torch.get_num_threads(),
@@ -582,6 +577,8 @@ class Run:
                 sheet = with_legend(sheet, self.data.classes, self.data.palette)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sheet.save(path)
+            self._open()
+            self.tracker.picture(path)
 
     def load_best(self, networks):
         """Fills networks from best.pt; returns its step, or None with a word if it is not there."""
@@ -596,12 +593,17 @@ class Run:
             return None
 
     def finish(self, results, on):
-        """Logs and prints the scores of last and best, and what can be done next."""
+        """Logs and prints the scores of last and best, and the commands that show the next."""
         self.log("done", self.args.total_iters, on=on, best_step=self.best["step"], **results)
         self.say(report(self.data, results, on))
         checkpoint = self.folder / ("best.pt" if "best" in results else "last.pt")
-        self.say(f"next: python {self.script.name} --eval-only --checkpoint {checkpoint}")
-        for writer in (self.bar, self.board, self.file):
+        run = shlex.quote(str(self.folder))
+        self.say(f"next: python predict.py {run} IMAGES --out pictures  # new images")
+        self.say(f"      python predict.py {run} --split {on} --out scored  # errors, worst first")
+        self.say(f"      python results/curves.py {run}")
+        file = shlex.quote(str(checkpoint))
+        self.say(f"      python {self.script.name} --eval-only --checkpoint {file}")
+        for writer in (self.bar, self.tracker, self.file):
             if writer is not None:
                 writer.close()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

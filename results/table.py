@@ -2,6 +2,7 @@
 
     python results/table.py           # print
     python results/table.py --write   # put them into README.md and docs/data.md, between two marks
+    python results/table.py RUN...    # tables of any runs, folders or logs: mean and range of seeds
 
 A log is evidence as its run wrote it: results/<script>/<name>.jsonl. A row links to its log and
 says at which commit the log was written.
@@ -12,7 +13,14 @@ import os.path
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from common import Refusal  # noqa: E402
+from common.run import refusals  # noqa: E402
+from results import logs  # noqa: E402
+
 MARKS = ("<!-- table: results/table.py --write -->\n", "<!-- end of table -->\n")
 PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # page -> its logs
 # flags named where they differ
@@ -41,6 +49,8 @@ METHODS = {  # script -> (flag that names the method, {its value: the first word
         },
     ),
 }
+SAID = ("cutmix", "contrast")  # by the first words of a row, as what METHODS names
+HEAD_OF_RUNS = "| method | seeds | last | best | at step | minutes |\n|-|-|-|-|-|-|\n"
 HEAD = "| method | last | best (step) | minutes | log at its commit |\n|-|-|-|-|-|\n"
 
 
@@ -91,11 +101,11 @@ def table(pattern, folder=ROOT):
 
     folder: that of the page, which links are relative to.
     """
-    logs = [(path, *read(path)) for path in (ROOT / "results").glob(pattern)]
-    few = min(start["lists"]["labeled"][0] for _, start, *_ in logs)
+    found = [(path, *read(path)) for path in (ROOT / "results").glob(pattern)]
+    few = min(start["lists"]["labeled"][0] for _, start, *_ in found)
     constants = set()
     rows = []
-    for path, start, train, _, done in logs:
+    for path, start, train, _, done in found:
         args = start["args"]
         labels = start["lists"]["labeled"][0]
         words = method(start)
@@ -119,6 +129,50 @@ def table(pattern, folder=ROOT):
     return caption + HEAD + "".join(row for _, row in sorted(rows))
 
 
+def tables_of_runs(places):
+    """Returns Markdown tables of run folders or logs, a table for each set of images scored.
+
+    A row is of all seeds of a recipe: mean, and range of several. Raises Refusal.
+    """
+    groups = logs.grouped(logs.read_all(places))
+    tables = {}
+    for group, own in zip(groups, logs.unlike(groups), strict=True):
+        start = group[0].start
+        images, key = start["lists"][group[0].on]
+        setting = f"{start['args']['dataset']}: mIoU in per cent on {group[0].on}, {images} images"
+        tables.setdefault(f"{setting}, set {key}", []).append(row_of_runs(group, own))
+    text = [
+        "\n".join([f"{setting}\n", HEAD_OF_RUNS + "\n".join(rows)])
+        for setting, rows in tables.items()
+    ]
+    return "\n\n".join([*text, "\n".join(logs.notes(groups))]).rstrip()
+
+
+def row_of_runs(group, own):
+    """Returns a row: group, the Logs of all seeds; own: {flag: value} that tells it from others."""
+    start = group[0].start
+    words = Path(start["script"]).stem
+    said = set()
+    if start["script"] in METHODS:
+        words = method(start | {"args": start["args"] | {"seed": 0}})
+        said = {METHODS[start["script"]][0], *SAID}
+    for flag, value in own.items():
+        word = logs.in_words(flag, value)
+        if flag not in said and word not in words.split(", "):
+            words += f", {word}"
+    finished = [log for log in group if log.done]
+    scored = [log for log in finished if "best" in log.done]
+    seeds = ", ".join(str(log.start["args"]["seed"]) for log in group)
+    if len(finished) < len(group):
+        seeds += f" ({len(group) - len(finished)} unfinished)"
+    last = logs.spread([100 * log.done["last"]["miou"] for log in finished])
+    best = logs.spread([100 * log.done["best"]["miou"] for log in scored])
+    steps = ", ".join(str(log.done["best_step"]) for log in scored)
+    minutes = [log.train[-1]["time"]["elapsed_s"] / 60 for log in finished if log.train]
+    mean = f"{sum(minutes) / len(minutes):.0f}" if minutes else "-"
+    return f"| {words} | {seeds} | {last} | {best} | {steps or '-'} | {mean} |"
+
+
 def inserted(page):
     """Returns the text of a page with its table between the marks."""
     before, rest = (ROOT / page).read_text().split(MARKS[0])
@@ -126,9 +180,21 @@ def inserted(page):
     return before + MARKS[0] + between + MARKS[1] + rest.split(MARKS[1])[1]
 
 
-if __name__ == "__main__":
-    for name, logs in PAGES.items():
-        if sys.argv[1:] == ["--write"]:
+def main(argv):
+    """Prints or writes what the words of the command line ask for. Raises Refusal."""
+    if argv and argv != ["--write"]:
+        flags = [word for word in argv if word.startswith("-")]
+        if flags:
+            raise Refusal(f"{flags[0]}: --write alone, or folders of runs")
+        print(tables_of_runs(argv))
+        return
+    for name, pattern in PAGES.items():
+        if argv:
             (ROOT / name).write_text(inserted(name))
         else:
-            print(table(logs, (ROOT / name).parent))
+            print(table(pattern, (ROOT / name).parent))
+
+
+if __name__ == "__main__":
+    with refusals():
+        main(sys.argv[1:])

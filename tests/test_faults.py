@@ -109,7 +109,7 @@ def test_torchrun_goes_on_alone_with_what_it_began(tree, tmp_path, monkeypatch):
     data, group = supervised.load(args), Group(0, 1, torch.device("cpu"))
 
     def started():
-        one = run.Run(args, supervised.__file__, group, data)
+        one = run.Run(args, supervised.__file__, group, data, supervised.preset)
         return one, one.folder.name, one.resume
 
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")

@@ -284,7 +284,7 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys, mo
     assert keys_of(data.labeled) == sorted(TRAIN) and keys_of(data.unlabeled) == REST
     monkeypatch.setattr(prepare_data, "archive", lambda *some: pytest.fail("archives asked for"))
     command("voc")
-    assert capsys.readouterr().out.endswith("data/voc: complete\n")
+    assert capsys.readouterr().out.startswith("data/voc: complete; next: ")
 
 
 def test_what_is_there_stays_archives_and_other_files(voc, monkeypatch):
@@ -414,7 +414,8 @@ def test_a_drawn_list_is_that_of_the_same_split_and_seed(capsys):
     assert keys == sources.choose(NAMES, "1/2", 5)[0] and len(keys) == 3
     first, second = capsys.readouterr().out.splitlines()[:2]
     assert first == f"lists/5.txt: 3 of 5 images, set {entry(keys)['set']}"
-    assert second == f"next: {CAM} --labeled-list lists/5.txt"
+    words = f"next: python cps_fpl.py {CAM} --labeled-list lists/5.txt"
+    assert second == f"{words}    # or another script"
     for words in ("", "--labels 2 --share 1/2", "--share half", "--labels 6"):
         assert "--labels" in refusal(command, f"make-split {CAM} --out l.txt {words}")
     assert not Path("l.txt").exists()

@@ -1255,7 +1255,8 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + group.rank)  # dropout
+        # of dropout; a hash, as torch keeps 32 bits of a seed
+        torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
         for stream in batch.values():
@@ -1270,7 +1271,8 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        rng = np.random.default_rng([args.seed, step])  # equal on all processes [D29]
+        # equal on all processes [D29]
+        rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])
         u0 = batch["unlabeled"]
         with timed(spent, "bank"):
             partners.prefetch(step, state["draws"])

@@ -466,7 +466,8 @@ def partner(args):
 
 def cutmix_masks(args, step, group):
     """This process's masks of a step, (B, 1, H, W) bool: a function of (seed, step) [D17]."""
-    rng = np.random.default_rng([args.seed, step])  # all masks are drawn by all processes
+    # all masks are drawn by all processes
+    rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])
     masks = []
     for _ in range(args.batch_size_unlabeled):
         masks.append(toggled_mask(rng, args.crop_size, group.device))
@@ -1053,7 +1054,8 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + group.rank)  # dropout
+        # of dropout; a hash, as torch keeps 32 bits of a seed
+        torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
         for stream in batch.values():

@@ -910,7 +910,8 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1024 + group.rank)  # dropout
+        # of dropout; a hash, as torch keeps 32 bits of a seed
+        torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
         for stream in batch.values():
@@ -939,7 +940,8 @@ def main(args):
             teacher.eval()
             with torch.no_grad():  # pseudo labels: teacher in eval mode, clean view [D14]
                 prob_t = F.softmax(teacher(x_u)["logits"], 1)
-            rng = np.random.default_rng([args.seed, step])  # equal on all processes
+            # equal on all processes
+            rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])
             if args.cutmix and rng.random() < args.cutmix_prob:
                 boxes = cutmix_boxes(rng, x_u, args, group)
                 x_u, prob_t, inside = cutmix(boxes, x_u, prob_t, inside)

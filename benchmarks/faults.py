@@ -35,11 +35,11 @@ for folder in (ROOT / "tests", ROOT):
         sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
-import tyro  # noqa: E402
 
 import tiny  # noqa: E402
 from benchmarks.runs import differences, kill, running  # noqa: E402
 from common import run  # noqa: E402
+from common.flags import cli  # noqa: E402
 
 SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl")
 MORE = {  # flags that make a run of a few steps do all that a long one does
@@ -310,4 +310,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with run.refusals("start again"):
+        main(cli(Args))

@@ -12,7 +12,13 @@ import os.path
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from common import Refusal  # noqa: E402
+from common.run import refusals  # noqa: E402
+
 MARKS = ("<!-- table: results/table.py --write -->\n", "<!-- end of table -->\n")
 PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # page -> its logs
 # flags named where they differ
@@ -116,9 +122,17 @@ def inserted(page):
     return before + MARKS[0] + between + MARKS[1] + rest.split(MARKS[1])[1]
 
 
-if __name__ == "__main__":
+def main(argv):
+    """Prints the tables, or writes them into their pages. Raises Refusal for any other word."""
+    if argv not in ([], ["--write"]):
+        raise Refusal(f"{' '.join(argv)}: --write or nothing; the runs are those in results/")
     for name, logs in PAGES.items():
-        if sys.argv[1:] == ["--write"]:
+        if argv:
             (ROOT / name).write_text(inserted(name))
         else:
             print(table(logs, (ROOT / name).parent))
+
+
+if __name__ == "__main__":
+    with refusals():
+        main(sys.argv[1:])

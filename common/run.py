@@ -478,6 +478,8 @@ class Run:
         precise = torch.float32 if self.group.device.type == "mps" else torch.float64
         values = torch.stack([v.detach().to(precise) for v in logged.values()])
         sums = torch.cat([values.new_ones(1), values])
+        if len(self.meter) not in (0, len(sums)):
+            raise Refusal(f"{self.folder}: the meter of its checkpoint is that of other numbers")
         self.meter = self.meter + sums if len(self.meter) else sums
         self.bad_step = self.bad_step.clamp(max=torch.where(values.isfinite().all(), NEVER, step))
         self._advance(step)

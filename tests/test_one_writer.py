@@ -20,7 +20,7 @@ from benchmarks import faults
 from common import Refusal, run, sources
 
 
-def test_every_other_line_that_a_user_pipes_away_ends_quietly():
+def test_a_reader_that_leaves_ends_a_command_quietly():
     for words in (["supervised.py", "--help"], ["prepare_data.py", "check", "--dataset", "shapes"]):
         reader, writer = os.pipe()
         os.close(reader)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from common import Refusal, printable
 from common.data import IGNORE, LARGEST, ClassRow, read_classes, read_colours, voc_colours
 from common.shapes import polygon
-from common.sources import SUFFIXES, files_below, write
+from common.sources import SUFFIXES, clear_left, files_below, write
 
 BACKGROUND = ("background", "__background__", "_background_")
 
@@ -650,6 +650,7 @@ class Convert:
         lost = Counter()
         given = self.table(out / "classes.csv")
         rows, drawn = masks_of(self.source, self.strip, self.empty, known, given, lost)
+        clear_left(out / f"masks/{self.part}")
         for key, draw in tqdm(sorted(drawn.items()), "masks", unit="file", disable=None):
             try:
                 label = draw()

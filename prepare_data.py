@@ -45,6 +45,7 @@ from common.sources import (
     LISTS,
     Tree,
     check_md5,
+    clear_left,
     download,
     fetch_list,
     keys_of,
@@ -68,6 +69,7 @@ ARCHIVES = {  # of VOC and SBD: address, md5
 ZIPS = {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip"}
 VOC = ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets")  # lists last
 CAMVID = {"train": 367, "val": 101, "test": 233}  # images
+FOLDER_CROP = 513  # pixels: the scripts' own of --dataset folder, 512 in cps_fpl.py
 SHOWN = 20  # bad files named one by one
 PARTS = ("labeled", "unlabeled", "val", "test")  # the lists of a data set
 DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError)
@@ -82,7 +84,9 @@ def needs(module):
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        raise Refusal(f"{package} cannot be imported ({error}): pip install {package}") from None
+        file = "requirements-dev.txt" if package == "matplotlib" else "requirements.txt"
+        remedy = f"pip install {package}, or -r {file}"
+        raise Refusal(f"{package} cannot be imported ({error}): {remedy}") from None
 
 
 def archive(name, root, source):
@@ -490,6 +494,7 @@ class Coco:
     def run(self):
         """Renders the masks that are not there, writes train.txt and val.txt. Raises Refusal."""
         root, where = Path(self.root), "from https://cocodataset.org"
+        clear_left(root / "masks")
         for part in ("train", "val"):
             path = root / f"annotations/instances_{part}2017.json"
             groups, lines = defaultdict(list), []
@@ -594,6 +599,7 @@ class Check(Source):
     split_seed: int | None = None  # None: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+    crop_size: int = 0  # that of the run, in pixels; left out: what a folder's run has
 
     def run(self):
         """Prints what there is. Raises Refusal at the end if a file is bad."""
@@ -601,12 +607,17 @@ class Check(Source):
         bad = []
         opened = set()
         found = {}
+        sizes = []  # (W, H) of the images to train on
         for name in PARTS:
             todo = [i for i in getattr(data, name) if (i.image or i.key) not in opened]
             if not todo:  # split all: the unlabelled are the labelled
                 continue
             opened.update(item.image or item.key for item in todo)
-            bad += self.look_at(data, name, todo, found)
+            seen, errors = self.look_at(data, name, todo, found)
+            bad += errors
+            if name in ("labeled", "unlabeled"):
+                sizes += seen
+        self.tell_padding(sizes)
         for line in turned_photographs(data):
             print(printable(line))
         bad += same_content(data, found)
@@ -617,9 +628,9 @@ class Check(Source):
         print(f"next: python cps_fpl.py {in_flags(self, Check)}    # or another script")
 
     def look_at(self, data, name, todo, found):
-        """Prints what a list of images holds, todo: those of it not yet opened; returns errors.
+        """Prints what a list of images holds, todo: those of it not yet opened.
 
-        found: as survey has it, which grows.
+        found: as survey has it, which grows. Returns (sizes, errors), as survey does.
         """
         items = getattr(data, name)
         masks = name != "unlabeled"
@@ -639,10 +650,24 @@ class Check(Source):
             try:
                 data.require_pixels(total[:IGNORE], name)
             except Refusal as error:  # no class is there: none is named
-                return [str(error)]
+                return sizes, [str(error)]
             for i in np.flatnonzero(total[: data.num_classes] == 0) if name == "labeled" else ():
                 print(f"warning: class {i} ({data.classes[i]}) is in no labelled mask")
-        return errors
+        return sizes, errors
+
+    def tell_padding(self, sizes):
+        """Warns where a crop is larger than most images; sizes: (W, H) of each."""
+        crop = self.crop_size
+        if not crop and self.dataset == "folder":
+            crop = FOLDER_CROP
+        sides = sorted(min(size) for size in sizes)
+        small = sum(side < crop for side in sides)
+        if 2 * small > len(sides):
+            fits = max((sides[len(sides) // 2] - 1) // 16 * 16 + 1, 33)  # half of them, 16 k + 1
+            print(
+                f"warning: {small} of {len(sides)} images are smaller than a crop of {crop} "
+                f"pixels, the rest of it is padding: train with --crop-size {fits}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -695,10 +720,10 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # | head
+        raise
     except OSError as error:  # no permission, no space
         raise Refusal(f"{error}") from None
-    finally:
-        sys.stdout.flush()  # a refusal ends the process without it
 
 
 if __name__ == "__main__":

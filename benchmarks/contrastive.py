@@ -28,10 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-import tyro  # noqa: E402
 
 import u2pl  # noqa: E402
 from common import fused  # noqa: E402
+from common.distributed import setup  # noqa: E402
+from common.flags import cli  # noqa: E402
+from common.run import refusals  # noqa: E402
 
 
 @dataclass
@@ -185,6 +187,7 @@ def main(args):
     """Checks, measures both and prints the table."""
     if args.only:
         return print(json.dumps(measured(args)))
+    setup(args.device)  # is it there?
     small = {"images": 4, "size": 33, "channels": 32, "first": 3000, "rest": 2000}
     for M, N in ((50, 256), (256, 50)):
         error, gap = compared(Args(**asdict(args) | small | {"anchors": M, "negatives": N}))
@@ -213,4 +216,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with refusals("start again"):
+        main(cli(Args))

@@ -23,6 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.runs import bits, flat, log  # noqa: E402
+from common import Refusal  # noqa: E402
+from common.run import refusals  # noqa: E402
 
 SHORT = "--crop-size 33 --batch-size 2 --workers 0 --device cpu --log-every 1".split()
 AT_THE_END = "--total-iters --eval-every --save-every --pictures-every".split()
@@ -147,6 +149,11 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     args = parser.parse_args()
     checkouts = (args.before.resolve(), args.after.resolve())
+    for checkout in checkouts:
+        if not (checkout / "supervised.py").is_file():
+            raise Refusal(f"{checkout}: no checkout of these scripts")
+    if unknown := set(args.only) - set(MODES):
+        raise Refusal(f"--only {' '.join(sorted(unknown))}: the scripts are {', '.join(MODES)}")
     jobs = [(script, flags, 1) for script in args.only for flags in MODES[script]]
     jobs += [(script, MODES[script][0], 2) for script in args.only]
     failed = 0
@@ -159,4 +166,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with refusals("start again"):
+        sys.exit(main())

@@ -2,6 +2,7 @@
 
 python benchmarks/faults.py                      # 100 SIGKILLs and 50 in writes, seed printed
 python benchmarks/faults.py --seed 7 --kills 20 --scripts u2pl --processes 2
+python benchmarks/faults.py --files              # kills at every file operation, two writers, moves
 python benchmarks/faults.py --memory             # 2,000 steps: resident memory, handles, workers
 
 A case is a script with one process or with two (torchrun, gloo). Its run is done once undisturbed;
@@ -9,7 +10,8 @@ then again, killed several times and each time started again with --resume, unti
 weights, optimizer, state and log have to be equal, bit for bit but for times. Kills: at a random
 moment, up to 0.2 s after a random step; and half as many inside the write of a checkpoint after a
 random share of its bytes, between its two renames, and inside the write of a line of the log. All
-networks are those of tests/tiny.py: what is tested is everything around them. Linux.
+networks are those of tests/tiny.py: what is tested is everything around them. --files:
+benchmarks/faults_files.py. Linux.
 """
 
 import importlib
@@ -27,6 +29,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,11 +38,11 @@ for folder in (ROOT / "tests", ROOT):
         sys.path.insert(0, str(folder))
 
 import torch  # noqa: E402
-import tyro  # noqa: E402
 
 import tiny  # noqa: E402
 from benchmarks.runs import differences, kill, running  # noqa: E402
 from common import run  # noqa: E402
+from common.flags import cli  # noqa: E402
 
 SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl", "unimatch")
 MORE = {  # flags that make a run of a few steps do all that a long one does
@@ -48,6 +51,7 @@ MORE = {  # flags that make a run of a few steps do all that a long one does
     "u2pl": "--warmup-iters 3 --bank-sizes 40 20 --keys 7",
 }
 WRITES = ("checkpoint", "renames", "log")
+PARTS = ("operations", "writers", "moves", "contents")  # of --files
 
 
 @dataclass
@@ -56,10 +60,13 @@ class Args:
 
     kills: int = 100  # at random moments, over all cases; and half as many inside writes
     seed: int = 0  # of the moments
-    scripts: tuple[str, ...] = SCRIPTS
-    processes: tuple[int, ...] = (1, 2)
+    scripts: tuple[Literal[SCRIPTS], ...] = SCRIPTS
+    processes: tuple[Literal[1, 2], ...] = (1, 2)
     steps: int = 40  # of a run; a checkpoint every 3, an evaluation every 7
     memory: bool = False  # measure memory instead
+    files: bool = False  # faults of files instead; of these: --parts
+    parts: tuple[Literal["operations", "writers", "moves", "contents"], ...] = PARTS
+    every: int = 1  # of file operations and of contents every so many
     child: str = ""  # JSON, for a process of its own: script, flags, fault
 
 
@@ -76,8 +83,8 @@ def install(kind, call, share):
     """Lets the call-th write of a kind in process 0 stop after a share of its bytes, by SIGKILL.
 
     Kinds: checkpoint, renames, log. Others fail and live on: full (no file may grow beyond 1,000
-    bytes from there on), locked (a folder without write permission, and no privileges) and error
-    (of the call-th step).
+    bytes from there on), locked (a folder without write permission, and no privileges), error
+    (of the call-th step) and held (in the call-th step, until the file `share` is there).
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -122,7 +129,14 @@ def install(kind, call, share):
         if reached():
             raise RuntimeError("as torch raises")
 
+    def held(self, *rest):
+        while reached() and not Path(share).exists():
+            count[0] -= 1
+            time.sleep(0.01)
+        log_step(self, *rest)
+
     write, init, started = run.Run._write, run.Run.__init__, []
+    log_step = run.Run.log_step
 
     def noted(self, *rest):
         init(self, *rest)
@@ -135,6 +149,8 @@ def install(kind, call, share):
         os.replace = cut_rename
     elif kind == "error":
         run.Run.log_step = raised
+    elif kind == "held":
+        run.Run.log_step = held
     elif kind == "log":
         run.Run._write = cut_log
 
@@ -154,15 +170,15 @@ def child(words):
 # ---- in the process that kills ----
 
 
-def started(name, argv, processes, fault=None):
-    """Returns the started process of a child."""
+def started(name, argv, processes, fault=None, folder=ROOT):
+    """Returns the started process of a child, in a folder."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes)]
     command += [__file__, "--child", json.dumps([name, argv, fault])]
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=ROOT, **quiet)
+    return subprocess.Popen(command, cwd=folder, **quiet)
 
 
 def finished(process):
@@ -248,6 +264,30 @@ def kill_all(args):
     print(f"{done} kills, {minutes:.0f} minutes: every run ends equal to its undisturbed one")
 
 
+def files(args):
+    """All faults of benchmarks/faults_files.py that are asked for; prints a line for each."""
+    # this module as `benchmarks.faults` is another one than __main__
+    from benchmarks import faults_files
+
+    with tempfile.TemporaryDirectory() as path:
+        folder = Path(path)
+        tiny.draw_tree(folder / "tree")
+        print(f"torch {torch.__version__}, {faults_files.NUMBERS}")
+        for name in args.scripts if "operations" in args.parts else ():
+            kinds = faults_files.kill_operations(name, folder, args.every)
+            words = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+            print(f"{name}: {sum(kinds.values())} kills, all end equal: {words}", flush=True)
+        for count in args.processes if "writers" in args.parts else ():
+            for line in faults_files.two_writers(count, folder):
+                print(f"two starts, {count} process(es) each: {line}", flush=True)
+        for line in faults_files.moves(folder) if "moves" in args.parts else ():
+            print(line, flush=True)
+        for name in args.scripts if "contents" in args.parts else ():
+            refused, harmless = faults_files.contents(name, folder, args.every)
+            words = f"{refused} refused in one line, {harmless} harmless"
+            print(f"{name}: {refused + harmless} wrong contents of last.pt: {words}", flush=True)
+
+
 # ---- memory ----
 
 
@@ -300,14 +340,17 @@ def memory(args):
 
 
 def main(args):
-    """One of the three."""
+    """One of the four."""
     if args.child:
         child(args.child)
     elif args.memory:
         memory(args)
+    elif args.files:
+        files(args)
     else:
         kill_all(args)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    with run.refusals("start again"):
+        main(cli(Args))

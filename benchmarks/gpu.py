@@ -31,9 +31,10 @@ if str(ROOT) not in sys.path:
 
 import torch  # noqa: E402
 import torchvision  # noqa: E402
-import tyro  # noqa: E402
 
 from benchmarks.runs import kill  # noqa: E402
+from common.flags import cli  # noqa: E402
+from common.run import refusals  # noqa: E402
 
 
 class Part(NamedTuple):
@@ -242,4 +243,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*json.loads(sys.argv[2]))
     else:
-        sys.exit(main(tyro.cli(Options)))
+        with refusals("start again"):
+            sys.exit(main(cli(Options)))

@@ -18,15 +18,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import tyro  # noqa: E402
 
 from benchmarks import fake_cuda, steps  # noqa: E402
+from common.flags import cli  # noqa: E402
+from common.run import refusals  # noqa: E402
 
 FILE = ROOT / "results" / "memory.json"
 RECIPES = {  # data set: (flags, classes)
@@ -41,9 +43,9 @@ CUT_SHORT = {"warmup_iters": 0, "cutmix_prob": 1.0}  # so that both steps are wh
 class Options:
     """Which rows to make."""
 
-    scripts: tuple[str, ...] = tuple(steps.MODES)
-    recipes: tuple[str, ...] = tuple(RECIPES)
-    backbones: tuple[str, ...] = ("resnet50", "resnet101")
+    scripts: tuple[Literal[tuple(steps.MODES)], ...] = tuple(steps.MODES)
+    recipes: tuple[Literal[tuple(RECIPES)], ...] = tuple(RECIPES)
+    backbones: tuple[Literal["resnet18", "resnet50", "resnet101"], ...] = ("resnet50", "resnet101")
     out: str = str(FILE)
 
 
@@ -116,4 +118,5 @@ def main(options):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    with refusals("start again"):
+        main(cli(Options))

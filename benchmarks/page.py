@@ -196,6 +196,8 @@ def pages():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit(f"page.py {' '.join(sys.argv[1:])}: --check or nothing")
     wrong = [
         path for path, text in pages().items() if not path.exists() or path.read_text() != text
     ]

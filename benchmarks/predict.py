@@ -22,20 +22,21 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # before this folder, which has a predict.py too
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import tyro  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import predict  # noqa: E402
 import supervised  # noqa: E402
 from common import outputs  # noqa: E402
 from common.checkpoints import write_checkpoint  # noqa: E402
-from common.flags import acting, merge  # noqa: E402
+from common.flags import acting, cli, merge  # noqa: E402
+from common.run import refusals  # noqa: E402
 
 
 @dataclass
@@ -50,7 +51,8 @@ class Options:
     threads: int = torch.get_num_threads()  # of the network
     maps: bool = False  # confidence and entropy too
     elsewhere: float = 0  # milliseconds that a stand-in for the network waits; 0: the network
-    child: str = ""  # plain or overlapped: run once in folder, print seconds and bytes
+    # run once in folder, print seconds and bytes
+    child: Literal["", "plain", "overlapped"] = ""
     folder: str = ""
 
 
@@ -169,8 +171,9 @@ def report(options, rows):
 
 
 if __name__ == "__main__":
-    options = tyro.cli(Options)
-    if options.child:
-        child(options)
-    else:
-        main(options)
+    with refusals("start again"):
+        options = cli(Options)
+        if options.child:
+            child(options)
+        else:
+            main(options)

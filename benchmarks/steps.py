@@ -254,6 +254,8 @@ def command(name, flags, tiny=False):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [] or sys.argv[1] not in MODES:
+        sys.exit(f"steps.py SCRIPT FLAGS: SCRIPT is one of {', '.join(MODES)}")
     script = importlib.import_module(sys.argv[1])
     sys.argv = [script.__file__, *sys.argv[2:]]
     for name, stand_in in tiny_modules(script).items():

@@ -47,26 +47,37 @@ def check_form(saved):
         "optimizer": dict,
         "state": dict,
         "meter": torch.Tensor,
-        "best": {"miou", "step"},
-        "time": {"elapsed_s"},
+        "best": {"miou": float, "step": int},
+        "time": {"elapsed_s": float},
         "lists": dict,
-        "log": {"bytes", "sha256"},
+        "log": {"bytes": int, "sha256": str},
     }
     for name, form in forms.items():
         value = saved.get(name)
-        if isinstance(form, set):  # a dict with these names
-            fits = isinstance(value, dict) and form <= set(value)
+        if isinstance(form, dict):  # with these names
+            fits = isinstance(value, dict)
+            fits = fits and all(isinstance(value.get(key), kind) for key, kind in form.items())
         else:
             fits = isinstance(value, form)
         if not fits:
             raise Refusal(f"{path}: its {name} is none to go on from; --init starts from it")
+    best = saved["best"]
+    none = best == {"miou": -1.0, "step": 0}
+    if not (none or 0 <= best["miou"] <= 1 and 0 < best["step"] <= saved["step"]):
+        raise Refusal(f"{path}: its best is none of a run ({best}); --init starts from it")
+    if saved["meter"].ndim != 1 or not saved["meter"].is_floating_point():
+        raise Refusal(f"{path}: its meter is none to go on from; --init starts from it")
 
 
 def load_networks(saved, networks):
     """Fills {name: network} from a checkpoint's dict; returns its step. Raises Refusal."""
     try:
         for name, net in networks.items():
-            net.load_state_dict(saved["networks"][name])
+            weights = saved["networks"][name]
+            for key, own in net.state_dict().items():
+                if key in weights and weights[key].dtype != own.dtype:  # it would be cast
+                    raise TypeError(f"{key} of {name} is {weights[key].dtype}")
+            net.load_state_dict(weights)
     except KeyError as error:
         raise Refusal(f"{saved['path']}: it holds no network {error}") from None
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -76,16 +87,26 @@ def load_networks(saved, networks):
 
 
 def load_optimizer(saved, optimizer):
-    """Fills an optimizer from a checkpoint's dict. Raises Refusal."""
+    """Fills an optimizer, SGD, from a checkpoint's dict: its momenta alone are taken.
+
+    Raises Refusal if a parameter has none, or if a group is another, but for its rate.
+    """
+    content = saved["optimizer"]
+    own = optimizer.state_dict()["param_groups"]
     try:
-        optimizer.load_state_dict(saved["optimizer"])
-        for params in optimizer.param_groups:
-            for p in params["params"]:
-                momentum = optimizer.state[p].get("momentum_buffer", p)
-                if momentum.shape != p.shape:
-                    raise ValueError(f"a momentum of shape {tuple(momentum.shape)}")
+        for number, (group, wanted) in enumerate(zip(content["param_groups"], own, strict=True)):
+            for name, value in wanted.items():
+                if name != "lr" and (name not in group or group[name] != value):
+                    raise ValueError(f"{name} of its group {number} is {group.get(name)}")
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, p in enumerate(parameters):  # all of them have had a gradient
+            momentum = content["state"][number]["momentum_buffer"]
+            if (momentum.shape, momentum.dtype) != (p.shape, p.dtype):
+                raise ValueError(f"a momentum of shape {tuple(momentum.shape)}, {momentum.dtype}")
+        optimizer.load_state_dict({"state": content["state"], "param_groups": own})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refusal(f"{saved['path']}: its optimizer is not that of this run ({error})") from None
+        wrong = " ".join(str(error).split()) or "no dict"
+        raise Refusal(f"{saved['path']}: its optimizer is not that of this run ({wrong})") from None
 
 
 def load_state(saved, state):

@@ -235,7 +235,8 @@ def advise_rate(args, recipe):
     if args.lr is None and lr and args.batch_size not in (None, batch):
         if args.batch_size > 0 and os.environ.get("RANK", "0") == "0":
             rate = lr * args.batch_size / batch
-            print(f"--lr {lr:g} is kept; the linear rule would have {rate:g} for this batch")
+            with contextlib.suppress(OSError, ValueError):  # nobody need read it
+                print(f"--lr {lr:g} is kept; the linear rule would have {rate:g} for this batch")
 
 
 def rules(kind):

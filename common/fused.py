@@ -186,7 +186,7 @@ def draw_entries(part, filled, q, u):
 
 def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
     """Twin of ESL's part_contrast. A class at a time gets its cosines with the whole bank,
-    (A, C K q), which nothing keeps: memory is linear in C.
+    (A, C K q), which nothing keeps: memory is linear in C. (gather would keep them.)
     """
     R = len(pushed)  # C K
     pixels, real = draw_anchors(ids, R // args.parts, u_anchors, args)
@@ -194,9 +194,11 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
     rows, both = draw_entries(part, pushed.clamp(max=args.queue), args.queue, u_entries)
     real = real & both
     z = F.normalize(upcast(rep_s[pixels]), dim=2)
+    begin = len(bank) * torch.arange(z.shape[1], device=z.device)[:, None]  # of an anchor's cosines
     losses = []
     for anchors, entries in zip(z, rows, strict=True):
-        scores = (anchors @ bank.T).gather(1, entries) / args.sigma
+        cosines = (anchors @ bank.T).flatten().index_select(0, (begin + entries).flatten())
+        scores = cosines.view_as(entries) / args.sigma
         losses.append(scores.logsumexp(1) - scores[:, 0])
     losses = torch.where(real, torch.stack(losses), 0.0)
     return (losses.sum(1) / real.sum(1).clamp(min=1)).mean(), real.sum()

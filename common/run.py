@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -64,6 +65,9 @@ MACHINE = {
     r"Too many open files|received 0 items of ancdata": (
         "too many open files: ulimit -n 4096, or --workers 0"
     ),
+    r"No space left on device|Disk quota exceeded": (
+        "no space left: free some, or give another --out"
+    ),
     r"can't allocate memory|Cannot allocate memory|out of memory|Unable to allocate": (
         "out of memory: a smaller --batch-size or --crop-size, --protocol slide or fewer --workers"
     ),
@@ -91,7 +95,8 @@ def refusals(resume="the same command with --resume goes on"):
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        with flushed():
+            yield
         return
     except Refusal as error:
         # a loader process wraps the message in a traceback and leaves it as the last line
@@ -103,6 +108,8 @@ def refusals(resume="the same command with --resume goes on"):
         line = f"{str(error) or 'stopped'}; {resume}"
     except BaseException as error:
         end_loaders()  # deaf to SIGTERM: the exit would wait for them for ever
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            os._exit(141)  # | head: as programs end that SIGPIPE ends
         remedy = machine_remedy(error)
         if not remedy:
             raise
@@ -118,6 +125,30 @@ def refusals(resume="the same command with --resume goes on"):
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the live line
         print(clear + line, file=sys.stderr, flush=True)
     os._exit(code)  # others may wait in a collective: no orderly end of the process group
+
+
+@contextlib.contextmanager
+def flushed():
+    """All that was printed is out at the end, also at that of --help: else Python says so later."""
+    try:
+        yield
+    except SystemExit as stop:
+        code = stop.code
+    else:
+        code = None
+    with contextlib.suppress(ValueError, AttributeError):  # it is closed
+        sys.stdout.flush()
+    if code is not None:
+        raise SystemExit(code)
+
+
+def nobody_reads():
+    """Returns whether stdout is a pipe whose reader has ended."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows has no poll
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)  # that the reader has gone is told unasked
+        return bool(pipe.poll(0))
+    return False
 
 
 def machine_remedy(error):
@@ -452,6 +483,8 @@ class Run:
         precise = torch.float32 if self.group.device.type == "mps" else torch.float64
         values = torch.stack([v.detach().to(precise) for v in logged.values()])
         sums = torch.cat([values.new_ones(1), values])
+        if len(self.meter) not in (0, len(sums)):
+            raise Refusal(f"{self.folder}: the meter of its checkpoint is that of other numbers")
         self.meter = self.meter + sums if len(self.meter) else sums
         self.bad_step = self.bad_step.clamp(max=torch.where(values.isfinite().all(), NEVER, step))
         self._advance(step)
@@ -611,10 +644,10 @@ class Run:
 
 def make_folder(folder):
     """Makes a folder and those above; returns False if it is there already. Raises Refusal."""
-    above = next(p for p in (folder, *folder.parents) if p.exists())
-    if not above.is_dir():
-        raise Refusal(f"{above}: a file, no folder: give another --out")
     with writing(folder):
+        above = next(p for p in (folder, *folder.parents) if p.exists())
+        if not above.is_dir():
+            raise Refusal(f"{above}: a file, no folder: give another --out")
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             folder.mkdir()  # of two starts at once one fails here

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -534,6 +535,16 @@ def write(path, data):
         other.unlink(missing_ok=True)
 
 
+def clear_left(folder):
+    """Removes what a killed `write` has left below a folder; a living one takes no minute."""
+    for path in Path(folder).rglob(".*"):
+        if not re.fullmatch("[.][0-9a-f]{32}", path.name):
+            continue
+        with contextlib.suppress(OSError):  # another call removes it too
+            if time.time() - path.stat().st_mtime > 60:
+                path.unlink()
+
+
 def check_scheme(url):
     """Raises Refusal if an address is not by one of SCHEMES."""
     if url.partition(":")[0].lower() not in SCHEMES:
@@ -566,7 +577,9 @@ def download(url, path, md5=""):
         with urllib.request.build_opener(Redirect).open(request, timeout=60) as answer:
             if not answer.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
                 begin = 0  # the whole file comes
-            total = begin + int(answer.headers.get("Content-Length") or 0)
+            length = answer.headers.get("Content-Length", "")
+            if length.isdecimal():
+                total = begin + int(length)
             quiet = None if md5 else True  # lists are small
             bar = tqdm(total=total, initial=begin, unit="B", unit_scale=True, disable=quiet)
             with bar, open(part, "ab" if begin else "wb") as file:
@@ -575,8 +588,9 @@ def download(url, path, md5=""):
                     bar.update(len(block))
     except urllib.error.HTTPError as error:
         if error.code != 416 or not begin:  # 416: nothing comes after the part, it is whole
-            raise Refusal(f"{url}: {error}") from None
-    except (OSError, http.client.HTTPException) as error:
+            line = " ".join(str(error).split())  # of a loop of redirects: several
+            raise Refusal(f"{url}: {line}") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:  # an address that is none
         raise Refusal(f"{url}: {error}{again}") from None
     if part.stat().st_size < total:
         cut = f"cut off after {part.stat().st_size} of {total} bytes"

@@ -332,7 +332,7 @@ def test_scores_worked_out_by_hand(table, iou, accuracy, constant):
     mean = sum(present) / max(len(present), 1)
     rounded = [None if x is None else round(x, 6) for x in iou]
     expected = dict(miou=mean, accuracy=accuracy, constant=constant, iou=rounded)
-    assert result.pop("iou") == expected.pop("iou")
+    assert result.pop("iou") == expected.pop("iou") and result.pop("confusion") == table
     assert result == pytest.approx(expected, abs=1e-15)
 
 

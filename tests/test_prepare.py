@@ -284,7 +284,7 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys, mo
     assert keys_of(data.labeled) == sorted(TRAIN) and keys_of(data.unlabeled) == REST
     monkeypatch.setattr(prepare_data, "archive", lambda *some: pytest.fail("archives asked for"))
     command("voc")
-    assert capsys.readouterr().out.startswith("data/voc: complete; next: ")
+    assert "data/voc: complete; next: python prepare_data.py check" in capsys.readouterr().out
 
 
 def test_what_is_there_stays_archives_and_other_files(voc, monkeypatch):
@@ -478,7 +478,8 @@ def test_what_nothing_reads_and_what_two_sets_share_is_named(capsys):
     assert f"of val, the same as {images}/train/c.png of train" in capsys.readouterr().err
     for path in (root / "masks/train").rglob("*.png"):
         Image.new("L", (8, 6), 255).save(path)
-    assert "no pixel of any class in the masks of labeled" in refusal(command, check)
+    assert "2 bad files" in refusal(command, check)
+    assert "no pixel of any class in the masks of labeled" in capsys.readouterr().err
 
 
 def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():

@@ -5,11 +5,13 @@ name, never from the numbers of an export: every tool counts in its own way.
 """
 
 import base64
+import contextlib
 import functools
 import io
 import json
 import math
 import re
+import time
 import urllib.parse
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from tqdm import tqdm
 from common import Refusal, printable
 from common.data import IGNORE, LARGEST, ClassRow, read_classes, read_colours, voc_colours
 from common.shapes import polygon
-from common.sources import SUFFIXES, clear_left, files_below, write
+from common.sources import SUFFIXES, files_below, write
 
 BACKGROUND = ("background", "__background__", "_background_")
 
@@ -623,6 +625,16 @@ def png(array, palette=None):
         picture.putpalette(np.array(palette, np.uint8).tobytes().ljust(768, b"\0"))
     picture.save(file, "PNG")
     return file.getvalue()
+
+
+def clear_left(folder):
+    """Removes what a killed `write` has left below a folder; a living one takes no minute."""
+    for path in Path(folder).rglob(".*"):
+        if not re.fullmatch("[.][0-9a-f]{32}", path.name):
+            continue
+        with contextlib.suppress(OSError):  # another call removes it too
+            if time.time() - path.stat().st_mtime > 60:
+                path.unlink()
 
 
 # ---- the command ----

@@ -45,7 +45,6 @@ from common.sources import (
     LISTS,
     Tree,
     check_md5,
-    clear_left,
     download,
     fetch_list,
     keys_of,
@@ -53,7 +52,7 @@ from common.sources import (
     same_set,
     write,
 )
-from convert import Convert, From, coco_region, png
+from convert import Convert, From, clear_left, coco_region, png
 
 ARCHIVES = {  # of VOC and SBD: address, md5
     "VOCtrainval_11-May-2012.tar": (
@@ -657,9 +656,7 @@ class Check(Source):
 
     def tell_padding(self, sizes):
         """Warns where a crop is larger than most images; sizes: (W, H) of each."""
-        crop = self.crop_size
-        if not crop and self.dataset == "folder":
-            crop = FOLDER_CROP
+        crop = self.crop_size or FOLDER_CROP * (self.dataset == "folder")
         sides = sorted(min(size) for size in sizes)
         small = sum(side < crop for side in sides)
         if 2 * small > len(sides):

@@ -188,20 +188,20 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
     """Twin of ESL's part_contrast. A class at a time gets its cosines with the whole bank,
     (A, C K q), which nothing keeps: memory is linear in C. (gather would keep them.)
     """
-    R = len(pushed)  # C K
-    pixels, real = draw_anchors(ids, R // args.parts, u_anchors, args)
-    part = ids[pixels].clamp(max=R - 1)
+    pixels, real = draw_anchors(ids, len(u_anchors), u_anchors, args)
+    part = ids[pixels].clamp(max=len(pushed) - 1)
     rows, both = draw_entries(part, pushed.clamp(max=args.queue), args.queue, u_entries)
-    real = real & both
+    rows += len(bank) * torch.arange(rows.shape[1], device=rows.device)[:, None]  # cosines in line
     z = F.normalize(upcast(rep_s[pixels]), dim=2)
-    begin = len(bank) * torch.arange(z.shape[1], device=z.device)[:, None]  # of an anchor's cosines
     losses = []
     for anchors, entries in zip(z, rows, strict=True):
-        cosines = (anchors @ bank.T).flatten().index_select(0, (begin + entries).flatten())
-        scores = cosines.view_as(entries) / args.sigma
+        scores = (anchors @ bank.T).flatten().index_select(0, entries.flatten()).view_as(
+            entries
+        ) / args.sigma
         losses.append(scores.logsumexp(1) - scores[:, 0])
-    losses = torch.where(real, torch.stack(losses), 0.0)
-    return (losses.sum(1) / real.sum(1).clamp(min=1)).mean(), real.sum()
+    real &= both
+    total = torch.where(real, torch.stack(losses), 0.0).sum(1)
+    return (total / real.sum(1).clamp(min=1)).mean(), real.sum()
 
 
 # ---- FPL ----

@@ -95,8 +95,12 @@ def refusals(resume="the same command with --resume goes on"):
 
     signal.signal(signal.SIGINT, interrupt)
     try:
-        with flushed():
+        try:
             yield
+        except SystemExit:  # --help
+            print(end="", flush=True)
+            raise
+        print(end="", flush=True)  # a reader who left is met here, not at Python's own end
         return
     except Refusal as error:
         # a loader process wraps the message in a traceback and leaves it as the last line
@@ -125,21 +129,6 @@ def refusals(resume="the same command with --resume goes on"):
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the live line
         print(clear + line, file=sys.stderr, flush=True)
     os._exit(code)  # others may wait in a collective: no orderly end of the process group
-
-
-@contextlib.contextmanager
-def flushed():
-    """All that was printed is out at the end, also at that of --help: else Python says so later."""
-    try:
-        yield
-    except SystemExit as stop:
-        code = stop.code
-    else:
-        code = None
-    with contextlib.suppress(ValueError, AttributeError):  # it is closed
-        sys.stdout.flush()
-    if code is not None:
-        raise SystemExit(code)
 
 
 def nobody_reads():

@@ -12,7 +12,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.request
 import uuid
@@ -533,16 +532,6 @@ def write(path, data):
         os.replace(other, path)
     finally:
         other.unlink(missing_ok=True)
-
-
-def clear_left(folder):
-    """Removes what a killed `write` has left below a folder; a living one takes no minute."""
-    for path in Path(folder).rglob(".*"):
-        if not re.fullmatch("[.][0-9a-f]{32}", path.name):
-            continue
-        with contextlib.suppress(OSError):  # another call removes it too
-            if time.time() - path.stat().st_mtime > 60:
-                path.unlink()
 
 
 def check_scheme(url):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import convert
 import prepare_data
 import processes
 import tiny
@@ -64,7 +65,7 @@ def test_what_a_killed_conversion_left_goes_and_a_living_ones_stays(tmp_path):
         file.touch()
     for file in (old, other):
         os.utime(file, (0, time.time() - 100))
-    sources.clear_left(tmp_path)
+    convert.clear_left(tmp_path)
     assert not old.exists() and new.exists() and other.exists()
 
 

@@ -1176,7 +1176,7 @@ def main(args):
             del prob  # large
             teacher.head.with_features = False  # an evaluation does not pay for them
         out = student_parallel(torch.cat([x_l, x_u]))  # one pass: they share BN statistics
-        sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)
+        sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)  # Eq. (2)
         unsup = soft_cross_entropy(out["logits"][n:], y_u, inside)
         if args.contrast:
             candidates = ids_u.masked_fill(~(conf > args.zeta), C * K)  # Eq. (9)
@@ -1192,7 +1192,7 @@ def main(args):
         else:
             contrast = 0.0 * out["rep"].float().sum()  # so that DDP sees all parameters
             anchors = present = torch.zeros_like(sup)
-        loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (11)
+        loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (1), (11)
         loss.backward()
         dominant = (y_u > 0).sum(1)
         area = inside.sum().clamp(min=1)

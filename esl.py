@@ -422,7 +422,7 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
             negatives = filled[~in_part]
             if len(positives) and len(negatives):
                 positive = positives[(u[:1] * len(positives)).long()]
-                negative = negatives[(u[1:] * len(negatives)).long()]
+                negative = negatives[(u[1:] * len(negatives)).long()]  # [D25]
                 losses.append(info_nce(z, bank, torch.cat([positive, negative]), args.sigma))
         loss = loss + sum(losses) / max(len(losses), 1)
         number += len(losses)

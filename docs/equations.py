@@ -7,10 +7,10 @@ below: it says whose an equation is ("UniMatch Eq. (1)"), or it is FPL's.
 """
 
 import ast
+import functools
 import json
 import re
 import sys
-import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +74,12 @@ def numbers_of(text):
             yield f"{letter}{number}"
 
 
+@functools.cache
+def parsed(path):
+    """Returns the statements of a file."""
+    return ast.parse(path.read_text()).body
+
+
 def item(paper, kind, number):
     return f"{paper} {kind} ({number})" if kind == "Eq." else f"{paper} {kind} {number}"
 
@@ -109,18 +115,11 @@ def cited(text, paper):
                     yield name, match.start()
 
 
-def comments(source, node):
-    """Returns the comments inside a statement."""
-    lines = source.splitlines(keepends=True)[node.lineno - 1 : node.end_lineno]
-    tokens = tokenize.generate_tokens(iter(lines).__next__)
-    found = []
-    try:
-        for token in tokens:
-            if token.type == tokenize.COMMENT:
-                found.append(token.string)
-    except (tokenize.TokenError, IndentationError):
-        pass
-    return found
+def comments(path, node):
+    """Returns the comments inside a statement of a file."""
+    lines = path.read_text().splitlines()[node.lineno - 1 : node.end_lineno]
+    found = [re.search(r"(?:^|\s)(# .*)", line) for line in lines]
+    return [match[1] for match in found if match]
 
 
 def definitions(path):
@@ -128,18 +127,18 @@ def definitions(path):
 
     rank: 0, a docstring; 2, a comment in a function; 3, of a table; 4, of the flags.
     """
-    source = path.read_text()
-    for node in ast.parse(source).body:
+    for node in parsed(path):
         if isinstance(node, ast.FunctionDef):
-            texts = [(text, 2) for text in comments(source, node)]
+            texts = [(text, 2) for text in comments(path, node)]
             yield node.name, [(ast.get_docstring(node) or "", 0), *texts]
         elif isinstance(node, ast.ClassDef):
-            texts = [(text, 4) for text in comments(source, node)]
+            texts = [(text, 4) for text in comments(path, node)]
             yield node.name, [(ast.get_docstring(node) or "", 0), *texts]
         elif isinstance(node, ast.Assign):
-            yield ast.unparse(node.targets[0]), [("\n".join(comments(source, node)), 3)]
+            yield ast.unparse(node.targets[0]), [("\n".join(comments(path, node)), 3)]
 
 
+@functools.cache
 def places():
     """Returns {item: [(rank, name, path)]}, the best first; ranks of definitions, and 1 and 5.
 
@@ -153,9 +152,11 @@ def places():
     seen = set()
     for path in paths:
         for name, texts in definitions(path):
-            if name in seen and name.islower() and name != "main":
+            shared = path.parent == ROOT and name.islower() and name != "main"
+            if shared and name in seen:
                 continue
-            seen.add(name)
+            if shared:
+                seen.add(name)
             for text, rank in texts:
                 for key, start in cited(text, DEFAULT.get(path.stem, "FPL")):
                     later = rank == 0 and start > 30
@@ -169,6 +170,7 @@ def places():
     return {key: sorted(places, key=lambda place: place[0]) for key, places in found.items()}
 
 
+@functools.cache
 def uses(node):
     """Returns the names that a statement of a test file uses: "helper", "script.function"."""
     names = set()
@@ -180,6 +182,7 @@ def uses(node):
     return names
 
 
+@functools.cache
 def read_tests():
     """Returns [("file.py: test", names that it uses, itself or through its file's helpers)]."""
     first = ["equations", "borders", "draws", "results"]
@@ -188,7 +191,7 @@ def read_tests():
     found = []
     for path in paths:
         known = {}
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 known[node.name] = uses(node)
             elif isinstance(node, ast.Assign):
@@ -215,7 +218,7 @@ def test_of(name, path, tests):
         test = next((test for test, reached in tests if wanted & reached), "")
         if test:
             return test
-        for node in ast.parse(path.read_text()).body:
+        for node in parsed(path):
             if isinstance(node, ast.FunctionDef) and caller in uses(node):
                 callers += {node.name} - {*callers, "main"}
     return ""

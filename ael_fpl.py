@@ -151,7 +151,8 @@ class Args:
     pooled: Count | None = None  # labelled images that are one group in Eq. (4) and (12)
     bank_momentum: Share | None = None  # share of the confidence bank that Eq. (7) keeps
     skip_absent: bool = False  # absent classes leave the bank as it is; False: they count 0
-    region_area: Share | None = None  # CutMix: a region above this share of the crop is cut
+    cutmix: bool = True  # adaptive CutMix; off: the student sees unlabelled images unmixed [D34]
+    region_area: Share | None = None  # CutMix: a region above this share is cut (Table 6)
     bank_area: Share | None = None  # CutMix: share of a crop that makes a class present
     paste_draws: Number | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
     paste_prob: Share | None = None  # Copy-Paste: share of labelled images that are pasted onto
@@ -185,8 +186,9 @@ class Args:
         "threshold": "unsup_weight",
         "gamma": "unsup_weight",
         "beta": "unsup_weight",
-        "region_area": "unsup_weight",
-        "bank_area": "unsup_weight",
+        "cutmix": "unsup_weight",
+        "region_area": "unsup_weight, cutmix",
+        "bank_area": "unsup_weight, cutmix",
         "paste_prob": "paste_draws",
         "paste_power": "paste_draws",
         "paste_not": "paste_draws",
@@ -494,6 +496,7 @@ def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
     logits_t, inside: as teacher_sight takes them. images: indices of the unlabelled images that
     all processes mix; the first of state["draws"] are their partners. Partners of the step four
     later are drawn from both banks as they are [D27]; then the image bank takes in this step.
+    With --no-cutmix all that is the same, and no mask has a box.
     """
     bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args, group)
     classes, partners = state["draws"][0].T.tolist()
@@ -501,7 +504,7 @@ def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
     state["draws"] = torch.cat([state["draws"][1:], draws[None]])
     for image, row in zip([*images, *partners], present, strict=True):
         state["present"][:, image] = row  # an image that comes twice: as it was seen last
-    own = own_slice(len(classes), group)
+    own = own_slice(len(classes) if args.cutmix else 0, group)
     mask, regions = partner_mask(
         coarse.numpy(),
         classes[own],

@@ -214,7 +214,7 @@ T_TABLE = {  # FPL supplement: (data set, backbone, CutMix): split -> T, where i
     ("cityscapes", "resnet101", True): {"1/16": 0.85, "1/8": 0.85, "1/4": 0.85},
     ("voc_aug", "resnet50", True): {"1/16": 0.95},
 }
-FEW_LABELS = {  # Table 3, VOC's 1,464 with CutMix [D12]: split -> T and beta of Eq. (1)
+FEW_LABELS = {  # FPL supplement Table 3, VOC's 1,464, CutMix [D12]: split -> T, beta of Eq. (1)
     "92": dict(T=0.95, unsup_weight=0.1),
     "183": dict(T=0.85, unsup_weight=0.5),
     "366": dict(T=0.85, unsup_weight=0.5),
@@ -323,6 +323,8 @@ def soft_loss(logits_s, prob_t):
 def negative_loss(logits_s, prob_t, threshold=0.2):
     """Supplement Eq. (1), -sum_j log(1 - p^j), p the student's, over classes with prob_t < 0.2.
 
+    The threshold is of the teacher's probability [D23]. Eq. (2) is the same sum by logits.
+
     1 - p of the likeliest class is the sum of the other p: a difference would round to 0.
     """
     log_p = F.log_softmax(upcast(logits_s), 1)
@@ -350,6 +352,11 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
+def image_means(x, mask):
+    """Mean of x (B, H, W) over the pixels of each image where mask is True, (B,); 0 over none."""
+    return (x * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
+
+
 def fpl_loss(logits_s, logits_t, phase, args):
     """Returns FPL's loss of every pixel, Eq. (7) times its weight, and the pseudo label, int64.
 
@@ -357,15 +364,15 @@ def fpl_loss(logits_s, logits_t, phase, args):
     """
     p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     K = k_values(p, phase, args)
-    weight = adaptive_weight(p, K, args.weight, args.mean_over)
+    weight = adaptive_weight(p, K, args.weight, args.mean_over)  # [D24]
     return weight * fuzzy_positive_regularization(logits_s, order, K), order[:, 0]
 
 
 def taught_loss(logits_s, logits_t, inside, phase, args):
     """What a network learns from the other one: (its loss, cross-entropy in its place), scalars.
 
-    inside: (B, H, W) bool, what counts. Without --balance cross-entropy is only logged, and that of
-    every fourth pixel each way.
+    inside: (B, H, W) bool, what counts. FPL with --balance: of each image, (B,). Without --balance
+    cross-entropy is only logged, and that of every fourth pixel each way.
     """
     if args.unsup_loss == "fpl":
         loss_of = pick(fpl_loss, args, logits_s.device.type)
@@ -377,10 +384,15 @@ def taught_loss(logits_s, logits_t, inside, phase, args):
     if args.unsup_loss == "ce":
         ce = cross_entropy(logits_s, pseudo)  # FPL Eq. (2)
         return ce, ce.detach()
+    if args.unsup_loss == "fpl" and args.balance:
+        ce = F.cross_entropy(
+            upcast(logits_s.detach()), pseudo, ignore_index=IGNORE, reduction="none"
+        )
+        return image_means(loss, inside), image_means(ce, inside)
     if args.unsup_loss == "soft":
         loss = soft_loss(logits_s, prob_t)
     elif args.unsup_loss == "negative":
-        loss = negative_loss(logits_s, prob_t)
+        loss = negative_loss(logits_s, prob_t)  # [D23]
     stride = 1 if args.balance else 4
     sampled = logits_s.detach()[..., ::stride, ::stride]
     ce = cross_entropy(sampled, pseudo[..., ::stride, ::stride])
@@ -390,15 +402,16 @@ def taught_loss(logits_s, logits_t, inside, phase, args):
 def balanced(losses, args):
     """Returns (the sum of what taught_loss returns for both networks, to be minimized; logged).
 
-    logged: unsup, the sum; balance: cross-entropy / unsup, a factor of FPL with --balance [D16].
+    logged: unsup, the sum; balance: cross-entropy / unsup, with --balance FPL's factor, one for
+    each image [D16]: then both are means over images.
     """
     unsup = sum(loss for loss, _ in losses)
     ce = sum(ce for _, ce in losses)
     balance = torch.where(unsup > 0, ce / unsup.detach().clamp(min=1e-12), 1.0)
-    logged = {"unsup": unsup.detach(), "balance": balance}
+    logged = {"unsup": unsup.detach().mean(), "balance": balance.mean()}
     if args.balance and args.unsup_loss == "fpl":
         unsup = unsup * balance
-    return unsup, logged
+    return unsup.mean(), logged
 
 
 def cross_loss(students, teachers, inside, phase, args):

@@ -427,7 +427,7 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
             negatives = filled[~in_part]
             if len(positives) and len(negatives):
                 positive = positives[(u[:1] * len(positives)).long()]
-                negative = negatives[(u[1:] * len(negatives)).long()]
+                negative = negatives[(u[1:] * len(negatives)).long()]  # [D25]
                 losses.append(info_nce(z, bank, torch.cat([positive, negative]), args.sigma))
         loss = loss + sum(losses) / max(len(losses), 1)
         number += len(losses)
@@ -1199,7 +1199,7 @@ def main(args):
             del prob  # large
             teacher.head.with_features = False  # an evaluation does not pay for them
         out = student_parallel(torch.cat([x_l, x_u]))  # one pass: they share BN statistics
-        sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)
+        sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)  # Eq. (2)
         unsup = soft_cross_entropy(out["logits"][n:], y_u, inside)
         if args.contrast:
             candidates = ids_u.masked_fill(~(conf > args.zeta), C * K)  # Eq. (9)
@@ -1215,7 +1215,7 @@ def main(args):
         else:
             contrast = 0.0 * out["rep"].float().sum()  # so that DDP sees all parameters
             anchors = present = torch.zeros_like(sup)
-        loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (11)
+        loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (1), (11)
         loss.backward()
         dominant = (y_u > 0).sum(1)
         area = inside.sum().clamp(min=1)

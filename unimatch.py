@@ -972,7 +972,11 @@ def predict(net, image, args, num_classes):
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
-    rows = [logits.argmax(0) for logits in slide(net, image, args.crop_size, num_classes)]
+    rows = [
+        few.argmax(0)  # argmax copies what it is given: a few rows at a time
+        for logits in slide(net, image, args.crop_size, num_classes)
+        for few in logits.split(32, 1)
+    ]
     return torch.cat(rows)
 
 

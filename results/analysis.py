@@ -81,7 +81,10 @@ def shares(logits_s, prob_t, K):
 
 
 def fuzzy_gradient(logits_s, prob_t, K):
-    """G^f, Eq. (8), the gradient of Eq. (7); in [-1, 1]. G^v where K = 1, 0 where K = C."""
+    """G^f, Eq. (8), the gradient of Eq. (7); in [-1, 1]. G^v where K = 1, 0 where K = C.
+
+    Supplement Eq. (5) has it in probabilities.
+    """
     return gradient_sum(logits_s, prob_t, K)[:, None] * shares(logits_s, prob_t, K)
 
 

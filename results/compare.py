@@ -2,10 +2,13 @@
 
     python results/compare.py A B [--rows] [--score best]   # run folders or logs; A: the baseline
 
+On Cityscapes the table's own columns (1/32 of the labels) stand beside them: common/papers.json.
+
 IoU in per cent with two decimals; improvements in points, between the numbers as printed. Hard is
 what A scores low, so noise in A alone makes hard classes rise and easy ones fall.
 """
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +59,7 @@ def hardest_first(a, b):
 
 
 def cells(names, classes, a, b, mious):
-    """Returns Table 6 as rows of text, one per class, mIoU last; a, b: per cent per class."""
+    """Supplement Table 6 as rows of text, one per class, mIoU last; a, b: per cent per class."""
     present, absent = hardest_first(a, b)
     if {a.count(None), b.count(None)} != {len(absent)}:  # one lacks more: over what both have
         mious = [round(sum(v[i] for i in present) / max(len(present), 1), 2) for v in (a, b)]
@@ -64,6 +67,20 @@ def cells(names, classes, a, b, mious):
     rows = [(name, f"{x:.2f}", f"{y:.2f}", f"{y - x:+.2f}") for name, x, y in rows]
     rows[-1:-1] = [(classes[i], *["absent"] * 3) for i in absent]
     return [("Class", *names, "Improvement"), *rows]
+
+
+def published(dataset):
+    """Supplement Table 6 of a data set, {method: {class: IoU in per cent}}, or {}: AEL, FPL+AEL."""
+    entries = json.loads((ROOT / "common/papers.json").read_text())
+    entries = [entry for entry in entries if "iou" in entry and entry["dataset"] == dataset]
+    return {entry["source"].split(", ")[1]: entry["iou"] for entry in entries}
+
+
+def beside(rows, method, iou):
+    """Returns rows as cells has them with a column more: the paper's numbers of a method."""
+    column = {"Class": f"paper: {method}", "mIoU": f"{sum(iou.values()) / len(iou):.2f}"}
+    column |= {name: f"{value:.2f}" for name, value in iou.items()}
+    return [(*row, column[row[0]]) for row in rows]
 
 
 def markdown(rows):
@@ -102,6 +119,8 @@ def main(argv=None):
         raise Refusal(f"{args.a}, {args.b}: {words}: nothing to compare")
     names = (a.name, b.name) if a.name != b.name else (args.a, args.b)
     rows = cells(names, a.classes, a.iou, b.iou, (a.miou, b.miou))
+    for method, iou in published(a.flags["dataset"]).items():
+        rows = beside(rows, method, iou)
     print(markdown(rows if args.rows else list(zip(*rows, strict=True))))
     print(f"\n{args.score} step, {a.facts['scored on']}; one seed each\n{summary(a.iou, b.iou)}")
     if words:

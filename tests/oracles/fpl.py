@@ -114,8 +114,19 @@ def pixel_loss(z, q, flags, progress=0.0):
 def cross_loss(students, teachers, inside, progress, flags):
     """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns value, gradients, parts.
 
-    students, teachers: images of both networks. The balance [D16]: cross-entropy's value for FPL's.
+    students, teachers: images of both networks. The balance [D16]: cross-entropy's value for FPL's,
+    of each image alone.
     """
+    if len(inside) > 1 and flags.balance and flags.unsup_loss == "fpl":
+        alone = []
+        for i in range(len(inside)):
+            nets = [[net[i : i + 1] for net in nets] for nets in (students, teachers)]
+            alone.append(cross_loss(*nets, inside[i : i + 1], progress, flags))
+        values, slopes, parts = zip(*alone, strict=True)
+        share = 1 / len(inside)
+        both = [[[scaled(g, share) for g in one[net][0]] for one in slopes] for net in (0, 1)]
+        parts = {name: math.fsum(part[name] for part in parts) * share for name in parts[0]}
+        return math.fsum(values) * share, both, parts
     unsup = 0.0
     ce = 0.0
     gradients = []

@@ -1,0 +1,122 @@
+"""Do the papers' claims hold here? The table of camvid-lite, and paired differences of its rows.
+
+    python results/differences.py           # print
+    python results/differences.py --write   # put it into docs/results.md, between two marks
+
+A difference is taken seed by seed, between runs with the same labelled images, sample stream and
+schedule. Its interval: test images and seeds are drawn again with replacement, 5,000 times, the
+same for both rows; the middle 95 % of the differences of mean mIoU. With three seeds it says little
+of what a fourth would give, and the page says so.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from results.run_table import COUNTS, ROWS, SEEDS, counts_path, log_path, miou  # noqa: E402
+
+PAGE = ROOT / "docs" / "results.md"
+MARKS = ("<!-- table: results/differences.py --write -->\n", "<!-- end of table -->\n")
+CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is above)
+    ("CPS is above labels alone", "FPL Table 1", "cps", "labels"),
+    ("FPL improves CPS", "FPL Table 1", "fpl-cps", "cps"),
+    ("FPL as released improves CPS", "FPL Table 1", "fpl-cps-official", "cps"),
+    ("AEL is above labels alone", "FPL Table 2", "ael", "labels"),
+    ("FPL improves AEL", "FPL Table 2", "fpl-ael", "ael"),
+    ("CutMix improves Mean Teacher", "U2PL Table 1", "cutmix-mt", "mt"),
+    ("U2PL's contrast improves its base", "U2PL Table 5", "u2pl", "u2pl-neither"),
+    ("L_c is above L_b", "U2PL Table A2", "u2pl", "u2pl-binary"),
+    ("ESL's contrast improves its soft labels", "ESL Table 4", "esl", "esl-soft-labels"),
+    ("FPL improves CPS with half the labels", "FPL Table 1", "fpl-cps-1_16", "cps-1_16"),
+    ("FPL improves CPS with twice the labels", "FPL Table 1", "fpl-cps-1_4", "cps-1_4"),
+)
+
+
+def runs(name):
+    """Returns {seed: the done line of a row's log}."""
+    paths = {seed: log_path(name, seed) for seed in SEEDS if log_path(name, seed).is_file()}
+    return {seed: json.loads(path.read_text().splitlines()[-1]) for seed, path in paths.items()}
+
+
+def resampled(name, seeds, drawn):
+    """Returns (draws, seeds) mIoU of a row; drawn: (draws, images), how often an image counts."""
+    found = []
+    for seed in seeds:
+        with np.load(counts_path(name, seed)) as counts:
+            found.append(miou(*(drawn @ counts[kind] for kind in COUNTS.split())))
+    return np.stack(found, 1)
+
+
+def difference(name, base, draws=5000):
+    """Returns (seeds, difference per seed of the last test mIoU, interval of their mean).
+
+    Points of mIoU. The interval's ends are None where the rows have no seed in common.
+    """
+    seeds = sorted(set(runs(name)) & set(runs(base)))
+    if not seeds:
+        return seeds, [], (None, None)
+    with np.load(counts_path(name, seeds[0])) as counts:
+        images = len(counts["hit"])
+    rng = np.random.default_rng([0, 0xD1FF])
+    drawn = rng.multinomial(images, np.full(images, 1 / images), draws).astype(float)
+    chosen = rng.integers(len(seeds), size=(draws, len(seeds)))
+    gaps = resampled(name, seeds, drawn) - resampled(base, seeds, drawn)
+    means = np.take_along_axis(gaps, chosen, 1).mean(1)
+    everything = np.ones((1, images))
+    exact = resampled(name, seeds, everything) - resampled(base, seeds, everything)
+    return seeds, exact[0].tolist(), tuple(np.percentile(means, [2.5, 97.5]))
+
+
+def verdict(seeds, interval):
+    """Returns what the interval says of a claim that the difference is positive."""
+    if len(seeds) < len(SEEDS):
+        return "not yet told"
+    if interval[0] > 0:
+        return "holds"
+    if interval[1] < 0:
+        return "does not hold"
+    return "cannot be told"
+
+
+def spread(values):
+    """Returns "mean (lowest to highest)" of per cents, or their number where it is one."""
+    text = f"{sum(values) / len(values):.1f}"
+    if len(values) > 1:
+        text += f" ({min(values):.1f} to {max(values):.1f})"
+    return text
+
+
+def table():
+    """Returns both tables as Markdown."""
+    lines = ["| row | seeds | test mIoU, last | test mIoU, best on val |", "|-|-|-|-|"]
+    for name, row in ROWS.items():
+        done = runs(name)
+        if done:
+            last = spread([100 * line["last"]["miou"] for line in done.values()])
+            best = spread([100 * line["best"]["miou"] for line in done.values()])
+            flags = f"{row.script} {row.flags}".strip()
+            seeds = " ".join(str(seed) for seed in done)
+            lines.append(f"| {name}: `{flags}` | {seeds} | {last} | {best} |")
+    lines += ["", "| claim | paper | points, seed by seed | 95 % | here |", "|-|-|-|-|-|"]
+    for claim, paper, name, base in CLAIMS:
+        seeds, gaps, interval = difference(name, base)
+        points = ", ".join(f"{gap:+.1f}" for gap in gaps) or "-"
+        ends = "-"
+        if gaps:
+            ends = f"{interval[0]:+.1f} to {interval[1]:+.1f}"
+        lines.append(f"| {claim} | {paper} | {points} | {ends} | {verdict(seeds, interval)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        before, rest = PAGE.read_text().split(MARKS[0])
+        PAGE.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1])
+    else:
+        print(table(), end="")

@@ -4,7 +4,7 @@
     python results/run_table.py --camvid DIR --lite0 FILE         # runs, two beside each other
 
 Protocol camvid-lite: CamVid with 1/8 of its labels, EfficientNet-Lite0 from its ImageNet weights;
-docs/data.md says how it was chosen. A run goes on from its last checkpoint, so this command may be
+docs/results.md has what came of it. A run goes on from its last checkpoint, so this command may be
 stopped and started again at any time. A finished run leaves its log in results/camvid-lite/, and
 beside it what each test image adds to every class (`COUNTS`), from which results/differences.py
 draws its intervals. Of the seeds nothing is left out.

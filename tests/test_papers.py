@@ -115,7 +115,7 @@ def test_the_cost_of_a_step_is_measured_in_every_mode():
 
 
 def test_networks_differ_from_the_released_ones_where_d6_says():
-    args = SimpleNamespace(backbone="resnet18", stem="classic", weights="none", output_stride=16)
+    args = resolved(supervised, ["--dataset", "camvid"])
     net = supervised.make_backbone(args)
     assert (net.layer1[0].bn2.weight == 1).all()
     ceil = torch.nn.MaxPool2d(3, 2, 1, ceil_mode=True)

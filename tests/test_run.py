@@ -295,7 +295,7 @@ FLAGS = {
 def test_every_flag_has_an_effect_and_two_equal_runs_none(name, tree, tmp_path):
     """The networks after three steps differ from those of every other row."""
     script, found, alone = tiny.script(name), {}, Group(0, 1, torch.device("cpu"))
-    base = {"esl": "--eta 0.5", "mean_teacher": "--warmup-iters 0 --seed 2"}
+    base = {"esl": "--eta 0.5", "mean_teacher": "--warmup-iters 0 --seed 5"}
     base["u2pl"] = "--warmup-iters 0"
 
     def flags(words):

@@ -972,11 +972,7 @@ def predict(net, image, args, num_classes):
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
-    rows = [
-        few.argmax(0)  # argmax copies what it is given: a few rows at a time
-        for logits in slide(net, image, args.crop_size, num_classes)
-        for few in logits.split(32, 1)
-    ]
+    rows = [logits.argmax(0) for logits in slide(net, image, args.crop_size, num_classes)]
     return torch.cat(rows)
 
 
@@ -1001,10 +997,10 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        first = top if y == 0 else 0
-        yield sums[:, first : min(done, top + h - y), left : left + w]
-        rest = sums[:, done:].clone()
-        sums.zero_()[:, : window - done] = rest
+        yield sums[:, (top if y == 0 else 0) : min(done, top + h - y), left : left + w]
+        for row in range(done, window):  # they move up, one by one: no copy of all
+            sums[:, row - done] = sums[:, row]
+        sums[:, window - done :] = 0
 
 
 def window_starts(length, window):

@@ -1,6 +1,6 @@
 """What --precise-bn is worth: mIoU of the same weights with and without, at batches of 2, 4 and 8.
 
-python benchmarks/precise_bn.py                            # shapes, three seeds, half an hour
+python benchmarks/precise_bn.py                            # shapes, three seeds
 python benchmarks/precise_bn.py --dataset camvid --data-root DIR --seeds 0 --iters 150
 
 supervised.py trains by the small protocol of its data set, cut to --iters steps (0: all), with

@@ -514,14 +514,17 @@ def write_onnx(path, model):
     import onnxruntime
 
     def convert(*given, **more):
+        """torch's exporter, with names for input and output."""
         names = {"input_names": ["image"], "output_names": ["logits"]}
         return torch.onnx.export(*given, dynamo=True, verbose=False, **names, **more)
 
     def write(new):
+        """Writes the ONNX file new and has onnxruntime verify it."""
         exported(model, convert).save(str(new), external_data=False)
         session = onnxruntime.InferenceSession(str(new), providers=["CPUExecutionProvider"])
 
         def run(image):
+            """The file's logits of images (B, 3, H, W) uint8."""
             return torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
 
         return verified(run, model)
@@ -533,6 +536,7 @@ def write_program(path, model):
     """Writes a network by torch.export; returns what was verified."""
 
     def write(new):
+        """Writes the program new, reads it back and verifies it."""
         torch.export.save(exported(model, torch.export.export), new)
         return verified(torch.export.load(new).module(), model)
 
@@ -556,6 +560,7 @@ def write_safetensors(path, source):
             weights[f"{part}.{name}"] = value.contiguous()
 
     def write(new):
+        """Writes the weights new, builds the network from them and verifies it."""
         save_file(weights, new, metadata={k: json.dumps(v) for k, v in facts.items()})
         again = build_source(load_safetensors(new))
         return verified(Logits(again.net), Logits(source.net))

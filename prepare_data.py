@@ -190,7 +190,9 @@ def lacking(root):
 
     Lists by count and set hash; image and masks of every listed key by name.
     """
-    lists, pattern, parts = {}, FACTS["voc"]["key"], SPLITS["voc"]["parts"]
+    lists = {}
+    pattern = FACTS["voc"]["key"]
+    parts = SPLITS["voc"]["parts"]
     sets = {"train": SPLITS["voc"]["cps"]["1464"], "val": parts["val"], "train_aug": parts["train"]}
     for name, entry in sets.items():
         path = root / f"ImageSets/Segmentation/{name}.txt"
@@ -199,7 +201,8 @@ def lacking(root):
         lists[name] = keys_of(path, pattern)
         if wrong := same_set(lists[name], entry):
             return f"{path}: {wrong}"
-    path, own = root / "ImageSets/Segmentation/trainval.txt", lists["train"] + lists["val"]
+    path = root / "ImageSets/Segmentation/trainval.txt"
+    own = lists["train"] + lists["val"]
     if set(keys_of(path, pattern)) != set(own):
         return f"{path}: not train and val together"
     every = lists["train_aug"] + lists["val"]
@@ -237,9 +240,11 @@ def build_voc(tar, tgz, partial):
     """
     wanted = r"^VOCdevkit/VOC2012/((?:JPEGImages|SegmentationClass|ImageSets/Segmentation)/[^/]+)$"
     unpack(tar, partial, wanted)
-    aug, lists = partial / "SegmentationClassAug", partial / "ImageSets/Segmentation"
+    aug = partial / "SegmentationClassAug"
+    lists = partial / "ImageSets/Segmentation"
     aug.mkdir(parents=True, exist_ok=True)
-    pattern, palette = FACTS["voc"]["key"], FACTS["voc"]["palette"]
+    pattern = FACTS["voc"]["key"]
+    palette = FACTS["voc"]["palette"]
     train, val = (keys_of(lists / f"{part}.txt", pattern) for part in ("train", "val"))
     keys = {*train, *val}
     for key in keys:
@@ -461,7 +466,8 @@ class Cityscapes:
         """Raises Refusal if something is missing."""
         root = Path(self.root)
         for top, name in ZIPS.items():
-            path, partial = root / name, root / f".partial-{top}"
+            path = root / name
+            partial = root / f".partial-{top}"
             if path.is_file() and not (root / top).exists():
                 print(f"{path}: unpacked to {path.stat().st_size / 1e9:.1f} GB", flush=True)
                 with scratch(partial):
@@ -507,7 +513,8 @@ class Coco:
                 classes = dict(zip(ids, range(1, 81), strict=True))
                 images = sorted(content["images"], key=lambda image: image["id"])
                 for image in tqdm(images, f"{part}2017", unit="file", disable=None):
-                    photo, mask = f"{part}2017/{image['file_name']}", f"masks/{image['id']:012}.png"
+                    photo = f"{part}2017/{image['file_name']}"
+                    mask = f"masks/{image['id']:012}.png"
                     if not (root / photo).is_file():
                         raise Refusal(f"{root / photo}: no such file; {where}")
                     if not (root / mask).is_file():

@@ -82,7 +82,8 @@ def parse(cls, preset, argv=None):
 
     --help prints every flag with the value that it would have beside the others, and exits.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     asked = {"-h", "--help"} & set(argv)
     args = cli(cls, [word for word in argv if word not in asked])
     if asked:
@@ -116,7 +117,7 @@ def fill(args, preset, argv=None):
     outside the range that its field declares, and for a flag of argv that cannot act.
     """
     filled = merge(args, preset)
-    given = given_names(args, sys.argv[1:] if argv is None else argv)
+    given = given_names(args, argv)
     advise_rate(args, preset(args))
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(filled, name)
@@ -131,8 +132,13 @@ def fill(args, preset, argv=None):
     return filled
 
 
-def given_names(args, argv):
-    """Returns the names of the flags in argv whose value is not the field's own default."""
+def given_names(args, argv=None):
+    """Returns the names of the flags in argv whose value is not the field's own default.
+
+    argv: words; None: those of the command line.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
     defaults = {field.name: field.default for field in fields(args)}
     names = set()
     for word in argv:
@@ -199,7 +205,7 @@ def run_name(script, args, preset, argv=None):
     What differs are the flags of argv, in the order of Args, that act and whose value is not the
     one that they would have if left out. Longer names are cut, with a hash of the whole.
     """
-    given = given_names(args, sys.argv[1:] if argv is None else argv)
+    given = given_names(args, argv)
     acts = acting(args)
     words = [Path(script).stem, args.dataset, args.split]
     for field in fields(args):

@@ -33,7 +33,7 @@ def scores(confusion):
     truth = confusion.sum(1).double()
     pixels = truth.sum().clamp(min=1)
     return {
-        "miou": float(iou.nanmean()) if bool((~iou.isnan()).any()) else 0.0,
+        "miou": float(iou.nanmean().nan_to_num()),
         "accuracy": float(confusion.diag().sum() / pixels),
         "constant": float(truth.max() / pixels / max(int((truth > 0).sum()), 1)),
         "iou": [None if x != x else round(x, 6) for x in iou.tolist()],

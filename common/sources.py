@@ -123,10 +123,13 @@ def load(args):
     if not own and (args.num_classes or args.ignore_index != IGNORE):
         raise Refusal("--num-classes, --ignore-index: with --dataset folder alone")
     scored = getattr(args, "eval_only", False)
+    needed = ["val", "test"]
+    if scored:
+        needed = [args.eval_on]
     held = {"val": {}, "test": {}}
-    for part in [args.eval_on] if scored else held:
+    for part in needed:
         held[part] = tree.part(part)
-    part = args.eval_on if scored else "val"
+    part = needed[0]
     if not held[part]:
         where = ", ".join(tree.facts["parts"].get(part, ["it has no such images"]))
         unread = tree.unread(part)

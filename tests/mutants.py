@@ -35,7 +35,7 @@ WORK = Path(os.environ.get("MUTANTS", f"{tempfile.gettempdir()}/mutants"))  # a 
 TABLE = HERE / "mutants.tsv"
 FIELDS = "number file function seam occurrence operator before after equivalent".split()
 SEAM = re.compile(r"^ *# (>>>|<<<) method: ([a-z-]+)$", re.M)
-LIMIT = 180  # seconds for one mutant
+LIMIT = 60  # seconds for one mutant
 WARM = "torch torchvision numpy PIL tyro tqdm scipy.ndimage".split()  # imported once, before forks
 
 

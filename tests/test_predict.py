@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +238,20 @@ def test_scores_are_those_of_the_confusion_matrix(tmp_path, monkeypatch):
         assert (out / "confusion.png").is_file() and (out / "compared/val0.jpg").is_file()
     run(folder, "--split", "val", "--out", tmp_path / "o")  # all is there: read, not made again
     assert (tmp_path / "o/index.html").read_text().endswith(page[-100:])
+    browser = shutil.which("chromium")
+    if browser:  # opened from the file, without a network
+        seen = seen_by(browser, tmp_path / "o/index.html", tmp_path)
+        red = (seen[..., 0] > 220) & (seen[..., 1] < 80) & (seen[..., 2] < 60)
+        assert red.sum() > 50_000  # errors, of an untrained network
+
+
+def seen_by(browser, page, folder):
+    """Returns the pixels that a browser shows of a page: (1500, 1200, 3) uint8."""
+    words = "--headless --no-sandbox --disable-gpu --window-size=1200,1500".split()
+    words += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}/profile"]
+    command = [browser, *words, f"--screenshot={folder}/seen.png", page.as_uri()]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    return np.array(Image.open(folder / "seen.png").convert("RGB"))
 
 
 @pytest.mark.parametrize("server", ["cityscapes", "voc"])

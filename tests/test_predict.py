@@ -242,7 +242,7 @@ def test_scores_are_those_of_the_confusion_matrix(tmp_path, monkeypatch):
     if browser:  # opened from the file, without a network
         seen = seen_by(browser, tmp_path / "o/index.html", tmp_path)
         red = (seen[..., 0] > 220) & (seen[..., 1] < 80) & (seen[..., 2] < 60)
-        assert red.sum() > 50_000  # errors, of an untrained network
+        assert red.sum() > 10_000  # errors, of an untrained network
 
 
 def seen_by(browser, page, folder):

@@ -13,9 +13,19 @@ import torchvision
 from torch import nn
 
 from common import weights
+from common.distributed import Group
 from cps_fpl import CPSHead
 from esl import ESLHead
-from supervised import Args, DeepLabV3Plus, Network, dilate, features, make_backbone, upsample
+from supervised import (
+    Args,
+    DeepLabV3Plus,
+    Network,
+    build,
+    dilate,
+    features,
+    make_backbone,
+    upsample,
+)
 from trees import refusal
 from u2pl import U2PLHead
 
@@ -290,12 +300,15 @@ def test_the_input_is_normalized_and_logits_are_float32_and_reach_every_paramete
     head, stride, aux, amp
 ):
     torch.manual_seed(0)
-    net = Network(flags(amp=amp, stride=stride, aux_weight=aux), 5, head)
+    one = Group(0, 1, torch.device("cpu"))
+    net = build(flags(amp=amp, stride=stride, aux_weight=aux), 5, head, one)
     given, seen = [], []
     net.backbone.conv1.register_forward_hook(lambda module, inputs, out: given.append(inputs[0]))
     net.head.low.register_forward_hook(lambda module, inputs, out: seen.append(out.dtype))
     x = torch.randint(256, (2, 3, 33, 50), dtype=torch.uint8)
-    out = net.to(memory_format=torch.channels_last)(x)
+    out = net(x)
+    for kept in (given[0], *(p for p in net.parameters() if p.ndim == 4)):
+        assert kept.is_contiguous(memory_format=torch.channels_last)
     assert list(out) == ["logits", "aux"][: 1 + bool(aux)]
     for logits in out.values():
         assert logits.shape == (2, 5, 33, 50) and logits.dtype == torch.float32

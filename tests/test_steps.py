@@ -457,7 +457,7 @@ SHARED = {
 ROWS = {
     "supervised": ["", "--ohem-kept 0.2 --aux-weight 0.4 --decay-on weights"],
     "mean_teacher": [
-        "--cutmix --warmup-iters 1 --cutmix-prob 0.7 --consistency-weight 1.5",
+        "--cutmix --warmup-iters 1 --cutmix-prob 0.7 --consistency-weight 1.5 --pictures-every 1",
         "--consistency mse --rampup-iters 4 --teacher-bn average --ema-decay 0.6",
         "--warmup-iters 0 --aux-weight 0.4 " + UNEVEN,
     ],

@@ -1,6 +1,7 @@
 """Faults of files: a few of benchmarks/faults_files.py; downloads, readers and names that fail."""
 
 import errno
+import hashlib
 import io
 import os
 import signal
@@ -12,6 +13,7 @@ import urllib.error
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 import convert
 import prepare_data
@@ -45,8 +47,17 @@ def test_answers_that_no_server_should_give(tmp_path, monkeypatch):
     url, path = "https://host/list.txt", tmp_path / "list.txt"
     opened = "urllib.request.OpenerDirector.open"
     monkeypatch.setattr(opened, lambda *_, **__: Answer(b"a\n"))
+    bars = []
+
+    def bar(**words):
+        bars.append(words["disable"])
+        return tqdm(**words)
+
+    monkeypatch.setattr(sources, "tqdm", bar)
     sources.download(url, path)
     assert path.read_bytes() == b"a\n"
+    sources.download(url, path, hashlib.md5(b"a\n").hexdigest())
+    assert bars == [True, None]  # lists are small: no bar; of the rest one on a terminal
 
     def loop(*_, **__):
         raise urllib.error.HTTPError(
@@ -56,6 +67,16 @@ def test_answers_that_no_server_should_give(tmp_path, monkeypatch):
     monkeypatch.setattr(opened, loop)
     with pytest.raises(Refusal, match="would lead to a loop. The last was: Found$"):
         sources.download(url, path)
+
+
+def test_ctrl_c_ends_prepare_data_with_130(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_data, "cli", interrupted)
+    with pytest.raises(SystemExit) as left:
+        prepare_data.main([])
+    assert left.value.code == 130 and "the same command goes on" in capsys.readouterr().err
 
 
 def test_what_a_killed_conversion_left_goes_and_a_living_ones_stays(tmp_path):

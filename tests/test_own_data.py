@@ -37,6 +37,11 @@ def test_voc_takes_any_ids_when_lists_say_so(tmp_path, monkeypatch):
     assert "no image key" in refusal(load, flags(root, dataset="voc"))
     (root / "ImageSets/Segmentation/train.txt").unlink()
     assert load(flags(root, dataset="voc", labeled_list=one)).unlabeled == []
+    made = "; python prepare_data.py voc makes SegmentationClassAug"
+    for file, told in (("SegmentationClass/a.png", True), ("JPEGImages/a.jpg", False)):
+        (root / file).unlink()
+        line = refusal(load, flags(root, dataset="voc", labeled_list=one))
+        assert line.endswith(made) == told
 
 
 SEPARATED = [  # tree, an image of it, a line of a list, the sign that is named

@@ -473,7 +473,7 @@ def keys_of(path, pattern):
 
 
 @functools.cache
-def lists_below(folder, pattern, every=1):
+def lists_below(folder, pattern, every):
     """Returns {(images, set hash): keys} of all lists below a folder; every: so many apart."""
     found = {}
     for path in sorted(Path(folder).rglob("*.txt")):

@@ -61,7 +61,9 @@ def alternatives(node):
     if isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield "constant", node, ast.Constant(not node.value)
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        other = node.value + 1 if isinstance(node.value, int) else round(1.1 * node.value, 12)
+        other = round(1.1 * node.value, 12)
+        if isinstance(node.value, int) or node.value == 0:
+            other = node.value + 1
         yield "constant", node, ast.Constant(other)
     if isinstance(node, ast.UnaryOp):
         yield "operator", node, node.operand

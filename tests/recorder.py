@@ -115,7 +115,8 @@ def watch(patch, script, argv, calls=()):
         live.done.spent = dict(spent)
         live.done.state = copied(live.state)
         live.done.nets = {k: copied(net.state_dict()) for k, net in live.networks.items()}
-        live.done.random = torch.rand(1).item()
+        with torch.random.fork_rng(devices=[]):
+            live.done.random = torch.rand(1).item()
         whole(self, number, parts, lr, began, spent)
         begin()
 

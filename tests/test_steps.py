@@ -231,7 +231,9 @@ def ael_fpl_step(nets, state, batch, args, number, images):
         parts["unsup_l"] = parts_l["unsup"]
     loss = sup + args.unsup_weight * whole
     maps = {"labelled, pasted": x_l, "label": label, "mixed": x_u, "box": mask}
-    maps |= {"pseudo label": teachers.argmax(1), "student": logits.argmax(1), "weight": None}
+    maps |= {"pseudo label": teachers.argmax(1), "student": logits.argmax(1)}
+    kept = torch.rand(B, size, size) >= 1 - rate[logits.argmax(1)]  # drawn anew for the panel
+    maps["weight"] = teachers.softmax(1).amax(1) ** args.gamma * kept * inside
     return result(loss, new, maps, sup=sup, **parts, bank=bank.mean(), regions=boxes / B)
 
 

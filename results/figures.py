@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from scipy.stats import rankdata
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -168,7 +169,8 @@ class Fuzzy(NamedTuple):
 
     def mean(self, column, case):
         """The mean of a column over the pixels of a case, 1 to 3; NaN over none."""
-        return float(self.sums[column][case - 1] / self.sums["pixels"][case - 1])
+        pixels = self.sums["pixels"][case - 1]
+        return float(self.sums[column][case - 1] / pixels) if pixels else np.nan
 
 
 class Scored(NamedTuple):
@@ -258,7 +260,8 @@ class Views:
                         "palette": data.palette,
                     }
                 )
-        means = tally[..., 0] / np.maximum(tally[..., 1], 1)
+        with np.errstate(invalid="ignore"):  # NaN over no pixel
+            means = tally[..., 0] / tally[..., 1]
         return Fuzzy(sums, np.array(gradients), means[0], means[1], means[2, 0], maps)
 
     @torch.no_grad()
@@ -440,10 +443,11 @@ def panels(rows, columns, size=(3.2, 2.6)):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def sheet(rows, palette, red_blue=()):
+def sheet(rows, palette, note=""):
     """Returns a figure of maps: rows of {title: map}, as common/pictures.py colours them.
 
-    red_blue: titles of scores in [-1, 1]: red above 0, blue below.
+    Titles that begin with R: scores in [-1, 1], red above 0, blue below; with K: dark 1, bright 4
+    and more. note: a line above all.
     """
     height = 3.2 * rows[0]["image"].shape[1] / rows[0]["image"].shape[2]
     titles = [title for title in rows[0] if title != "palette"]
@@ -452,12 +456,13 @@ def sheet(rows, palette, red_blue=()):
         for ax, title in zip(line, titles, strict=True):
             ax.set_axis_off()
             ax.set_title(title, fontsize=9)
-            if title in red_blue:
+            if title.startswith("R"):
                 ax.imshow(row[title], cmap="bwr", vmin=-1, vmax=1)
             elif title.startswith("K"):
                 ax.imshow(row[title], cmap="inferno", vmin=1, vmax=4)
             else:
                 ax.imshow(colour(row[title], palette))
+    figure.suptitle(note, fontsize=9)
     return figure
 
 
@@ -501,7 +506,7 @@ def fpl_3a(runs, views):
         f"of the pixels with R^v < 0, {100 * turned:.2f} % have R^f > 0",
     ]
     claim = "many parts with R^v < 0 have R^f > 0 (read as: FPL pushes the truth down less often)"
-    figure = sheet(rows, view.maps[0]["palette"], ("R^v", "R^f"))
+    figure = sheet(rows, view.maps[0]["palette"], "red: the truth is encouraged, blue: suppressed")
     return Drawn(figure, numbers, claim, wrong[1] < wrong[0])
 
 
@@ -576,7 +581,8 @@ def fpl_4b(runs, views):
     text = ", ".join(f"{kind} {values[middle]:.3f}" for kind, values in weights.items())
     numbers = [f"weights where that is {rest[middle]:.3f}: {text}"]
     falls = all((np.diff(values) <= 0).all() for values in weights.values())
-    holds = falls and weights["concave"][middle] > weights["linear"][middle]
+    holds = falls and bool(weights["concave"][middle] > weights["linear"][middle])
+    claim = "the weight falls and is concave"
     try:
         run = first(runs, "cps_fpl")
     except Missing as missing:
@@ -590,8 +596,11 @@ def fpl_4b(runs, views):
             f"{run.name}, step {run.last}: mean entropy {view.entropy[0]:.3f} nats where K = 1, "
             f"{view.entropy[1]:.3f} where K > 1"
         )
-        holds = holds and view.entropy[1] > view.entropy[0]
-    claim = "the weight falls and is concave; K = 1 at low entropy and K > 1 at high entropy"
+        claim += "; K = 1 at low entropy and K > 1 at high entropy"
+        if whole(view.entropy):
+            holds = holds and bool(view.entropy[1] > view.entropy[0])
+        else:
+            holds = None
     return Drawn(figure, numbers, claim, holds)
 
 
@@ -620,7 +629,8 @@ def fpl_5(runs, views):
         fewer = found[-1].more_than_one < found[0].more_than_one
         holds = fewer and bool(found[-1].at_boundary[0] > found[-1].at_boundary[1])
     claim = "pixels with K > 1 become fewer, and at the end lie at the boundaries of objects"
-    return Drawn(sheet(rows, found[0].maps[0]["palette"]), numbers, claim, holds)
+    note = "K: black 1, violet 2, orange 3, bright 4 and more"
+    return Drawn(sheet(rows, found[0].maps[0]["palette"], note), numbers, claim, holds)
 
 
 def fpl_s1(runs, views):
@@ -736,8 +746,9 @@ def u2pl_1(runs, views):
             f"{int(pixels[i])} pixels"
         )
     there = (pixels > 0) & np.isfinite(iou)
-    ranks = [np.argsort(np.argsort(values[there])) for values in (iou, unsure)]
-    rank_correlation = np.corrcoef(*ranks)[0, 1] if there.sum() > 2 else np.nan
+    ranks = [rankdata(values[there]) for values in (iou, unsure)]
+    spread = min(np.ptp(values) for values in ranks)  # 0: all classes are alike
+    rank_correlation = np.corrcoef(*ranks)[0, 1] if spread else np.nan
     numbers.append(f"rank correlation of IoU and share of unreliable pixels {rank_correlation:.2f}")
     claim = "classes that are predicted badly have the unreliable pixels (a correlation below 0)"
     holds = bool(rank_correlation < 0) if np.isfinite(rank_correlation) else None

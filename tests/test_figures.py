@@ -86,7 +86,7 @@ def test_every_figure_is_drawn_of_whole_runs_and_says_what_it_lacks_of_less(runs
     drawn = {path.stem for path in figures.Path("fewer").iterdir()}
     assert drawn == {"fpl_4a", "fpl_4b", "u2pl_1", "u2pl_2", "esl_s2"}
     assert "fpl_s3: not drawn: FPL supplement Fig. 3" in text
-    assert text.count("needs a checkpoint of a run of cps_fpl.py\n") == 9
+    assert text.count("needs a checkpoint of a run of cps_fpl.py\n") == 8
     with pytest.raises(Refusal, match="tree: no log of a run"):
         figures.main(["tree"])
 

@@ -91,10 +91,13 @@ class Args:
     track: Literal["none", "trackio", "wandb"] = "none"  # log there too, if it is installed
     # -- data --
     # which images: shapes are generated, folder is any of your own
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] = (
+        "shapes"
+    )
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    # whose 1/r it is
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
@@ -168,7 +171,7 @@ class Args:
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         "stem": "backbone=resnet18|resnet50|resnet101",
@@ -249,6 +252,13 @@ DATASETS = {
     "voc": VOC,
     "voc_aug": VOC,
     "cityscapes": CITYSCAPES,
+    "coco": VOC  # no paper's: as ESL supplement Table 2 has it
+    | dict(
+        backbone="timm/xception65.tf_in1k",
+        output_stride=16,
+        protocol="whole",
+        split_family="unimatch",
+    ),
     "folder": FOLDER,
 }
 
@@ -259,7 +269,7 @@ def preset(args):
     if args.dataset in ("shapes", "camvid"):
         values["aspp_rates"] = (1, 2, 3)  # a crop of 128 is 8x8 there: wide taps never learn
         values["batch_size_unlabeled"] = args.batch_size or values["batch_size"]
-    elif args.output_stride == 16:
+    elif (args.output_stride or values["output_stride"]) == 16:
         values["aspp_rates"] = (6, 12, 18)
     else:
         values["aspp_rates"] = (12, 24, 36)

@@ -91,10 +91,13 @@ class Args:
     track: Literal["none", "trackio", "wandb"] = "none"  # log there too, if it is installed
     # -- data --
     # which images: shapes are generated, folder is any of your own
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] = (
+        "shapes"
+    )
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    # whose 1/r it is
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
@@ -154,7 +157,7 @@ class Args:
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         "stem": "backbone=resnet18|resnet50|resnet101",
@@ -193,6 +196,9 @@ VOC = dict(
 CITYSCAPES = VOC | dict(
     crop_size=800, total_iters=44_640, weight_decay=8e-4, ohem_kept=5 / 64, unsup_weight=5.0,
 )
+COCO = VOC | dict(  # no paper's: as ESL supplement Table 2 has it
+    backbone="timm/xception65.tf_in1k", protocol="whole", split_family="unimatch",
+)
 FOLDER = VOC | dict(backbone="resnet50", stem="classic", split="all", protocol="whole")
 CAMVID = FOLDER | dict(  # this project's small protocols [D8]
     backbone="resnet18", weights="none",
@@ -227,6 +233,7 @@ DATASETS = {
     "voc": VOC,
     "voc_aug": VOC,
     "cityscapes": CITYSCAPES,
+    "coco": COCO,
     "folder": FOLDER,
 }
 

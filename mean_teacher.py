@@ -89,10 +89,13 @@ class Args:
     track: Literal["none", "trackio", "wandb"] = "none"  # log there too, if it is installed
     # -- data --
     # which images: shapes are generated, folder is any of your own
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] = (
+        "shapes"
+    )
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    # whose 1/r it is
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
@@ -143,7 +146,7 @@ class Args:
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         "stem": "backbone=resnet18|resnet50|resnet101",
@@ -173,6 +176,9 @@ CITYSCAPES = VOC | dict(
     crop_size=769, lr=0.01, lr_head=1.0, weight_decay=5e-4, aux_weight=0.4,  # [D7]
     ohem_kept=50_000 / 769**2,  # 100,000 pixels of the two crops of a process [D1]
 )
+COCO = VOC | dict(  # ESL supplement Table 2 [D9]
+    backbone="timm/xception65.tf_in1k", output_stride=16, protocol="whole", split_family="unimatch",
+)
 FOLDER = VOC | dict(  # what fits any images
     backbone="resnet50", stem="classic", protocol="whole", split="all", total_iters=20_000,
 )
@@ -193,6 +199,7 @@ DATASETS = {
     "voc": VOC,
     "voc_aug": VOC,
     "cityscapes": CITYSCAPES,
+    "coco": COCO,
     "folder": FOLDER,
 }
 
@@ -202,7 +209,7 @@ def u2pl_recipe(args):
     values = dict(DATASETS[args.dataset])
     if args.dataset in ("shapes", "camvid"):
         values["aspp_rates"] = (1, 2, 3)  # a crop of 128 is 8x8 there: wide taps never learn
-    elif args.output_stride == 16:
+    elif (args.output_stride or values["output_stride"]) == 16:
         values["aspp_rates"] = (6, 12, 18)
     else:
         values["aspp_rates"] = (12, 24, 36)
@@ -214,11 +221,8 @@ def u2pl_schedule(args, batch_size):
 
     0 steps where the split's counts are unknown. Each of U2PL's processes drops its last batch.
     """
-    passes = 80
-    processes = 4
-    if args.dataset == "cityscapes":
-        passes = 200
-        processes = 8
+    passes = {"cityscapes": 200, "coco": 30}.get(args.dataset, 80)  # of COCO: UniMatch's
+    processes = 8 if args.dataset == "cityscapes" else 4
     _, unlabeled = counts(args.dataset, args.split)
     images = -(-unlabeled // processes)  # of a process, rounded up
     batch = max(batch_size // processes, 1)

@@ -96,7 +96,9 @@ class Args:
     # scores
     split: Literal["val", "test"] | None = None  # predict and score this part of the data set
     # of --split; left out: the one trained on
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] | None = None
+    dataset: (
+        Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] | None
+    ) = None
     data_root: str = ""  # of --split; left out: the one trained on
     masks: str = ""  # folder of masks, named as the images: score the images
     # to take away

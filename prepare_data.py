@@ -399,18 +399,24 @@ def with_every_class(present, count):
 class Splits:
     """The published lists of a family, and train and val, into data/splits; each one checked."""
 
-    family: Literal["cps", "u2pl", "cac"]  # whose; cac: its three draws cac0, cac1, cac2
+    family: Literal["cps", "u2pl", "cac", "unimatch"]  # whose; cac: its draws cac0, cac1, cac2
     source: From = ""  # folder with lists in any format, searched in place of the network
-    dataset: Literal["all", "voc", "voc_aug", "cityscapes"] = "all"
+    dataset: Literal["all", "voc", "voc_aug", "cityscapes", "coco"] = "all"
 
     def run(self):
         """Fetches what is not there. Raises Refusal at the end with all that --from lacks."""
         if self.source and not Path(self.source).is_dir():
             raise Refusal(f"--from {self.source}: no such folder")
         wrong = []
-        for dataset in SPLITS if self.dataset == "all" else [self.dataset]:
+        named = SPLITS if self.dataset == "all" else [self.dataset]
+        datasets = [d for d in named if any(f.startswith(self.family) for f in SPLITS[d])]
+        if not datasets:
+            raise Refusal(f"--family {self.family}: it has no list of {self.dataset}")
+        for dataset in datasets:
             families = [f for f in SPLITS[dataset] if f.startswith(("parts", self.family))]
             for family, split in ((f, s) for f in families for s in SPLITS[dataset][f]):
+                if (dataset, family, split) == ("coco", "parts", "train"):  # nobody published it
+                    continue
                 try:
                     fetch_list(dataset, family, split, self.source)
                 except Refusal as error:
@@ -492,7 +498,7 @@ class Camvid:
 
 @dataclass(frozen=True, kw_only=True)
 class Coco:
-    """COCO 2017: masks of 81 classes and two lists, for --dataset folder --num-classes 81."""
+    """COCO 2017: masks of 81 classes for --dataset coco, and lists for --dataset folder."""
 
     root: str = "data/coco"  # folder with annotations, train2017 and val2017
 
@@ -525,7 +531,7 @@ class Coco:
                 raise Refusal(f"{path}: not as COCO has it ({error!r}); {where}") from None
             write(root / f"{part}.txt", "".join(lines).encode())
             print(f"{root / part}.txt: {len(lines)} images")
-        source = Source(dataset="folder", data_root=str(root), num_classes=81)
+        source = Source(dataset="coco", data_root=str(root))
         print(f"next: python prepare_data.py check {in_flags(source, Source)}")
 
 
@@ -533,7 +539,7 @@ class Coco:
 class Source:
     """A data set in its folder."""
 
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"]
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"]
     data_root: str = ""  # its folder; left out: data/<dataset>
     num_classes: int = 0  # of --dataset folder; left out: those of its classes.csv
     ignore_index: int = IGNORE  # of --dataset folder: the value in a mask that is no class

@@ -92,10 +92,13 @@ class Args:
     track: Literal["none", "trackio", "wandb"] = "none"  # log there too, if it is installed
     # -- data --
     # which images: shapes are generated, folder is any of your own
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] = (
+        "shapes"
+    )
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    # whose 1/r it is
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
@@ -154,7 +157,7 @@ class Args:
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         "stem": "backbone=resnet18|resnet50|resnet101",
@@ -212,16 +215,23 @@ DATASETS = {
     "voc": VOC,
     "voc_aug": VOC | dict(crop_size=513),  # U2PL's lists; 321 on CPS's
     "cityscapes": CITYSCAPES,
+    "coco": VOC
+    | dict(
+        backbone="timm/xception65.tf_in1k",
+        crop_size=513,
+        lr=0.004,
+        split_family="unimatch",
+    ),
     "folder": FOLDER,
 }
 
 
 def released_steps(args, batch_size):
-    """Steps of the released runs: 80 passes (240 on Cityscapes) over the unlabelled images [D22].
+    """Steps of the released runs: 80 passes (City 240, COCO 30) over the unlabelled images [D22].
 
     0 where the split's counts are unknown. Each of four processes drops its last batch.
     """
-    passes = 240 if args.dataset == "cityscapes" else 80
+    passes = {"cityscapes": 240, "coco": 30}.get(args.dataset, 80)
     _, unlabeled = counts(args.dataset, args.split)
     images = -(-unlabeled // 4)  # of a process, rounded up
     return passes * (images // max(batch_size // 4, 1))

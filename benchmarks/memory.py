@@ -2,6 +2,7 @@
 
 python benchmarks/memory.py                    # all rows into results/memory.json, some minutes
 python benchmarks/memory.py --scripts cps_fpl  # rows of one script are made again
+python benchmarks/memory.py --scripts supervised esl --recipes coco --seconds   # needs timm
 
 No GPU is needed. `main` takes two steps (the second one has the optimizer's momentum) with 2 and
 with 4 labelled images a process (4 and 8 where half as many are unlabelled); what is alive at the
@@ -9,11 +10,15 @@ peak grows by the same amount with each image. Counted are tensors, in blocks of
 allocator has them; not counted are the CUDA context, cuDNN's work space and fragmentation: a card
 is said to hold what leaves 1 GB and a tenth of it free. Several processes add one copy of the
 gradients (DDP's buckets), which is counted. docs/scaling.md has the table: benchmarks/page.py.
+
+--seconds: also the processor time of a step on this CPU, of 2 labelled images of a small crop (and
+unlabelled ones in the recipe's ratio), with the recipe's classes and with 21.
 """
 
 import dataclasses
 import importlib
 import json
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -24,18 +29,23 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks import fake_cuda, steps  # noqa: E402
+from common import distributed  # noqa: E402
 from common.flags import cli  # noqa: E402
 from common.run import refusals  # noqa: E402
 
 FILE = ROOT / "results" / "memory.json"
-RECIPES = {  # data set: (flags, classes)
-    "cityscapes": (["--dataset", "cityscapes", "--split", "1/16"], 19),
-    "voc_aug": (["--dataset", "voc_aug", "--split", "1/16"], 21),
+RESNETS = ("resnet50", "resnet101")
+RECIPES = {  # data set: (flags, classes, backbones)
+    "cityscapes": (["--dataset", "cityscapes", "--split", "1/16"], 19, RESNETS),
+    "voc_aug": (["--dataset", "voc_aug", "--split", "1/16"], 21, RESNETS),
+    "coco": (["--dataset", "coco", "--split", "1/32"], 81, ("timm/xception65.tf_in1k",)),
 }
 CARDS = (16, 24, 40, 80)  # GB
+CROP, TIMED = 129, 4  # of --seconds: side of the crops, steps
 CUT_SHORT = {"warmup_iters": 0, "cutmix_prob": 1.0}  # so that both steps are whole ones
 
 
@@ -44,8 +54,9 @@ class Options:
     """Which rows to make."""
 
     scripts: tuple[Literal[tuple(steps.MODES)], ...] = tuple(steps.MODES)
-    recipes: tuple[Literal[tuple(RECIPES)], ...] = tuple(RECIPES)
-    backbones: tuple[Literal["resnet18", "resnet50", "resnet101"], ...] = ("resnet50", "resnet101")
+    recipes: tuple[Literal[tuple(RECIPES)], ...] = ("cityscapes", "voc_aug")
+    backbones: tuple[str, ...] = ()  # left out: those of each recipe
+    seconds: bool = False  # time a step on this CPU too
     out: str = str(FILE)
 
 
@@ -98,6 +109,20 @@ def row(name, recipe, backbone, amp):
     return found | {"fixed_gb": fixed / 1e9, "image_gb": each / 1e9, "fits": fits}
 
 
+def seconds(name, recipe, backbone, classes):
+    """Returns the processor seconds of a step on this CPU, the median of all but the first."""
+    args = arguments(name, recipe, backbone, "none", 2)
+    ends = []
+
+    def after(watch, done):
+        ends.append(time.process_time())
+
+    cpu = distributed.Group(0, 1, torch.device("cpu"))
+    more = dict(after=after, batches=steps.random_batches(classes=classes), classes=classes)
+    steps.take(name, dataclasses.replace(args, crop_size=CROP), cpu, 1 + TIMED, **more)
+    return statistics.median(np.diff(ends).tolist())
+
+
 def main(options):
     """Makes the rows asked for; keeps the others that the file has."""
     path = Path(options.out)
@@ -106,11 +131,16 @@ def main(options):
     rows = {tuple(r[name] for name in names): r for r in old}
     for script in options.scripts:
         for recipe in options.recipes:
-            for backbone in options.backbones:
+            for backbone in options.backbones or RECIPES[recipe][2]:
                 for amp in ("none", "bf16"):
                     begin, key = time.time(), (script, recipe, backbone, amp)
                     rows[key] = row(*key)
                     made = rows[key]
+                    if options.seconds and amp == "none":
+                        counts = (RECIPES[recipe][1], 21)
+                        timed = {str(c): seconds(script, recipe, backbone, c) for c in counts}
+                        made |= {"cpu_crop": CROP, "cpu_s": timed}
+                        print(f"{script} {recipe} {backbone}, seconds by classes: {timed}")
                     words = f"{made['fixed_gb']:.2f} GB + {made['image_gb']:.2f} GB an image"
                     print(" ".join(key), words, f"{time.time() - begin:.0f} s", flush=True)
                     found = {"torch": torch.__version__, "rows": list(rows.values())}

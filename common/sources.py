@@ -429,7 +429,7 @@ def named(args, pool):
     """
     splits = SPLITS[args.dataset]
     what = f"--split {args.split} of {args.dataset}"
-    family = splits[args.split_family]
+    family = splits.get(args.split_family, {})
     pool = sorted(pool)
     if args.split not in ("all", *family):
         names = ", ".join(["all", *family])
@@ -459,9 +459,10 @@ def same_set(keys, entry):
     """Returns "" if keys are the published set, else what differs."""
     count = len(keys)
     found = set_hash(keys)
-    if (count, found) == (entry["images"], entry["set"]):
+    wanted = entry.get("set", found)  # of COCO's training images nobody published a list
+    if (count, found) == (entry["images"], wanted):
         return ""
-    return f"{count} images, set {found}, instead of {entry['images']}, set {entry['set']}"
+    return f"{count} images, set {found}, instead of {entry['images']}, set {wanted}"
 
 
 def keys_of(path, pattern):
@@ -495,6 +496,9 @@ def fetch_list(dataset, family, split, source=""):
         if wrong := same_set(keys_of(path, pattern), entry):
             raise Refusal(f"{path}: {wrong}; delete it, and it is fetched again")
         return path
+    if family == "parts" and "url" not in entry:
+        where = f"they are those in its folder, {FACTS[dataset]['parts'][split][0]}"
+        raise Refusal(f"{dataset}: no list of its {split} images is published; {where}")
     if "url" not in entry:  # every r-th of the sorted training images
         pool = fetch_list(dataset, "parts", "train", source)
         keys, _ = choose(read_list(pool, pattern), split, None)

@@ -30,6 +30,7 @@ SPLITS = {  # the usual one first, "" where none is given; nobody published VOC'
     "voc": [*"92 183 366 732 1464 1/16 1/8 1/4 all 662".split(), ""],
     "voc_aug": [*SHARES.split(), "92", ""],
     "cityscapes": [*SHARES.split(), "186", ""],
+    "coco": [*"1/512 1/256 1/128 1/64 1/32 1/8 all".split(), ""],
     "folder": ["", "1/8", "all"],
     "camvid": ["", *SHARES.split()],
     "shapes": ["", *SHARES.split()],
@@ -167,8 +168,8 @@ CLAUSES = {  # of NEEDS: its words, flags with which it does not hold, flags wit
     "split!=all": ("--split other than all", {"split": "all"}, {}),
     "dataset!=shapes": ("--dataset other than shapes", {"dataset": "shapes"}, CITY),
     "dataset=cityscapes": ("--dataset cityscapes", {"dataset": "voc_aug"}, CITY),
-    "dataset=voc|voc_aug|cityscapes": (
-        "--dataset voc or voc_aug or cityscapes", {"dataset": "folder"}, CITY),
+    "dataset=voc|voc_aug|cityscapes|coco": (
+        "--dataset voc or voc_aug or cityscapes or coco", {"dataset": "folder"}, CITY),
     "backbone=resnet18|resnet50|resnet101": (
         "--backbone resnet18 or resnet50 or resnet101", {"backbone": "timm/resnet18"}, {}),
     "warmup_iters<total_iters": (

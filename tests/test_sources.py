@@ -171,11 +171,15 @@ def differs(found, true):
 def many(request, monkeypatch, tmp_path):
     """40 training images and val of a data set, the published ones: name, root, {part: keys}."""
     dataset, name, root = request.param, request.param.removesuffix("_aug"), tmp_path / "tree"
-    key = "ulm_{:06d}_000019" if name == "cityscapes" else "2009_{:06d}"
+    key, layout = {
+        "voc": ("2009_{:06d}", "voc, CPS"),
+        "cityscapes": ("ulm_{:06d}_000019", "cityscapes, label ids"),
+        "coco": ("{:012d}", "coco"),
+    }[name]
     parts = {"train": [key.format(i) for i in range(40)], "val": KEYS[name]["val"]}
     monkeypatch.setitem(KEYS, name, parts)
     monkeypatch.setattr(trees, "ID", dict.fromkeys(range(99), 7))
-    draw(root, "cityscapes, label ids" if name == "cityscapes" else "voc, CPS")
+    draw(root, layout)
     trees.publish_parts(monkeypatch, dataset)
     return dataset, root, parts
 
@@ -206,10 +210,11 @@ def test_every_split_of_every_family_is_the_list_that_lies_there(many, monkeypat
 def test_what_is_there_is_the_published_set_or_a_seed_draws_from_it(many, tmp_path, monkeypatch):
     dataset, root, parts = many
     keys = parts["train"]
+    family = "unimatch" if dataset == "coco" else "u2pl"
     # a list must be the set that its split names in its family
     for split, some in (("1/8", keys[3:8]), ("1/4", keys[:5])):
-        monkeypatch.setitem(SPLITS[dataset]["u2pl"], split, entry(some))
-    one = dict(labeled_list=listed(tmp_path / "l.txt", *keys[3:8]), split_family="u2pl")
+        monkeypatch.setitem(SPLITS[dataset][family], split, entry(some))
+    one = dict(labeled_list=listed(tmp_path / "l.txt", *keys[3:8]), split_family=family)
     for split in ("1/8", "list", ""):
         data = load(flags(root, dataset=dataset, split=split, **one))
         assert (keys_of(data.labeled), keys_of(data.unlabeled)) == (keys[3:8], keys[:3] + keys[8:])

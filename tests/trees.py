@@ -21,6 +21,10 @@ KEYS = {
         "train": [*CITY, "ulm_000001_000019"],
         "val": ["frankfurt_000001_066574", "lindau_000000_000019"],
     },
+    "coco": {
+        "train": [f"{number:012}" for number in (9, 177254, 283213, 581929)],
+        "val": ["000000000139", "000000581781"],
+    },
 }
 FINE = ["2008_000008", "2011_000068", *KEYS["voc"]["val"]]  # VOC's own masks; the rest is SBD's
 OFFICIAL = "leftImg8bit/{part}/{city}/{key}_leftImg8bit.png"
@@ -41,6 +45,7 @@ LAYOUTS = {  # data set, image, masks (the preferred first), lists in ImageSets:
     "cityscapes, label ids": ("cityscapes", OFFICIAL, [LABEL_IDS], []),
     "cityscapes, CPS": ("cityscapes", "images/{part}/{key}.png", CPS, []),
     "cityscapes, PS-MT": ("cityscapes", PSMT[0] + ".png", [PSMT[1] + "_gtFine.png"], []),
+    "coco": ("coco", "{part}2017/{key}.jpg", ["masks/{key}.png"], []),
 }  # fmt: skip
 LINES = {  # of the lists of each project
     "voc": {
@@ -58,6 +63,7 @@ LINES = {  # of the lists of each project
         "A-FPL": "{city}/{key}_leftImg8bit.png",
         "bare": "{key}",
     },
+    "coco": {"UniMatch": "train2017/{key}.jpg masks/{key}.png", "PseudoSeg": "train2017/{key}"},
 }
 # Cityscapes' id -> train id, as the data set's own scripts have it; every other id is ignored
 TRAIN_ID = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]

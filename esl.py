@@ -89,6 +89,7 @@ class Args:
     # which images: shapes are generated, folder is any of your own
     dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
+    cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
@@ -152,6 +153,7 @@ class Args:
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
+        "cache": "dataset!=shapes",
         "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",

@@ -298,10 +298,10 @@ def soft_label(prob, args):
         return prob
     if args.label == "hard":
         return torch.zeros_like(prob).scatter(1, prob.argmax(1, True), 1.0)
-    p = upcast(prob).sort(dim=1, descending=True).values
     if args.label == "topk":
-        delta = p[:, min(args.top_k, p.shape[1]) - 1, None]
+        delta = upcast(prob).topk(min(args.top_k, prob.shape[1]), dim=1).values[:, -1:]
     else:
+        p = upcast(prob).sort(dim=1, descending=True).values
         delta = p.gather(1, cumulative_classes(p, args.eta, strict=False)[:, None] - 1)
     kept = torch.where(prob >= delta, prob, 0.0)
     return kept / kept.sum(1, keepdim=True)

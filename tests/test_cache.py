@@ -40,12 +40,10 @@ def test_what_is_read_and_its_samples_are_the_same_bit_for_bit_whatever_is_cache
     files = load(flags(tree, split="1/4"))
     whole = make(tree, tmp_path / "whole")
     part = make(tree, tmp_path / "part", max_gb=36 * 48 * (3 + 1 + 3) / 1e9)  # image, mask, image
-    number = {name: len(json.load(open(f"{name}/index.json"))["files"]) for name in (whole, part)}
-    assert number == {whole: 2 * (8 + 2 + 2), part: 3}
-    assert os.path.getsize(f"{part}/pixels.bin") == 36 * 48 * 7
-    for cache in (whole, part):
+    for cache, number in ((whole, 2 * (8 + 2 + 2)), (part, 3)):
         args = flags(tree, split="1/4", cache=cache)
         data = load(args)
+        assert len(data.cache.files) == number
         copies = [data, pickle.loads(pickle.dumps(data))]  # as for a loader that is not forked
         shutil.rmtree(cache)
         copies.append(pickle.loads(pickle.dumps(data)))
@@ -58,13 +56,6 @@ def test_what_is_read_and_its_samples_are_the_same_bit_for_bit_whatever_is_cache
             assert all(torch.equal(sample[name], expected[name]) for name in expected)
 
 
-def test_what_is_read_comes_from_the_cache(tree, tmp_path):
-    data = load(flags(tree, cache=make(tree, tmp_path / "cache")))
-    expected = read_all(data)
-    data.cache.pixels = np.asarray(data.cache.pixels) ^ 1  # checked already
-    assert not any(map(np.array_equal, expected[::2], read_all(data)[::2]))
-
-
 def flip(cache, tree):
     pixels = np.memmap(f"{cache}/pixels.bin", np.uint8, "r+")
     pixels[7] ^= 1
@@ -73,12 +64,7 @@ def flip(cache, tree):
 
 def older(cache, tree):
     index = json.load(open(f"{cache}/index.json"))
-    index["decoders"]["pil"] = "1.0"
-    json.dump(index, open(f"{cache}/index.json", "w"))
-
-
-def repaint(cache, tree):
-    Image.new("L", (48, 36), 3).save(tree / "trainannot/train0.png")
+    json.dump(index | {"decoders": {"pil": "1.0"}}, open(f"{cache}/index.json", "w"))
 
 
 WRONG = {  # what happened to a cache, or its files, and words of the refusal
@@ -86,9 +72,11 @@ WRONG = {  # what happened to a cache, or its files, and words of the refusal
     "cut off": (lambda cache, tree: os.truncate(f"{cache}/pixels.bin", 99), "99 of"),
     "empty": (lambda cache, tree: os.truncate(f"{cache}/pixels.bin", 0), "not a whole cache"),
     "half an index": (lambda cache, tree: os.truncate(f"{cache}/index.json", 99), "not a whole"),
-    "another index": (lambda cache, tree: open(f"{cache}/index.json", "w").write("[]"), "whole"),
     "another Pillow": (older, "may differ; delete it"),
-    "another mask": (repaint, "trainannot/train0.png has changed since"),
+    "another mask": (
+        lambda cache, tree: Image.new("L", (48, 36), 3).save(tree / "trainannot/train0.png"),
+        "trainannot/train0.png has changed since",
+    ),
     "absent": (lambda cache, tree: shutil.rmtree(cache), "prepare_data.py cache --out"),
 }
 
@@ -108,8 +96,8 @@ def test_making_one_leaves_nothing_behind_where_it_cannot(tree, tmp_path):
     cache = make(tree, tmp_path / "cache")
     other = own(folder(tmp_path / "other"), cache=cache)
     assert "no file of this run" in refusal(load, other)
-    again = tmp_path / "again"
     assert "exists" in refusal(make, tree, cache)
+    again = tmp_path / "again"
     assert "not even the first" in refusal(lambda: make(tree, again, max_gb=1e-6))
     (tree / "testannot/test1.png").write_bytes(b"no image")
     assert "test1.png: not readable" in refusal(make, tree, again)

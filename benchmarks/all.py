@@ -26,6 +26,7 @@ RUNS = [  # what is run in full; and with --quick, None: not at all
     ("per_process.py", ""),
     ("peaks.py", "--classes 19 --width 800 --height 600 --out /dev/null"),
     ("predict.py", "--images 4 --repeats 1"),
+    ("scaling.py", "--quick"),
     ("memory.py", None),
     ("precise_bn.py", None),
     ("page.py", "--check"),

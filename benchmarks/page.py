@@ -1,5 +1,5 @@
 """Makes docs/performance.md from results/gpu/*.json and the JSON files of the other benchmarks, and
-the cards of docs/scaling.md.
+the cards and estimates of docs/scaling.md.
 
 python benchmarks/page.py           # writes both pages
 python benchmarks/page.py --check   # exit code 1 if one of them is not what it would write
@@ -20,7 +20,8 @@ FPL_STEP = ROOT / "results" / "fpl_step.json"
 INPUT = ROOT / "results" / "input.json"
 GROWTH = ROOT / "results" / "growth.json"
 NETWORKS = ROOT / "results" / "networks.json"
-MARKS = "<!-- table: benchmarks/page.py -->\n", "<!-- end of table -->\n"
+ESTIMATES = ROOT / "results" / "scaling.json"
+END = "<!-- end of table -->\n"
 HEAD = """# Performance
 
 Made by `python benchmarks/page.py`, a section for each JSON file of `benchmarks/gpu.py`, a machine,
@@ -319,11 +320,24 @@ def cards(memory):
     return table(titles, rows)
 
 
-def replaced(text, body):
-    """Returns a page with the table between its marks replaced."""
-    begin, end = MARKS
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    return re.sub(pattern, lambda _: begin + body + end, text, flags=re.DOTALL)
+def estimates(found):
+    """Returns the table of estimates of docs/scaling.md. found: what scaling.py wrote."""
+    rows = []
+    for row in found["rows"]:
+        cells = [f"{row['script']}.py", row["crop"], row["tflop"], f"{row['gradient_mb']:.0f}"]
+        cells.append(row["exchanges"])
+        for gpus in row["gpus"].values():
+            cells.append(f"{gpus['s']:.2f} s, {100 * gpus['computing']:.0f} %")
+        rows.append(cells)
+    titles = ["script", "crop", "TFLOP", "MB of gradients", "exchanges of BN"]
+    return table([*titles, *(f"{n} GPUs" for n in found["rows"][0]["gpus"])], rows)
+
+
+def replaced(text, body, script):
+    """Returns a page with the table between the marks of a script replaced."""
+    begin = f"<!-- table: benchmarks/{script} -->\n"
+    pattern = re.escape(begin) + ".*?" + re.escape(END)
+    return re.sub(pattern, lambda _: begin + body + END, text, flags=re.DOTALL)
 
 
 def pages():
@@ -342,7 +356,9 @@ def pages():
             text += section_of(json.loads(path.read_text()))
     scaling = SCALING.read_text()
     if MEMORY.exists():
-        scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())))
+        scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())), "page.py")
+    if ESTIMATES.exists():
+        scaling = replaced(scaling, estimates(json.loads(ESTIMATES.read_text())), "scaling.py")
     return {PERFORMANCE: text, SCALING: scaling}
 
 

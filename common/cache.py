@@ -179,7 +179,7 @@ def make(items, root, folder, most):
     partial = folder.with_name(folder.name + ".partial")
     files = files_of(items)
     if None in files:
-        raise Refusal("--dataset shapes is generated: nothing is decoded")
+        raise Refusal("--dataset shapes is generated: it needs no cache")
     if folder.exists():
         raise Refusal(f"--out {folder} exists: {AGAIN}, or give another")
     shutil.rmtree(partial, ignore_errors=not partial.exists())  # of a call that was killed

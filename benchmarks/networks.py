@@ -50,21 +50,21 @@ def instructions():
 
 
 def step(options):
-    """A step of cps_fpl.py by each of MODES; ratios to the first."""
-    net, crop = ("resnet18", 64) if options.quick else ("resnet50", 256)
+    """Yields rows: a step of cps_fpl.py by each of MODES; ratios to the first."""
+    net = "resnet18" if options.quick else "resnet50"
+    crop = options.crop
     flags = f"--backbone {net} --crop-size {crop} --batch-size 2"
     times = {name: [] for name in MODES}
     for _ in range(options.rounds):
         for name, mode in MODES.items():
             seconds = taken("cps_fpl", f"{flags} {mode}", options.steps)
             times[name].append(statistics.median(seconds))
-    rows = spread(times).items()
-    return [{"backbone": net, "crop": crop, "mode": name} | row for name, row in rows]
+    for name, row in spread(times).items():
+        yield {"backbone": net, "crop": crop, "mode": name} | row
 
 
 def sizes(options):
-    """One step of supervised.py for each size and type, and the two losses of its logits."""
-    rows = []
+    """Yields rows: one step of supervised.py for each size and type, and both losses of its logits."""
     for net, crop in [("resnet18", 64)] if options.quick else SIZES:
         z, t = fpl_loss.inputs(19, crop, "diffuse")
         names = (fpl_loss.BASELINE, "twin")
@@ -78,9 +78,7 @@ def sizes(options):
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             row[amp] = json.loads(done.stdout.splitlines()[-1])
         row |= {"ce_s": losses[names[0]]["s"], "fpl_s": losses[names[1]]["s"]}
-        print(f"sizes: {row}", flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def child(net, crop, amp):
@@ -112,6 +110,7 @@ def main():
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--crop", type=int, default=256, help="of the part step")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--child", nargs=3, metavar=("BACKBONE", "CROP", "AMP"))
@@ -121,15 +120,17 @@ def main():
         return child(net, int(crop), amp)
     if options.quick:
         options.rounds = 1
+        options.crop = 64
     found = json.loads(RESULT.read_text()) if RESULT.exists() and not options.quick else {}
     for name in options.parts:
-        rows = PARTS[name](options)
         about = {"torch": torch.__version__, "instructions": instructions()}
         about |= {"rounds": options.rounds, "steps": options.steps, "load": os.getloadavg()[0]}
-        found[name] = about | {"rows": rows}
-        print(f"{name}: {rows}", flush=True)
-        if not options.quick:
-            RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        found[name] = about | {"rows": []}
+        for row in PARTS[name](options):
+            found[name]["rows"].append(row)
+            print(f"{name}: {row}", flush=True)
+            if not options.quick:  # after each row: they take minutes
+                RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -121,10 +121,9 @@ def test_the_kernel_for_gpus_is_the_same_in_tritons_interpreter(C, dtype, monkey
     """Each weight and rule for K, ties among the teachers, both layouts; NaN is seen."""
     kernel = pytest.importorskip("common.fpl_triton")
     monkeypatch.setattr(fused, "kernels", lambda *logits: kernel)
-    planes = torch.contiguous_format
     strategies = ("n-1", "n", "fixed2", "step")
     kinds = ("concave", "linear", "convex", "none")
-    layouts = (planes, torch.channels_last) * 2
+    layouts = (torch.contiguous_format, torch.channels_last) * 2
     for layout, strategy, kind in zip(layouts, strategies, kinds, strict=True):
         t = teachers(C, dtype, layout)[..., :2]
         t = t.contiguous(memory_format=layout)

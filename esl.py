@@ -91,6 +91,7 @@ class Args:
         "shapes"
     )
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
+    cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
     # whose 1/r it is
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
@@ -155,6 +156,7 @@ class Args:
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
+        "cache": "dataset!=shapes",
         "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
@@ -300,10 +302,10 @@ def soft_label(prob, args):
         return prob
     if args.label == "hard":
         return torch.zeros_like(prob).scatter(1, prob.argmax(1, True), 1.0)
-    p = upcast(prob).sort(dim=1, descending=True).values
     if args.label == "topk":
-        delta = p[:, min(args.top_k, p.shape[1]) - 1, None]
+        delta = upcast(prob).topk(min(args.top_k, prob.shape[1]), dim=1).values[:, -1:]
     else:
+        p = upcast(prob).sort(dim=1, descending=True).values
         delta = p.gather(1, cumulative_classes(p, args.eta, strict=False)[:, None] - 1)
     kept = torch.where(prob >= delta, prob, 0.0)
     return kept / kept.sum(1, keepdim=True)

@@ -1,5 +1,5 @@
-"""Makes docs/performance.md from results/gpu/*.json, fpl_loss.json and unimatch_step.json, and the
-cards of docs/scaling.md.
+"""Makes docs/performance.md from results/gpu/*.json and the JSON files of the other benchmarks, and
+the cards and estimates of docs/scaling.md.
 
 python benchmarks/page.py           # writes both pages
 python benchmarks/page.py --check   # exit code 1 if one of them is not what it would write
@@ -17,11 +17,16 @@ MEMORY = ROOT / "results" / "memory.json"
 FPL_LOSS = ROOT / "results" / "fpl_loss.json"
 UNIMATCH_STEP = ROOT / "results" / "unimatch_step.json"
 FPL_STEP = ROOT / "results" / "fpl_step.json"
-MARKS = "<!-- table: benchmarks/page.py -->\n", "<!-- end of table -->\n"
+INPUT = ROOT / "results" / "input.json"
+GROWTH = ROOT / "results" / "growth.json"
+NETWORKS = ROOT / "results" / "networks.json"
+ESTIMATES = ROOT / "results" / "scaling.json"
+END = "<!-- end of table -->\n"
 HEAD = """# Performance
 
 Made by `python benchmarks/page.py`, a section for each JSON file of `benchmarks/gpu.py`, a machine,
-of `benchmarks/fpl_loss.py` and of `benchmarks/unimatch_step.py`. The first,
+and for those of the benchmarks that need no GPU, which each section names. All of these:
+`python benchmarks/all.py`, with `--quick` in some minutes. The first,
 
     python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json
 
@@ -184,6 +189,124 @@ def fpl_step(found):
     return text + table(["", "cross-entropy", "FPL", "FPL, `--fused off`", "GPU"], rows)
 
 
+def ratio(row):
+    """Returns a ratio with its spread."""
+    return f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]"
+
+
+def samples(found):
+    """Returns the section of the input. found: what input.py wrote."""
+    text = (
+        "\n## Input\n\n`python benchmarks/input.py`: processor time of a training sample, from its "
+    )
+    text += (
+        "files and from the cache of decoded images\n([data.md](data.md#decoded-once---cache)), "
+    )
+    text += f"torch {found['torch']}, {found['rounds']} rounds, load {found['load']:.1f}. The same "
+    text += (
+        "samples bit for bit, as asserted.\nRatio [low..high] to the files; the files are in the "
+    )
+    text += "system's memory. First time: with the check of the pixels' sha1.\n\n"
+    rows = []
+    for row in found["rows"]:
+        ways = row["ways"]
+        mask = "with its mask" if row["mask"] else "alone"
+        cells = [f"{row['kind']} of {row['file_mb']:.2g} MB, crop {row['crop']}, {mask}"]
+        cells += [ways["files"]["ms"], ways["files, reading alone"]["ratio"]]
+        rows.append(cells + [ratio(ways["cache"]), ratio(ways["cache, first time"])])
+    titles = ["image", "files, ms", "of it reading", "cache", "cache, first time"]
+    return text + table(titles, rows)
+
+
+def about(part, name):
+    """Returns the heading of a part of growth.json or networks.json, and its circumstances."""
+    text = f"\n### {name}\n\n"
+    text += f"torch {part['torch']}, {part['rounds']} rounds, load {part['load']:.1f}. "
+    return text
+
+
+def growth(found):
+    """Returns the section of growth. found: what growth.py wrote."""
+    text = (
+        "\n## Growth, and two parts of a step\n\n`python benchmarks/growth.py`, processor time of "
+    )
+    text += "one thread, ResNet-18 at stride 16 where there is a network.\n"
+    if part := found.get("classes"):
+        text += about(part, "FPL's loss by the number of classes")
+        text += "Nanoseconds of a pixel and class,\nforward and backward, in channels-last; in "
+        text += "brackets the ratio to cross-entropy with the likeliest class by argmax.\n\n"
+        lines = {}
+        for row in part["rows"]:
+            cell = f"{row['ns']:.3g} ({row['ratio']:.2f})"
+            lines.setdefault((row["classes"], row["side"]), []).append(cell)
+        rows = [[C, f"2x{side}x{side}", *cells] for (C, side), cells in lines.items()]
+        names = list(dict.fromkeys(row["call"] for row in part["rows"]))
+        teachers = list(dict.fromkeys(row["teacher"] for row in part["rows"]))
+        text += table(["C", "pixels", *(f"{n}, {t}" for t in teachers for n in names)], rows)
+    if part := found.get("crop"):
+        text += about(part, "A step of cps_fpl.py by its crop")
+        text += "2 + 2 + 2 images.\n\n"
+        rows = [[row["crop"], row["s"], row["us_a_pixel"]] for row in part["rows"]]
+        text += table(["crop", "s a step", "microseconds a pixel of the crop"], rows)
+    if part := found.get("batch"):
+        text += about(part, "Memory of cps_fpl.py by its batch")
+        text += "Crop 128, resident at the peak, MiB.\n\n"
+        rows = [
+            [r["images"], f"{r['libraries_mib']:.0f}", f"{r['peak_mib']:.0f}"] for r in part["rows"]
+        ]
+        text += table(["images of each kind", "libraries", "peak"], rows)
+    if part := found.get("processes"):
+        text += about(part, "A step of cps_fpl.py shared by two processes")
+        text += "Crop 128, 4 images of each\nkind in all, one thread a process, wall time: on a "
+        text += "shared machine two cores are seldom both free.\n\n"
+        rows = [[r["processes"], r["wall_s"], r["peak_mib"], r["load"]] for r in part["rows"]]
+        text += table(["processes", "s a step", "MiB at the peak of one", "load"], rows)
+    if part := found.get("teacher"):
+        text += about(part, "mean_teacher.py's pass that only moves BN")
+        text += (
+            "A step, crop 128, 4 + 4\nimages: the pass is what `--teacher-bn own`, the released "
+        )
+        text += "code's way and the default, adds to `average`.\n\n"
+        rows = [[f"`--teacher-bn {r['teacher_bn']}`", r["s"], ratio(r)] for r in part["rows"]]
+        text += table(["", "s a step", "ratio"], rows)
+    if part := found.get("labels"):
+        text += about(part, "ESL's `--label topk`")
+        text += (
+            "The labels of k = 5, by topk as in\nesl.py and by a full sort: equal, as asserted.\n\n"
+        )
+        rows = [[r["classes"], r["call"], 1e3 * r["s"], ratio(r)] for r in part["rows"]]
+        text += table(["C", "", "ms", "ratio"], rows)
+    return text
+
+
+def networks(found):
+    """Returns the section of large networks. found: what networks.py wrote."""
+    text = "\n## Large networks on a CPU\n\n`python benchmarks/networks.py`, processor time of one "
+    text += "thread, stride 16, 19 classes.\n"
+    if part := found.get("step"):
+        has = ", ".join(part["instructions"]) or "none"
+        text += about(part, "A step of cps_fpl.py")
+        text += (
+            f"{part['rows'][0]['backbone']}, crop\n{part['rows'][0]['crop']}, 2 + 2 + 2 images, "
+        )
+        text += f"{part['steps']} step(s) a round. Instructions of this CPU for bf16: {has}.\n\n"
+        rows = [[row["mode"], row["s"], ratio(row)] for row in part["rows"]]
+        text += table(["", "s a step", "ratio"], rows)
+    if part := found.get("sizes"):
+        text += about(part, "A step of supervised.py by network and crop")
+        text += "2 images, a single step each.\nSurplus: FPL's loss of 2 such images less "
+        text += "cross-entropy, as a share of that step.\n\n"
+        rows = []
+        for row in part["rows"]:
+            own = row["none"]
+            surplus = 100 * (row["fpl_s"] - row["ce_s"]) / own["s"]
+            cells = [row["backbone"], row["crop"], own["s"], 2 / own["s"], f"{own['peak_mib']:.0f}"]
+            rows.append([*cells, row["bf16"] and row["bf16"]["s"], f"{surplus:.1f} %"])
+        titles = ["backbone", "crop", "s a step", "images a s", "peak MiB", "bf16, s a step"]
+        text += table([*titles, "surplus"], rows)
+    return text
+
+
 def cards(memory):
     """Returns the table of docs/scaling.md. memory: what memory.py wrote."""
     names = sorted(memory["rows"][0]["fits"], key=int)
@@ -197,26 +320,45 @@ def cards(memory):
     return table(titles, rows)
 
 
-def replaced(text, body):
-    """Returns a page with the table between its marks replaced."""
-    begin, end = MARKS
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    return re.sub(pattern, lambda _: begin + body + end, text, flags=re.DOTALL)
+def estimates(found):
+    """Returns the table of estimates of docs/scaling.md. found: what scaling.py wrote."""
+    rows = []
+    for row in found["rows"]:
+        cells = [f"{row['script']}.py", row["crop"], row["tflop"], f"{row['gradient_mb']:.0f}"]
+        cells.append(row["exchanges"])
+        for gpus in row["gpus"].values():
+            cells.append(f"{gpus['s']:.2f} s, {100 * gpus['computing']:.0f} %")
+        rows.append(cells)
+    titles = ["script", "crop", "TFLOP", "MB of gradients", "exchanges of BN"]
+    return table([*titles, *(f"{n} GPUs" for n in found["rows"][0]["gpus"])], rows)
+
+
+def replaced(text, body, script):
+    """Returns a page with the table between the marks of a script replaced."""
+    begin = f"<!-- table: benchmarks/{script} -->\n"
+    pattern = re.escape(begin) + ".*?" + re.escape(END)
+    return re.sub(pattern, lambda _: begin + body + END, text, flags=re.DOTALL)
 
 
 def pages():
     """Returns {path: text} of both pages as they should be."""
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
     text = performance(runs)
-    if FPL_LOSS.exists():
-        text += fpl_loss(json.loads(FPL_LOSS.read_text()))
-    if UNIMATCH_STEP.exists():
-        text += unimatch_step(json.loads(UNIMATCH_STEP.read_text()))
-    if FPL_STEP.exists():
-        text += fpl_step(json.loads(FPL_STEP.read_text()))
+    for path, section_of in (
+        (FPL_LOSS, fpl_loss),
+        (UNIMATCH_STEP, unimatch_step),
+        (FPL_STEP, fpl_step),
+        (INPUT, samples),
+        (GROWTH, growth),
+        (NETWORKS, networks),
+    ):
+        if path.exists():
+            text += section_of(json.loads(path.read_text()))
     scaling = SCALING.read_text()
     if MEMORY.exists():
-        scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())))
+        scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())), "page.py")
+    if ESTIMATES.exists():
+        scaling = replaced(scaling, estimates(json.loads(ESTIMATES.read_text())), "scaling.py")
     return {PERFORMANCE: text, SCALING: scaling}
 
 

@@ -67,6 +67,7 @@ class Data:
         self.unlabeled = unlabeled
         self.val = val
         self.test = test
+        self.cache = None  # common/cache.py's, where a script's --cache names one
         own = {row.id: row for row in reversed(rows) if row.id != IGNORE}  # the first row of an id
         names = facts.get("classes") or [own[i].name for i in sorted(own)]
         colours = facts.get("palette") or [own[i].colour for i in sorted(own)]
@@ -99,10 +100,10 @@ class Data:
         if item.image is None:
             image, label = shapes.draw(item.key)
             return image, label if with_label else None
-        image = read_photograph(item.image)
+        image = self.opened(item.image, read_photograph)
         if not with_label:
             return image, None
-        mask = read_mask(item.label)
+        mask = self.opened(item.label, read_mask)
         if mask.size != image.size:
             sizes = "{}x{} pixels, not {}x{}".format(*mask.size, *image.size)
             turned = orientation(item.image)
@@ -117,6 +118,15 @@ class Data:
             what = f"value {values[y, x]} at row {y}, column {x}; classes are 0 to {last}, and"
             raise Refusal(f"{item.label}: {what} {np.flatnonzero(table == IGNORE)[-1]} is ignored")
         return image, Image.fromarray(label)
+
+    def opened(self, path, read):
+        """Returns a file as PIL has it: out of the cache, or by read(path) where that lacks it."""
+        image = None
+        if self.cache is not None:
+            image = self.cache.image(path)
+        if image is None:
+            image = read(path)
+        return image
 
     def require_pixels(self, tally, masks):
         """Raises Refusal if a tally, pixels of each class (or of pairs), is 0 throughout.

@@ -56,7 +56,7 @@ Scales = Annotated[tuple[Above0, ...], Rising()]
 
 # what no number of a run depends on: these may change at a resume
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
-log_every save_every pictures_every tensorboard track fused""".split()
+cache log_every save_every pictures_every tensorboard track fused""".split()
 
 # what a run is of, not how: these are no part of a folder's name, or have their own place in it
 OF = "dataset split seed num_classes ignore_index".split()

@@ -10,6 +10,7 @@ float64, from which all is drawn. A bank has the rings of all queues, one after 
 row that stays 0.
 """
 
+import importlib.util
 from functools import lru_cache
 from itertools import accumulate
 
@@ -307,6 +308,17 @@ def fpl_of_pixels(z, t, T, strict, minus, least, most, *weight):
     return (F.softplus(x) * weight)[0], pseudo, gradient
 
 
+def kernels(logits_s, logits_t):
+    """Returns common/fpl_triton.py if it computes the loss of these logits, on a GPU, else None."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
+        return None
+    from common import fpl_triton
+
+    if fpl_triton.takes(logits_s, logits_t):
+        return fpl_triton
+    return None
+
+
 class FPL(torch.autograd.Function):
     """FPL's loss of every pixel and the pseudo label. The gradient is made with the loss and kept,
     the only map of C channels; so there is no second derivative.
@@ -314,6 +326,11 @@ class FPL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_s, logits_t, rule):
+        if kernel := kernels(logits_s, logits_t):
+            loss, pseudo, gradient = kernel.launch(logits_s, logits_t, rule)
+            ctx.save_for_backward(gradient)
+            ctx.mark_non_differentiable(pseudo)
+            return loss, pseudo
         rows = logits_s.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if rows else torch.contiguous_format
         gradient = torch.empty_like(logits_s, memory_format=layout)

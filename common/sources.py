@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import Refusal, printable, shapes
+from common.cache import with_cache
 from common.data import CONVERT, FACTS, IGNORE, SPLITS, Data, Item, counts, read_classes, set_hash
 
 LISTS = Path("data/splits")  # <data set>/<family>/<split>.txt: one key per line
@@ -140,7 +141,7 @@ def load(args):
     val = tree.items("val", held["val"])
     test = tree.items("test", held["test"])
     if scored and not getattr(args, "precise_bn", 0):
-        return Data(args, [], [], val, test, rows)
+        return with_cache(Data(args, [], [], val, test, rows), args)
     labeled, unlabeled, train = training(args, tree)
     labeled = tree.items("train", labeled, train, args.labeled_list)
     unlabeled = tree.items("train", unlabeled, train, args.unlabeled_list, masks=False)
@@ -150,7 +151,7 @@ def load(args):
         first = min(taught[file] for file in leak)
         raise Refusal(f"{len(leak)} images to train on are in val or test, {first} first")
     tell_strays(tree, {"train": train} | held)
-    return Data(args, labeled, unlabeled, val, test, rows)
+    return with_cache(Data(args, labeled, unlabeled, val, test, rows), args)
 
 
 def check_classes(args, tree, rows):

@@ -25,8 +25,10 @@ RECIPE = "# ---- 2. Recipe"
 # so is the table of flags
 SCRIPT = 620
 FUNCTION = 40  # main excepted
-COMMANDS = {"prepare_data.py": 510, "convert.py": 495, "predict.py": 385}
-ROOMS = COMMANDS | {"common/": 1900, "fused.py": 205, "track.py": 75, "outputs.py": 380}
+COMMANDS = {"prepare_data.py": 515, "convert.py": 495, "predict.py": 385}
+ROOMS = COMMANDS | {"common/": 1900, "fused.py": 215, "track.py": 75, "outputs.py": 380}
+ROOMS["cache.py"] = 150
+ROOMS["fpl_triton.py"] = 85
 EXCEPTIONS = {"ael_fpl.py": 680, "u2pl.py": 647, "esl.py": 677}  # none is to be added
 # over all scripts and common/, per 100 lines
 PACKED = 0.6  # a, b = x, y

@@ -114,3 +114,23 @@ def test_what_is_not_finite_is_seen_and_a_network_of_comparators_sorts():
         assert loss.isnan().flatten().tolist() == [True, False, False, False]
     p = torch.randn(33, 50)
     assert torch.equal(fused.ranked(p, 4), p.sort(0, descending=True)[0][:4])
+
+
+@pytest.mark.parametrize(("C", "dtype"), [(2, torch.bfloat16), (11, torch.float32)])
+def test_the_kernel_for_gpus_is_the_same_in_tritons_interpreter(C, dtype, monkeypatch):
+    """Each weight and rule for K, ties among the teachers, both layouts; NaN is seen."""
+    kernel = pytest.importorskip("common.fpl_triton")
+    monkeypatch.setattr(fused, "kernels", lambda *logits: kernel)
+    strategies = ("n-1", "n", "fixed2", "step")
+    kinds = ("concave", "linear", "convex", "none")
+    layouts = (torch.contiguous_format, torch.channels_last) * 2
+    for layout, strategy, kind in zip(layouts, strategies, kinds, strict=True):
+        t = teachers(C, dtype, layout)[..., :2]
+        t = t.contiguous(memory_format=layout)
+        z = (3 * torch.randn(t.shape)).to(dtype).contiguous(memory_format=layout)
+        rules = dict(k_strategy=strategy, weight=kind, strict=kind != "linear")
+        rules |= dict(mean_over="positives_and_next") if kind == "linear" else {}
+        assert_same(cps_fpl.fpl_loss, z, t, 0.0, options(**rules))
+    t[1, 1, 0, 0] = torch.nan
+    for pair in ((z, t), (t, z)):
+        assert fused.fpl_loss(*pair, 0.0, options())[0].isnan().nonzero().tolist() == [[1, 0, 0]]

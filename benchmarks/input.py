@@ -1,0 +1,182 @@
+"""A training sample from files and from the cache of decoded images: milliseconds of a processor.
+
+    python benchmarks/input.py           # writes results/input.json
+    python benchmarks/input.py --quick   # two images of each kind, nothing written
+
+Images as Cityscapes has them (2048x1024, PNG, crop 800) and as VOC has them (500x375, JPEG, crop
+512), drawn here: smooth noise and a grain by which a file is about as long as a photograph's. A
+sample is what a loader's process makes for one image: supervised.py's Samples, with and without a
+mask. First it is asserted that all ways give the same samples, bit for bit. Then they take turns in
+one process; medians of processor time, ratios to the files, [lowest..highest] over the rounds. The
+files are in the system's memory: a disk that has to be waited for comes on top, and a cache is
+longer than its files (6.3 MB of an image for 2.8 MB of PNG, 0.56 MB for 0.1 MB of JPEG).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+import prepare_data  # noqa: E402
+from common.sources import load  # noqa: E402
+from supervised import Samples, Stream  # noqa: E402
+
+RESULT = ROOT / "results" / "input.json"
+KINDS = {  # (width, height), suffix, grain in grey levels, crop
+    "Cityscapes-sized PNG": ((2048, 1024), "png", 2, 800),
+    "VOC-sized JPEG": ((500, 375), "jpg", 12, 512),
+}
+SCALES = (0.5, 2.0)
+
+
+def draw(root, size, suffix, grain, count):
+    """Writes `count` images and masks of so many pixels as a data set of the kind folder."""
+    rng = np.random.default_rng(0)
+    width, height = size
+    for part, images in (("train", count), ("val", 1)):
+        for folder in ("images", "masks"):
+            (root / folder / part).mkdir(parents=True)
+        for i in range(images):
+            coarse = rng.integers(0, 256, (height // 32, width // 32, 3), np.uint8)
+            smooth = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+            noise = rng.integers(-grain, grain + 1, (height, width, 1))
+            image = (np.asarray(smooth) + noise).clip(0, 255).astype(np.uint8)
+            Image.fromarray(image).save(root / f"images/{part}/{i}.{suffix}", quality=95)
+            coarse = rng.integers(0, 19, (height // 32, width // 32), np.uint8)
+            mask = Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST)
+            mask.save(root / f"masks/{part}/{i}.png")
+
+
+def samples(root, cache, with_label, crop):
+    """Returns supervised.py's Samples of a folder."""
+    args = SimpleNamespace(dataset="folder", data_root=str(root), split="all", split_seed=None)
+    args.num_classes = 19
+    args.ignore_index = 255
+    args.labeled_list = ""
+    args.unlabeled_list = ""
+    args.cache = cache
+    args.seed = 0
+    args.crop_size = crop
+    data = load(args)
+    return Samples("labeled", Stream(data.labeled, 1, with_label, SCALES), data, args)
+
+
+class ReadOnly:
+    """What Samples do before they warp: number -> image and mask as PIL has them."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def __getitem__(self, number):
+        item = self.found.items[self.found.which(number)]
+        return self.found.data.read(item, self.found.with_label)
+
+
+def forget(found):
+    """Makes a cache check its pixels again, as a new process does when it first reads them."""
+    found.data.cache.seen.clear()
+
+
+def seconds(found, numbers):
+    """Returns the processor time of a sample, a mean over their numbers."""
+    begin = time.process_time()
+    for number in numbers:
+        found[number]
+    return (time.process_time() - begin) / len(numbers)
+
+
+def assert_equal(ways, numbers):
+    """Asserts that all ways give the same samples, bit for bit."""
+    first, *others = ways.values()
+    for number in numbers:
+        sample = first[number]
+        for other in others:
+            found = other[number]
+            assert found.keys() == sample.keys()
+            assert all(torch.equal(found[name], sample[name]) for name in sample)
+
+
+def timed(ways, numbers, rounds):
+    """Returns {way: {ms, ratio, low, high}}; ratios to the first way."""
+    times = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, found in ways.items():
+            if name == "cache, first time":
+                forget(found)
+            times[name].append(seconds(found, numbers))
+    base = next(iter(times.values()))
+    rows = {}
+    for name, own in times.items():
+        ratios = [a / b for a, b in zip(own, base, strict=True)]
+        rows[name] = {"ms": 1e3 * statistics.median(own), "ratio": statistics.median(ratios)}
+        rows[name] |= {"low": min(ratios), "high": max(ratios)}
+    return rows
+
+
+def compared(root, cache, with_label, crop, rounds):
+    """Returns {way: {ms, ratio, low, high}} of a kind of images."""
+    ways = {"files": samples(root, "", with_label, crop)}
+    ways["cache"] = samples(root, cache, with_label, crop)
+    ways["cache, first time"] = samples(root, cache, with_label, crop)
+    numbers = range(2 * len(ways["files"].items))
+    assert_equal(ways, numbers)
+    ways["files, reading alone"] = ReadOnly(ways["files"])
+    ways["cache, reading alone"] = ReadOnly(ways["cache"])
+    return timed(ways, numbers, rounds)
+
+
+def measure(count, rounds):
+    """Returns {where, rows}; prints the rows as they come."""
+    rows = []
+    for kind, (size, suffix, grain, crop) in KINDS.items():
+        with tempfile.TemporaryDirectory() as top:
+            root = Path(top) / "data"
+            draw(root, size, suffix, grain, count)
+            cache = f"{top}/cache"
+            source = dict(dataset="folder", data_root=str(root), num_classes=19)
+            prepare_data.Cache(**source, out=cache).run()
+            bytes_of = [path.stat().st_size for path in root.glob("images/train/*")]
+            for with_label in (False, True):
+                found = compared(root, cache, with_label, crop, rounds)
+                row = {"kind": kind, "file_mb": statistics.mean(bytes_of) / 1e6, "crop": crop}
+                rows.append(row | {"mask": with_label, "ways": found})
+                print(f"\n{kind}, {row['file_mb']:.2f} MB, crop {crop}, mask: {with_label}")
+                for name, way in found.items():
+                    spread = f"[{way['low']:.2f}..{way['high']:.2f}]"
+                    print(f"  {name:22}{way['ms']:8.2f} ms  {way['ratio']:5.2f} {spread}")
+    where = {"torch": torch.__version__, "load": os.getloadavg()[0], "rounds": rounds}
+    return where | {"rows": rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--images", type=int, default=6, help="of each kind")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    if args.quick:
+        args.images = 2
+        args.rounds = 2
+    found = measure(args.images, args.rounds)
+    if not args.quick:
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

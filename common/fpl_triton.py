@@ -1,0 +1,137 @@
+"""FPL's loss as one kernel for a GPU, in Triton: reads both logits once and writes one gradient.
+
+A pixel needs no sort. Class i is positive exactly if fewer than K classes come before it, larger
+ones and equal ones of lower number; and the probabilities up to it sum to what V is at its rank.
+Up to rounding what the definitions in cps_fpl.py and ael_fpl.py compute (tests/test_fused.py, in
+Triton's interpreter). Not measured on a GPU: benchmarks/gpu.py does.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+LARGEST = 64  # classes: a pixel's pairs of classes are computed in registers
+PAIRS = 1024  # numbers of a block, pixels times classes: more do not fit into its registers
+
+
+@triton.jit
+def in_order(p, c, C: tl.constexpr):
+    """Returns of each class how many come before it, and V at its rank, summed in float64."""
+    rank = tl.zeros_like(p).to(tl.int32)
+    V = p.to(tl.float64)
+    for j in range(C):
+        other = tl.sum(tl.where(c == j, p, 0.0), 1)[:, None]
+        before = (other > p) | ((other == p) & (c > j))
+        rank += before.to(tl.int32)
+        V += tl.where(before, other, 0.0).to(tl.float64)
+    return rank, V.to(tl.float32)
+
+
+@triton.jit
+def weight_of(mean, rest, WEIGHT: tl.constexpr):
+    """Eq. (11) or (16)."""
+    gap = tl.maximum(mean - rest, 0.0)
+    if WEIGHT == "concave":
+        weight = tl.log(1 + 50 * gap) / tl.log(1 + 50 * mean)
+    elif WEIGHT == "linear":
+        weight = gap / mean
+    elif WEIGHT == "convex":
+        weight = gap / (mean + 4 * rest)
+    else:
+        weight = gap * 0 + 1
+    return weight
+
+
+@triton.jit
+def kernel(
+    z_from,
+    t_from,
+    loss_to,
+    pseudo_to,
+    gradient_to,
+    pixels,  # of an image
+    total,  # pixels of all images
+    image_step,
+    class_step,
+    pixel_step,
+    T,
+    C: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRICT: tl.constexpr,
+    MINUS: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    FOLLOWING: tl.constexpr,
+):
+    """BLOCK pixels: Eq. (7) times Eq. (11) or (16), the likeliest class, and Eq. (8) times that."""
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, WIDTH)[None, :]
+    place = (pixel // pixels * image_step + pixel % pixels * pixel_step)[:, None] + c * class_step
+    there = (pixel < total)[:, None] & (c < C)
+    t = tl.load(t_from + place, there, -float("inf")).to(tl.float32)
+    t = tl.where(pixel[:, None] < total, t, 0.0)
+    z = tl.load(z_from + place, there, 0.0).to(tl.float32)
+    p = tl.exp(t - tl.max(t, 1)[:, None])
+    p = tl.where(c < C, p / tl.sum(p, 1)[:, None], -1.0)  # -1: no class
+    rank, V = in_order(p, c, C)
+    below = (V <= T) if STRICT else (V < T)
+    n = tl.sum((below & (c < C)).to(tl.int32), 1) + 1
+    K = tl.minimum(tl.maximum(tl.minimum(n, C) - MINUS, LEAST), MOST)[:, None]
+    Y = (rank < K) & (c < C)
+    negative = (rank >= K) & (c < C)
+    pseudo = tl.sum(tl.where((rank == 0) & (c < C), c, 0), 1)
+    # Eq. (11), (16)
+    last = tl.sum(tl.where(Y, p, 0.0).to(tl.float64), 1).to(tl.float32)
+    rest = tl.maximum(tl.max(tl.where(negative, p, 0.0), 1), 0.0)
+    number = tl.sum(Y.to(tl.float32), 1)
+    weight = weight_of((last + FOLLOWING * rest) / (number + FOLLOWING), rest, WEIGHT)
+    # Eq. (7), (8)
+    high = tl.max(tl.where(negative, z, -1e30), 1)[:, None]
+    low = tl.min(tl.where(Y, z, 1e30), 1)[:, None]
+    up = tl.where(negative, tl.exp(z - high), 0.0)
+    down = tl.where(Y, tl.exp(low - z), 0.0)
+    above = tl.sum(up, 1)[:, None]
+    under = tl.sum(down, 1)[:, None]
+    left = above != 0  # K = C leaves no negative; NaN is left
+    above = tl.where(left, above, 1.0)
+    x = (high + tl.log(above)) + (tl.log(under) - low)
+    bend = tl.exp(-tl.abs(x))
+    loss = tl.where(left, tl.maximum(x, 0.0) + tl.log(1 + bend), 0.0)
+    slope = tl.where(left, tl.where(x >= 0, 1.0, bend) / (1 + bend), 0.0) * weight[:, None]
+    gradient = slope * (up / above - down / under)
+    tl.store(loss_to + pixel, tl.sum(loss, 1) * weight, pixel < total)
+    tl.store(pseudo_to + pixel, pseudo.to(tl.int64), pixel < total)
+    tl.store(gradient_to + place, gradient.to(gradient_to.dtype.element_ty), there)
+
+
+def takes(logits_s, logits_t):
+    """Returns whether the kernel computes these logits: on a GPU, in one layout, no float64."""
+    same = logits_s.is_cuda and logits_s.stride() == logits_t.stride()
+    same = same and torch.float64 not in (logits_s.dtype, logits_t.dtype)
+    dense = logits_s.is_contiguous() or logits_s.is_contiguous(memory_format=torch.channels_last)
+    return same and dense and logits_s.shape[1] <= LARGEST
+
+
+def launch(logits_s, logits_t, rule):
+    """Returns loss (B, H, W) float32, pseudo label (B, H, W) int64, gradient (B, C, H, W).
+
+    logits: (B, C, H, W) as `takes` has them. rule: that of common/fused.py.
+    """
+    T, strict, minus, least, most, weight, mean_over = rule
+    B, C, H, W = logits_s.shape
+    gradient = torch.empty_like(logits_s)
+    loss = torch.empty(B, H, W, device=logits_s.device)
+    pseudo = torch.empty(B, H, W, dtype=torch.int64, device=logits_s.device)
+    width = triton.next_power_of_2(C)
+    block = max(PAIRS // width, 1)
+    image_step, class_step, _, pixel_step = logits_s.stride()
+    steps = image_step, class_step, pixel_step
+    options = dict(STRICT=strict, MINUS=minus, LEAST=least, MOST=min(most, C), WEIGHT=weight)
+    options["FOLLOWING"] = int(mean_over == "positives_and_next")
+    kernel[(triton.cdiv(B * H * W, block),)](
+        logits_s, logits_t, loss, pseudo, gradient, H * W, B * H * W, *steps, T,
+        C=C, WIDTH=width, BLOCK=block, **options,
+    )  # fmt: skip
+    return loss, pseudo, gradient

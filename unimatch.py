@@ -514,15 +514,16 @@ def total_loss(sup, strong, perturbed, args):
 
 @torch.no_grad()
 def partner_images(student, unlabeled, step, args, group):
-    """Returns other crops as partners: {name: map}, their strong views and lessons [D10].
+    """Returns other crops as partners, {name: map} for each view: strong image and lesson [D10].
 
     The network labels their weak views in eval mode, as released [D11].
     """
     student.eval()
     taught = lesson(student(unlabeled["image"])["logits"], unlabeled["inside"], args)
     student.train()
-    images, _ = strong_views(unlabeled["image"], "partner", step, args, group)
-    return {"image": images, **taught}
+    names = [f"partner{number}" for number in range(args.views)]
+    views = [strong_views(unlabeled["image"], name, step, args, group) for name in names]
+    return [{"image": images, **taught} for images, _ in views]
 
 
 def masked_mean(x, mask):
@@ -1158,9 +1159,8 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
         weak = batch["unlabeled"]
-        partner = None
         if args.partner == "crop":
-            partner = partner_images(student, batch["unlabeled.2"], step, args, group)
+            partners = partner_images(student, batch["unlabeled.2"], step, args, group)
         student.head.perturbed = len(weak["image"]) if args.feature_perturbation else 0
         with distributed.no_sync(student_parallel):  # gradients are averaged in the last backward
             out = student_parallel(torch.cat([x_l, weak["image"]]))
@@ -1171,7 +1171,8 @@ def main(args):
             for number in range(args.views):
                 images, mask = strong_views(weak["image"], f"view{number}", step, args, group)
                 own = {"image": images, **taught}
-                views.append(mixed(mask, own, partner or swapped(own)))
+                partner = partners[number] if args.partner == "crop" else swapped(own)
+                views.append(mixed(mask, own, partner))
                 views[-1]["strong"] = images
             pixels = shared_pixels([taught, *views], group)
             sup = supervised_loss({"logits": logits_l}, y_l, args)

@@ -236,7 +236,6 @@ def literal(student, batch, args, number):
         with torch.no_grad():
             t_m = student.eval()(partner["image"])["logits"]
         student.train()
-        x_m, _ = unimatch.strong_views(partner["image"], "partner", number, args, ALONE)
     student.head.perturbed = len(weak["image"]) * args.feature_perturbation
     out = student(torch.cat([x_l, weak["image"]]))
     student.head.perturbed = 0
@@ -262,6 +261,7 @@ def literal(student, batch, args, number):
         own = [x, t, weak["inside"], K]
         other = [part[pairs] for part in own]
         if partner:
+            x_m, _ = unimatch.strong_views(partner["image"], f"partner{view}", number, args, ALONE)
             other = [x_m, t_m, partner["inside"], K_of(t_m, partner["inside"])]
         masks = [mask, mask, mask[:, 0], mask[:, 0]]
         maps = [a * ~m + b * m for a, b, m in zip(own, other, masks, strict=True)]

@@ -234,7 +234,9 @@ def preset(args):
     values["batch_size_unlabeled"] = batch_size
     if args.dataset == "voc_aug" and args.split_family == "cps":
         values["crop_size"] = 321
-    values["total_iters"] = released_steps(args, batch_size) or values.get("total_iters")
+    values["total_iters"] = released_steps(
+        args, args.batch_size_unlabeled or batch_size
+    ) or values.get("total_iters")
     return values
 
 

@@ -237,6 +237,8 @@ def preset(args):
     values["total_iters"] = released_steps(
         args, args.batch_size_unlabeled or batch_size
     ) or values.get("total_iters")
+    if args.T and len(args.T) > 1 and args.fused == "on":
+        raise Refusal("--fused on: the twin has one --T; leave --fused out")
     return values
 
 
@@ -361,14 +363,19 @@ def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
     return K
 
 
+def positive_classes(order, K):
+    """Y of Alg. 1, (B, C, H, W) bool: True at the K likeliest classes."""
+    first_K = torch.arange(order.shape[1], device=order.device).view(-1, 1, 1) < K[:, None]
+    return torch.zeros_like(first_K).scatter(1, order, first_K)
+
+
 def fuzzy_positive_regularization(logits_s, order, K):
     """Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
 
     Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
     z = upcast(logits_s)
-    first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
-    Y = torch.zeros_like(first_K).scatter(1, order, first_K)
+    Y = positive_classes(order, K)
     positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # the smooth -min of Eq. (6)
     negatives = z.masked_fill(Y, -torch.inf).logsumexp(1)  # its smooth max
     return F.softplus(positives + negatives)
@@ -408,18 +415,18 @@ def fuzzy_positive_loss(
     return loss * adaptive_weight(p, K, weight, mean_over)
 
 
-def adaptive_assignment(p, order, inside, args):
-    """A-FPL's K [D21]: by the T of --T whose positives fit a pixel's surroundings best.
+def adaptive_assignment(logits_t, inside, args):
+    """A-FPL's K, int64: by the T of --T whose positives fit a pixel's surroundings best.
 
     They fit by the smallest KL(q || d), 1e-6 added to both: d is 1 / K for the K positives, q their
     share of the positives of all pixels inside in the 5x5 square around the pixel, without it.
     """
+    p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     best = torch.full_like(p[:, 0], torch.inf)
     chosen = torch.zeros_like(order[:, 0])
     for T in args.T:
         K = fuzzy_positive_assignment(p, T, k_max=args.k_max, strict=args.strict)
-        first_K = torch.arange(p.shape[1], device=p.device).view(-1, 1, 1) < K[:, None]
-        Y = torch.zeros_like(p).scatter(1, order, first_K.to(p.dtype))
+        Y = positive_classes(order, K).to(p.dtype)
         counted = Y * inside[:, None]
         around = F.avg_pool2d(counted, 5, 1, 2, divisor_override=1) - counted
         q = around / around.sum(1, True).clamp(min=1) + 1e-6
@@ -430,11 +437,29 @@ def adaptive_assignment(p, order, inside, args):
     return chosen
 
 
-def k_of(p, order, inside, args):
-    """Returns K of Alg. 1 for one --T, of A-FPL for several."""
+def k_of(logits_t, inside, args, stride=1):
+    """Returns K of Alg. 1 for one --T, of A-FPL for several; of every stride-th pixel each way."""
     if len(args.T) > 1:
-        return adaptive_assignment(p, order, inside, args)
+        return adaptive_assignment(logits_t, inside, args)[..., ::stride, ::stride]
+    p, _ = by_rank(F.softmax(upcast(logits_t.detach()[..., ::stride, ::stride]), 1))
     return fuzzy_positive_assignment(p, args.T[0], k_max=args.k_max, strict=args.strict)
+
+
+def pixel_fpl(logits_s, logits_t, K, args):
+    """FPL's loss of every pixel by the flags. K: of several --T; None: Alg. 1's of the one."""
+    if K is not None:  # the twin has one T
+        p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+        weight = adaptive_weight(p, K, args.weight, args.mean_over)
+        return weight * fuzzy_positive_regularization(logits_s, order, K)
+    return pick(fuzzy_positive_loss, args, logits_s.device.type)(
+        logits_s,
+        logits_t,
+        args.T[0],
+        k_max=args.k_max,
+        strict=args.strict,
+        weight=args.weight,
+        mean_over=args.mean_over,
+    )
 
 
 # ---- consistency ----
@@ -446,14 +471,12 @@ def lesson(logits_t, inside, args):
     ce: conf, the largest probability, and pseudo, its class, int64. fpl: logits, and with several
     --T also K, whose surroundings are those before CutMix.
     """
-    logits_t = logits_t.detach()
     if args.unsup_loss == "ce":
-        prob = F.softmax(upcast(logits_t), 1)
+        prob = F.softmax(upcast(logits_t.detach()), 1)
         return {"inside": inside, "conf": prob.amax(1), "pseudo": prob.argmax(1)}
-    taught = {"inside": inside, "logits": logits_t}
+    taught = {"inside": inside, "logits": logits_t.detach()}
     if len(args.T) > 1:
-        p, order = by_rank(F.softmax(upcast(logits_t), 1))
-        taught["K"] = adaptive_assignment(p, order, inside, args)
+        taught["K"] = adaptive_assignment(logits_t, inside, args)
     return taught
 
 
@@ -466,19 +489,7 @@ def pixel_loss(logits_s, taught, args):
     if args.unsup_loss == "ce":
         nll = F.cross_entropy(upcast(logits_s), taught["pseudo"], reduction="none")
         return nll * (taught["conf"] >= args.threshold)
-    if "K" in taught:
-        p, order = by_rank(F.softmax(upcast(taught["logits"]), 1))
-        weight = adaptive_weight(p, taught["K"], args.weight, args.mean_over)
-        return weight * fuzzy_positive_regularization(logits_s, order, taught["K"])
-    return pick(fuzzy_positive_loss, args, logits_s.device.type)(
-        logits_s,
-        taught["logits"],
-        args.T[0],
-        k_max=args.k_max,
-        strict=args.strict,
-        weight=args.weight,
-        mean_over=args.mean_over,
-    )
+    return pixel_fpl(logits_s, taught["logits"], taught.get("K"), args)
 
 
 def consistency(logits_s, taught, pixels, args):
@@ -535,15 +546,14 @@ def masked_mean(x, mask):
 
 @torch.no_grad()
 def statistics(logits, inside, args, truth=None):
-    """Means over pixels inside, 0-dim; of every fourth pixel each way, or of all with several T.
+    """Means over every fourth pixel inside each way, 0-dim.
 
     confident, of conf >= 0.95; K; K_gt_1, of K > 1; weight. Or with the truth (B, H, W): pseudo_acc
     of the likeliest class; unsure_acc, that below 0.95; coverage, of the truth among K positives.
     """
-    stride = 1 if len(args.T) > 1 else 4
-    inside = inside[..., ::stride, ::stride]
-    p, order = by_rank(F.softmax(upcast(logits[..., ::stride, ::stride]), 1))
-    K = k_of(p, order, inside, args)
+    p, order = by_rank(F.softmax(upcast(logits[..., ::4, ::4]), 1))
+    K = k_of(logits, inside, args, 4)
+    inside = inside[..., ::4, ::4]
     sure = p[:, 0] >= 0.95  # the released threshold, under any loss
     if truth is None:
         return {
@@ -552,7 +562,7 @@ def statistics(logits, inside, args, truth=None):
             "K_gt_1": masked_mean(K > 1, inside),
             "weight": masked_mean(adaptive_weight(p, K, args.weight, args.mean_over), inside),
         }
-    rank = (order == truth[:, None, ::stride, ::stride]).int().argmax(1)  # of the truth, from 0
+    rank = (order == truth[:, None, ::4, ::4]).int().argmax(1)  # of the truth, from 0
     return {
         "pseudo_acc": masked_mean(rank == 0, inside),
         "unsure_acc": masked_mean(rank == 0, inside & ~sure),
@@ -567,9 +577,9 @@ def view_maps(number, view, logits_s, args):
         unused = ~view["inside"] | (view["conf"] < args.threshold)
         maps[f"label {number}"] = view["pseudo"].masked_fill(unused, -1)
     else:
-        p, order = by_rank(F.softmax(upcast(view["logits"]), 1))
-        maps[f"label {number}"] = order[:, 0].masked_fill(~view["inside"], -1)
-        maps[f"K {number}"] = (view.get("K", k_of(p, order, view["inside"], args)) - 1) / 2
+        maps[f"label {number}"] = view["logits"].argmax(1).masked_fill(~view["inside"], -1)
+        K = view["K"] if "K" in view else k_of(view["logits"], view["inside"], args)
+        maps[f"K {number}"] = (K - 1) / 2
     maps[f"student {number}"] = logits_s.argmax(1)
     return maps
 
@@ -1134,8 +1144,6 @@ def main(args):
     state = {}
     if args.partner == "batch" and args.batch_size_unlabeled % (2 * group.world):
         raise Refusal("--partner batch: an even --batch-size-unlabeled for every process")
-    if args.unsup_loss == "fpl" and args.fused == "on" and len(args.T) > 1:
-        raise Refusal("--fused on: the twin has one --T; leave --fused out")
     # <<< method: state
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)
@@ -1206,12 +1214,12 @@ def main(args):
         run.log_step(done, logged, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
-            p, order = by_rank(F.softmax(upcast(logits_w), 1))
+            conf, pseudo = F.softmax(upcast(logits_w.detach()), 1).max(1)
             maps = {
                 "weak": weak["image"],
-                "its pseudo label": order[:, 0].masked_fill(~weak["inside"], -1),
-                "confidence": p[:, 0],
-                "K: 1, 2, 3 or more": (k_of(p, order, weak["inside"], args) - 1) / 2,
+                "its pseudo label": pseudo.masked_fill(~weak["inside"], -1),
+                "confidence": conf,
+                "K: 1, 2, 3 or more": (k_of(logits_w, weak["inside"], args) - 1) / 2,
             }
             if args.feature_perturbation:
                 maps["perturbed features"] = out["perturbed"].argmax(1)

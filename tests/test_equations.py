@@ -115,10 +115,15 @@ def cross_loss(progress=0.0, **changes):
 
     def product(case):
         both = case.z.chunk(2), case.t.chunk(2)
-        value, parts = cps_fpl.cross_loss(*both, case.inside[:2], progress, args)
+        K = [None, None]
+        if len(args.T) > 1:
+            K = cps_fpl.adaptive_assignment(case.t, case.inside, args).chunk(2)
+        value, parts = cps_fpl.cross_loss(*both, case.inside[:2], progress, args, K)
         return value, counted(parts)
 
     def expected(case):
+        if len(args.T) > 1:
+            fpl_oracle.choose(case.t.movedim(1, -1).tolist(), case.inside.tolist(), args)
         both = [(x[:2], x[2:]) for x in (images(case.z), images(case.t))]
         value, gradients, parts = fpl_oracle.cross_loss(
             *both, images(case.inside[:2]), progress, args
@@ -140,11 +145,16 @@ def consistency_loss(pooled, **changes):
 
     def product(case):
         torch.manual_seed(3)
-        return ael_fpl.consistency_loss(case.z, case.t, case.inside, case.rate, pooled, args)
+        K = None
+        if len(args.T) > 1:
+            K = ael_fpl.adaptive_assignment(case.t, case.inside, args)
+        return ael_fpl.consistency_loss(case.z, case.t, case.inside, case.rate, pooled, args, K)
 
     def expected(case):
         torch.manual_seed(3)
         u = torch.rand(case.inside.shape, dtype=torch.promote_types(case.t.dtype, torch.float32))
+        if len(args.T) > 1:
+            fpl_oracle.choose(case.t.movedim(1, -1).tolist(), case.inside.tolist(), args)
         maps = [images(x) for x in (case.z, case.t, case.inside)]
         rest = case.rate.tolist(), images(u), pooled, case.z.shape[3], args
         return ael_oracle.consistency(*maps, *rest)
@@ -249,6 +259,7 @@ def part_contrast(share, of=esl, K=2, q=3, A=4, N=5):
 RELEASED = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True)
 STRATEGIES = ["n-1", "n", "fixed2", "fixed3", "step"]
 WEIGHTS = ["concave", "linear", "convex", "none"]
+SEVERAL = (0.4437, 0.6437, 0.8937, 0.9837)  # A-FPL's --T
 OVER = ["positives", "positives_and_next"]
 BOTH_OHEM = supervised.ohem_cross_entropy, supervised_oracle.ohem_cross_entropy
 OHEM = [(0.7, 3), (0.05, 0), (0.2, 7), (0.1, 1000), (1.0, 1)]  # threshold, pixels at least
@@ -284,6 +295,8 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     *(part_contrast(share) for share in (0.0, 0.5, 1.0)),
     *(consistency_loss(p, **c) for p in (1, 2) for c in (dict(balance=True), RELEASED)),
     consistency_loss(2, fused="on"),
+    *(cross_loss(T=SEVERAL, **c) for c in ({}, RELEASED)),
+    *(consistency_loss(2, T=SEVERAL, **c) for c in ({}, RELEASED)),
     *(consistency_loss(p, unsup_loss="ce", gamma=g) for p, g in ((2, 0.5), (4, 0.0))),
     consistency_loss(1, **RELEASED, weight="linear", T=0.6537, gamma=0.0),
     consistency_loss(2, weight="convex", k_max=2, strict=False, threshold=0.6, gamma=1.0),

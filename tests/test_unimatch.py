@@ -96,7 +96,7 @@ def test_several_T_choose_K_by_the_neighbours(kind):
         taught = unimatch.lesson(smooth, inside, args)
         p = smooth.softmax(1).movedim(1, -1).tolist()
         rows = zip(p, inside.tolist(), strict=True)
-        assert taught["K"].tolist() == [oracle.adaptive_positives(*row, args) for row in rows]
+        assert taught["K"].tolist() == [fpl_oracle.adaptive_positives(*row, args) for row in rows]
         assert kind != "random" or classes < 5 or taught["K"].unique().numel() > 1
 
 
@@ -252,7 +252,7 @@ def literal(student, batch, args, number):
         return loss[inside].sum() / inside.sum()
 
     def K_of(logits, inside):
-        return unimatch.k_of(*unimatch.by_rank(logits.softmax(1)), inside, args)
+        return unimatch.k_of(logits, inside, args)
 
     K, pairs = K_of(t, weak["inside"]), [i ^ 1 for i in range(len(t))]
     mixed, lessons = [], []
@@ -321,7 +321,6 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     tiny.shrink(unimatch, monkeypatch)
     for words, line in (
         ("--batch-size-unlabeled 3", "--partner batch: an even --batch-size-unlabeled"),
-        ("--unsup-loss fpl --T 0.8 0.9 --fused on", "--fused on: the twin has one --T"),
         ("--unsup-loss fpl --threshold 0.9", "--threshold 0.9 does nothing here: it needs"),
         ("--unsup-loss fpl --T 0.9 0.8", "--T (0.9, 0.8): one number or more, rising"),
     ):

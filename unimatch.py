@@ -570,14 +570,19 @@ def statistics(logits, inside, args, truth=None):
     }
 
 
-def view_maps(number, view, logits_s, args):
-    """Returns panels of a strong view, {title: map}; its label is white where it does not count."""
-    maps = {f"strong {number}": view["strong"], f"mixed {number}": view["image"]}
+def label_map(taught, args):
+    """Returns an image's pseudo label as a panel, int64; -1, white, where it does not count."""
     if args.unsup_loss == "ce":
-        unused = ~view["inside"] | (view["conf"] < args.threshold)
-        maps[f"label {number}"] = view["pseudo"].masked_fill(unused, -1)
-    else:
-        maps[f"label {number}"] = view["logits"].argmax(1).masked_fill(~view["inside"], -1)
+        unused = ~taught["inside"] | (taught["conf"] < args.threshold)
+        return taught["pseudo"].masked_fill(unused, -1)
+    return taught["logits"].argmax(1).masked_fill(~taught["inside"], -1)
+
+
+def view_maps(number, view, logits_s, args):
+    """Returns panels of a strong view, {title: map}; K, of what it is taught, with FPL alone."""
+    maps = {f"strong {number}": view["strong"], f"mixed {number}": view["image"]}
+    maps[f"label {number}"] = label_map(view, args)
+    if args.unsup_loss == "fpl":
         K = view["K"] if "K" in view else k_of(view["logits"], view["inside"], args)
         maps[f"K {number}"] = (K - 1) / 2
     maps[f"student {number}"] = logits_s.argmax(1)
@@ -1214,11 +1219,10 @@ def main(args):
         run.log_step(done, logged, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
-            conf, pseudo = F.softmax(upcast(logits_w.detach()), 1).max(1)
             maps = {
                 "weak": weak["image"],
-                "its pseudo label": pseudo.masked_fill(~weak["inside"], -1),
-                "confidence": conf,
+                "its pseudo label": label_map(taught, args),
+                "confidence": F.softmax(upcast(logits_w.detach()), 1).amax(1),
                 "K: 1, 2, 3 or more": (k_of(logits_w, weak["inside"], args) - 1) / 2,
             }
             if args.feature_perturbation:

@@ -311,6 +311,9 @@ def test_every_step_is_the_literal_one(row, tmp_path, monkeypatch):
         assert step.parts["strong"] > 0 and 0 < step.parts["coverage"] <= 1
         net.load_state_dict(step.nets["student"])
     titles = list(found.steps[-1].maps)
+    if args.unsup_loss == "ce":
+        label, conf = (found.steps[-1].maps[title] for title in ("its pseudo label", "confidence"))
+        assert (label[conf < args.threshold] == -1).all() and (label >= 0).any()  # white
     assert ("perturbed features" in titles) == args.feature_perturbation
     assert sum(title.startswith("mixed") for title in titles) == args.views
     assert ("K 1" in titles) == (args.unsup_loss == "fpl")

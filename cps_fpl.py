@@ -285,19 +285,14 @@ def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
     return K
 
 
-def positive_classes(order, K):
-    """Y of Alg. 1, (B, C, H, W) bool: True at the K likeliest classes."""
-    first_K = torch.arange(order.shape[1], device=order.device).view(-1, 1, 1) < K[:, None]
-    return torch.zeros_like(first_K).scatter(1, order, first_K)
-
-
 def fuzzy_positive_regularization(logits_s, order, K):
     """Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
 
     Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
     z = upcast(logits_s)
-    Y = positive_classes(order, K)
+    first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
+    Y = torch.zeros_like(first_K).scatter(1, order, first_K)
     positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # the smooth -min of Eq. (6)
     negatives = z.masked_fill(Y, -torch.inf).logsumexp(1)  # its smooth max
     return F.softplus(positives + negatives)
@@ -335,7 +330,8 @@ def adaptive_assignment(logits_t, inside, args):
     chosen = torch.zeros_like(order[:, 0])
     for T in args.T:
         K = fuzzy_positive_assignment(p, T, k_max=args.k_max, strict=args.strict)
-        Y = positive_classes(order, K).to(p.dtype)
+        first_K = torch.arange(p.shape[1], device=p.device).view(-1, 1, 1) < K[:, None]
+        Y = torch.zeros_like(p).scatter(1, order, first_K.to(p.dtype))
         counted = Y * inside[:, None]
         around = F.avg_pool2d(counted, 5, 1, 2, divisor_override=1) - counted
         q = around / around.sum(1, True).clamp(min=1) + 1e-6

@@ -36,7 +36,9 @@ from cps_fpl import by_rank, upcast  # noqa: E402
 
 def positives(prob_t, K):
     """The set Y of Alg. 1: True at the K likeliest classes; (B, C, H, W) bool."""
-    return cps_fpl.positive_classes(by_rank(prob_t)[1], K)
+    order = by_rank(prob_t)[1]
+    first_K = torch.arange(order.shape[1], device=order.device).view(-1, 1, 1) < K[:, None]
+    return torch.zeros_like(first_K).scatter(1, order, first_K)
 
 
 def one_label_gradient(logits_s, label):

@@ -28,7 +28,7 @@ FUNCTION = 40  # main excepted
 COMMANDS = {"prepare_data.py": 510, "convert.py": 495, "predict.py": 385}
 ROOMS = COMMANDS | {"common/": 1900, "fused.py": 205, "track.py": 75, "outputs.py": 380}
 # FPL's scripts have A-FPL's choice of T beside their two methods each. None is to be added
-EXCEPTIONS = {"cps_fpl.py": 651, "ael_fpl.py": 715, "unimatch.py": 625}
+EXCEPTIONS = {"cps_fpl.py": 650, "ael_fpl.py": 714, "unimatch.py": 624}
 EXCEPTIONS |= {"u2pl.py": 647, "esl.py": 677}
 # over all scripts and common/, per 100 lines
 PACKED = 0.6  # a, b = x, y

@@ -541,14 +541,14 @@ def masked_mean(x, mask):
 
 
 @torch.no_grad()
-def statistics(logits, inside, args, truth=None):
-    """Means over every fourth pixel inside each way, 0-dim.
+def statistics(logits, inside, args, truth=None, K=None):
+    """Means over every fourth pixel inside each way, 0-dim. K: of several --T, if it is known.
 
     confident, of conf >= 0.95; K; K_gt_1, of K > 1; weight. Or with the truth (B, H, W): pseudo_acc
     of the likeliest class; unsure_acc, that below 0.95; coverage, of the truth among K positives.
     """
     p, order = by_rank(F.softmax(upcast(logits[..., ::4, ::4]), 1))
-    K = k_of(logits, inside, args, 4)
+    K = k_of(logits, inside, args, 4) if K is None else K[..., ::4, ::4]
     inside = inside[..., ::4, ::4]
     sure = p[:, 0] >= 0.95  # the released threshold, under any loss
     if truth is None:
@@ -1202,7 +1202,7 @@ def main(args):
             "sup": sup,
             "strong": strong,
             "perturbed": perturbed,
-            **statistics(logits_w, weak["inside"], args),
+            **statistics(logits_w, weak["inside"], args, K=taught.get("K")),
             **statistics(logits_l, y_l < IGNORE, args, y_l),
         }
         # <<< method: losses

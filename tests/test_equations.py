@@ -109,21 +109,25 @@ def loss(function, oracle, names, *rest, double=False):
     return Row(name, product, expected, double, "label" if "label" in names else "inside")
 
 
+def several(case, args):
+    """K of several T, which the oracle is told; None of one."""
+    if len(args.T) > 1:
+        fpl_oracle.choose(case.t.movedim(1, -1).tolist(), case.inside.tolist(), args)
+        return cps_fpl.adaptive_assignment(case.t, case.inside, args)
+
+
 def cross_loss(progress=0.0, **changes):
     """A row of CPS: the first two images are network 1's, the others network 2's."""
     args = fpl_oracle.printed(**changes)
 
     def product(case):
         both = case.z.chunk(2), case.t.chunk(2)
-        K = [None, None]
-        if len(args.T) > 1:
-            K = cps_fpl.adaptive_assignment(case.t, case.inside, args).chunk(2)
+        K = several(case, args)
+        K = (None, None) if K is None else K.chunk(2)
         value, parts = cps_fpl.cross_loss(*both, case.inside[:2], progress, args, K)
         return value, counted(parts)
 
     def expected(case):
-        if len(args.T) > 1:
-            fpl_oracle.choose(case.t.movedim(1, -1).tolist(), case.inside.tolist(), args)
         both = [(x[:2], x[2:]) for x in (images(case.z), images(case.t))]
         value, gradients, parts = fpl_oracle.cross_loss(
             *both, images(case.inside[:2]), progress, args
@@ -145,16 +149,12 @@ def consistency_loss(pooled, **changes):
 
     def product(case):
         torch.manual_seed(3)
-        K = None
-        if len(args.T) > 1:
-            K = ael_fpl.adaptive_assignment(case.t, case.inside, args)
-        return ael_fpl.consistency_loss(case.z, case.t, case.inside, case.rate, pooled, args, K)
+        maps = case.z, case.t, case.inside, case.rate
+        return ael_fpl.consistency_loss(*maps, pooled, args, several(case, args))
 
     def expected(case):
         torch.manual_seed(3)
         u = torch.rand(case.inside.shape, dtype=torch.promote_types(case.t.dtype, torch.float32))
-        if len(args.T) > 1:
-            fpl_oracle.choose(case.t.movedim(1, -1).tolist(), case.inside.tolist(), args)
         maps = [images(x) for x in (case.z, case.t, case.inside)]
         rest = case.rate.tolist(), images(u), pooled, case.z.shape[3], args
         return ael_oracle.consistency(*maps, *rest)

@@ -70,14 +70,6 @@ def blend(mask, first, second):
     return first * ~mask + second * mask
 
 
-def mixed_k(module, mask, z0, z1, first, second, args):
-    """K of several T, blended: surroundings are those of a pixel's own image. None with one T."""
-    if len(args.T) == 1:
-        return None
-    views = (z0, first["inside"]), (z1, second["inside"])
-    return blend(mask[:, 0], *(module.adaptive_assignment(*view, args) for view in views))
-
-
 def stacked(samples):
     """A batch of samples, each as test_pictures.py holds it."""
     return {key: torch.stack([one[key] for one in samples]) for key in samples[0]}
@@ -156,7 +148,8 @@ def cps_fpl_step(nets, state, batch, args, number, images):
         with torch.no_grad():
             views = [[net(view["image"])["logits"] for view in (first, second)] for net in pair]
         teachers = [blend(mask, *view) for view in views]
-        K = [mixed_k(cps_fpl, mask, *view, first, second, args) for view in views]
+        own, other = first["inside"], second["inside"]
+        K = [cps_fpl.mixed_k(mask, (z1, own), (z2, other), args) for z1, z2 in views]
         mixed = blend(mask, first["image"], second["image"])
         inside = blend(mask[:, 0], first["inside"], second["inside"])
         students = [net(mixed)["logits"] for net in pair]
@@ -166,8 +159,7 @@ def cps_fpl_step(nets, state, batch, args, number, images):
         others = [net(batch["unlabeled"]["image"])["logits"] for net in pair]
         students = teachers = [torch.cat(logits) for logits in zip(labeled, others, strict=True)]
         inside = torch.cat([batch["labeled"]["inside"], batch["unlabeled"]["inside"]])
-        view = {"inside": inside}
-        K = [mixed_k(cps_fpl, inside[:, None], z, z, view, view, args) for z in teachers]
+        K = [cps_fpl.mixed_k(inside[:, None], *2 * [(z, inside)], args) for z in teachers]
     sup = sum(labeled_loss({"logits": logits}, label, args) for logits in labeled)
     loss, parts = sup, {"sup": sup}
     if args.unsup_weight:
@@ -234,10 +226,12 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     logits = student(x_u)["logits"]
     sup = labeled_loss(out, label, args)
     rate = ael_fpl.equalization_rate(bank, args.beta)
-    K = mixed_k(ael_fpl, mask[:, None], views[:B], views[B:], first, second, args)
+    pair = [(views[:B], first["inside"]), (views[B:], second["inside"])]
+    K = ael_fpl.mixed_k(mask[:, None], *pair, args)
     whole, parts = ael_fpl.consistency_loss(logits, teachers, inside, rate, 1, args, K)
     if args.consistency_on == "all":
-        K = mixed_k(ael_fpl, chosen.view(-1, 1, 1, 1), *2 * [on_labels], *2 * [labeled], args)
+        pair = 2 * [(on_labels, labeled["inside"])]
+        K = ael_fpl.mixed_k(labeled["inside"][:, None], *pair, args)
         given = out["logits"], on_labels, labeled["inside"], rate, args.pooled, args, K
         more, parts_l = ael_fpl.consistency_loss(*given)
         whole = whole + more

@@ -10,6 +10,7 @@ pixels by Copy-Paste, pixels in the loss. FPL replaces the loss with one pseudo 
   AEL Eq. (9)                     sampling_probability, draw_classes
   AEL CutMix, Copy-Paste          draw_partners, partner_mask, presence; copy_paste
   AEL Eq. (12), (13)              consistency_loss, pixel_weight, equalization_rate
+  A-FPL's choice of T             adaptive_assignment
 
   python ael_fpl.py                                       # generated shapes, no data needed
   python ael_fpl.py --dataset camvid --split 1/8 --unsup-loss ce
@@ -28,7 +29,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ from common.flags import (
     Count,
     Inside01,
     Number,
+    Rising,
     Scales,
     Seed,
     Share,
@@ -141,7 +143,8 @@ class Args:
     unsup_weight: AtLeast0 = 1.0  # of the consistency loss in AEL Eq. (1)
     # which images have a consistency loss, all: labelled ones too [D17]
     consistency_on: Literal["mixed", "all"] | None = None
-    T: Inside01 | None = None  # upper bound of the cumulative probability
+    # upper bound of the cumulative probability; several: each pixel's own, by A-FPL [D35]
+    T: Annotated[tuple[Inside01, ...], Rising(strict=True)] | None = None
     k_max: Number | None = None  # K at most; 0: no cap
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
     # weight of a pixel, concave: FPL Eq. (11); linear, convex: Eq. (16) [D33]
@@ -276,7 +279,9 @@ def preset(args):
     else:
         values["aspp_rates"] = (12, 24, 36)
     table = T_TABLE.get((args.dataset, args.backbone or values["backbone"]), {})
-    values["T"] = table.get(args.split, 0.9)
+    values["T"] = (table.get(args.split, 0.9),)
+    if args.T and len(args.T) > 1 and args.fused == "on":
+        raise Refusal("--fused on: the twin has one --T; leave --fused out")
     if args.recipe == "paper":
         return values | PAPER
     values = values | OFFICIAL
@@ -367,6 +372,58 @@ def fuzzy_positive_loss(
     K = fuzzy_positive_assignment(p, T, k_max=k_max, strict=strict)
     loss = fuzzy_positive_regularization(logits_s, order, K)
     return loss * adaptive_weight(p, K, weight, mean_over)
+
+
+def adaptive_assignment(logits_t, inside, args):
+    """A-FPL's K, int64: by the T of --T whose positives fit a pixel's surroundings best.
+
+    They fit by the smallest KL(q || d), 1e-6 added to both: d is 1 / K for the K positives, q their
+    share of the positives of all pixels inside in the 5x5 square around the pixel, without it.
+    """
+    p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+    best = torch.full_like(p[:, 0], torch.inf)
+    chosen = torch.zeros_like(order[:, 0])
+    for T in args.T:
+        K = fuzzy_positive_assignment(p, T, k_max=args.k_max, strict=args.strict)
+        first_K = torch.arange(p.shape[1], device=p.device).view(-1, 1, 1) < K[:, None]
+        Y = torch.zeros_like(p).scatter(1, order, first_K.to(p.dtype))
+        counted = Y * inside[:, None]
+        around = F.avg_pool2d(counted, 5, 1, 2, divisor_override=1) - counted
+        q = around / around.sum(1, True).clamp(min=1) + 1e-6
+        d = Y / K[:, None] + 1e-6
+        distance = (q * (q.log() - d.log())).sum(1)
+        chosen = torch.where(distance < best, K, chosen)
+        best = torch.minimum(distance, best)
+    return chosen
+
+
+def pixel_fpl(logits_s, logits_t, K, args):
+    """FPL's loss of every pixel by the flags. K: of several --T; None: Alg. 1's of the one."""
+    if K is not None:  # the twin has one T
+        p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+        weight = adaptive_weight(p, K, args.weight, args.mean_over)
+        return weight * fuzzy_positive_regularization(logits_s, order, K)
+    return pick(fuzzy_positive_loss, args, logits_s.device.type)(
+        logits_s,
+        logits_t,
+        args.T[0],
+        k_max=args.k_max,
+        strict=args.strict,
+        weight=args.weight,
+        mean_over=args.mean_over,
+    )
+
+
+def mixed_k(mask, own, partner, args):
+    """Returns A-FPL's K of images after CutMix, with several --T; None with one.
+
+    mask: (B, 1, H, W) bool. own, partner: logits and inside of what is mixed, where K is chosen:
+    surroundings are those of a pixel's own image.
+    """
+    if len(args.T) == 1:
+        return None
+    K = adaptive_assignment(*own, args)
+    return torch.where(mask[:, 0], adaptive_assignment(*partner, args), K)
 
 
 def class_confidence(prob, label, pooled, skip_absent=False):
@@ -570,27 +627,20 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
+def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
     """AEL Eq. (12): sum of weight * loss over sum of weight, per `pooled` images, then averaged.
 
     The loss is cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's. Where the
-    teacher is below the threshold it is 0, the weight remains [D18]. Returns (what is minimized,
-    logged): unsup, before the balance [D16]; balance; kept by sampling; conf_t; K_gt_1, stride 4.
+    teacher is below the threshold it is 0, the weight remains [D18]. K: of several --T. Returns
+    (what is minimized, logged): unsup, before the balance [D16]; balance; kept by sampling; conf_t;
+    K_gt_1, stride 4.
     """
     prob_t = F.softmax(upcast(logits_t.detach()), 1)
     conf_t = prob_t.amax(1)
     ce = F.cross_entropy(upcast(logits_s), prob_t.argmax(1), reduction="none")
     loss = ce
     if args.unsup_loss == "fpl":
-        loss = pick(fuzzy_positive_loss, args, logits_s.device.type)(
-            logits_s,
-            logits_t,
-            args.T,
-            k_max=args.k_max,
-            strict=args.strict,
-            weight=args.weight,
-            mean_over=args.mean_over,
-        )
+        loss = pixel_fpl(logits_s, logits_t, K, args)
     weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
     certain = conf_t >= args.threshold
     maps = [weight * loss * certain, weight, ce.detach() * inside, loss.detach() * inside]
@@ -602,8 +652,11 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args):
     minimized = unsup
     if args.balance:
         minimized = unsup * balance
-    p, _ = by_rank(prob_t[..., ::4, ::4])
-    K = fuzzy_positive_assignment(p, args.T, k_max=args.k_max, strict=args.strict)
+    if K is None:
+        p, _ = by_rank(prob_t[..., ::4, ::4])
+        K = fuzzy_positive_assignment(p, args.T[0], k_max=args.k_max, strict=args.strict)
+    else:
+        K = K[..., ::4, ::4]
     logged = {
         "unsup": unsup.mean().detach(),
         "balance": balance.mean(),
@@ -1312,12 +1365,15 @@ def main(args):
         inside = torch.where(mask, u1["inside"], u0["inside"])
         z0, z1 = clean_t.chunk(2)
         mixed_t = torch.where(mask[:, None], z1, z0)
+        K = mixed_k(mask[:, None], (z0, u0["inside"]), (z1, u1["inside"]), args)
         logits_s = student_parallel(x_u)["logits"]
         rate = equalization_rate(state["confidence"], args.beta)
-        unsup, logged = consistency_loss(logits_s, mixed_t, inside, rate, 1, args)  # Eq. (12)
+        unsup, logged = consistency_loss(logits_s, mixed_t, inside, rate, 1, args, K)  # Eq. (12)
         if args.consistency_on == "all":
+            if len(args.T) > 1:
+                K = adaptive_assignment(labeled_t, labeled["inside"], args)
             unsup_l, logged_l = consistency_loss(
-                out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args
+                out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args, K
             )
             unsup = unsup + unsup_l
             logged["unsup_l"] = logged_l["unsup"]

@@ -12,6 +12,7 @@ logits is pushed above all others (Eq. 7), with a weight (Eq. 11).
   supplement Tables 1-3, 5       T in preset, k_values
   Eq. (12)-(15), supp. Sec. 3    results/analysis.py
   CPS: network, CutMix           CPSHead, toggled_mask
+  A-FPL's choice of T            adaptive_assignment
 
   python cps_fpl.py                                       # generated shapes, no data needed
   python cps_fpl.py --dataset camvid --split 1/8 --recipe official
@@ -29,7 +30,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ from common.flags import (
     Count,
     Inside01,
     Number,
+    Rising,
     Scales,
     Seed,
     Share,
@@ -139,7 +141,8 @@ class Args:
     # loss on unlabelled images, ce: that of CPS; soft and negative: supplement Table 4
     unsup_loss: Literal["fpl", "ce", "soft", "negative"] = "fpl"
     unsup_weight: AtLeast0 | None = None  # beta in Eq. (1); 0: labelled images alone
-    T: Inside01 | None = None  # upper bound of the cumulative probability
+    # upper bound of the cumulative probability; several: each pixel's own, by A-FPL [D25]
+    T: Annotated[tuple[Inside01, ...], Rising(strict=True)] | None = None
     k_strategy: Literal["n-1", "n", "fixed2", "fixed3", "step"] = "n-1"  # K, supplement Table 5
     k_max: Number | None = None  # K at most; 0: no cap
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
@@ -191,7 +194,7 @@ VOC = dict(
     split_family="cps", crop_size=512, scales=(0.5, 0.75, 1.0, 1.5, 1.75, 2.0), batch_size=8,
     total_iters=39_680, lr=0.0025, lr_head=1.0,  # [D10] [D11]
     weight_decay=4e-4, decay_on="weights",
-    aux_weight=0.0, ohem_kept=0.0, unsup_weight=1.0, T=0.9,
+    aux_weight=0.0, ohem_kept=0.0, unsup_weight=1.0, T=(0.9,),
     protocol="slide", precise_bn=0, workers=4,
     log_every=50, eval_every=1000, save_every=500, pictures_every=5000,
 )
@@ -223,10 +226,10 @@ T_TABLE = {  # FPL supplement: (data set, backbone, CutMix): split -> T, where i
     ("voc_aug", "resnet50", True): {"1/16": 0.95},
 }
 FEW_LABELS = {  # FPL supplement Table 3, VOC's 1,464, CutMix [D12]: split -> T, beta of Eq. (1)
-    "92": dict(T=0.95, unsup_weight=0.1),
-    "183": dict(T=0.85, unsup_weight=0.5),
-    "366": dict(T=0.85, unsup_weight=0.5),
-    "732": dict(T=0.85, unsup_weight=0.5),
+    "92": dict(T=(0.95,), unsup_weight=0.1),
+    "183": dict(T=(0.85,), unsup_weight=0.5),
+    "366": dict(T=(0.85,), unsup_weight=0.5),
+    "732": dict(T=(0.85,), unsup_weight=0.5),
 }
 # fmt: on
 DATASETS = {
@@ -246,7 +249,9 @@ def preset(args):
     values["batch_size_unlabeled"] = args.batch_size or values["batch_size"]
     backbone = args.backbone or values["backbone"]
     table = T_TABLE.get((args.dataset, backbone, args.cutmix), {})
-    values["T"] = table.get(args.split, 0.9)
+    values["T"] = (table.get(args.split, 0.9),)
+    if args.T and len(args.T) > 1 and (args.fused == "on" or args.k_strategy == "n"):
+        raise Refusal("--T: several need --k-strategy n-1, and no --fused on, whose twin has one")
     if not args.cutmix:  # CPS's weights of Eq. (1)
         values["unsup_weight"] = 6.0 if args.dataset == "cityscapes" else 1.5
     elif args.dataset == "voc":
@@ -323,6 +328,29 @@ def adaptive_weight(p, K, kind="concave", mean_over="positives"):
     return torch.ones_like(gap)
 
 
+def adaptive_assignment(logits_t, inside, args):
+    """A-FPL's K, int64: by the T of --T whose positives fit a pixel's surroundings best.
+
+    They fit by the smallest KL(q || d), 1e-6 added to both: d is 1 / K for the K positives, q their
+    share of the positives of all pixels inside in the 5x5 square around the pixel, without it.
+    """
+    p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+    best = torch.full_like(p[:, 0], torch.inf)
+    chosen = torch.zeros_like(order[:, 0])
+    for T in args.T:
+        K = fuzzy_positive_assignment(p, T, k_max=args.k_max, strict=args.strict)
+        first_K = torch.arange(p.shape[1], device=p.device).view(-1, 1, 1) < K[:, None]
+        Y = torch.zeros_like(p).scatter(1, order, first_K.to(p.dtype))
+        counted = Y * inside[:, None]
+        around = F.avg_pool2d(counted, 5, 1, 2, divisor_override=1) - counted
+        q = around / around.sum(1, True).clamp(min=1) + 1e-6
+        d = Y / K[:, None] + 1e-6
+        distance = (q * (q.log() - d.log())).sum(1)
+        chosen = torch.where(distance < best, K, chosen)
+        best = torch.minimum(distance, best)
+    return chosen
+
+
 def soft_loss(logits_s, prob_t):
     """Supplement Eq. (4), sum_i q^i log(q^i / p^i); q = prob_t, p of the student."""
     log_p = F.log_softmax(upcast(logits_s), 1)
@@ -346,14 +374,34 @@ def negative_loss(logits_s, prob_t, threshold=0.2):
 def k_values(p, phase, args):
     """K by --k-strategy: Alg. 1, its n, 2, 3, or 3, 2, 1 by thirds of training (supp. Table 5)."""
     if args.k_strategy == "n-1":
-        return fuzzy_positive_assignment(p, args.T, k_max=args.k_max, strict=args.strict)
-    K = cumulative_classes(p, args.T, args.strict)
+        return fuzzy_positive_assignment(p, args.T[0], k_max=args.k_max, strict=args.strict)
+    K = cumulative_classes(p, args.T[0], args.strict)
     if args.k_strategy != "n":
         third = min(int(3 * phase), 2)  # of training: 0, 1, 2
         K = torch.full_like(K, {"fixed2": 2, "fixed3": 3, "step": 3 - third}[args.k_strategy])
     if args.k_max:
         K = K.clamp(max=args.k_max)
     return K.clamp(max=p.shape[1])
+
+
+def mixed_k(mask, own, partner, args):
+    """Returns A-FPL's K of images after CutMix, with several --T; None with one.
+
+    mask: (B, 1, H, W) bool. own, partner: logits and inside of what is mixed, where K is chosen:
+    surroundings are those of a pixel's own image.
+    """
+    if len(args.T) == 1:
+        return None
+    K = adaptive_assignment(*own, args)
+    return torch.where(mask[:, 0], adaptive_assignment(*partner, args), K)
+
+
+def k_maps(logits, inside, phase, args, stride=1):
+    """Returns K of every stride-th pixel each way: by --k-strategy, of A-FPL for several --T."""
+    if len(args.T) > 1:
+        return adaptive_assignment(logits, inside, args)[..., ::stride, ::stride]
+    p, _ = by_rank(F.softmax(upcast(logits.detach()[..., ::stride, ::stride]), 1))
+    return k_values(p, phase, args)
 
 
 def masked_mean(x, mask):
@@ -366,24 +414,27 @@ def image_means(x, mask):
     return (x * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
 
 
-def fpl_loss(logits_s, logits_t, phase, args):
+def fpl_loss(logits_s, logits_t, phase, args, K=None):
     """Returns FPL's loss of every pixel, Eq. (7) times its weight, and the pseudo label, int64.
 
-    The definition; common/fused.py has a fast twin of this name (--fused).
+    The definition; common/fused.py has a fast twin of this name (--fused), but with one T alone.
     """
     p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
-    K = k_values(p, phase, args)
+    if K is None:
+        K = k_values(p, phase, args)
     weight = adaptive_weight(p, K, args.weight, args.mean_over)  # [D24]
     return weight * fuzzy_positive_regularization(logits_s, order, K), order[:, 0]
 
 
-def taught_loss(logits_s, logits_t, inside, phase, args):
+def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
     """What a network learns from the other one: (its loss, cross-entropy in its place), scalars.
 
-    inside: (B, H, W) bool, what counts. FPL with --balance: of each image, (B,). Without --balance
-    cross-entropy is only logged, and that of every fourth pixel each way.
+    inside: (B, H, W) bool, what counts. K: of several --T. FPL with --balance: of each image, (B,).
+    Without --balance cross-entropy is only logged, and that of every fourth pixel each way.
     """
-    if args.unsup_loss == "fpl":
+    if K is not None:  # the twin has one T
+        loss, pseudo = fpl_loss(logits_s, logits_t, phase, args, K)
+    elif args.unsup_loss == "fpl":
         loss_of = pick(fpl_loss, args, logits_s.device.type)
         loss, pseudo = loss_of(logits_s, logits_t, phase, args)
     else:
@@ -423,25 +474,25 @@ def balanced(losses, args):
     return unsup.mean(), logged
 
 
-def cross_loss(students, teachers, inside, phase, args):
+def cross_loss(students, teachers, inside, phase, args, K=(None, None)):
     """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns (what is minimized, logged).
 
-    students, teachers: logits of both. inside: (B, H, W) bool, what counts.
+    students, teachers: logits of both. inside: (B, H, W) bool, what counts. K: of several --T.
     """
-    pairs = zip(students, reversed(teachers), strict=True)
-    losses = [taught_loss(*pair, inside, phase, args) for pair in pairs]
+    rows = zip(students, reversed(teachers), reversed(K), strict=True)
+    losses = [taught_loss(z, t, inside, phase, args, K_t) for z, t, K_t in rows]
     return balanced(losses, args)
 
 
 @torch.no_grad()
-def teacher_statistics(teachers, inside, phase, args):
+def teacher_statistics(teachers, inside, phase, args, K=(None, None)):
     """Means over every fourth pixel inside each way, 0-dim: K; K_gt_1, its share (Fig. 4a); weight.
 
-    teachers: logits of both networks, (B, C, H, W). inside: (B, H, W) bool.
+    teachers: logits of both networks, (B, C, H, W). inside: (B, H, W) bool. K: of several --T.
     """
     p, _ = by_rank(F.softmax(upcast(torch.cat(teachers)[..., ::4, ::4]), 1))
     inside = torch.cat([inside, inside])[..., ::4, ::4]
-    K = k_values(p, phase, args)
+    K = torch.cat(K)[..., ::4, ::4] if len(args.T) > 1 else k_values(p, phase, args)
     weight = adaptive_weight(p, K, args.weight, args.mean_over)
     return {
         "K": masked_mean(K, inside),
@@ -456,10 +507,11 @@ def label_statistics(logits, label, phase, args):
 
     pseudo_acc, where the likeliest class is right; coverage, where the truth is a positive.
     """
-    label = torch.cat([label, label])[..., ::4, ::4]
-    p, order = by_rank(F.softmax(upcast(torch.cat(logits)[..., ::4, ::4]), 1))
+    label = torch.cat([label, label])
+    K = k_maps(torch.cat(logits), label < IGNORE, phase, args, 4)
+    label = label[..., ::4, ::4]
+    _, order = by_rank(F.softmax(upcast(torch.cat(logits)[..., ::4, ::4]), 1))
     rank = (order == label[:, None]).int().argmax(1)  # of the truth, from 0
-    K = k_values(p, phase, args)
     return {
         "pseudo_acc": masked_mean(rank == 0, label < IGNORE),
         "coverage": masked_mean(rank < K, label < IGNORE),
@@ -1094,6 +1146,7 @@ def main(args):
         # >>> method: losses
         phase = step / args.total_iters
         cross = 0.0
+        K = [None, None]  # of both teachers with several --T; with one the loss finds it
         logged = {}
         if args.unsup_weight and args.cutmix:
             u1 = batch["unlabeled"]
@@ -1103,14 +1156,15 @@ def main(args):
             inside = torch.where(mask[:, 0], u2["inside"], u1["inside"])
             teachers = []
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
-                for net in branches:
+                for i, net in enumerate(branches):
                     z1 = net(u1["image"])["logits"]
                     z2 = net(u2["image"])["logits"]
                     teachers.append(torch.where(mask, z2, z1))
+                    K[i] = mixed_k(mask, (z1, u1["inside"]), (z2, u2["inside"]), args)
             with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
                 losses = []
-                for net, logits_t in zip(branches, reversed(teachers), strict=True):
-                    loss, ce = taught_loss(net(x_mixed)["logits"], logits_t, inside, phase, args)
+                for net, z, K_t in zip(branches, reversed(teachers), reversed(K), strict=True):
+                    loss, ce = taught_loss(net(x_mixed)["logits"], z, inside, phase, args, K_t)
                     if not args.balance:
                         (args.unsup_weight * loss).backward()  # now: frees its graph
                         loss = loss.detach()
@@ -1134,13 +1188,15 @@ def main(args):
             z_u = [net(batch["unlabeled"]["image"])["logits"] for net in branches]
             teachers = [torch.cat(pair) for pair in zip(logits, z_u, strict=True)]
             inside = torch.cat([batch["labeled"]["inside"], batch["unlabeled"]["inside"]])
-            cross, logged = cross_loss(teachers, teachers, inside, phase, args)
+            if len(args.T) > 1:
+                K = [adaptive_assignment(z, inside, args) for z in teachers]
+            cross, logged = cross_loss(teachers, teachers, inside, phase, args, K)
         loss = sup + args.unsup_weight * cross  # Eq. (1)
         if not args.cutmix:
             loss.backward()
         logged = {"loss": loss, "sup": sup, **logged}
         if args.unsup_weight:
-            logged.update(teacher_statistics(teachers, inside, phase, args))
+            logged.update(teacher_statistics(teachers, inside, phase, args, K))
         logged.update(label_statistics(logits, y_l, phase, args))
         # <<< method: losses
         optimizer.step()
@@ -1154,7 +1210,7 @@ def main(args):
             # >>> method: panels
             prob_t = F.softmax(logits[1].detach(), 1)
             p, _ = by_rank(prob_t)
-            K = k_values(p, phase, args)
+            K = k_maps(logits[1], batch["labeled"]["inside"], phase, args)
             maps = {
                 "image": x_l,
                 "truth": y_l,

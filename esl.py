@@ -261,7 +261,7 @@ def preset(args):
     else:
         values["batch_size"] = 8  # 8 + 8 [D17]
     batch_size = args.batch_size or values["batch_size"]
-    _, steps = u2pl_schedule(args, batch_size)
+    _, steps = u2pl_schedule(args, args.batch_size_unlabeled or batch_size)
     if steps:
         values["total_iters"] = steps  # [D19]
     values["batch_size_unlabeled"] = batch_size

@@ -48,6 +48,7 @@ from common.flags import (
     Count,
     Number,
     Scales,
+    as_fields,
     check,
     cli,
     given_names,
@@ -231,7 +232,7 @@ def estimate_bn(script, net, args, device):
 def arguments(script, saved, amp):
     """Returns a script's Args as a checkpoint's dict of those that acted has them, resolved."""
     names = {field.name for field in fields(script.Args)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names}
+    values = {k: v for k, v in as_fields(script.Args, saved).items() if k in names}
     return merge(script.Args(**values | {"weights": "none", "amp": amp}), script.preset)
 
 

@@ -265,7 +265,7 @@ def preset(args):
     """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
     values = u2pl_recipe(args)
     batch_size = args.batch_size or values["batch_size"]
-    passes, steps = u2pl_schedule(args, batch_size)
+    passes, steps = u2pl_schedule(args, args.batch_size_unlabeled or batch_size)
     if steps:
         values["total_iters"] = steps
     total = args.total_iters or values.get("total_iters", 0)

@@ -246,7 +246,11 @@ def preset(args):
     values["batch_size_unlabeled"] = batch_size
     if args.dataset == "voc_aug" and args.split_family == "cps":
         values["crop_size"] = 321
-    values["total_iters"] = released_steps(args, batch_size) or values.get("total_iters")
+    values["total_iters"] = released_steps(
+        args, args.batch_size_unlabeled or batch_size
+    ) or values.get("total_iters")
+    if args.T and len(args.T) > 1 and args.fused == "on":
+        raise Refusal("--fused on: the twin has one --T; leave --fused out")
     return values
 
 
@@ -418,12 +422,13 @@ def fuzzy_positive_loss(
     return loss * adaptive_weight(p, K, weight, mean_over)
 
 
-def adaptive_assignment(p, order, inside, args):
-    """A-FPL's K [D21]: by the T of --T whose positives fit a pixel's surroundings best.
+def adaptive_assignment(logits_t, inside, args):
+    """A-FPL's K, int64: by the T of --T whose positives fit a pixel's surroundings best.
 
     They fit by the smallest KL(q || d), 1e-6 added to both: d is 1 / K for the K positives, q their
     share of the positives of all pixels inside in the 5x5 square around the pixel, without it.
     """
+    p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     best = torch.full_like(p[:, 0], torch.inf)
     chosen = torch.zeros_like(order[:, 0])
     for T in args.T:
@@ -440,11 +445,29 @@ def adaptive_assignment(p, order, inside, args):
     return chosen
 
 
-def k_of(p, order, inside, args):
-    """Returns K of Alg. 1 for one --T, of A-FPL for several."""
+def k_of(logits_t, inside, args, stride=1):
+    """Returns K of Alg. 1 for one --T, of A-FPL for several; of every stride-th pixel each way."""
     if len(args.T) > 1:
-        return adaptive_assignment(p, order, inside, args)
+        return adaptive_assignment(logits_t, inside, args)[..., ::stride, ::stride]
+    p, _ = by_rank(F.softmax(upcast(logits_t.detach()[..., ::stride, ::stride]), 1))
     return fuzzy_positive_assignment(p, args.T[0], k_max=args.k_max, strict=args.strict)
+
+
+def pixel_fpl(logits_s, logits_t, K, args):
+    """FPL's loss of every pixel by the flags. K: of several --T; None: Alg. 1's of the one."""
+    if K is not None:  # the twin has one T
+        p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
+        weight = adaptive_weight(p, K, args.weight, args.mean_over)
+        return weight * fuzzy_positive_regularization(logits_s, order, K)
+    return pick(fuzzy_positive_loss, args, logits_s.device.type)(
+        logits_s,
+        logits_t,
+        args.T[0],
+        k_max=args.k_max,
+        strict=args.strict,
+        weight=args.weight,
+        mean_over=args.mean_over,
+    )
 
 
 # ---- consistency ----
@@ -456,14 +479,12 @@ def lesson(logits_t, inside, args):
     ce: conf, the largest probability, and pseudo, its class, int64. fpl: logits, and with several
     --T also K, whose surroundings are those before CutMix.
     """
-    logits_t = logits_t.detach()
     if args.unsup_loss == "ce":
-        prob = F.softmax(upcast(logits_t), 1)
+        prob = F.softmax(upcast(logits_t.detach()), 1)
         return {"inside": inside, "conf": prob.amax(1), "pseudo": prob.argmax(1)}
-    taught = {"inside": inside, "logits": logits_t}
+    taught = {"inside": inside, "logits": logits_t.detach()}
     if len(args.T) > 1:
-        p, order = by_rank(F.softmax(upcast(logits_t), 1))
-        taught["K"] = adaptive_assignment(p, order, inside, args)
+        taught["K"] = adaptive_assignment(logits_t, inside, args)
     return taught
 
 
@@ -476,19 +497,7 @@ def pixel_loss(logits_s, taught, args):
     if args.unsup_loss == "ce":
         nll = F.cross_entropy(upcast(logits_s), taught["pseudo"], reduction="none")
         return nll * (taught["conf"] >= args.threshold)
-    if "K" in taught:
-        p, order = by_rank(F.softmax(upcast(taught["logits"]), 1))
-        weight = adaptive_weight(p, taught["K"], args.weight, args.mean_over)
-        return weight * fuzzy_positive_regularization(logits_s, order, taught["K"])
-    return pick(fuzzy_positive_loss, args, logits_s.device.type)(
-        logits_s,
-        taught["logits"],
-        args.T[0],
-        k_max=args.k_max,
-        strict=args.strict,
-        weight=args.weight,
-        mean_over=args.mean_over,
-    )
+    return pixel_fpl(logits_s, taught["logits"], taught.get("K"), args)
 
 
 def consistency(logits_s, taught, pixels, args):
@@ -526,15 +535,16 @@ def total_loss(sup, strong, perturbed, args):
 
 @torch.no_grad()
 def partner_images(student, unlabeled, step, args, group):
-    """Returns other crops as partners: {name: map}, their strong views and lessons [D10].
+    """Returns other crops as partners, {name: map} for each view: strong image and lesson [D10].
 
     The network labels their weak views in eval mode, as released [D11].
     """
     student.eval()
     taught = lesson(student(unlabeled["image"])["logits"], unlabeled["inside"], args)
     student.train()
-    images, _ = strong_views(unlabeled["image"], "partner", step, args, group)
-    return {"image": images, **taught}
+    names = [f"partner{number}" for number in range(args.views)]
+    views = [strong_views(unlabeled["image"], name, step, args, group) for name in names]
+    return [{"image": images, **taught} for images, _ in views]
 
 
 def masked_mean(x, mask):
@@ -543,16 +553,15 @@ def masked_mean(x, mask):
 
 
 @torch.no_grad()
-def statistics(logits, inside, args, truth=None):
-    """Means over pixels inside, 0-dim; of every fourth pixel each way, or of all with several T.
+def statistics(logits, inside, args, truth=None, K=None):
+    """Means over every fourth pixel inside each way, 0-dim. K: of several --T, if it is known.
 
     confident, of conf >= 0.95; K; K_gt_1, of K > 1; weight. Or with the truth (B, H, W): pseudo_acc
     of the likeliest class; unsure_acc, that below 0.95; coverage, of the truth among K positives.
     """
-    stride = 1 if len(args.T) > 1 else 4
-    inside = inside[..., ::stride, ::stride]
-    p, order = by_rank(F.softmax(upcast(logits[..., ::stride, ::stride]), 1))
-    K = k_of(p, order, inside, args)
+    p, order = by_rank(F.softmax(upcast(logits[..., ::4, ::4]), 1))
+    K = k_of(logits, inside, args, 4) if K is None else K[..., ::4, ::4]
+    inside = inside[..., ::4, ::4]
     sure = p[:, 0] >= 0.95  # the released threshold, under any loss
     if truth is None:
         return {
@@ -561,7 +570,7 @@ def statistics(logits, inside, args, truth=None):
             "K_gt_1": masked_mean(K > 1, inside),
             "weight": masked_mean(adaptive_weight(p, K, args.weight, args.mean_over), inside),
         }
-    rank = (order == truth[:, None, ::stride, ::stride]).int().argmax(1)  # of the truth, from 0
+    rank = (order == truth[:, None, ::4, ::4]).int().argmax(1)  # of the truth, from 0
     return {
         "pseudo_acc": masked_mean(rank == 0, inside),
         "unsure_acc": masked_mean(rank == 0, inside & ~sure),
@@ -569,16 +578,21 @@ def statistics(logits, inside, args, truth=None):
     }
 
 
-def view_maps(number, view, logits_s, args):
-    """Returns panels of a strong view, {title: map}; its label is white where it does not count."""
-    maps = {f"strong {number}": view["strong"], f"mixed {number}": view["image"]}
+def label_map(taught, args):
+    """Returns an image's pseudo label as a panel, int64; -1, white, where it does not count."""
     if args.unsup_loss == "ce":
-        unused = ~view["inside"] | (view["conf"] < args.threshold)
-        maps[f"label {number}"] = view["pseudo"].masked_fill(unused, -1)
-    else:
-        p, order = by_rank(F.softmax(upcast(view["logits"]), 1))
-        maps[f"label {number}"] = order[:, 0].masked_fill(~view["inside"], -1)
-        maps[f"K {number}"] = (view.get("K", k_of(p, order, view["inside"], args)) - 1) / 2
+        unused = ~taught["inside"] | (taught["conf"] < args.threshold)
+        return taught["pseudo"].masked_fill(unused, -1)
+    return taught["logits"].argmax(1).masked_fill(~taught["inside"], -1)
+
+
+def view_maps(number, view, logits_s, args):
+    """Returns panels of a strong view, {title: map}; K, of what it is taught, with FPL alone."""
+    maps = {f"strong {number}": view["strong"], f"mixed {number}": view["image"]}
+    maps[f"label {number}"] = label_map(view, args)
+    if args.unsup_loss == "fpl":
+        K = view["K"] if "K" in view else k_of(view["logits"], view["inside"], args)
+        maps[f"K {number}"] = (K - 1) / 2
     maps[f"student {number}"] = logits_s.argmax(1)
     return maps
 
@@ -1143,8 +1157,6 @@ def main(args):
     state = {}
     if args.partner == "batch" and args.batch_size_unlabeled % (2 * group.world):
         raise Refusal("--partner batch: an even --batch-size-unlabeled for every process")
-    if args.unsup_loss == "fpl" and args.fused == "on" and len(args.T) > 1:
-        raise Refusal("--fused on: the twin has one --T; leave --fused out")
     # <<< method: state
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)
@@ -1170,9 +1182,8 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
         weak = batch["unlabeled"]
-        partner = None
         if args.partner == "crop":
-            partner = partner_images(student, batch["unlabeled.2"], step, args, group)
+            partners = partner_images(student, batch["unlabeled.2"], step, args, group)
         student.head.perturbed = len(weak["image"]) if args.feature_perturbation else 0
         with distributed.no_sync(student_parallel):  # gradients are averaged in the last backward
             out = student_parallel(torch.cat([x_l, weak["image"]]))
@@ -1183,7 +1194,8 @@ def main(args):
             for number in range(args.views):
                 images, mask = strong_views(weak["image"], f"view{number}", step, args, group)
                 own = {"image": images, **taught}
-                views.append(mixed(mask, own, partner or swapped(own)))
+                partner = partners[number] if args.partner == "crop" else swapped(own)
+                views.append(mixed(mask, own, partner))
                 views[-1]["strong"] = images
             pixels = shared_pixels([taught, *views], group)
             sup = supervised_loss({"logits": logits_l}, y_l, args)
@@ -1202,7 +1214,7 @@ def main(args):
             "sup": sup,
             "strong": strong,
             "perturbed": perturbed,
-            **statistics(logits_w, weak["inside"], args),
+            **statistics(logits_w, weak["inside"], args, K=taught.get("K")),
             **statistics(logits_l, y_l < IGNORE, args, y_l),
         }
         # <<< method: losses
@@ -1215,12 +1227,11 @@ def main(args):
         run.log_step(done, logged, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
-            p, order = by_rank(F.softmax(upcast(logits_w), 1))
             maps = {
                 "weak": weak["image"],
-                "its pseudo label": order[:, 0].masked_fill(~weak["inside"], -1),
-                "confidence": p[:, 0],
-                "K: 1, 2, 3 or more": (k_of(p, order, weak["inside"], args) - 1) / 2,
+                "its pseudo label": label_map(taught, args),
+                "confidence": F.softmax(upcast(logits_w.detach()), 1).amax(1),
+                "K: 1, 2, 3 or more": (k_of(logits_w, weak["inside"], args) - 1) / 2,
             }
             if args.feature_perturbation:
                 maps["perturbed features"] = out["perturbed"].argmax(1)

@@ -50,6 +50,7 @@ MODES = {
         "--unsup-loss negative --no-cutmix",
         "--unsup-weight 0",
         "--k-strategy n --k-max 2 --weight convex --evaluate branch2",
+        "--T 0.84 0.89 0.94 0.99",
     ],
     "ael_fpl": [
         "",
@@ -57,6 +58,7 @@ MODES = {
         "--unsup-loss ce",
         "--recipe official --unsup-loss ce --aux-weight 0.4 --teacher-mode eval",
         "--paste-draws 0 --skip-absent",
+        "--recipe official --T 0.84 0.89 0.94 0.99",
     ],
     "u2pl": [
         "--warmup-iters 2",

@@ -27,7 +27,7 @@ ael_fpl, cps_fpl, supervised, u2pl = map(
 COUNTS = (2, 4, 8)  # processes
 N, C, SIDE = 8, 19, 32
 FPL = SimpleNamespace(
-    T=0.9, k_max=3, strict=False, weight="concave", mean_over="positives_and_next", fused="off"
+    T=(0.9,), k_max=3, strict=False, weight="concave", mean_over="positives_and_next", fused="off"
 )
 FPL.k_strategy = "n-1"
 FPL.unsup_loss = "fpl"

@@ -67,13 +67,13 @@ def released_step(student, batch, args, number, group, everything=True):
     """
     torch.manual_seed(zlib.crc32(b"%d %d 0" % (args.seed, number)))
     labeled, weak, other = (batch[name] for name in ("labeled", "unlabeled", "unlabeled.2"))
-    partner = unimatch.partner_images(student, other, number, args, group)
+    partners = unimatch.partner_images(student, other, number, args, group)
     views = []
     masks = []
     for view in range(2):
         images, mask = unimatch.strong_views(weak["image"], f"view{view}", number, args, group)
         masks.append(mask)
-        views.append(torch.where(mask, partner["image"], images))
+        views.append(torch.where(mask, partners[view]["image"], images))
     n = len(labeled["image"])
     count = len(weak["image"])
     student.head.perturbed = n + count if everything else count
@@ -82,7 +82,7 @@ def released_step(student, batch, args, number, group, everything=True):
     strong = student(torch.cat(views))["logits"].chunk(2)
     taught = unimatch.lesson(out["logits"][n:], weak["inside"], args)
     terms = []
-    for logits, mask in zip(strong, masks, strict=True):
+    for logits, mask, partner in zip(strong, masks, partners, strict=True):
         mixed = unimatch.mixed(mask, taught, partner)
         pixels = unimatch.shared_pixels([mixed], group)[0]
         terms.append(unimatch.consistency(logits, mixed, pixels, args))

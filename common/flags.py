@@ -94,10 +94,27 @@ def parse(cls, preset, argv=None):
     if not args.eval_only:
         return args
     saved = load_checkpoint(args.checkpoint or "--eval-only needs --checkpoint")["args"]
-    saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    saved = as_fields(cls, saved)
     kept = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
     saved = {name: saved[name] for name in kept} | {"weights": "none"}
     return cli(cls, argv, default=replace(args, **saved))
+
+
+def as_fields(cls, saved):
+    """Returns a checkpoint's flags, {name: JSON value}, as cls has them: lists are tuples.
+
+    A number where the flag takes several by now (--T of older runs) is the only one of them.
+    """
+    several = {field.name for field in fields(cls) if "tuple[" in str(field.type)}
+    found = {}
+    for name, value in saved.items():
+        if isinstance(value, list):
+            found[name] = tuple(value)
+        elif name in several and isinstance(value, float):
+            found[name] = (value,)
+        else:
+            found[name] = value
+    return found
 
 
 def merge(args, preset):

@@ -362,10 +362,10 @@ def fuzzy_positive_loss(
 
 
 def fpl_loss(logits_s, logits_t, phase, args):
-    """Twin of cps_fpl.py's."""
+    """Twin of cps_fpl.py's, with one T."""
     C = logits_s.shape[1]
     fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - min(int(3 * phase), 2)}.get(args.k_strategy)
     most = min(args.k_max or C, fixed or C)
     minus = int(args.k_strategy == "n-1")
-    rule = (args.T, args.strict, minus, min(fixed or 1, most), most, args.weight, args.mean_over)
+    rule = (args.T[0], args.strict, minus, min(fixed or 1, most), most, args.weight, args.mean_over)
     return FPL.apply(logits_s, logits_t, rule)

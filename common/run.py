@@ -45,7 +45,7 @@ from common.checkpoints import (
 )
 from common.data import CONVERT
 from common.distributed import ReduceOp, from_first, reduced
-from common.flags import NO_NUMBER, acting, run_name
+from common.flags import NO_NUMBER, acting, as_fields, run_name
 from common.outputs import with_legend
 from common.track import Tracker, require
 
@@ -320,8 +320,9 @@ class Run:
         if saved["script"] != self.script.name:
             wrong = f"written by {saved['script']}, not by {self.script.name}"
             raise Refusal(f"{path}: {wrong}; --init starts from it")
+        given = as_fields(type(self.args), saved["args"])
         for old, new, kind in (
-            (saved["args"], acting(self.args), "another recipe, --{}"),
+            (given, as_fields(type(self.args), acting(self.args)), "another recipe, --{}"),
             (saved["lists"], self.data.hashes(), "other {} images,"),
         ):
             both = sorted(set(old) & set(new))  # first: the others act or not for these

@@ -67,6 +67,8 @@ def read(place):
         if start["kind"] != "start":
             raise ValueError("its first line is none of kind start")
         dict(start["args"], script=start["script"], **start["lists"])
+        if isinstance(start["args"].get("T"), float):  # of an older run: of the several by now one
+            start["args"]["T"] = [start["args"]["T"]]
         kinds = {}
         for entry in entries:
             kinds.setdefault(entry["kind"], []).append(entry)

@@ -109,13 +109,22 @@ def loss(function, oracle, names, *rest, double=False):
     return Row(name, product, expected, double, "label" if "label" in names else "inside")
 
 
+def several(case, args):
+    """K of several T, which the oracle is told; None of one."""
+    if len(args.T) > 1:
+        fpl_oracle.choose(case.t.movedim(1, -1).tolist(), case.inside.tolist(), args)
+        return cps_fpl.adaptive_assignment(case.t, case.inside, args)
+
+
 def cross_loss(progress=0.0, **changes):
     """A row of CPS: the first two images are network 1's, the others network 2's."""
     args = fpl_oracle.printed(**changes)
 
     def product(case):
         both = case.z.chunk(2), case.t.chunk(2)
-        value, parts = cps_fpl.cross_loss(*both, case.inside[:2], progress, args)
+        K = several(case, args)
+        K = (None, None) if K is None else K.chunk(2)
+        value, parts = cps_fpl.cross_loss(*both, case.inside[:2], progress, args, K)
         return value, counted(parts)
 
     def expected(case):
@@ -140,7 +149,8 @@ def consistency_loss(pooled, **changes):
 
     def product(case):
         torch.manual_seed(3)
-        return ael_fpl.consistency_loss(case.z, case.t, case.inside, case.rate, pooled, args)
+        maps = case.z, case.t, case.inside, case.rate
+        return ael_fpl.consistency_loss(*maps, pooled, args, several(case, args))
 
     def expected(case):
         torch.manual_seed(3)
@@ -249,6 +259,7 @@ def part_contrast(share, of=esl, K=2, q=3, A=4, N=5):
 RELEASED = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True)
 STRATEGIES = ["n-1", "n", "fixed2", "fixed3", "step"]
 WEIGHTS = ["concave", "linear", "convex", "none"]
+SEVERAL = (0.4437, 0.6437, 0.8937, 0.9837)  # A-FPL's --T
 OVER = ["positives", "positives_and_next"]
 BOTH_OHEM = supervised.ohem_cross_entropy, supervised_oracle.ohem_cross_entropy
 OHEM = [(0.7, 3), (0.05, 0), (0.2, 7), (0.1, 1000), (1.0, 1)]  # threshold, pixels at least
@@ -284,6 +295,8 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     *(part_contrast(share) for share in (0.0, 0.5, 1.0)),
     *(consistency_loss(p, **c) for p in (1, 2) for c in (dict(balance=True), RELEASED)),
     consistency_loss(2, fused="on"),
+    *(cross_loss(T=SEVERAL, **c) for c in ({}, RELEASED)),
+    *(consistency_loss(2, T=SEVERAL, **c) for c in ({}, RELEASED)),
     *(consistency_loss(p, unsup_loss="ce", gamma=g) for p, g in ((2, 0.5), (4, 0.0))),
     consistency_loss(1, **RELEASED, weight="linear", T=0.6537, gamma=0.0),
     consistency_loss(2, weight="convex", k_max=2, strict=False, threshold=0.6, gamma=1.0),

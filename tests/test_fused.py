@@ -56,7 +56,7 @@ def test_fused_says_which_is_taken():
 
 
 def options(**changes):
-    printed = dict(T=0.9, k_strategy="n-1", k_max=0, strict=True)
+    printed = dict(T=(0.9,), k_strategy="n-1", k_max=0, strict=True)
     return SimpleNamespace(**printed | dict(weight="concave", mean_over="positives") | changes)
 
 
@@ -96,13 +96,13 @@ def test_the_same_classes_are_positive_in_ties_and_where_a_sum_is_T(dtype):
     t = (torch.tensor(table).double() / 8).log().to(dtype).T[None, :, :, None]
     p, _ = cps_fpl.by_rank(t.float().softmax(1))
     for T, strict, k_max in itertools.product((0.5, 0.75, 0.875), (True, False), (0, 1, 2)):
-        args = options(T=T, strict=strict, k_max=k_max, weight="none")
+        args = options(T=(T,), strict=strict, k_max=k_max, weight="none")
         definition = positives_of(cps_fpl.fpl_loss, t, args)
         assert torch.equal(definition, positives_of(fused.fpl_loss, t, args))
         assert torch.equal(definition.sum(1), cps_fpl.k_values(p, 0.0, args))
     flat = torch.zeros(1, 20, 1, 1)  # T is a sum of equal numbers: the last bit decides
     for T in (0.25, 0.45, 0.7, 0.9):
-        assert_same(cps_fpl.fpl_loss, flat, flat, 0.0, options(T=T, weight="none"))
+        assert_same(cps_fpl.fpl_loss, flat, flat, 0.0, options(T=(T,), weight="none"))
 
 
 def test_what_is_not_finite_is_seen_and_a_network_of_comparators_sorts():

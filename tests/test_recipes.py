@@ -243,7 +243,7 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
             row = "AEL" if name == "ael_fpl" else "-" if "w/o" in source else "CutMix"
             assert name == "ael_fpl" or args.cutmix == (row == "CutMix"), line
             table = PAPERS["T"][f"{dataset} {args.backbone} {row}"].split()
-            assert args.T == float(table[table.index(split) + 1]), line
+            assert args.T == (float(table[table.index(split) + 1]),), line
             seen.add((dataset, split, args.backbone, row))
         elif name not in PAPERS["FPL steps"] and f"{dataset} {split}" in PAPERS["steps"]:
             alone, semi, one_pass, esl = PAPERS["steps"][f"{dataset} {split}"]

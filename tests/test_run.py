@@ -268,12 +268,12 @@ FLAGS = {
     "cps_fpl": """--batch-size-unlabeled 4|--unsup-loss ce|--unsup-loss soft|--unsup-loss negative
         --unsup-weight 3|--T 0.5|--k-strategy n|--k-strategy fixed2|--k-strategy step|--k-max 4
         --weight linear|--weight convex|--weight none|--mean-over positives_and_next|--balance True
-        --no-cutmix|--same-image-cutmix""",
+        --no-cutmix|--same-image-cutmix|--T 0.2 0.3 0.5""",
     "ael_fpl": """--batch-size-unlabeled 4|--unsup-loss ce|--unsup-weight 2|--consistency-on all
         --T 0.5|--k-max 2|--weight linear|--weight none|--mean-over positives_and_next
         --balance True|--threshold 0.12|--gamma 1|--beta 0.5|--pooled 1|--bank-momentum 0.5
         --region-area 0.2|--paste-draws 1|--paste-draws 0|--paste-prob 0.5|--ema-decay 0.3
-        --paste-not 1 2 3 4 5 6 7 8|--paste-scales 1 2|--teacher-mode eval
+        --paste-not 1 2 3 4 5 6 7 8|--paste-scales 1 2|--teacher-mode eval|--T 0.2 0.3 0.5
         --no-cutmix""",
     "u2pl": """--batch-size-unlabeled 4|--epochs 3|--alpha-0 0.4|--no-dpa|--eta 2
         --unreliable-loss binary|--unreliable-loss none|--contrast-weight 2|--anchors 3

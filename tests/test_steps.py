@@ -148,6 +148,8 @@ def cps_fpl_step(nets, state, batch, args, number, images):
         with torch.no_grad():
             views = [[net(view["image"])["logits"] for view in (first, second)] for net in pair]
         teachers = [blend(mask, *view) for view in views]
+        own, other = first["inside"], second["inside"]
+        K = [cps_fpl.mixed_k(mask, (z1, own), (z2, other), args) for z1, z2 in views]
         mixed = blend(mask, first["image"], second["image"])
         inside = blend(mask[:, 0], first["inside"], second["inside"])
         students = [net(mixed)["logits"] for net in pair]
@@ -157,16 +159,17 @@ def cps_fpl_step(nets, state, batch, args, number, images):
         others = [net(batch["unlabeled"]["image"])["logits"] for net in pair]
         students = teachers = [torch.cat(logits) for logits in zip(labeled, others, strict=True)]
         inside = torch.cat([batch["labeled"]["inside"], batch["unlabeled"]["inside"]])
+        K = [cps_fpl.mixed_k(inside[:, None], *2 * [(z, inside)], args) for z in teachers]
     sup = sum(labeled_loss({"logits": logits}, label, args) for logits in labeled)
     loss, parts = sup, {"sup": sup}
     if args.unsup_weight:
-        cross, more = cps_fpl.cross_loss(students, teachers, inside, progress, args)
+        cross, more = cps_fpl.cross_loss(students, teachers, inside, progress, args, K)
         loss = sup + args.unsup_weight * cross  # FPL Eq. (1)
-        parts |= more | cps_fpl.teacher_statistics(teachers, inside, progress, args)
+        parts |= more | cps_fpl.teacher_statistics(teachers, inside, progress, args, K)
     parts |= cps_fpl.label_statistics(labeled, label, progress, args)
     prob = labeled[1].detach().softmax(1)
     p, _ = cps_fpl.by_rank(prob)
-    K = cps_fpl.k_values(p, progress, args)
+    K = cps_fpl.k_maps(labeled[1], batch["labeled"]["inside"], progress, args)
     maps |= {"pseudo label": prob.argmax(1), "branch 1": labeled[0].argmax(1)}
     maps["K: 1, 2, 3 or more"] = (K - 1) / 2
     maps["weight"] = cps_fpl.adaptive_weight(p, K, args.weight, args.mean_over)
@@ -223,9 +226,13 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     logits = student(x_u)["logits"]
     sup = labeled_loss(out, label, args)
     rate = ael_fpl.equalization_rate(bank, args.beta)
-    whole, parts = ael_fpl.consistency_loss(logits, teachers, inside, rate, 1, args)
+    pair = [(views[:B], first["inside"]), (views[B:], second["inside"])]
+    K = ael_fpl.mixed_k(mask[:, None], *pair, args)
+    whole, parts = ael_fpl.consistency_loss(logits, teachers, inside, rate, 1, args, K)
     if args.consistency_on == "all":
-        given = out["logits"], on_labels, labeled["inside"], rate, args.pooled, args
+        pair = 2 * [(on_labels, labeled["inside"])]
+        K = ael_fpl.mixed_k(labeled["inside"][:, None], *pair, args)
+        given = out["logits"], on_labels, labeled["inside"], rate, args.pooled, args, K
         more, parts_l = ael_fpl.consistency_loss(*given)
         whole = whole + more
         parts["unsup_l"] = parts_l["unsup"]
@@ -467,13 +474,15 @@ ROWS = {
         "",
         "--same-image-cutmix --seed 3 --k-strategy step --weight convex",
         "--no-cutmix --recipe official --T 0.5 --ohem-kept 0.2",
+        "--no-cutmix --T 0.2 0.3 0.5",
+        "--recipe official --T 0.2 0.3 0.5",
         ALONE + "--unsup-weight 0",
     ],
     "ael_fpl": [
         "--T 0.2 --ema-decay 0.6",
         "--unsup-loss ce --skip-absent --beta 0.5 --gamma 1 --threshold 0.12",
         "--recipe official --unsup-loss ce --pooled 4 --teacher-mode eval",
-        "--recipe official --T 0.3 --consistency-on all --pooled 1 --ohem-kept 0.2",
+        "--recipe official --T 0.2 0.3 0.5 --consistency-on all --pooled 1 --ohem-kept 0.2",
         "--paste-draws 1 --paste-prob 0.5 --paste-power 2 --paste-not 3 4 --paste-scales 0.2 0.4",
         "--paste-draws 0 --aux-weight 0.4 --decay-on weights",
     ],

@@ -96,7 +96,7 @@ def test_several_T_choose_K_by_the_neighbours(kind):
         taught = unimatch.lesson(smooth, inside, args)
         p = smooth.softmax(1).movedim(1, -1).tolist()
         rows = zip(p, inside.tolist(), strict=True)
-        assert taught["K"].tolist() == [oracle.adaptive_positives(*row, args) for row in rows]
+        assert taught["K"].tolist() == [fpl_oracle.adaptive_positives(*row, args) for row in rows]
         assert kind != "random" or classes < 5 or taught["K"].unique().numel() > 1
 
 
@@ -236,7 +236,6 @@ def literal(student, batch, args, number):
         with torch.no_grad():
             t_m = student.eval()(partner["image"])["logits"]
         student.train()
-        x_m, _ = unimatch.strong_views(partner["image"], "partner", number, args, ALONE)
     student.head.perturbed = len(weak["image"]) * args.feature_perturbation
     out = student(torch.cat([x_l, weak["image"]]))
     student.head.perturbed = 0
@@ -253,7 +252,7 @@ def literal(student, batch, args, number):
         return loss[inside].sum() / inside.sum()
 
     def K_of(logits, inside):
-        return unimatch.k_of(*unimatch.by_rank(logits.softmax(1)), inside, args)
+        return unimatch.k_of(logits, inside, args)
 
     K, pairs = K_of(t, weak["inside"]), [i ^ 1 for i in range(len(t))]
     mixed, lessons = [], []
@@ -262,6 +261,7 @@ def literal(student, batch, args, number):
         own = [x, t, weak["inside"], K]
         other = [part[pairs] for part in own]
         if partner:
+            x_m, _ = unimatch.strong_views(partner["image"], f"partner{view}", number, args, ALONE)
             other = [x_m, t_m, partner["inside"], K_of(t_m, partner["inside"])]
         masks = [mask, mask, mask[:, 0], mask[:, 0]]
         maps = [a * ~m + b * m for a, b, m in zip(own, other, masks, strict=True)]
@@ -311,6 +311,9 @@ def test_every_step_is_the_literal_one(row, tmp_path, monkeypatch):
         assert step.parts["strong"] > 0 and 0 < step.parts["coverage"] <= 1
         net.load_state_dict(step.nets["student"])
     titles = list(found.steps[-1].maps)
+    if args.unsup_loss == "ce":
+        label, conf = (found.steps[-1].maps[title] for title in ("its pseudo label", "confidence"))
+        assert (label[conf < args.threshold] == -1).all() and (label >= 0).any()  # white
     assert ("perturbed features" in titles) == args.feature_perturbation
     assert sum(title.startswith("mixed") for title in titles) == args.views
     assert ("K 1" in titles) == (args.unsup_loss == "fpl")
@@ -321,7 +324,6 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     tiny.shrink(unimatch, monkeypatch)
     for words, line in (
         ("--batch-size-unlabeled 3", "--partner batch: an even --batch-size-unlabeled"),
-        ("--unsup-loss fpl --T 0.8 0.9 --fused on", "--fused on: the twin has one --T"),
         ("--unsup-loss fpl --threshold 0.9", "--threshold 0.9 does nothing here: it needs"),
         ("--unsup-loss fpl --T 0.9 0.8", "--T (0.9, 0.8): one number or more, rising"),
     ):

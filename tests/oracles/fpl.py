@@ -1,4 +1,4 @@
-"""FPL (its Eq., Alg. and supplement) and CPS, one pixel and one number at a time."""
+"""FPL (its Eq., Alg. and supplement), A-FPL's T and CPS, one pixel and one number at a time."""
 
 import math
 from types import SimpleNamespace
@@ -7,11 +7,16 @@ from oracles.supervised import likeliest, log_sum_exp, mean_over, nll, scaled, s
 
 
 def printed(**changes):
-    """The flags that FPL's and AEL's losses read, as printed in the papers, with changes."""
+    """The flags that FPL's and AEL's losses read, as printed in the papers, with changes.
+
+    T: a number or several.
+    """
     values = dict(T=0.9037, k_max=0, strict=True, weight="concave", mean_over="positives")
     values |= dict(k_strategy="n-1", unsup_loss="fpl", balance=False, threshold=0.0, gamma=2.0)
-    values["fused"] = "off"
-    return SimpleNamespace(**values | changes)
+    values |= dict(fused="off", chosen={}) | changes
+    if isinstance(values["T"], float):
+        values["T"] = (values["T"],)
+    return SimpleNamespace(**values)
 
 
 def order(p):
@@ -31,15 +36,55 @@ def cumulative_classes(p, T, strict=True):
 
 
 def positives(p, flags, progress=0.0):
-    """K: Alg. 1's max(n - 1, 1), or another strategy of supplement Table 5; k_max caps it [D13]."""
+    """K: Alg. 1's max(n - 1, 1), or another strategy of supplement Table 5; k_max caps it [D13].
+
+    With several T it is what `choose` has found for this pixel.
+    """
+    if len(flags.T) > 1:
+        return flags.chosen[tuple(p)]
     if flags.k_strategy in ("n", "n-1"):
-        n = cumulative_classes(p, flags.T, flags.strict)
+        n = cumulative_classes(p, flags.T[0], flags.strict)
         K = n if flags.k_strategy == "n" else max(n - 1, 1)
     elif flags.k_strategy == "step":  # 3, 2, 1 by thirds of training
         K = 3 if progress < 1 / 3 else 2 if progress < 2 / 3 else 1
     else:
         K = {"fixed2": 2, "fixed3": 3}[flags.k_strategy]
     return min(K, len(p), flags.k_max or len(p))
+
+
+def adaptive_positives(p, inside, flags):
+    """A-FPL: K of every pixel of an image, p[y][x] a list of C, by the T that fits best."""
+    H, W, C = len(p), len(p[0]), len(p[0][0])
+    chosen = [[None] * W for _ in range(H)]
+    for T in flags.T:
+        own = SimpleNamespace(**vars(flags) | {"T": (T,)})
+        K = [[positives(pixel, own) for pixel in row] for row in p]
+        for y in range(H):
+            for x in range(W):
+                count = [0] * C
+                for i in range(max(y - 2, 0), min(y + 3, H)):
+                    for j in range(max(x - 2, 0), min(x + 3, W)):
+                        if (i, j) != (y, x) and inside[i][j]:
+                            for c in order(p[i][j])[: K[i][j]]:
+                                count[c] += 1
+                total = max(sum(count), 1)
+                around = [c / total + 1e-6 for c in count]
+                Y = order(p[y][x])[: K[y][x]]
+                own = [(c in Y) / K[y][x] + 1e-6 for c in range(C)]
+                pairs = zip(around, own, strict=True)
+                distance = math.fsum(q * math.log(q / d) for q, d in pairs)
+                best = chosen[y][x]
+                if best is None or distance < best[0] - 1e-9:
+                    chosen[y][x] = (distance, K[y][x])
+    return [[K for _, K in row] for row in chosen]
+
+
+def choose(teachers, inside, flags):
+    """Fills flags.chosen with the K of every pixel of images, t[y][x] a list of C logits."""
+    for image, mask in zip(teachers, inside, strict=True):
+        p = [[softmax(t) for t in row] for row in image]
+        for row, Ks in zip(p, adaptive_positives(p, mask, flags), strict=True):
+            flags.chosen |= {tuple(q): K for q, K in zip(row, Ks, strict=True)}
 
 
 def regularization(z, Y):

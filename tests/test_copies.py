@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PARENT = "supervised.py"
-SCRIPTS = "supervised mean_teacher cps_fpl ael_fpl u2pl esl unimatch".split()
+SCRIPTS = "supervised mean_teacher cps_fpl ael_fpl u2pl u2pl_ael esl unimatch".split()
 SCRIPTS = [f"{name}.py" for name in SCRIPTS]
 SEAMS = ("args needs recipe functions head draw networks state losses after-step panels").split()
 IMPORTS = "# ---- 1. Imports"

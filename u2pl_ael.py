@@ -241,9 +241,9 @@ CAMVID = FOLDER | dict(  # this project's small protocols [D8]
     log_every=10, eval_every=150, save_every=150, pictures_every=300,
 )
 SHAPES = CAMVID | dict(
-    split="1/16", crop_size=64, scales=(0.75, 1.5), total_iters=80, lr=0.02,
+    split="1/16", crop_size=64, scales=(0.75, 1.5), total_iters=60, lr=0.02,
     region_area=0.03, bank_area=0.03, paste_not=(0,),
-    eval_every=40, save_every=40, pictures_every=40,
+    eval_every=30, save_every=30, pictures_every=30,
 )
 PAPER = dict(
     anchors=50, negatives=256, contrast_weight=0.1, contrast_from=0,  # Table A1
@@ -1484,9 +1484,8 @@ def main(args):
             pair_loss = pick(unreliable_loss, args)
             contrast, counted = pair_loss(rep_s, rep_t, A_c, *queues, u_pairs, args)
             classes = counted.sum()
-        loss = (
-            sup + weight * unsup + args.eta * unsup_l + args.contrast_weight * contrast
-        )  # Eq. (1)
+        # Eq. (1)
+        loss = sup + weight * unsup + args.eta * unsup_l + args.contrast_weight * contrast
         loss.backward()
         state["confidence"] = confidence
         logged = {

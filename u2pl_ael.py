@@ -1404,8 +1404,7 @@ def main(args):
             params["lr"] = args.lr * params["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        # equal on all processes
-        rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])
+        rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])  # equal on all processes
         since_warmup = step - args.warmup_iters
         with timed(spent, "bank"):
             labeled = adaptive_copy_paste(batch, state["confidence"], allowed, rng, args, group)
@@ -1416,7 +1415,7 @@ def main(args):
         sup = supervised_loss(out_l, y_l, args)
         confidence = confidence_after(state["confidence"], out_l["logits"], y_l, args)
         contrast = 0.0 * out_l["rep"].float().sum()  # so that DDP sees all parameters
-        unsup = unsup_l = weight = kept = mean_H = classes = torch.zeros_like(sup)
+        unsup = unsup_l = lambda_u = kept = mean_H = classes = torch.zeros_like(sup)
         regions = 0
         if since_warmup >= 0:  # before: labels alone
             if since_warmup == 0:
@@ -1448,21 +1447,20 @@ def main(args):
                 mean_H = masked_mean(H, inside)
             out_u = student_parallel(x_u)  # apart from the labelled images, as AEL [D42]
             rate = equalization_rate(confidence, args.beta)
-            unsup, pixels = equalized_cross_entropy(
+            unsup, pixel_weights = equalized_cross_entropy(
                 out_u["logits"], y_u, conf_t, inside, rate, 1, args
             )
-            kept = masked_mean(pixels > 0, y_u != IGNORE)
-            weight = torch.full_like(sup, args.eta)
+            kept = masked_mean(pixel_weights > 0, y_u != IGNORE)
+            lambda_u = torch.full_like(sup, args.eta)
             if args.divide_by == "reliable":
-                weight = unsup_weight(y_u, inside, args.eta)  # Eq. (8)
+                lambda_u = unsup_weight(y_u, inside, args.eta)  # Eq. (8)
             if args.consistency_on == "all":
                 conf_l, pseudo_l = F.softmax(out_lt["logits"], 1).max(1)
                 pseudo_l = pseudo_l.masked_fill(~labeled["inside"], IGNORE)
                 unsup_l, _ = equalized_cross_entropy(
                     out_l["logits"], pseudo_l, conf_l, labeled["inside"], rate, args.pooled, args
                 )
-        contrasted = args.unreliable_loss != "none" and step >= args.contrast_from
-        if contrasted and since_warmup >= 0:
+        if args.unreliable_loss != "none" and step >= max(args.warmup_iters, args.contrast_from):
             with torch.no_grad():
                 size = out_u["rep"].shape[2:]
                 logits_t = torch.cat([out_lt["logits"], mixed_t])
@@ -1485,14 +1483,14 @@ def main(args):
             contrast, counted = pair_loss(rep_s, rep_t, A_c, *queues, u_pairs, args)
             classes = counted.sum()
         # Eq. (1)
-        loss = sup + weight * unsup + args.eta * unsup_l + args.contrast_weight * contrast
+        loss = sup + lambda_u * unsup + args.eta * unsup_l + args.contrast_weight * contrast
         loss.backward()
         state["confidence"] = confidence
         logged = {
             "loss": loss,
             "sup": sup,
             "unsup": unsup,
-            "unsup_weight": weight,
+            "unsup_weight": lambda_u,
             "kept": kept,
             "contrast": contrast,
             "classes": classes,
@@ -1526,7 +1524,7 @@ def main(args):
                     "pseudo label": pseudo,
                     "reliable": y_u,
                     "entropy": H / np.log(C),
-                    "weight": pixels,
+                    "weight": pixel_weights,
                     "student": out_u["logits"].argmax(1),
                 }
             # <<< method: panels

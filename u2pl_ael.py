@@ -152,7 +152,7 @@ class Args:
     # loss on unreliable pixels: L_c, L_b or neither
     unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"
     contrast_weight: AtLeast0 | None = None  # lambda_c, of that loss
-    contrast_from: Number | None = None  # steps without that loss, warm-up included [D38]
+    contrast_after: Number | None = None  # steps without that loss, warm-up included [D38]
     anchors: Count | None = None  # M, per class and process
     negatives: Count | None = None  # N, per anchor
     # r_l <= rank of a class in p < r_h; 0: the likeliest
@@ -191,7 +191,7 @@ class Args:
         "epochs": "dpa, alpha_0",
         "dpa": "alpha_0",
         "contrast_weight": "unreliable_loss!=none",
-        "contrast_from": "unreliable_loss!=none",
+        "contrast_after": "unreliable_loss!=none",
         "anchors": "unreliable_loss!=none",
         "negatives": "unreliable_loss!=none",
         "ranks": "unreliable_loss!=none",
@@ -246,7 +246,7 @@ SHAPES = CAMVID | dict(
     eval_every=30, save_every=30, pictures_every=30,
 )
 PAPER = dict(
-    anchors=50, negatives=256, contrast_weight=0.1, contrast_from=0,  # Table A1
+    anchors=50, negatives=256, contrast_weight=0.1, contrast_after=0,  # Table A1
     divide_by="reliable", consistency_on="mixed",
     paste_draws=3, paste_prob=1.0, paste_power=1.0,  # [D19]
 )
@@ -301,7 +301,7 @@ def preset(args):
     warmup = total // (passes if args.dataset.startswith("voc") else 10)
     if args.recipe == "paper":
         return values | PAPER | {"warmup_iters": warmup}
-    values = values | OFFICIAL | {"contrast_from": warmup}
+    values = values | OFFICIAL | {"contrast_after": warmup}
     if args.dataset.startswith("voc"):
         values["paste_draws"] = 1  # AEL's [D45]
     return values
@@ -1460,7 +1460,7 @@ def main(args):
                 unsup_l, _ = equalized_cross_entropy(
                     out_l["logits"], pseudo_l, conf_l, labeled["inside"], rate, args.pooled, args
                 )
-        if args.unreliable_loss != "none" and step >= max(args.warmup_iters, args.contrast_from):
+        if args.unreliable_loss != "none" and step >= max(args.warmup_iters, args.contrast_after):
             with torch.no_grad():
                 size = out_u["rep"].shape[2:]
                 logits_t = torch.cat([out_lt["logits"], mixed_t])

@@ -67,7 +67,7 @@ MODES = {
     ],
     "u2pl_ael": [
         "--warmup-iters 2",
-        "--recipe official --contrast-from 2",
+        "--recipe official --contrast-after 2",
         "--warmup-iters 2 --unreliable-loss none --paste-draws 0 --no-cutmix",
     ],
     "esl": [

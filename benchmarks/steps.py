@@ -57,7 +57,7 @@ MODES = {
     },
     "u2pl_ael": {
         "U2PL with AEL": "--warmup-iters 0",
-        "U2PL with AEL, recipe official": "--recipe official --contrast-from 0",
+        "U2PL with AEL, recipe official": "--recipe official --contrast-after 0",
         "AEL with U2PL's labels": "--unreliable-loss none --warmup-iters 0",
     },
     "unimatch": {

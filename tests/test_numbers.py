@@ -31,7 +31,7 @@ RUNS = PLAIN + [
     ("ael_fpl", "--unsup-loss ce --skip-absent"),
     ("u2pl", "--unreliable-loss binary --fused off --ohem-kept 0.1 --aux-weight 0.4"),
     ("u2pl", "--unreliable-loss none --recipe official"),
-    ("u2pl_ael", "--recipe official --contrast-from 0 --unreliable-loss binary"),
+    ("u2pl_ael", "--recipe official --contrast-after 0 --unreliable-loss binary"),
     ("esl", "--fused off"),
     ("esl", "--label hard --no-contrast --no-cutmix --ohem-kept 0.1 --aux-weight 0.4"),
     ("unimatch", "--unsup-loss fpl --partner crop"),

@@ -282,7 +282,7 @@ FLAGS = {
         --ema-decay 0.3|--no-cutmix|--cutmix-prob 1""",
     "u2pl_ael": """--batch-size-unlabeled 4|--epochs 3|--alpha-0 0.4|--no-dpa|--eta 2
         --divide-by all|--consistency-on all|--unreliable-loss binary|--unreliable-loss none
-        --contrast-weight 2|--contrast-from 2|--anchors 3|--negatives 4|--ranks 1 9|--delta-p 0.12
+        --contrast-weight 2|--contrast-after 2|--anchors 3|--negatives 4|--ranks 1 9|--delta-p 0.12
         --tau 0.1|--bank-sizes 9 4|--keys 5|--warmup-iters 1|--ema-decay 0.3|--gamma 1|--beta 0.5
         --pooled 1|--bank-momentum 0.5|--no-cutmix|--region-area 0.2|--paste-draws 1
         --paste-draws 0|--paste-prob 0.5|--paste-not 1 2 3 4 5 6 7 8|--paste-scales 1 2""",

@@ -374,7 +374,7 @@ def u2pl_ael_step(nets, state, batch, args, number, images):
     parts["kept"] = (found[0][1][sure] > 0).float().mean()
     loss = sup + args.eta * (share * found[0][0] + sum(more for more, _ in found[1:]))
     parts |= {"unsup_l": found[1][0]} if args.consistency_on == "all" else {}
-    if args.unreliable_loss != "none" and number >= args.contrast_from:
+    if args.unreliable_loss != "none" and number >= args.contrast_after:
         rep_s, rep_t = (torch.cat([one["rep"] for one in x]) for x in ((out_l, out_u), features))
         logits = torch.cat([features[0]["logits"], mixed])
         out_t = {"rep": rep_t, "coarse": u2pl.upsample(logits, rep_t.shape[2:])}
@@ -579,7 +579,7 @@ ROWS = {
     ],
     "u2pl_ael": [
         "",
-        "--recipe official --contrast-from 2 --fused off --paste-prob 0.8",
+        "--recipe official --contrast-after 2 --fused off --paste-prob 0.8",
         "--no-dpa --gamma 1 --eta 2 --contrast-weight 1 --aux-weight 0.4 --ranks 15 20",
     ],
     "esl": [

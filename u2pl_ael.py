@@ -142,8 +142,8 @@ class Args:
     alpha_0: Share = 0.2  # share of unreliable pixels at the start
     dpa: bool = True  # Eq. (7), dynamic partition adjustment: that share falls to 0, or it stays
     eta: AtLeast0 = 1.0  # base weight of L_u, Eq. (8)
-    # pixels that AEL's Eq. (12) divides by: those with a label, and lambda_u of Eq. (8) is its
-    # weight; all: the others too, and eta is its weight [D36]
+    # pixels whose weights L_u is divided by, reliable: those with a label, and lambda_u is that of
+    # Eq. (8); all: the others too, and lambda_u is eta [D36]
     divide_by: Literal["reliable", "all"] | None = None
     # which images have a consistency loss, all: labelled ones too, truth ignored [D37]
     consistency_on: Literal["mixed", "all"] | None = None

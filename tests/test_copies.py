@@ -28,8 +28,8 @@ FUNCTION = 40  # main excepted
 COMMANDS = {"prepare_data.py": 510, "convert.py": 495, "predict.py": 385}
 ROOMS = COMMANDS | {"common/": 1900, "fused.py": 205, "track.py": 75, "outputs.py": 380}
 EXCEPTIONS = {"ael_fpl.py": 680, "u2pl.py": 647, "esl.py": 677}  # none is to be added
-# two methods in one script: of its statements those of new texts are few
-EXCEPTIONS |= {"u2pl_ael.py": 790}
+# two methods in one script: all of its functions but one stand in the scripts of these
+EXCEPTIONS |= {"u2pl_ael.py": 786}
 # over all scripts and common/, per 100 lines
 PACKED = 0.6  # a, b = x, y
 TERNARIES = 1.2

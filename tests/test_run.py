@@ -302,7 +302,8 @@ def test_every_flag_has_an_effect_and_two_equal_runs_none(name, tree, tmp_path):
     """The networks after three steps differ from those of every other row."""
     script, found, alone = tiny.script(name), {}, Group(0, 1, torch.device("cpu"))
     base = {"esl": "--eta 0.5", "mean_teacher": "--warmup-iters 0 --seed 5"}
-    base["u2pl"] = base["u2pl_ael"] = "--warmup-iters 0"
+    base["u2pl"] = "--warmup-iters 0"
+    base["u2pl_ael"] = "--warmup-iters 0 --seed 6"  # boxes that are regions
 
     def flags(words):
         argv = [*tiny.flags(tree, tmp_path / "run", iters=4), *words.split()]

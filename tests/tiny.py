@@ -16,7 +16,7 @@ OF_U2PL = "--anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12 --delta-p 0.1"
 MORE = {  # flags that make a run of a few steps do all that a long one does
     "mean_teacher": "--cutmix --warmup-iters 3",
     "u2pl": f"--warmup-iters 2 {OF_U2PL}",
-    "u2pl_ael": f"--warmup-iters 2 --batch-size-unlabeled 2 {OF_U2PL}",
+    "u2pl_ael": f"--warmup-iters 2 {OF_U2PL}",
     "esl": "--anchors 6 --negatives 7 --queue 5 --parts 3 --zeta 0.12",
     "unimatch": "--threshold 0.13",
 }

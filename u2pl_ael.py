@@ -137,13 +137,11 @@ class Args:
     # >>> method: args
     # -- method --
     batch_size_unlabeled: Count | None = None  # mixed images per step, over all processes
-    # labels: U2PL
     epochs: Count | None = None  # E: values that alpha_t of Eq. (7) takes, one after another
     alpha_0: Share = 0.2  # share of unreliable pixels at the start
     dpa: bool = True  # Eq. (7), dynamic partition adjustment: that share falls to 0, or it stays
     eta: AtLeast0 = 1.0  # base weight of L_u, Eq. (8)
-    # pixels whose weights L_u is divided by, reliable: those with a label, and lambda_u is that of
-    # Eq. (8); all: the others too, and lambda_u is eta [D36]
+    # L_u, reliable: a mean over pixels with a label, times lambda_u; all: over all, times eta [D36]
     divide_by: Literal["reliable", "all"] | None = None
     # which images have a consistency loss, all: labelled ones too, truth ignored [D37]
     consistency_on: Literal["mixed", "all"] | None = None
@@ -164,13 +162,13 @@ class Args:
     # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
     fused: Literal["auto", "on", "off"] = "auto"
     # -- equalization: AEL --
-    gamma: AtLeast0 = 2.0  # exponent of the teacher's confidence in Eq. (13)
+    gamma: AtLeast0 = 2.0  # exponent of the teacher's confidence in AEL Eq. (13)
     beta: AtLeast0 = 1.0  # exponent of the rate of equalization sampling
-    pooled: Count | None = None  # labelled images that are one group in Eq. (4) and (12)
-    bank_momentum: Share | None = None  # share of the confidence bank that Eq. (7) keeps
+    pooled: Count | None = None  # labelled images that are one group in AEL Eq. (4), (12)
+    bank_momentum: Share | None = None  # share of the bank that AEL Eq. (7) keeps
     skip_absent: bool = False  # absent classes leave the bank as it is; False: they count 0
     cutmix: bool = True  # adaptive CutMix; off: the student sees unlabelled images unmixed
-    region_area: Share | None = None  # CutMix: a region above this share is cut (Table 6)
+    region_area: Share | None = None  # CutMix: a region above this share is cut (AEL Table 6)
     bank_area: Share | None = None  # CutMix: share of a crop that makes a class present
     paste_draws: Number | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
     paste_prob: Share | None = None  # Copy-Paste: share of labelled images that are pasted onto

@@ -67,6 +67,7 @@ HEADS = {  # script -> the head of its networks
     "cps_fpl.py": "CPSHead",
     "ael_fpl.py": "DeepLabV3Plus",
     "u2pl.py": "U2PLHead",
+    "u2pl_ael.py": "U2PLHead",
     "esl.py": "ESLHead",
     "unimatch.py": "UniMatchHead",
 }

@@ -67,6 +67,11 @@ MODES = {
         "--warmup-iters 2 --unreliable-loss none --no-cutmix --no-dpa",
         "--warmup-iters 2 --negatives-from reliable --bank-dtype bf16",
     ],
+    "u2pl_ael": [
+        "--warmup-iters 2",
+        "--recipe official --contrast-after 2",
+        "--warmup-iters 2 --unreliable-loss none --paste-draws 0 --no-cutmix",
+    ],
     "esl": [
         "",
         "--no-contrast",

@@ -44,11 +44,12 @@ from benchmarks.runs import differences, kill, running  # noqa: E402
 from common import run  # noqa: E402
 from common.flags import cli  # noqa: E402
 
-SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl", "unimatch")
+SCRIPTS = tuple("supervised mean_teacher cps_fpl ael_fpl u2pl u2pl_ael esl unimatch".split())
 MORE = {  # flags that make a run of a few steps do all that a long one does
     "mean_teacher": "--cutmix --warmup-iters 3",
     "esl": "--anchors 6 --queue 5 --zeta 0.12",
     "u2pl": "--warmup-iters 3 --bank-sizes 40 20 --keys 7",
+    "u2pl_ael": "--warmup-iters 3 --bank-sizes 40 20 --keys 7",
 }
 WRITES = ("checkpoint", "renames", "log")
 PARTS = ("operations", "writers", "moves", "contents")  # of --files

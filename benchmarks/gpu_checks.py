@@ -429,9 +429,8 @@ def modes(options):
 # ---- waits ----
 
 # how often a script may wait in a step, and why
-ALLOWED = {
-    "ael_fpl": "AEL's boxes are drawn on the CPU from what its teacher sees: one copy a step"
-}
+BOXES = "AEL's boxes are drawn on the CPU from what its teacher sees: one copy a step"
+ALLOWED = {"ael_fpl": BOXES, "u2pl_ael": BOXES}
 
 
 def waits(options, report):

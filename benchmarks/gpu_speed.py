@@ -178,7 +178,7 @@ def copy_bandwidth(report, size):
 
 def configurations(options):
     """Yields (script, backbone, crop, amp, compile), sorted by worth."""
-    names = ["cps_fpl", "unimatch", "mean_teacher", "ael_fpl", "u2pl", "esl", "supervised"]
+    names = "cps_fpl unimatch mean_teacher ael_fpl u2pl u2pl_ael esl supervised".split()
     if options.tiny:
         for name in names:
             yield name, "resnet50", 32, "none", False
@@ -204,7 +204,7 @@ def step_flags(name, backbone, crop, amp, compilation):
     flags += ["--crop-size", crop, "--amp", amp, "--batch-size", 2, "--aspp-rates", 6, 12, 18]
     if name != "supervised":
         flags += ["--batch-size-unlabeled", 2]
-    if name in ("mean_teacher", "u2pl"):
+    if name in ("mean_teacher", "u2pl", "u2pl_ael"):
         flags += ["--warmup-iters", 0]
     if name in ("mean_teacher", "u2pl", "esl"):
         flags += ["--cutmix"]
@@ -270,6 +270,7 @@ LOSSES = {
     "cps_fpl": "supervised_loss cross_loss teacher_statistics label_statistics".split(),
     "ael_fpl": ["supervised_loss", "consistency_loss"],
     "u2pl": ["supervised_loss", "cross_entropy", "unreliable_loss"],
+    "u2pl_ael": ["supervised_loss", "equalized_cross_entropy", "unreliable_loss"],
     "esl": ["supervised_loss", "soft_cross_entropy", "part_contrast"],
     "unimatch": ["supervised_loss", "consistency", "statistics"],
 }
@@ -279,6 +280,7 @@ BANKS = {
     "cps_fpl": ["toggled_mask"],
     "ael_fpl": "draw_partners partner_mask copy_paste class_confidence presence".split(),
     "u2pl": "cutmix draw_features push_features negative_masks anchor_masks class_ranks".split(),
+    "u2pl_ael": "draw_partners partner_mask copy_paste draw_features push_features".split(),
     "esl": "cutmix push_features part_ids part_sums update_prototypes soft_label".split(),
     "unimatch": ["strong_views", "mixed", "lesson"],
 }

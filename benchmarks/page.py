@@ -42,8 +42,9 @@ NONE = """
 No file in `results/gpu/` yet: nothing in this repository was run on a GPU. On CPUs the same code
 runs in the suite (tests/test_gpu.py), and every script's step runs there on torch's fake CUDA
 tensors (`benchmarks/fake_cuda.py`): no wait between two lines of the log but the one that
-ael_fpl.py names, no operation on two devices, no floats of two types meeting under autocast. What
-has no fake or no deterministic kernel is listed in [reliability.md](reliability.md).
+ael_fpl.py and u2pl_ael.py name, no operation on two devices, no floats of two types meeting under
+autocast. What has no fake or no deterministic kernel is listed in
+[reliability.md](reliability.md).
 """
 
 

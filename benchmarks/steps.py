@@ -55,6 +55,11 @@ MODES = {
         "L_b": "--unreliable-loss binary --warmup-iters 0",
         "neither": "--unreliable-loss none --warmup-iters 0",
     },
+    "u2pl_ael": {
+        "U2PL with AEL": "--warmup-iters 0",
+        "U2PL with AEL, recipe official": "--recipe official --contrast-after 0",
+        "AEL with U2PL's labels": "--unreliable-loss none --warmup-iters 0",
+    },
     "unimatch": {
         "UniMatch": "--threshold 0.13",
         "FixMatch": "--threshold 0.13 --views 1 --no-feature-perturbation",

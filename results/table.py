@@ -39,6 +39,14 @@ METHODS = {  # script -> (flag that names the method, {its value: the first word
         "unreliable_loss",
         {"contrastive": "U2PL, L_c", "binary": "U2PL, L_b", "none": "U2PL, neither L_c nor L_b"},
     ),
+    "u2pl_ael.py": (
+        "unreliable_loss",
+        {
+            "contrastive": "U2PL with AEL, L_c",
+            "binary": "U2PL with AEL, L_b",
+            "none": "AEL with U2PL's labels",
+        },
+    ),
     "esl.py": (
         "label",
         {

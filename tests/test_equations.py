@@ -18,6 +18,7 @@ import esl
 import mean_teacher
 import supervised
 import u2pl
+import u2pl_ael
 from common import fused
 from oracles import ael as ael_oracle
 from oracles import esl as esl_oracle
@@ -163,6 +164,27 @@ def consistency_loss(pooled, **changes):
     return Row(name, product, expected)
 
 
+def equalized(pooled, divide_by, gamma=2.0):
+    """A row of AEL's Eq. (12) with U2PL's labels; those that a seed draws are kept."""
+    args = SimpleNamespace(divide_by=divide_by, gamma=gamma)
+
+    def maps(case):
+        label = case.t.detach().argmax(1).masked_fill(case.label == 255, 255)
+        return case.z, label, u2pl.upcast(case.t.detach()).softmax(1).amax(1), case.inside
+
+    def product(case):
+        torch.manual_seed(3)
+        return u2pl_ael.equalized_cross_entropy(*maps(case), case.rate, pooled, args)[0], {}
+
+    def expected(case):
+        torch.manual_seed(3)
+        u = torch.rand_like(maps(case)[2])
+        rest = case.rate.tolist(), images(u), pooled, args
+        return *ael_oracle.equalized_cross_entropy(*map(images, maps(case)), *rest), {}
+
+    return Row(f"equalized_cross_entropy {pooled} {divide_by} {gamma}", product, expected)
+
+
 def contrast(kind, tau, of=u2pl, M=3, N=4, size=9):
     """A row of U2PL's Eq. (9) to (16): logits are features, pixels of other classes are keys."""
     args = SimpleNamespace(anchors=M, negatives=N, unreliable_loss=kind, tau=tau)
@@ -273,6 +295,7 @@ ROWS = [
     cross_loss(fused="on"),
     consistency_loss(2),
     consistency_loss(4, **RELEASED, threshold=0.5),
+    equalized(2, "reliable"),
     loss(esl.soft_cross_entropy, esl_oracle.soft_cross_entropy, "z target inside", double=True),
     contrast("contrastive", 0.5),
     contrast("binary", 0.1),
@@ -298,6 +321,7 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     *(cross_loss(T=SEVERAL, **c) for c in ({}, RELEASED)),
     *(consistency_loss(2, T=SEVERAL, **c) for c in ({}, RELEASED)),
     *(consistency_loss(p, unsup_loss="ce", gamma=g) for p, g in ((2, 0.5), (4, 0.0))),
+    *(equalized(p, over, p / 2) for p in (1, 4) for over in ("reliable", "all")),
     consistency_loss(1, **RELEASED, weight="linear", T=0.6537, gamma=0.0),
     consistency_loss(2, weight="convex", k_max=2, strict=False, threshold=0.6, gamma=1.0),
 ]

@@ -23,7 +23,7 @@ MODES = [(name, mode) for name, modes in steps.MODES.items() for mode in modes]
 FIRST = {name: next(iter(modes)) for name, modes in steps.MODES.items()}
 SIZE = ["--crop-size", "32", "--batch-size", "2", "--device", "cuda"]
 # one copy to the host in each step: AEL's boxes are drawn there from what its teacher sees
-NAMED = {"ael_fpl": "distributed.to_host"}
+NAMED = dict.fromkeys(("ael_fpl", "u2pl_ael"), "distributed.to_host")
 
 
 def seen(name, mode, *more, tiny=True, device=GPU):
@@ -92,7 +92,7 @@ def test_mps_is_accepted_where_torch_has_it(monkeypatch):
 @pytest.mark.parametrize("name", steps.MODES)
 def test_what_mps_cannot_run_is_named(name):
     """The others bring float64 onto a device for the sums of the log alone."""
-    if name in ("ael_fpl", "u2pl", "esl"):
+    if name in ("ael_fpl", "u2pl", "u2pl_ael", "esl"):
         with pytest.raises(Refusal, match="--device mps: .* in float64, which MPS does not have"):
             seen(name, FIRST[name], device=MPS)
     else:

@@ -19,6 +19,7 @@ C = 11
 FLAGS = {
     "mean_teacher": "--warmup-iters 0",
     "u2pl": "--warmup-iters 0 --anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12",
+    "u2pl_ael": f"{tiny.MORE['u2pl_ael']} --warmup-iters 0 --delta-p 0.3",
     "esl": "--anchors 5 --negatives 6 --queue 7 --zeta 0.2",
 }
 PLAIN = [(name, "") for name in tiny.SCRIPTS]
@@ -30,6 +31,7 @@ RUNS = PLAIN + [
     ("ael_fpl", "--unsup-loss ce --skip-absent"),
     ("u2pl", "--unreliable-loss binary --fused off --ohem-kept 0.1 --aux-weight 0.4"),
     ("u2pl", "--unreliable-loss none --recipe official"),
+    ("u2pl_ael", "--recipe official --contrast-after 0 --unreliable-loss binary"),
     ("esl", "--fused off"),
     ("esl", "--label hard --no-contrast --no-cutmix --ohem-kept 0.1 --aux-weight 0.4"),
     ("unimatch", "--unsup-loss fpl --partner crop"),
@@ -130,7 +132,7 @@ def test_every_number_stays_finite(kind, name, extra, trees, tmp_path, monkeypat
     if kind == "padding":
         monkeypatch.setattr(script, "augment", padded(script.augment))
     if kind == "crumbs":
-        extra += " --scales 0.03 0.04" + " --paste-scales 0.03 0.04" * (name == "ael_fpl")
+        extra += " --scales 0.03 0.04" + " --paste-scales 0.03 0.04" * ("ael" in name)
     change = {"absent": never, "large": large}.get(kind)
     parts, scores = made(monkeypatch, name, trees.get(kind, trees["drawn"]), out, extra, change)
     supervision = max(one.get("sup", one["loss"]) for one in parts)
@@ -174,11 +176,14 @@ def test_teachers_of_every_kind(kind, name, extra, trees, tmp_path, monkeypatch)
         assert parts.get("weight", weight) == pytest.approx(weight, abs=1e-5)
         q = {"flat": 1 / C, "certain": 1.0, "tied": 1 / (2 + 9 * math.exp(-8))}[kind]
         assert parts.get("conf_t", q) == pytest.approx(q, rel=1e-6)
-        if name == "u2pl":  # all entropies are equal: neither H < gamma nor H > gamma
-            assert parts["unsup"] == 0 and parts["unsup_weight"] == 2 * 32 * 32
+        if "u2pl" in name:  # all entropies are equal: neither H < gamma nor H > gamma
+            assert parts["unsup"] == 0
+            assert parts["unsup_weight"] == (
+                1 if "official" in extra and "_ael" in name else 2 * 32 * 32
+            )
     if kind == "certain":  # it is scored as well
         assert [bool(x) for x in scores["iou"]] == [c == 3 for c in range(C)]
-    if name == "u2pl" and "none" not in extra:
+    if "u2pl" in name and "none" not in extra:
         # p(c) > 0.3: no class, class 3, classes 2 and 5; r_l = 3: of the three likeliest classes
         assert sum(parts["classes"] for parts in steps) <= 2 * len(TIED[kind])
         pushed = finite(out)["state"]["pushed"].nonzero()[:, 0].tolist()
@@ -203,7 +208,7 @@ def disturb(patch, name, fault, at, value):
             if live["step"] == at and fault == "gradient":
                 optimizer.param_groups[0]["params"][0].grad.fill_(value)
             elif live["step"] == at and fault == "bank":
-                live["state"]["confidence" if name == "ael_fpl" else "bank"][0] = value
+                live["state"]["confidence" if "ael" in name else "bank"][0] = value
 
         optimizer.register_step_pre_hook(spoil)
         return optimizer

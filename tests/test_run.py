@@ -280,6 +280,12 @@ FLAGS = {
         --negatives 4|--negatives-from reliable|--negatives-from all|--ranks 1 9|--delta-p 0.12
         --tau 0.1|--no-bank|--bank-sizes 9 4|--bank-dtype bf16|--keys 5|--warmup-iters 1
         --ema-decay 0.3|--no-cutmix|--cutmix-prob 1""",
+    "u2pl_ael": """--batch-size-unlabeled 4|--epochs 3|--alpha-0 0.4|--no-dpa|--eta 2
+        --divide-by all|--consistency-on all|--unreliable-loss binary|--unreliable-loss none
+        --contrast-weight 2|--contrast-after 2|--anchors 3|--negatives 4|--ranks 1 9|--delta-p 0.12
+        --tau 0.1|--bank-sizes 9 4|--keys 5|--warmup-iters 1|--ema-decay 0.3|--gamma 1|--beta 0.5
+        --pooled 1|--bank-momentum 0.5|--no-cutmix|--region-area 0.2|--paste-draws 1
+        --paste-draws 0|--paste-prob 0.5|--paste-not 1 2 3 4 5 6 7 8|--paste-scales 1 2""",
     "esl": """--label hard|--label soft|--label topk --top-k 3|--label topk --top-k 2|--eta 0.8
         --unsup-weight 1|--contrast-weight 1|--no-contrast|--parts 2|--theta 0.5|--zeta 0.5
         --anchors 2|--anchor-share 0.5|--negatives 3|--sigma 0.1|--queue 2|--ema-decay 0.3
@@ -297,7 +303,8 @@ def test_every_flag_has_an_effect_and_two_equal_runs_none(name, tree, tmp_path):
     script, found, alone = tiny.script(name), {}, Group(0, 1, torch.device("cpu"))
     base = {"esl": "--eta 0.5", "mean_teacher": "--warmup-iters 0 --seed 5"}
     base["u2pl"] = "--warmup-iters 0"
-    steps = 3 if name == "u2pl" else 2  # its --epochs and --keys act in the third
+    base["u2pl_ael"] = "--warmup-iters 0 --seed 6"  # boxes that are regions
+    steps = 3 if name.startswith("u2pl") else 2  # --epochs and --keys act in the third
 
     def flags(words):
         argv = [*tiny.flags(tree, tmp_path / "run", iters=4), *words.split()]
@@ -314,7 +321,7 @@ def test_every_flag_has_an_effect_and_two_equal_runs_none(name, tree, tmp_path):
     assert len(shared) == len(found) > 10, [same for same in shared.values() if len(same) > 1]
 
 
-HEADS = {"cps_fpl": "CPS", "u2pl": "features", "esl": "features"}  # the others' are alike
+HEADS = dict.fromkeys(("u2pl", "u2pl_ael", "esl"), "features") | {"cps_fpl": "CPS"}  # or alike
 
 
 @pytest.mark.parametrize("reader", tiny.SCRIPTS)

@@ -28,6 +28,7 @@ import processes
 import recorder
 import tiny
 import u2pl
+import u2pl_ael
 from benchmarks import runs
 from common import Refusal, run
 from common.distributed import Group
@@ -77,7 +78,8 @@ def stacked(samples):
 
 def same_samples(name, args, images, number, batch):
     """Which streams a step reads, from whose images and at what scales; no label is opened."""
-    streams = {"supervised": ["labeled"], "ael_fpl": ["labeled", "paste", "unlabeled"]}
+    streams = dict.fromkeys(("ael_fpl", "u2pl_ael"), ["labeled", "paste", "unlabeled"])
+    streams["supervised"] = ["labeled"]
     found = streams.get(name, ["labeled", "unlabeled"])
     if name == "cps_fpl" and args.cutmix:
         found.append("unlabeled.2" if args.same_image_cutmix else "partner")
@@ -176,49 +178,69 @@ def cps_fpl_step(nets, state, batch, args, number, images):
     return result(loss, {}, maps, **parts)
 
 
-def ael_fpl_step(nets, state, batch, args, number, images):
-    student, teacher = nets["student"], nets["teacher"]
-    B, C, size = args.batch_size_unlabeled, len(state["confidence"]), args.crop_size
-    rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), number])
-    first = batch["unlabeled"]
-    classes, indices = state["draws"][0].T.tolist()  # drawn four steps before [D26]
+def ael_partners(state, args, number, images):
+    """The partners, drawn four steps before [D26]; which images these and the first ones are."""
+    B = args.batch_size_unlabeled
+    indices = state["draws"][0][:, 1].tolist()
     stream = ael_fpl.Stream(images.unlabeled, B, False, args.scales)
     partners = ael_fpl.Samples("unlabeled.partner", stream, images, args)
     numbers = range(number * B, number * B + B)
-    second = stacked([partners.sample(*pair) for pair in zip(indices, numbers, strict=True)])
-    # Adaptive Copy-Paste: the images of a group share their classes
+    samples = [partners.sample(*pair) for pair in zip(indices, numbers, strict=True)]
+    return stacked(samples), [*map(partners.which, numbers), *indices]
+
+
+def ael_pasted(state, batch, args, rng):
+    """Adaptive Copy-Paste: the images of a group share their classes."""
     u = torch.from_numpy(rng.random((args.batch_size, args.paste_draws + 1)))
-    allowed = torch.tensor([c not in args.paste_not for c in range(C)])
+    allowed = torch.tensor([c not in args.paste_not for c in range(len(state["confidence"]))])
     prob = ael_fpl.sampling_probability(state["confidence"], allowed, args.paste_power)
     groups = [u[i // args.pooled * args.pooled, 1:] for i in range(args.batch_size)]
     drawn = ael_fpl.draw_classes(prob, torch.stack(groups))
-    chosen = u[:, 0] < args.paste_prob
-    labeled = ael_fpl.copy_paste(batch["labeled"], batch["paste"], drawn, chosen)
-    x_l, label = labeled["image"], labeled["label"]
-    out = student(x_l)
-    with torch.no_grad():
-        on_labels = teacher(x_l)["logits"] if args.consistency_on == "all" else None
-        views = teacher(torch.cat([first["image"], second["image"]]))["logits"]
-    # banks
-    draws = ael_fpl.draw_partners(state["confidence"], state["present"], B, rng)
-    new = {"draws": torch.cat([state["draws"][1:], draws[None]])}
+    return ael_fpl.copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
+
+
+def ael_confidence(state, out, label, args):
+    """The confidence bank after a step."""
     prob = out["logits"].detach().softmax(1)
     sums = ael_fpl.class_confidence(prob, label, args.pooled, args.skip_absent)
-    bank = ael_fpl.update_confidence(state["confidence"], sums, args.bank_momentum)
-    new |= {"confidence": bank, "present": state["present"].clone()}
-    hidden = ~torch.cat([first["inside"], second["inside"]])
-    seen = views.argmax(1).masked_fill(hidden, 255)[..., ::4, ::4]
-    shown = [*map(partners.which, numbers), *indices]  # partners after first images
+    return ael_fpl.update_confidence(state["confidence"], sums, args.bank_momentum)
+
+
+def ael_mixing(state, views, inside, shown, rng, args, number):
+    """What the other banks become, the boxes, and how many of these are a region."""
+    B, C, size = args.batch_size_unlabeled, len(state["confidence"]), args.crop_size
+    draws = ael_fpl.draw_partners(state["confidence"], state["present"], B, rng)
+    new = {"draws": torch.cat([state["draws"][1:], draws[None]])}
+    new["present"] = state["present"].clone()
+    seen = views.argmax(1).masked_fill(~inside, 255)[..., ::4, ::4]  # partners after first images
     for image, row in zip(shown, ael_fpl.presence(seen, C, args.bank_area), strict=True):
         new["present"][:, image] = row
-    # boxes
     rngs = np.random.default_rng([args.seed, zlib.crc32(b"mix"), number]).spawn(B)
     mask, boxes = torch.zeros(B, size, size, dtype=torch.bool), 0
+    classes = state["draws"][0][:, 0].tolist()
     for i, (cells, c, own) in enumerate(zip(seen[B:], classes, rngs, strict=True)):
         box = ael_fpl.component_box(cells.byte().numpy(), c, args.region_area, size, own)
         boxes += box is not None
         top, left, h, w = box or ael_fpl.half_area_box(own, size)
         mask[i, top : top + h, left : left + w] = True
+    return new, mask, boxes / B
+
+
+def ael_fpl_step(nets, state, batch, args, number, images):
+    student, teacher = nets["student"], nets["teacher"]
+    B = args.batch_size_unlabeled
+    rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), number])
+    first = batch["unlabeled"]
+    second, shown = ael_partners(state, args, number, images)
+    labeled = ael_pasted(state, batch, args, rng)
+    x_l, label = labeled["image"], labeled["label"]
+    out = student(x_l)
+    with torch.no_grad():
+        on_labels = teacher(x_l)["logits"] if args.consistency_on == "all" else None
+        views = teacher(torch.cat([first["image"], second["image"]]))["logits"]
+    both = torch.cat([first["inside"], second["inside"]])
+    new, mask, regions = ael_mixing(state, views, both, shown, rng, args, number)
+    new["confidence"] = bank = ael_confidence(state, out, label, args)
     x_u = blend(mask[:, None], first["image"], second["image"])
     inside = blend(mask, first["inside"], second["inside"])
     teachers = torch.where(mask[:, None], views[B:], views[:B])
@@ -241,7 +263,7 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     maps |= {"pseudo label": teachers.argmax(1), "student": logits.argmax(1)}
     kept = torch.rand(B, size, size) >= 1 - rate[logits.argmax(1)]  # drawn anew for the panel
     maps["weight"] = teachers.softmax(1).amax(1) ** args.gamma * kept * inside
-    return result(loss, new, maps, sup=sup, **parts, bank=bank.mean(), regions=boxes / B)
+    return result(loss, new, maps, sup=sup, **parts, bank=bank.mean(), regions=regions)
 
 
 def u2pl_step(nets, state, batch, args, number, images):
@@ -297,12 +319,83 @@ def u2pl_contrast(state, out, out_t, y_l, y_u, chosen, args):
     v = torch.rand(C, args.anchors * (args.negatives + 1), dtype=torch.float64)
     sizes = torch.tensor([args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1))
     bank = state["bank"].clone()
-    pushed = state["pushed"].clone() if args.bank else torch.zeros_like(state["pushed"])
+    pushed = state["pushed"] * getattr(args, "bank", True)
     offered = u2pl.draw_features(rep_t, N_c, u)
     u2pl.push_features(bank, pushed, sizes, offered)
     A_c = u2pl.anchor_masks(prob, label, args.delta_p)
     loss, counted = u2pl.unreliable_loss(rep_s, rep_t, A_c, bank, pushed, sizes, v, args)
     return loss, counted.sum(), {"bank": bank, "pushed": pushed}
+
+
+def u2pl_ael_step(nets, state, batch, args, number, images):
+    student, teacher = nets["student"], nets["teacher"]
+    B, count = args.batch_size_unlabeled, number - args.warmup_iters
+    rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), number])
+    labeled = ael_pasted(state, batch, args, rng)
+    x_l, y_l = labeled["image"], labeled["label"]
+    out_l = student(x_l)
+    sup = labeled_loss(out_l, y_l, args)
+    confidence = ael_confidence(state, out_l, y_l, args)
+    maps = {"labelled, pasted": x_l, "label": y_l}
+    names = "unsup unsup_weight kept contrast classes entropy".split()
+    parts = dict.fromkeys(names, 0.0) | dict(confidence=confidence.mean(), regions=0.0)
+    parts |= {"unsup_l": 0.0} if args.consistency_on == "all" else {}
+    new = state | {"confidence": confidence}
+    if count < 0:
+        maps["prediction"] = out_l["logits"].argmax(1)
+        return result(sup, new, maps, sup=sup, **parts)
+    if count == 0:
+        teacher.load_state_dict(student.state_dict())
+    first = batch["unlabeled"]
+    second, shown = ael_partners(state, args, number, images)
+    with torch.no_grad():
+        features = [teacher.train()(x_l)]
+        views = teacher.eval()(torch.cat([first["image"], second["image"]]))["logits"]
+    both = torch.cat([first["inside"], second["inside"]])
+    banks, mask, parts["regions"] = ael_mixing(state, views, both, shown, rng, args, number)
+    new |= banks
+    x_u = blend(mask[:, None], first["image"], second["image"])
+    inside = blend(mask, first["inside"], second["inside"])
+    with torch.no_grad():
+        features.append(teacher.train()(x_u))
+    mixed = torch.where(mask[:, None], views[B:], views[:B])
+    prob = mixed.softmax(1)
+    # U2PL Eq. (5) to (8), AEL Eq. (12)
+    H = u2pl.entropy(prob)
+    t = math.floor(args.epochs * number / args.total_iters) if args.dpa else 0
+    (gamma,) = u2pl.quantiles(H, inside, 1 - args.alpha_0 * (1 - t / args.epochs))
+    pseudo = torch.where(inside, prob.argmax(1), 255)
+    y_u = torch.where(H < gamma, pseudo, 255)
+    sure = y_u != 255
+    out_u = student(x_u)
+    rate = ael_fpl.equalization_rate(confidence, args.beta)
+    lessons = [(out_u, y_u, prob, inside, 1)]
+    if args.consistency_on == "all":  # truth ignored
+        on_labels = features[0]["logits"].softmax(1)
+        label = torch.where(labeled["inside"], on_labels.argmax(1), 255)
+        lessons.append((out_l, label, on_labels, labeled["inside"], args.pooled))
+    found = []
+    for out, label, p, hit, pooled in lessons:
+        given = out["logits"], label, p.amax(1), hit, rate, pooled, args
+        found.append(u2pl_ael.equalized_cross_entropy(*given))
+    share = int(inside.sum()) / max(int(sure.sum()), 1) if args.divide_by == "reliable" else 1.0
+    parts |= dict(unsup=found[0][0], unsup_weight=args.eta * share, entropy=H[inside].mean())
+    parts["kept"] = (found[0][1][sure] > 0).float().mean()
+    loss = sup + args.eta * (share * found[0][0] + sum(more for more, _ in found[1:]))
+    parts |= {"unsup_l": found[1][0]} if args.consistency_on == "all" else {}
+    if args.unreliable_loss != "none" and number >= args.contrast_after:
+        rep_s, rep_t = (torch.cat([one["rep"] for one in x]) for x in ((out_l, out_u), features))
+        logits = torch.cat([features[0]["logits"], mixed])
+        out_t = {"rep": rep_t, "coarse": u2pl.upsample(logits, rep_t.shape[2:])}
+        rest = y_l, y_u, (H > gamma) & inside, args
+        contrast, classes, queues = u2pl_contrast(state, {"rep": rep_s}, out_t, *rest)
+        loss = loss + args.contrast_weight * contrast
+        parts |= dict(contrast=contrast, classes=classes)
+        new |= queues
+    maps |= {"mixed": x_u, "box": mask, "pseudo label": pseudo, "reliable": y_u}
+    maps |= {"entropy": H / math.log(images.num_classes), "weight": found[0][1]}
+    maps["student"] = out_u["logits"].argmax(1)
+    return result(loss, new, maps, sup=sup, **parts)
 
 
 def esl_step(nets, state, batch, args, number, images):
@@ -461,6 +554,8 @@ SHARED = {
     "ael_fpl": "--unsup-weight 2.5 --seed 3 --lr 0.05 --bank-momentum 0.7 --bank-area 0.08 "
     "--region-area 0.02 " + HAND + UNEVEN,
     "u2pl": tiny.MORE["u2pl"] + " --scales 0.5 1.5 " + HAND,
+    "u2pl_ael": tiny.OF_U2PL + " --seed 3 --lr 0.05 --bank-momentum 0.7 --bank-area 0.08 "
+    "--region-area 0.02 --warmup-iters 1 " + HAND + UNEVEN,
     "esl": tiny.MORE["esl"] + " --scales 0.5 1.5 " + HAND,
 }
 ROWS = {
@@ -493,6 +588,11 @@ ROWS = {
         "--no-bank --ranks 15 20 --no-cutmix --fused off",
         "--seed 5 --cutmix-prob 1 --aux-weight 0.4 --epochs 5 --eta 2 --contrast-weight 1",
     ],
+    "u2pl_ael": [
+        "",
+        "--recipe official --contrast-after 2 --fused off --paste-prob 0.8",
+        "--no-dpa --gamma 1 --eta 2 --contrast-weight 1 --aux-weight 0.4 --ranks 15 20",
+    ],
     "esl": [
         "",
         ALONE + "--label soft --no-contrast --scales 0.5 1.5",
@@ -500,17 +600,18 @@ ROWS = {
         "--no-cutmix --parts 1 --fused off --seed 5",
     ],
 }
-NUMBERS = {"ael_fpl": dict(iters=6, batch=4), "u2pl": dict(iters=6), "cps_fpl": dict(iters=3)}
+NUMBERS = dict.fromkeys(("ael_fpl", "u2pl_ael"), dict(iters=6, batch=4))
+NUMBERS |= {"u2pl": dict(iters=6), "cps_fpl": dict(iters=3)}
 
 
 def see_all_parts_at_work(name, args, found):
     """What a row is there for does occur in its steps."""
     parts = [step.parts for step in found.steps]
-    if name == "ael_fpl":  # it tells images apart
+    if "ael" in name:  # it tells images apart
         present = [step.state["present"] for step in found.steps]
         assert sum(int(x.any() and not x.all()) for x in present) >= 5
         assert any(0 < one["kept"] < 1 for one in parts) and any(one["regions"] for one in parts)
-    if name == "u2pl":
+    if "u2pl" in name:
         assert any(one["classes"] > 1 for one in parts) == (args.unreliable_loss != "none")
     if name == "esl":
         assert all((one["anchors"] > 0) == (one["contrast"] > 0) == args.contrast for one in parts)

@@ -11,10 +11,12 @@ from torch import nn
 from common import flags as flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "esl", "unimatch"]
+SCRIPTS = "supervised mean_teacher cps_fpl ael_fpl u2pl u2pl_ael esl unimatch".split()
+OF_U2PL = "--anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12 --delta-p 0.1"
 MORE = {  # flags that make a run of a few steps do all that a long one does
     "mean_teacher": "--cutmix --warmup-iters 3",
-    "u2pl": "--warmup-iters 2 --anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12 --delta-p 0.1",
+    "u2pl": f"--warmup-iters 2 {OF_U2PL}",
+    "u2pl_ael": f"--warmup-iters 2 {OF_U2PL}",
     "esl": "--anchors 6 --negatives 7 --queue 5 --parts 3 --zeta 0.12",
     "unimatch": "--threshold 0.13",
 }
@@ -27,6 +29,7 @@ LINES = {  # what a line of the log has, in this order
     "cps_fpl": "loss sup unsup balance K K_gt_1 weight pseudo_acc coverage",
     "ael_fpl": "loss sup unsup balance kept conf_t K_gt_1 bank regions",
     "u2pl": "loss sup unsup unsup_weight contrast classes entropy",
+    "u2pl_ael": "loss sup unsup unsup_weight kept contrast classes entropy confidence regions",
     "esl": "loss sup unsup contrast anchors parts dominant conf",
     "unimatch": """loss sup strong perturbed confident K K_gt_1 weight pseudo_acc unsure_acc
         coverage""",
@@ -34,6 +37,7 @@ LINES = {  # what a line of the log has, in this order
 STATE = {  # what a checkpoint holds beside the networks
     "ael_fpl": "confidence present draws",
     "u2pl": "bank pushed",
+    "u2pl_ael": "confidence present draws bank pushed",
     "esl": "prototypes bank pushed",
 }
 

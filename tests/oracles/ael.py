@@ -88,6 +88,27 @@ def group_loss(pixels, rate, flags):
     return top * share, balance, [scaled(slope, share) for slope in slopes]
 
 
+def equalized_cross_entropy(students, labels, confs, inside, rate, chances, pooled, flags):
+    """Eq. (12) with given labels, 255: none; such a pixel has weight if flags.divide_by is all."""
+    total = 0.0
+    slopes = []
+    maps = students, labels, confs, inside, chances
+    images = [list(zip(*image, strict=True)) for image in zip(*maps, strict=True)]
+    for first in range(0, len(images), pooled):
+        rows = []
+        for z, label, conf, hit, u in itertools.chain(*images[first : first + pooled]):
+            known = label != 255
+            loss, slope = nll(z, label) if known else (0.0, [0.0] * len(z))
+            weighs = hit and (known or flags.divide_by == "all")
+            rows.append((weighs * pixel_weight(conf, z, rate, u, flags.gamma), loss, slope))
+        bottom = math.fsum(w for w, _, _ in rows)
+        share = pooled / len(images) / bottom if bottom else 0.0
+        total += share * math.fsum(w * loss for w, loss, _ in rows)
+        slopes += [scaled(slope, share * w) for w, _, slope in rows]
+    count = len(images[0])
+    return total, [slopes[i : i + count] for i in range(0, len(slopes), count)]
+
+
 def consistency(students, teachers, inside, rate, chances, pooled, width, flags):
     """Eq. (12): each group of `pooled` images by its own weights, then the mean over the groups.
 

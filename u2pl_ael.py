@@ -1,0 +1,1557 @@
+"""U2PL with AEL: U2PL (arXiv:2203.03884v2), Table 3's last row, on AEL (2110.05474).
+
+AEL shows a student more of what it knows badly: regions by CutMix, labelled pixels by Copy-Paste,
+pixels in the loss. U2PL adds what the pixels still tell that have no pseudo label: which classes
+they are not. The texts are those of ael_fpl.py and u2pl.py; what is new is how they meet.
+
+  Eq. (1)              supervised_loss + unsup_weight * equalized_cross_entropy
+                       + contrast_weight * unreliable_loss
+  Eq. (5)-(8)          entropy, quantiles, reliable_labels, unreliable_share, unsup_weight
+  Eq. (9)-(16), (4)    anchor_masks, class_ranks, negative_masks; draw_features, push_features;
+                       contrastive_loss, unreliable_loss
+  AEL Eq. (4), (7)     class_confidence, update_confidence
+  AEL Eq. (9)          sampling_probability, draw_classes; CutMix: draw_partners, partner_mask,
+                       presence; Copy-Paste: copy_paste
+  AEL Eq. (12), (13)   equalized_cross_entropy, pixel_weight, equalization_rate
+
+  python u2pl_ael.py                                      # generated shapes, no data needed
+  python u2pl_ael.py --dataset camvid --split 1/8 --unreliable-loss none
+  torchrun --nproc_per_node 8 u2pl_ael.py --dataset cityscapes --split 1/4
+
+The paper has one row of numbers and no word on how the two were joined: what is not from its
+equations is from the released branch, whose L_c no recipe computes [D16] and whose filter is
+upside down [D35]. Not measured on real data. docs/u2pl_ael.md.
+"""
+
+# ---- 1. Imports ------------------------------------------------------------------------------
+
+import math
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Annotated, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from scipy import ndimage
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from common import Refusal, distributed, metrics
+from common.checkpoints import load_checkpoint, load_networks
+from common.data import IGNORE, counts
+from common.flags import (
+    Above0,
+    AtLeast0,
+    Backbone,
+    Count,
+    Number,
+    Rising,
+    Scales,
+    Seed,
+    Share,
+    about,
+    fill,
+    parse,
+)
+from common.fused import pick
+from common.run import Run, Stopped, refusals, report
+from common.sources import load
+from common.weights import load_backbone, load_timm
+
+# ---- 2. Recipe -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """All flags. A flag left out takes its value from the recipe below."""
+
+    # -- run --
+    # folder of the run; left out: runs/<script>-<dataset>-<split>-<what differs>-s<seed>
+    out: str = ""
+    seed: Seed = 0  # of weights, sample stream and augmentation
+    resume: bool = False  # go on from last.pt in the run folder (from zero if there is none)
+    eval_only: bool = False  # score --checkpoint on the --eval-on images, and stop
+    checkpoint: str = ""  # a last.pt or best.pt, for --eval-only
+    eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
+    dry_run: bool = False  # print the resolved recipe and the files found, and stop
+    list_presets: bool = False  # print the papers' results with their flags, and stop
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    workers: Number | None = None  # loader processes per stream and training process
+    amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
+    compile: bool = False  # torch.compile the networks that train
+    deterministic: bool = False  # allow deterministic operations only
+    log_every: Count | None = None  # steps between lines of the log
+    eval_every: Count | None = None  # steps between validations
+    save_every: Count | None = None  # steps between checkpoints
+    pictures_every: Number | None = None  # steps between panels; 0: none
+    tensorboard: bool = False  # write TensorBoard events too, if it is installed
+    track: Literal["none", "trackio", "wandb"] = "none"  # log there too, if it is installed
+    # -- data --
+    # which images: shapes are generated, folder is any of your own
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    data_root: str = ""  # folder of the data set; left out: data/<dataset>
+    split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
+    labeled_list: str = ""  # file of labelled images, in place of --split
+    unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+    num_classes: Number = 0  # classes of --dataset folder
+    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    crop_size: Count | None = None  # side of the square crops, in pixels
+    scales: Scales | None = None  # random scale: two values are a range, more are a choice
+    # -- network --
+    backbone: Backbone | None = None  # resnet18, resnet50, resnet101, or any of timm: timm/NAME
+    # first layers, classic: one 7x7; deep: three 3x3 of 64, 64, 128 channels; v1c: 32, 32, 64
+    stem: Literal["classic", "deep", "v1c"] | None = None
+    weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
+    init: str = ""  # a last.pt or best.pt of any of these scripts to start from
+    output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
+    multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
+    aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
+    head_channels: Count | None = None  # width of the head
+    # -- optimization --
+    # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
+    recipe: Literal["paper", "official"] = "paper"
+    batch_size: Count | None = None  # labelled images per step, over all processes
+    total_iters: Count | None = None  # optimizer steps
+    lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
+    lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
+    weight_decay: Share | None = None  # of SGD
+    # what decays, weights: neither BN nor biases
+    decay_on: Literal["all", "weights"] | None = None
+    aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
+    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    # -- evaluation --
+    # whole: an image in one piece; slide: in overlapping windows
+    protocol: Literal["whole", "slide"] | None = None
+    # before it BN's statistics are those of so many batches; 0: the running ones
+    precise_bn: Number | None = None
+    # >>> method: args
+    # -- method --
+    batch_size_unlabeled: Count | None = None  # mixed images per step, over all processes
+    epochs: Count | None = None  # E: values that alpha_t of Eq. (7) takes, one after another
+    alpha_0: Share = 0.2  # share of unreliable pixels at the start
+    dpa: bool = True  # Eq. (7), dynamic partition adjustment: that share falls to 0, or it stays
+    eta: AtLeast0 = 1.0  # base weight of L_u, Eq. (8)
+    # L_u, reliable: a mean over pixels with a label, times lambda_u; all: over all, times eta [D36]
+    divide_by: Literal["reliable", "all"] | None = None
+    # which images have a consistency loss, all: labelled ones too, truth ignored [D37]
+    consistency_on: Literal["mixed", "all"] | None = None
+    warmup_iters: Number | None = None  # steps on labels alone; then the teacher starts as a copy
+    # -- unreliable pixels: U2PL --
+    # loss on unreliable pixels: L_c, L_b or neither
+    unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"
+    contrast_weight: AtLeast0 | None = None  # lambda_c, of that loss
+    contrast_after: Number | None = None  # steps without that loss, warm-up included [D38]
+    anchors: Count | None = None  # M, per class and process
+    negatives: Count | None = None  # N, per anchor
+    # r_l <= rank of a class in p < r_h; 0: the likeliest
+    ranks: Annotated[tuple[Number, Number], Rising(strict=True)] = (3, 20)
+    delta_p: Share = 0.3  # an anchor of class c has p(c) > delta_p
+    tau: Above0 = 0.5  # temperature
+    bank_sizes: tuple[Count, Count] | None = None  # features in Q_0 and in any other Q_c
+    keys: Count = 512  # at most so many enter Q_c per step and process
+    # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
+    fused: Literal["auto", "on", "off"] = "auto"
+    # -- equalization: AEL --
+    gamma: AtLeast0 = 2.0  # exponent of the teacher's confidence in AEL Eq. (13)
+    beta: AtLeast0 = 1.0  # exponent of the rate of equalization sampling
+    pooled: Count | None = None  # labelled images that are one group in AEL Eq. (4), (12)
+    bank_momentum: Share | None = None  # share of the bank that AEL Eq. (7) keeps
+    skip_absent: bool = False  # absent classes leave the bank as it is; False: they count 0
+    cutmix: bool = True  # adaptive CutMix; off: the student sees unlabelled images unmixed
+    region_area: Share | None = None  # CutMix: a region above this share is cut (AEL Table 6)
+    bank_area: Share | None = None  # CutMix: share of a crop that makes a class present
+    paste_draws: Number | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
+    paste_prob: Share | None = None  # Copy-Paste: share of labelled images that are pasted onto
+    paste_power: AtLeast0 | None = None  # Copy-Paste: classes by softmax((1 - confidence)^power)
+    paste_not: tuple[Number, ...] | None = None  # Copy-Paste: ids of classes never pasted
+    paste_scales: Scales = (0.1, 2.0)  # Copy-Paste: random scale of what is pasted
+    ema_decay: Share = 0.99  # of the teacher's moving average
+    # <<< method: args
+
+    NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
+        "data_root": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+        "weights": "no init",
+        "stem": "backbone=resnet18|resnet50|resnet101",
+        "multi_grid": "backbone=resnet18|resnet50|resnet101",
+        # >>> method: needs
+        "epochs": "dpa, alpha_0",
+        "dpa": "alpha_0",
+        "contrast_weight": "unreliable_loss!=none",
+        "contrast_after": "unreliable_loss!=none",
+        "anchors": "unreliable_loss!=none",
+        "negatives": "unreliable_loss!=none",
+        "ranks": "unreliable_loss!=none",
+        "delta_p": "unreliable_loss!=none",
+        "tau": "unreliable_loss!=none",
+        "bank_sizes": "unreliable_loss!=none",
+        "keys": "unreliable_loss!=none",
+        "fused": "unreliable_loss!=none",
+        "region_area": "cutmix",
+        "bank_area": "cutmix",
+        "paste_prob": "paste_draws",
+        "paste_power": "paste_draws",
+        "paste_not": "paste_draws",
+        "paste_scales": "paste_draws",
+        "ema_decay": "warmup_iters<total_iters",
+        # <<< method: needs
+    }
+
+
+# >>> method: recipe
+# fmt: off
+VOC = dict(  # AEL's, as in ael_fpl.py; only Cityscapes has a row and a configuration [D45]
+    backbone="resnet101", stem="v1c", weights="auto", output_stride=8, multi_grid=True,  # [D9]
+    head_channels=256,
+    split_family="u2pl", crop_size=513, scales=(0.5, 2.0),
+    batch_size=16, batch_size_unlabeled=8,
+    lr=0.00125, lr_head=10.0, weight_decay=8e-4, decay_on="all",  # [D10]
+    aux_weight=0.4, ohem_kept=50_000 / 513**2, protocol="slide", precise_bn=0, workers=4,
+    pooled=2, bank_momentum=0.999, region_area=0.03, bank_area=0.03, paste_not=(0,),
+    bank_sizes=(50_000, 30_000),  # App. A
+    log_every=50, eval_every=1000, save_every=500, pictures_every=5000,
+)
+CITYSCAPES = VOC | dict(
+    crop_size=769, ohem_kept=50_000 / 769**2,
+    region_area=0.005, bank_area=0.01, paste_not=(0, 1, 2, 8, 10),
+)
+FOLDER = VOC | dict(
+    backbone="resnet50", stem="classic", split="all", protocol="whole", total_iters=20_000,
+    paste_not=(),
+)
+CAMVID = FOLDER | dict(  # this project's small protocols [D8]
+    backbone="resnet18", weights="none", output_stride=16,
+    split="1/8", crop_size=128, batch_size=4, total_iters=600,
+    lr=0.01, lr_head=2.0, weight_decay=1e-4, aux_weight=0.0, ohem_kept=0.0,
+    precise_bn=20, workers=2, bank_sizes=(5_000, 3_000),
+    bank_momentum=0.97, region_area=0.005, bank_area=0.01, paste_not=(0, 1, 3, 4, 5),
+    log_every=10, eval_every=150, save_every=150, pictures_every=300,
+)
+SHAPES = CAMVID | dict(
+    split="1/16", crop_size=64, scales=(0.75, 1.5), total_iters=60, lr=0.02,
+    region_area=0.03, bank_area=0.03, paste_not=(0,),
+    eval_every=30, save_every=30, pictures_every=30,
+)
+PAPER = dict(
+    anchors=50, negatives=256, contrast_weight=0.1, contrast_after=0,  # Table A1
+    divide_by="reliable", consistency_on="mixed",
+    paste_draws=3, paste_prob=1.0, paste_power=1.0,  # [D19]
+)
+OFFICIAL = dict(
+    anchors=256, negatives=50, contrast_weight=0.0125, warmup_iters=0,  # [D38] [D39]
+    divide_by="all", consistency_on="all",
+    paste_draws=3, paste_prob=0.5, paste_power=0.5,
+)
+# fmt: on
+DATASETS = {
+    "shapes": SHAPES,
+    "camvid": CAMVID,
+    "voc": VOC,
+    "voc_aug": VOC,
+    "cityscapes": CITYSCAPES,
+    "folder": FOLDER,
+}
+
+
+def u2pl_schedule(args, batch_size):
+    """U2PL Sec. 4.1: (passes over the unlabelled images, the steps of such a run).
+
+    0 steps where the split's counts are unknown. Each of U2PL's processes drops its last batch.
+    """
+    passes = 80
+    processes = 4
+    if args.dataset == "cityscapes":
+        passes = 200
+        processes = 8
+    _, unlabeled = counts(args.dataset, args.split)
+    images = -(-unlabeled // processes)  # of a process, rounded up
+    batch = max(batch_size // processes, 1)
+    return passes, passes * (images // batch)
+
+
+def preset(args):
+    """Returns {flag: value} for the data set, split and backbone of args under its recipe."""
+    values = dict(DATASETS[args.dataset])
+    if args.dataset in ("shapes", "camvid"):
+        values["aspp_rates"] = (1, 2, 3)  # a crop of 128 is 8x8 there: wide taps never learn
+        values["batch_size_unlabeled"] = args.batch_size or values["batch_size"]
+    elif args.output_stride == 16:
+        values["aspp_rates"] = (6, 12, 18)
+    else:
+        values["aspp_rates"] = (12, 24, 36)
+    passes, steps = u2pl_schedule(args, args.batch_size or values["batch_size"])
+    if steps:
+        values["total_iters"] = steps
+    values["epochs"] = passes
+    # App. A: 1 pass of VOC's 80, 20 of Cityscapes' 200; the small protocols take a tenth
+    total = args.total_iters or values.get("total_iters", 0)
+    warmup = total // (passes if args.dataset.startswith("voc") else 10)
+    if args.recipe == "paper":
+        return values | PAPER | {"warmup_iters": warmup}
+    values = values | OFFICIAL | {"contrast_after": warmup}
+    if args.dataset.startswith("voc"):
+        values["paste_draws"] = 1  # AEL's [D45]
+    return values
+
+
+# <<< method: recipe
+
+# ---- 3. Method -------------------------------------------------------------------------------
+
+
+# >>> method: functions
+# U2PL. P = B h w pixels are those of a process's labelled and then mixed images at stride 4: prob
+# (P, C), label (P,), rep (P, D), masks (C, P) bool. The teacher's is detached, and float32. u:
+# numbers in [0, 1), float64, from which all is drawn. Sampling, queues and loss are written a
+# class at a time; common/fused.py has a fast twin of each, of the same name (--fused).
+
+
+def upcast(x):
+    """Returns x in float32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def entropy(prob):
+    """Eq. (5): H = -sum_c p(c) log p(c), in [0, log C]. prob: (B, C, h, w). (B, h, w)."""
+    return torch.special.entr(upcast(prob)).sum(1)  # 0 log 0 is 0
+
+
+def quantiles(H, inside, *shares):
+    """gamma_t of Eq. (6): np.percentile(H, 100 q) of the pixels inside [D20], for q in shares.
+
+    H, inside: (B, h, w), float and bool. Scalars, without host synchronization; inf over nothing.
+    """
+    H = H.masked_fill(~inside, torch.inf).flatten().sort().values
+    last = (inside.sum() - 1).clamp(min=0).double()
+    position = torch.stack([q * last for q in shares])
+    low = H[position.floor().long()]
+    high = H[position.ceil().long()]
+    between = low + (high - low) * (position - position.floor())
+    return torch.where(low < high, between, low).to(H.dtype)
+
+
+def reliable_labels(pseudo, H, gamma):
+    """Eq. (6): the pseudo label where H < gamma, else 255. pseudo, H: (B, h, w). gamma: scalar."""
+    return torch.where(H < gamma, pseudo, IGNORE)
+
+
+def unreliable_share(step, args):
+    """Eq. (7): alpha_t = alpha_0 (1 - t / E), t = floor(E step / total); alpha_0 with --no-dpa."""
+    t = args.epochs * step // args.total_iters if args.dpa else 0
+    return args.alpha_0 * (1 - t / args.epochs)
+
+
+def unsup_weight(label, inside, eta):
+    """Eq. (8): lambda_u = eta * pixels inside / pixels with a label [D29]. Both: (B, h, w)."""
+    return eta * inside.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def as_rows(x):
+    """Returns (B, c, h, w) as (B h w, c): a view, if x is in channels-last memory."""
+    return x.movedim(1, -1).flatten(0, 2)
+
+
+def nearest(x, size):
+    """Returns (B, M, N) as (B m n,), of the size (m, n): row floor(i M / m), column alike [D21]."""
+    rows = torch.arange(size[0], device=x.device) * x.shape[1] // size[0]
+    columns = torch.arange(size[1], device=x.device) * x.shape[2] // size[1]
+    return x[:, rows[:, None], columns].flatten()
+
+
+def anchor_masks(prob, label, delta_p):
+    """Eq. (9)-(11): A_c, pixels of label c, 255 where unreliable [D22], with p(c) > delta_p."""
+    c = torch.arange(prob.shape[1], device=label.device)[:, None]
+    return (label == c) & (prob.T > delta_p)
+
+
+def class_ranks(prob):
+    """O_ij(c): 0 for the likeliest class of a pixel to C - 1. (C, P) int16. Ties: lowest first."""
+    order = prob.argsort(dim=1, descending=True, stable=True)
+    rank = torch.arange(prob.shape[1], dtype=torch.int16, device=prob.device).expand_as(order)
+    return torch.empty_like(order, dtype=torch.int16).scatter_(1, order, rank).T.contiguous()
+
+
+def negative_masks(rank, label, candidate, r_l, r_h):
+    """Eq. (13)-(16): N_c, pixels that are probably not c [D24]. (C, P).
+
+    rank: O. candidate: bool, of the last pixels, those of unlabelled images.
+    """
+    c = torch.arange(len(rank), device=label.device)[:, None]
+    labeled = len(label) - len(candidate)
+    y = label[:labeled]
+    rank_u = rank[:, labeled:]
+    n_l = (y != c) & (y != IGNORE) & (rank[:, :labeled] < r_l)  # Eq. (14)
+    n_u = candidate & (r_l <= rank_u) & (rank_u < r_h)  # Eq. (15)
+    return torch.cat([n_l, n_u], 1)
+
+
+def draw(pixels, count, u):
+    """Returns `count` of the n >= count pixels (n,), drawn at random, none twice.
+
+    u: (count + 1,) or more. The pixels stand in a circle that is cut, beginning anywhere, into
+    `count` arcs as equal as whole numbers can be, and each arc gives one pixel. No two arcs share
+    one; and as the beginning is uniform, all pixels have the same chance, count / n.
+    """
+    n = len(pixels)
+    border = torch.arange(count + 1, device=pixels.device) * n // max(count, 1)
+    offset = (u[1 : count + 1] * border.diff()).long()
+    start = (u[0] * n).long()
+    return pixels[(start + border[:-1] + offset) % max(n, 1)]
+
+
+@torch.no_grad()
+def draw_features(rep_t, masks, u):
+    """At most K of each N_c, no pixel twice [D25]: unit features and a 1, zeros after the last.
+
+    u: (C, K + 1). Returns (C, K, D + 1): of one shape, so that processes can exchange them.
+    """
+    K = u.shape[1] - 1
+    features = rep_t.new_zeros(len(masks), K, rep_t.shape[1] + 1)
+    for c, mask in enumerate(masks):
+        pixels = mask.nonzero()[:, 0]
+        if len(pixels) > K:
+            pixels = draw(pixels, K, u[c])
+        features[c, : len(pixels), :-1] = F.normalize(rep_t[pixels], dim=1)
+        features[c, : len(pixels), -1] = 1
+    return features
+
+
+@torch.no_grad()
+def push_features(bank, pushed, sizes, offered):
+    """First-in-first-out queues of sizes (C,), in place: a new feature takes the oldest one's row.
+
+    bank: (sum of sizes + 1, D), the rings one after another; the last row is no queue's and 0.
+    pushed: (C,) int64, features ever. offered: (C, n, D + 1), oldest first; those with a 0 at the
+    end are none.
+    """
+    for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
+        features = offered[c, offered[c, :, -1] > 0, :-1]
+        number = pushed[c] + torch.arange(len(features), device=bank.device)
+        newest = slice(-len(ring), None)  # if there are more than the ring holds
+        ring[number[newest] % len(ring)] = features[newest].to(bank.dtype)
+        pushed[c] += len(features)
+
+
+def contrastive_loss(positive, negative, tau):
+    """Eq. (4) of each anchor: (M,). positive: (M,), negative: (M, N), cosines."""
+    scores = torch.cat([positive[:, None], negative], 1) / tau
+    return scores.logsumexp(1) - scores[:, 0]
+
+
+def binary_loss(positive, negative, tau):
+    """Eq. (A1) of each anchor [D28], as contrastive_loss: each negative against the positive."""
+    return F.softplus((negative - positive[:, None]) / tau).mean(1)
+
+
+def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
+    """L_c or L_b: the mean over the classes with an anchor and a negative [D26]; these, (C,) bool.
+
+    masks: A_c. bank, pushed, sizes: Q_c. u: (C, M + M N), for M anchors and N negatives of each,
+    both drawn with replacement. The gradient goes to rep_s alone.
+    """
+    M = args.anchors
+    loss_of = contrastive_loss if args.unreliable_loss == "contrastive" else binary_loss
+    counted = masks.any(1) & (pushed > 0)
+    loss = 0.0 * rep_s.float().sum()  # without a class: 0, so that DDP sees all parameters
+    for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
+        if counted[c]:
+            A_c = masks[c].nonzero()[:, 0]
+            Q_c = ring[: int(pushed[c])]
+            anchors = A_c[(u[c, :M] * len(A_c)).long()]
+            negatives = Q_c[(u[c, M:] * len(Q_c)).long()].view(M, args.negatives, -1)
+            center = F.normalize(rep_t[A_c].detach().mean(0), dim=0)  # z_c^+, Eq. (12) [D23]
+            z = F.normalize(upcast(rep_s[anchors]), dim=1)
+            scores = (negatives.to(z.dtype) @ z[..., None])[..., 0]
+            loss = loss + loss_of(z @ center, scores, args.tau).mean()
+    return loss / counted.sum().clamp(min=1), counted
+
+
+# AEL. bank: the confidence bank (C,); present: (C, N), which classes the teacher saw in N images.
+
+
+def class_confidence(prob, label, pooled, skip_absent=False):
+    """AEL Eq. (4): the mean probability of the true class, per class, summed over groups.
+
+    prob: (B, C, H, W), detached. label: (B, H, W) int64 in [0, C) or 255. The pixels of `pooled`
+    images are one group [D21]; a group without the class counts with 0 [D22], or with skip_absent
+    not at all. Returns (2, C): the sum of the groups' means, and how many groups count.
+    """
+    hit = label[:, None] == torch.arange(prob.shape[1], device=prob.device).view(-1, 1, 1)
+    total = torch.where(hit, upcast(prob), 0.0).sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
+    pixels = hit.sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
+    counted = torch.ones_like(pixels)
+    if skip_absent:
+        counted = pixels > 0
+    return torch.stack([(total / pixels.clamp(min=1)).sum(0), counted.sum(0).to(total.dtype)])
+
+
+def update_confidence(bank, sums, momentum):
+    """AEL Eq. (7): bank (C,) <- momentum * bank + (1 - momentum) * mean confidence, in [0, 1].
+
+    sums: class_confidence, of all processes. A class that no group counts stays as it is.
+    """
+    new = momentum * bank + (1 - momentum) * sums[0] / sums[1].clamp(min=1)
+    return torch.where(sums[1] > 0, new, bank)
+
+
+def confidence_after(bank, logits, label, args):
+    """AEL Eq. (4), (7): the bank (C,) after a step, from labelled images of all processes.
+
+    logits (B, C, H, W): the student's, detached here. label (B, H, W) int64: of this process.
+    """
+    prob = logits.detach().softmax(1)
+    sums = class_confidence(prob, label, args.pooled, args.skip_absent)
+    return update_confidence(bank, distributed.reduced(sums), args.bank_momentum)
+
+
+def sampling_probability(bank, allowed=None, power=1.0):
+    """AEL Eq. (9): softmax((1 - bank)^power) over allowed classes, (C,) bool; 0 for the others."""
+    score = (1 - bank.double()).clamp(min=0) ** power
+    if allowed is not None:
+        score = score.masked_fill(~allowed, -torch.inf)
+    return score.softmax(0)
+
+
+def draw_classes(prob, u):
+    """Draws classes from prob (C,): where its running sum passes u, float64 in [0, 1); int64."""
+    total = prob.double().cumsum(0)
+    return torch.searchsorted(total, u * total[-1], right=True).clamp(max=len(prob) - 1)
+
+
+def draw_partners(bank, present, count, rng):
+    """AEL's adaptive CutMix: draws (count, 2) int64, classes by Eq. (9) and images that show them.
+
+    bank: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled image
+    n; any image if nowhere.
+    """
+    if not present.shape[1]:
+        raise Refusal("no unlabelled images to draw a partner from")
+    classes = draw_classes(sampling_probability(bank), torch.from_numpy(rng.random(count)))
+    pairs = []
+    for c in classes.tolist():
+        images = present[c].nonzero()[:, 0].tolist() or range(present.shape[1])
+        pairs.append((c, images[rng.integers(len(images))]))
+    return torch.tensor(pairs)
+
+
+def half_area_box(rng, size):
+    """A random box of half a square crop of size pixels, height log-uniform: top, left, h, w."""
+    tall = 0.5 ** rng.random()
+    h = round(size * tall)
+    w = round(size * 0.5 / tall)
+    top = int(rng.integers(size - h + 1))
+    left = int(rng.integers(size - w + 1))
+    return top, left, h, w
+
+
+def component_box(coarse, c, area, size, rng):
+    """The tight box of a connected component of class c (8 neighbours): top, left, h, w, in pixels.
+
+    coarse: (h, w) uint8 array, the teacher's class of every 4th pixel each way [D23], 255 outside
+    the image. Components above `area`, a share of the crop, are equally likely; None without one.
+    """
+    labels, _ = ndimage.label(coarse == c, np.ones((3, 3)))
+    large = np.flatnonzero(np.bincount(labels.ravel())[1:] > area * coarse.size)
+    if not len(large):
+        return None
+    rows, columns = ndimage.find_objects(labels)[rng.choice(large)]
+    top = 4 * rows.start
+    left = 4 * columns.start
+    return top, left, min(4 * rows.stop, size) - top, min(4 * columns.stop, size) - left
+
+
+def partner_mask(coarse, classes, rngs, area, size):
+    """AEL's adaptive CutMix: where mixed images show their partners, (B, size, size) bool.
+
+    coarse (B, h, w), area, size: as component_box takes them; without a component a box of half the
+    crop. classes, rngs: one per image. Returns also the number of components.
+    """
+    mask = torch.zeros(len(coarse), size, size, dtype=torch.bool)
+    regions = 0
+    for i, (c, rng) in enumerate(zip(classes, rngs, strict=True)):
+        box = component_box(coarse[i], c, area, size, rng)
+        regions += box is not None
+        top, left, h, w = box or half_area_box(rng, size)
+        mask[i, top : top + h, left : left + w] = True
+    return mask, regions
+
+
+def presence(coarse, num_classes, area):
+    """Which classes cover at least `area`, a share of the crop: (B, C) bool; coarse: (B, h, w)."""
+    classes = torch.arange(num_classes, device=coarse.device).view(-1, 1, 1)
+    return (coarse[:, None] == classes).sum((2, 3)) >= area * coarse[0].numel()
+
+
+def own_slice(total, group):
+    """Returns which of a step's images, `total` over all processes, are this process's."""
+    count = total // group.world
+    return slice(group.rank * count, (group.rank + 1) * count)
+
+
+def teacher_sight(logits_t, inside, confidence, args, group):
+    """What banks and boxes need of a step, on the CPU: one copy, the only wait for the device.
+
+    logits_t (2b, C, H, W), inside (2b, H, W): of this process's unlabelled images, then of their
+    partners. Returns the confidence bank (C,); presence (2B, C) uint8 in the images of all
+    processes, then in all their partners; coarse (b, h, w) of this process's partners.
+    """
+    coarse = logits_t[..., ::4, ::4].argmax(1).masked_fill(~inside[..., ::4, ::4], IGNORE).byte()
+    present = presence(coarse, len(confidence), args.bank_area).byte()
+    present = distributed.gathered(present).unflatten(1, (2, -1))  # (world, 2, b, C)
+    present = present.transpose(0, 1).flatten(0, 2)
+    return distributed.to_host(confidence, present, coarse.chunk(2)[1])
+
+
+def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
+    """AEL's adaptive CutMix of a step: masks (b, H, W) bool, and how many of them are a region.
+
+    logits_t, inside: as teacher_sight takes them. images: indices of the unlabelled images that
+    all processes mix; the first of state["draws"] are their partners. Partners of the step four
+    later are drawn from both banks as they are [D27]; then the image bank takes in this step.
+    With --no-cutmix all that is the same, and no mask has a box.
+    """
+    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args, group)
+    classes, partners = state["draws"][0].T.tolist()
+    draws = draw_partners(bank, state["present"], len(classes), rng)
+    state["draws"] = torch.cat([state["draws"][1:], draws[None]])
+    for image, row in zip([*images, *partners], present, strict=True):
+        state["present"][:, image] = row  # an image that comes twice: as it was seen last
+    own = own_slice(len(classes) if args.cutmix else 0, group)
+    mask, regions = partner_mask(
+        coarse.numpy(),
+        classes[own],
+        rng.spawn(len(classes))[own],  # a generator of its own for every box
+        args.region_area,
+        args.crop_size,
+    )
+    return distributed.to_device(mask, group), regions
+
+
+def copy_paste(base, source, drawn, chosen):
+    """AEL's adaptive Copy-Paste: in chosen images, (B,) bool, pixels of drawn classes cover base.
+
+    base, source: dicts of image, label, inside (B, ..., H, W). drawn: their class ids, (B, n).
+    """
+    alpha = (source["label"][:, None] == drawn[..., None, None]).any(1) & chosen.view(-1, 1, 1)
+    masks = {"image": alpha[:, None], "label": alpha, "inside": alpha}
+    return {key: torch.where(mask, source[key], base[key]) for key, mask in masks.items()}
+
+
+def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
+    """AEL's adaptive Copy-Paste of a step: a dict as batch["labeled"], covered by batch["paste"].
+
+    Classes are drawn from the confidence bank by Eq. (9), one set for each group of `pooled` images
+    [D19]. allowed: (C,) bool. rng: equal on all processes.
+    """
+    shape = group.world, args.batch_size // group.world, args.paste_draws + 1
+    u = distributed.to_device(rng.random(shape)[group.rank], group)
+    prob = sampling_probability(confidence, allowed, args.paste_power)
+    drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
+    return copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
+
+
+def equalization_rate(bank, beta=1.0):
+    """AEL's equalization sampling: s = ((1 - bank) / max(1 - bank))^beta, (C,) in [0, 1]."""
+    gap = (1 - bank).clamp(min=0)
+    return (gap / gap.max().clamp(min=1e-12)) ** beta
+
+
+def pixel_weight(conf_t, logits_s, rate, u, gamma):
+    """AEL Eq. (13): conf_t^gamma, and 0 for a pixel that equalization sampling leaves out.
+
+    conf_t: (B, H, W), the teacher's. Kept with the rate of the class that the student predicts
+    [D24]: where u, uniform in [0, 1), is at least 1 - rate. Detached.
+    """
+    return conf_t**gamma * (u >= 1 - rate[logits_s.detach().argmax(1)])
+
+
+def masked_mean(x, mask):
+    """Mean of x over the pixels where mask is True; 0 over none."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def equalized_cross_entropy(logits_s, label, conf_t, inside, rate, pooled, args):
+    """AEL Eq. (12) with U2PL's labels: sum of weight * cross-entropy over sum of weight.
+
+    logits_s: (B, C, H, W). label: (B, H, W) int64, 255 where there is none: its loss is 0, and its
+    weight too with --divide-by reliable [D36]. conf_t: (B, H, W), the teacher's, without gradient.
+    Over `pooled` images, then averaged. Returns (what is minimized, weights (B, H, W)).
+    """
+    ce = F.cross_entropy(upcast(logits_s), label, ignore_index=IGNORE, reduction="none")
+    weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
+    if args.divide_by == "reliable":
+        weight = weight * (label != IGNORE)
+    sums = torch.stack([weight * ce, weight]).sum((2, 3)).unflatten(1, (-1, pooled)).sum(2)
+    weighted_loss, total_weight = sums  # of each group
+    return (weighted_loss / total_weight.clamp(min=1e-12)).mean(), weight
+
+
+def ema_decay(count, decay):
+    """min(1 - 1 / (count + 1), decay) [D12]: the first update (count 0) copies the student."""
+    return min(1 - 1 / (count + 1), decay)
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, decay, buffers):
+    """U2PL Sec. 3.1: theta_t <- decay theta_t + (1 - decay) theta_s, in place.
+
+    buffers: "average" does the same to BN's running statistics, "own" leaves the teacher its own.
+    """
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    if buffers == "average":
+        pairs += zip(teacher.buffers(), student.buffers(), strict=True)
+    pairs = [(t, s) for t, s in pairs if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in pairs], [s for _, s in pairs], 1 - decay)
+
+
+class Partners:
+    """The images that unlabelled ones are mixed with, loaded by threads while steps go on [D27].
+
+    A sample is a function of (seed, its number, the image that was drawn) alone.
+    """
+
+    def __init__(self, data, args, group):
+        stream = streams(data, args)["unlabeled"]
+        self.samples = Samples("unlabeled.partner", stream, data, args)
+        self.args = args
+        self.group = group
+        self.threads = ThreadPoolExecutor(4)
+        self.loading = {}  # step -> its samples, as they come
+
+    def numbers(self, step):
+        """Returns the numbers of the samples of a step, of all processes."""
+        count = self.args.batch_size_unlabeled
+        return range(step * count, (step + 1) * count)
+
+    def images(self, step):
+        """Returns the indices of the unlabelled images of a step, of all processes."""
+        return [self.samples.which(number) for number in self.numbers(step)]
+
+    def prefetch(self, step, draws):
+        """Begins to load what draws, (steps, B, 2), has for this step and those after it."""
+        for ahead, images in enumerate(draws[:, :, 1].tolist(), step):
+            if ahead not in self.loading and ahead < self.args.total_iters:
+                own = own_slice(len(images), self.group)
+                numbers = self.numbers(ahead)[own]
+                self.loading[ahead] = self.threads.map(self.samples.sample, images[own], numbers)
+
+    def take(self, step):
+        """Returns this process's partners of a step on the device: image, inside (b, ..., H, W)."""
+        samples = torch.utils.data.default_collate(list(self.loading.pop(step)))
+        return {key: distributed.to_device(x, self.group) for key, x in samples.items()}
+
+    def finish(self):
+        """Waits until no thread is at work."""
+        self.loading = {step: list(samples) for step, samples in self.loading.items()}
+
+
+@contextmanager
+def timed(spent, name):
+    """Adds the seconds of a with block to spent[name]."""
+    begin = time.time()
+    yield
+    spent[name] = spent.get(name, 0.0) + time.time() - begin
+
+
+# <<< method: functions
+
+
+def cross_entropy(logits, label):
+    """FPL Eq. (2), U2PL Eq. (2): mean of -log p_label over the pixels with label != 255, or 0.
+
+    logits: (B, C, H, W) of any float type. label: (B, H, W) int64 in [0, C) or 255. A scalar.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none")
+    return nll.sum() / (label != IGNORE).sum().clamp(min=1)
+
+
+def ohem_cross_entropy(logits, label, threshold, min_kept):
+    """Cross-entropy over hard pixels: p_label <= max(threshold, the min_kept-th smallest p_label).
+
+    logits: (B, C, H, W). label: (B, H, W) int64 in [0, C) or 255. threshold: probability in [0, 1].
+    min_kept: pixels per image kept at least (all, if an image has fewer valid ones). Chosen and
+    averaged per image, then averaged over images [D1]. A scalar, 0 if nothing is valid.
+    """
+    nll = F.cross_entropy(logits.float(), label, ignore_index=IGNORE, reduction="none").flatten(1)
+    valid = (label != IGNORE).flatten(1)
+    p = torch.exp(-nll.detach()).masked_fill(~valid, float("inf"))
+    rank = min(max(min_kept, 1), p.shape[1])
+    limit = p.kthvalue(rank, dim=1, keepdim=True).values.clamp(min=threshold)
+    kept = valid & (p <= limit)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+def supervised_loss(out, label, args):
+    """L_s: cross-entropy or OHEM of the main head, plus aux_weight times the auxiliary head's.
+
+    out: the network's dict for the labelled images. label: (B, H, W) int64. A scalar.
+    """
+
+    def loss(logits):
+        """Of one head, a scalar."""
+        if args.ohem_kept:
+            pixels = round(args.ohem_kept * args.crop_size**2)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)
+        return cross_entropy(logits, label)
+
+    if "aux" in out:
+        return loss(out["logits"]) + args.aux_weight * loss(out["aux"])
+    return loss(out["logits"])
+
+
+# ---- 4. Model --------------------------------------------------------------------------------
+
+MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
+STD = (58.395, 57.12, 57.375)
+DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
+    (16, True): (2, 4, 8),
+    (16, False): (1, 2, 2),
+    (8, True): (4, 8, 16),
+    (8, False): (2, 4, 4),
+}
+
+
+def make_backbone(args):
+    """Returns torchvision's ResNet without its classifier, or features of a network of timm.
+
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
+    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
+    timm's networks come with its own weights, strides and normalization.
+    """
+    if args.backbone.startswith("timm/"):
+        return load_timm(args.backbone, args.weights, args.output_stride)
+    net = torchvision.models.get_model(args.backbone, weights=None)
+    del net.fc, net.avgpool
+    if args.stem == "deep":
+        deepen_stem(net, (64, 64, 128))
+    elif args.stem == "v1c":
+        deepen_stem(net, (32, 32, 64))
+    load_backbone(net, args.weights, args.backbone, args.stem)
+    if args.output_stride == 8:
+        dilate(net.layer3, (1, *[2] * (len(net.layer3) - 1)))
+    dilate(net.layer4, DILATIONS[args.output_stride, args.multi_grid])
+    return net
+
+
+def deepen_stem(net, channels):
+    """Puts three 3x3 convolutions of these channels in place of a ResNet's one of 7x7."""
+    first, second, third = channels
+    net.conv1 = nn.Sequential(
+        nn.Conv2d(3, first, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(first, second, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(second),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(second, third, 3, 1, 1, bias=False),
+    )
+    net.bn1 = nn.BatchNorm2d(third)
+    # layer1 again, for its new number of input channels: torchvision's own way to make a stage
+    net.inplanes = third
+    net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+    for module in (*net.conv1.modules(), *net.layer1.modules()):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def dilate(stage, dilations):
+    """Takes the stride out of a ResNet stage; the 3x3 convolutions of block i get dilations[i]."""
+    for block, d in zip(stage, dilations, strict=False):  # ResNet-18 has two blocks
+        for conv in block.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.stride = (1, 1)
+                if conv.kernel_size == (3, 3):
+                    conv.dilation = conv.padding = (d, d)
+
+
+# >>> method: head
+class DeepLabV3Plus(nn.Module):
+    """The head of U2PL's released code: ASPP, low-level branch of 256 channels, two 3x3 blocks.
+
+    --head-channels makes the 256 another number. forward: stages (list of four (B, c, h, w)
+    features, strides 4 to output_stride), size (H, W) -> dict of logits (B, C, H, W) and, with
+    --aux-weight, the auxiliary head's; both float32.
+    """
+
+    def __init__(self, channels, num_classes, args):
+        super().__init__()
+        width = args.head_channels
+        branches = [conv_bn_relu(channels[3], width, 1)]
+        branches += [conv_bn_relu(channels[3], width, 3, dilation=r) for r in args.aspp_rates]
+        self.branches = nn.ModuleList(branches)
+        self.pool = conv_bn_relu(channels[3], width, 1)
+        together = width * (len(branches) + 1)
+        self.project = nn.Sequential(conv_bn_relu(together, width, 3), nn.Dropout2d(0.1))
+        self.low = conv_bn_relu(channels[0], width, 1, bias=True)
+        self.classify = two_blocks(2 * width, width, num_classes)
+        self.aux = None
+        if args.aux_weight:
+            block = conv_bn_relu(channels[2], width, 3, bias=True)
+            self.aux = nn.Sequential(block, nn.Dropout2d(0.1), nn.Conv2d(width, num_classes, 1))
+
+    def fuse(self, stages):
+        """Low-level and ASPP features at stride 4: (B, 2 width, H/4, W/4)."""
+        low = self.low(stages[0])
+        high = stages[3]
+        pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
+        dilated = [branch(high) for branch in self.branches]
+        aspp = self.project(torch.cat([pooled, *dilated], 1))
+        aspp = upsample(aspp, low.shape[2:]).to(low.dtype)  # float32 under CUDA's autocast
+        return torch.cat([low, aspp], 1)
+
+    def forward(self, stages, size):
+        out = {"logits": upsample(self.classify(self.fuse(stages)).float(), size)}
+        if self.aux is not None:
+            out["aux"] = upsample(self.aux(stages[2]).float(), size)
+        return out
+
+
+class U2PLHead(DeepLabV3Plus):
+    """With Sec. 4.1's representation head beside the classifier, in training [D31].
+
+    forward: adds, at stride 4, coarse (B, C, h, w), float32 logits, and rep (B, 256, h, w).
+    """
+
+    def __init__(self, channels, num_classes, args):
+        super().__init__(channels, num_classes, args)
+        self.represent = two_blocks(2 * args.head_channels, args.head_channels, 256)
+
+    def forward(self, stages, size):
+        fused = self.fuse(stages)
+        coarse = self.classify(fused).float()
+        out = {"logits": upsample(coarse, size), "coarse": coarse}
+        if self.training:
+            out["rep"] = self.represent(fused)
+        if self.aux is not None:
+            out["aux"] = upsample(self.aux(stages[2]).float(), size)
+        return out
+
+
+def two_blocks(inputs, width, outputs):
+    """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
+    layers = []
+    for i in (inputs, width):
+        layers += [conv_bn_relu(i, width, 3, bias=True), nn.Dropout2d(0.1)]
+    return nn.Sequential(*layers, nn.Conv2d(width, outputs, 1))
+
+
+# <<< method: head
+
+
+def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
+    """Returns convolution (same size), BN, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def upsample(x, size):
+    """Bilinear with align_corners=True, as all released networks do; size None: as it is."""
+    if size is None:
+        return x
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+class Network(nn.Module):
+    """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict.
+
+    upsampled=False: logits at the stride of the head, for what is too large for C maps.
+    """
+
+    def __init__(self, args, num_classes, head):
+        super().__init__()
+        self.amp = args.amp == "bf16"
+        self.backbone = make_backbone(args)
+        channels = [64, 128, 256, 512]
+        mean = torch.tensor(MEAN)
+        std = torch.tensor(STD)
+        if args.backbone.startswith("timm/"):
+            channels = self.backbone.feature_info.channels()
+            mean = 255 * torch.tensor(self.backbone.default_cfg["mean"])
+            std = 255 * torch.tensor(self.backbone.default_cfg["std"])
+        elif args.backbone != "resnet18":  # bottlenecks
+            channels = [4 * c for c in channels]
+        self.head = head(channels, num_classes, args)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x, upsampled=True):
+        h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
+            stages = features(self.backbone, h)
+            return self.head(stages, x.shape[2:] if upsampled else None)
+
+
+def features(net, x):
+    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    if hasattr(net, "feature_info"):  # timm's
+        return net(x)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    stages = []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = stage(x)
+        stages.append(x)
+    return stages
+
+
+def build(args, num_classes, head, group):
+    """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
+    net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
+    if group.world > 1 and group.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net
+
+
+def parallel(net, args, group):
+    """Returns net as training calls it: in DDP with several processes, compiled if asked."""
+    if group.world > 1:
+        net = nn.parallel.DistributedDataParallel(net)
+        net.broadcast_buffers = False  # BN: synchronized on CUDA, copied after the step on CPU
+    if args.compile:
+        return torch.compile(net)
+    return net
+
+
+# ---- 5. Data and augmentation ----------------------------------------------------------------
+
+
+def augment(image, label, rng, crop, scales):
+    """Random scale, flip and crop in one warp; a result that is too small is padded around.
+
+    image: PIL RGB. label: PIL L or None. crop: pixels. scales: as random_scale takes them. Returns
+    (3, crop, crop) uint8, (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel:
+    bilinear without antialiasing, as all released code [D3], nearest for the label. Padding: mean
+    colour, 255 [D2], inside False.
+    """
+    w, h = image.size
+    scale = random_scale(rng, scales)
+    new_w = max(int(w * scale), 1)  # of the whole image after scaling
+    new_h = max(int(h * scale), 1)
+    flip = rng.random() < 0.5
+    x = random_offset(rng, new_w, crop)
+    y = random_offset(rng, new_h, crop)
+    sx = w / new_w  # pixels of the image per pixel of the crop
+    sy = h / new_h
+    if flip:
+        warp = (-sx, 0, w - x * sx, 0, sy, y * sy)
+    else:
+        warp = (sx, 0, x * sx, 0, sy, y * sy)
+
+    def warped(picture, kernel, padding):
+        """The crop of a picture as an array."""
+        mode = Image.Transform.AFFINE
+        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=padding))
+
+    pixels = warped(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
+    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    if label is not None:
+        label = warped(label, Image.Resampling.NEAREST, IGNORE)
+    columns = np.arange(x, x + crop)
+    rows = np.arange(y, y + crop)
+    inside = np.outer((0 <= rows) & (rows < new_h), (0 <= columns) & (columns < new_w))
+    return pixels, label, inside
+
+
+def random_scale(rng, scales):
+    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    low = scales[0]
+    high = scales[-1]
+    if len(scales) != 2:
+        return float(rng.choice(scales))
+    if not low < 1 < high:
+        return rng.uniform(low, high)
+    if rng.random() < 0.5:
+        return rng.uniform(low, 1)
+    return rng.uniform(1, high)
+
+
+def random_offset(rng, length, crop):
+    """Where a crop begins in so many pixels; they stand in its middle if they are fewer."""
+    if length < crop:
+        return (length - crop) // 2
+    return int(rng.integers(length - crop + 1))
+
+
+@lru_cache(maxsize=8)
+def shuffled(length, *seed):
+    """Returns 0 ... length - 1 in the random order of a seed; the last few are kept."""
+    return np.random.default_rng(seed).permutation(length)
+
+
+class Samples(Dataset):
+    """Sample number -> dict of image, inside and, if masks are opened, label (uint8).
+
+    A function of (seed, stream, number) alone. The images come in rounds, each in a new order [D4];
+    stream "a.b" takes them in the order of stream "a", with an augmentation of its own.
+    """
+
+    def __init__(self, name, stream, data, args):
+        self.data = data
+        self.items = stream.items
+        self.with_label = stream.with_label
+        self.crop = args.crop_size
+        self.scales = stream.scales
+        self.order_seed = [args.seed, zlib.crc32(name.split(".")[0].encode()), 0]
+        self.warp_seed = [args.seed, zlib.crc32(name.encode()), 1]
+
+    def which(self, number):
+        """Returns the index of the item that sample `number` shows."""
+        lap, place = divmod(number, len(self.items))
+        return shuffled(len(self.items), *self.order_seed, lap)[place]
+
+    def __getitem__(self, number):
+        return self.sample(self.which(number), number)
+
+    def sample(self, index, number):
+        """Returns the item of this index as sample `number` would show it."""
+        image, label = self.data.read(self.items[index], self.with_label)
+        rng = np.random.default_rng([*self.warp_seed, number])
+        image, label, inside = augment(image, label, rng, self.crop, self.scales)
+        sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
+        if label is not None:
+            sample["label"] = torch.from_numpy(label)
+        return sample
+
+
+class Stream(NamedTuple):
+    """What is drawn: from which items, images per step over all processes, and how."""
+
+    items: list
+    batch: int
+    with_label: bool  # are masks opened?
+    scales: tuple
+
+
+def streams(data, args):
+    """Returns {name: Stream}."""
+    # >>> method: draw
+    return {
+        "labeled": Stream(data.labeled, args.batch_size, True, args.scales),
+        "paste": Stream(data.labeled, args.batch_size, True, args.paste_scales),  # [D44]
+        "unlabeled": Stream(data.unlabeled, args.batch_size_unlabeled, False, args.scales),
+    }
+    # <<< method: draw
+
+
+def open_stream(name, data, args, group, start):
+    """Returns an iterator over this process's batches of a stream, from step start to the end."""
+    stream = streams(data, args)[name]
+    batch = distributed.share(stream.batch, group, name)  # of this process
+    if not stream.items:
+        origin = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
+        raise Refusal(
+            f"no {name} images {origin} of {args.dataset}: "
+            "give fewer images labels, or --unlabeled-list"
+        )
+    if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
+    first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]
+    loader = DataLoader(
+        Samples(name, stream, data, args),
+        batch_sampler=[range(number, number + batch) for number in first],
+        num_workers=args.workers,
+        pin_memory=group.device.type == "cuda",
+        generator=torch.Generator(),  # the global one stays a function of the step
+        worker_init_fn=distributed.unstoppable,
+    )
+    return iter(loader)
+
+
+# ---- 6. Evaluation ---------------------------------------------------------------------------
+
+
+class Images(Dataset):
+    """Index -> (image (3, H, W) uint8, label (H, W) uint8) at the image's own size."""
+
+    def __init__(self, data, items):
+        self.data = data
+        self.items = items
+
+    def __getitem__(self, index):
+        image, label = self.data.read(self.items[index], True)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
+
+
+def predict(net, image, args, num_classes):
+    """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
+
+    By the protocol of args, whole: in one piece. slide: in windows. Never are there C maps of a
+    whole image.
+    """
+    if args.protocol == "whole":
+        return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
+    rows = [logits.argmax(0) for logits in slide(net, image, args.crop_size, num_classes)]
+    return torch.cat(rows)
+
+
+def slide(net, image, window, num_classes):
+    """Yields the logits of an image from top to bottom, (C, some rows, W).
+
+    They are summed over square windows, 2/3 of one apart, the last shifted inside; an image smaller
+    than a window stands in the middle of the mean colour.
+    """
+    h, w = image.shape[1:]
+    canvas_h = max(h, window)
+    canvas_w = max(w, window)
+    top = (canvas_h - h) // 2
+    left = (canvas_w - w) // 2
+    mean = image.new_tensor([round(m) for m in MEAN]).view(3, 1, 1)
+    canvas = mean.repeat(1, canvas_h, canvas_w)
+    canvas[:, top : top + h, left : left + w] = image
+    starts = window_starts(canvas_h, window)
+    sums = torch.zeros(num_classes, window, canvas_w, device=image.device)  # of the rows from y on
+    for y, next_y in zip(starts, [*starts[1:], canvas_h], strict=True):
+        for x in window_starts(canvas_w, window):
+            part = canvas[None, :, y : y + window, x : x + window]
+            sums[:, :, x : x + window] += net(part)["logits"][0]
+        done = next_y - y  # rows that no later window reaches
+        yield sums[:, (top if y == 0 else 0) : min(done, top + h - y), left : left + w]
+        for row in range(done, window):  # they move up, one by one: no copy of all
+            sums[:, row - done] = sums[:, row]
+        sums[:, window - done :] = 0
+
+
+def window_starts(length, window):
+    """Returns where windows begin, 2/3 of a window apart; the last is shifted inside."""
+    last = length - window
+    stride = math.ceil(2 * window / 3)
+    return [min(start, last) for start in range(0, last + stride, stride)]
+
+
+def likeliest(logits, size):
+    """Returns the argmax over classes, (B, H, W), of (B, C, h, w) upsampled to size.
+
+    24 classes at a time. Ties go to the lowest class, as argmax has it.
+    """
+    best, classes = upsample(logits[:, :24], size).max(1)
+    for first in range(24, logits.shape[1], 24):
+        value, index = upsample(logits[:, first : first + 24], size).max(1)
+        classes = torch.where(value > best, first + index, classes)
+        best = torch.maximum(value, best)
+    return classes
+
+
+@contextmanager
+def evaluating(net, data, args, group):
+    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+
+    These are means over fixed batches of labelled images, the same on all processes, dropout off;
+    afterwards the running ones are there again. With few images a batch running statistics may fit
+    no image: docs/supervised.md.
+    """
+    training = net.training
+    net.eval()
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    running = [(deepcopy(norm.state_dict()), norm.momentum) for norm in norms]
+    if args.precise_bn:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a mean over all batches
+            norm.train()
+        alone = distributed.Group(0, 1, group.device)
+        short = replace(args, total_iters=args.precise_bn, workers=0)
+        for batch in open_stream("labeled", data, short, alone, 0):
+            net(batch["image"].to(group.device))
+    net.eval()
+    yield
+    for norm, (statistics, momentum) in zip(norms, running, strict=True):
+        norm.load_state_dict(statistics)
+        norm.momentum = momentum
+    net.train(training)
+
+
+@torch.no_grad()
+def evaluate(net, data, items, args, group):
+    """Returns (scores of net in eval mode over items, panels of the first images).
+
+    One confusion matrix over all images and processes; every image is seen once, unpadded [D5].
+    """
+    indices = range(group.rank, len(items), group.world)  # of this process
+    pictured = indices[:: max(len(indices) // 4, 1)][:4]
+    # gloo, the CPU's backend: a loader forked soon after a collective may hang (Python 3.11)
+    gloo = group.world > 1 and group.device.type == "cpu"
+    loader = DataLoader(
+        Images(data, items),
+        sampler=indices,
+        batch_size=None,
+        num_workers=0 if gloo else args.workers,
+        generator=torch.Generator(),
+        worker_init_fn=distributed.unstoppable,
+    )
+    confusion = torch.zeros(2 * (data.num_classes,), dtype=torch.int64, device=group.device)
+    maps = {"image": [], "label": [], "prediction": []}
+    with evaluating(net, data, args, group):
+        for index, (image, label) in zip(indices, loader, strict=True):
+            pred = predict(net, image.to(group.device), args, data.num_classes)
+            confusion += metrics.confusion_matrix(pred, label.to(group.device), data.num_classes)
+            if index in pictured:
+                maps["image"].append(image)
+                maps["label"].append(label)
+                maps["prediction"].append(pred)
+    total = distributed.reduced(confusion).cpu()
+    data.require_pixels(total, "the evaluation")
+    return metrics.scores(total), maps
+
+
+# ---- 7. Training -----------------------------------------------------------------------------
+
+
+def make_optimizer(trained, args):
+    """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
+    groups = []
+    for module, scale in (("backbone", 1.0), ("head", args.lr_head)):
+        params = [p for net in trained for p in getattr(net, module).parameters()]
+        weights = [p for p in params if p.ndim > 1]
+        vectors = [p for p in params if p.ndim == 1]  # of BN, and biases
+        vector_decay = 0.0 if args.decay_on == "weights" else args.weight_decay
+        groups.append({"params": weights, "scale": scale, "weight_decay": args.weight_decay})
+        groups.append({"params": vectors, "scale": scale, "weight_decay": vector_decay})
+    return torch.optim.SGD(groups, args.lr, momentum=0.9)
+
+
+def main(args):
+    """Trains, or scores with --eval-only; args as fill returns them."""
+    group = distributed.setup(args.device)
+    torch.use_deterministic_algorithms(args.deterministic)
+    data = load(args)
+
+    # -- networks --
+    torch.manual_seed(args.seed)
+    # >>> method: networks
+    student = build(args, data.num_classes, U2PLHead, group)
+    student_parallel = parallel(student, args, group)
+    teacher = deepcopy(student).requires_grad_(False)  # never in DDP
+    networks = {"student": student, "teacher": teacher}
+    trained = [student]
+
+    def scored(step):
+        """The network that evaluation scores after so many steps."""
+        return teacher if step > args.warmup_iters else student
+
+    # <<< method: networks
+    if args.eval_only:
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
+        if group.rank == 0:
+            print(report(data, {f"step {step}": result}, args.eval_on))
+        return distributed.teardown()
+    optimizer = make_optimizer(trained, args)
+    # >>> method: state
+    distributed.need_float64(group, "percentiles, negatives and partners are found")
+    C = data.num_classes
+    # AEL
+    count = args.batch_size // group.world
+    if count % args.pooled:
+        raise Refusal(f"--pooled {args.pooled}: {count} labelled images per process do not divide")
+    pasted = set(range(C)) - set(args.paste_not)
+    if args.paste_draws and not pasted or max(args.paste_not, default=0) >= C:
+        raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")
+    allowed = torch.tensor([c in pasted for c in range(C)], device=group.device)
+    rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
+    confidence = torch.from_numpy(rng.random(C, np.float32))  # [D43]
+    present = torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
+    draws = [draw_partners(confidence, present, args.batch_size_unlabeled, rng) for _ in range(4)]
+    state = {
+        "confidence": distributed.to_device(confidence, group),
+        "present": present,
+        "draws": torch.stack(draws),  # of the next four steps after warm-up [D27]
+    }
+    partners = Partners(data, args, group)
+    # U2PL
+    r_l = min(args.ranks[0], C - 1)  # the last rank of a pixel remains, at least
+    r_h = min(args.ranks[1], C)
+    if args.unreliable_loss != "none":  # Q_c of all classes, and how many features ever entered
+        lengths = [args.bank_sizes[0]] + [args.bank_sizes[1]] * (C - 1)
+        sizes = torch.tensor(lengths, device=group.device)
+        D = student.head.represent[-1].out_channels
+        state["bank"] = torch.zeros(sum(lengths) + 1, D, device=group.device)
+        state["pushed"] = torch.zeros(C, dtype=torch.int64, device=group.device)
+        if (r_l, r_h) != args.ranks and group.rank == 0:
+            print(f"--ranks {args.ranks}: cut to {r_l, r_h}, as there are {C} classes")
+    # <<< method: state
+    run = Run(args, __file__, group, data, preset)
+    start = run.restore(networks, optimizer, state)
+    batches = {name: open_stream(name, data, args, group, start) for name in streams(data, args)}
+
+    # -- steps --
+    for step in range(start, args.total_iters):
+        begin = time.time()
+        # of dropout; a hash, as torch keeps 32 bits of a seed
+        torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
+        batch = {name: next(b) for name, b in batches.items()}
+        spent = {"data": time.time() - begin}  # seconds
+        for stream in batch.values():
+            for name, tensor in stream.items():
+                stream[name] = tensor.to(group.device, non_blocking=True)
+            if "label" in stream:
+                stream["label"] = stream["label"].long()  # uint8 until here: less to move
+        x_l = batch["labeled"]["image"]
+        y_l = batch["labeled"]["label"]
+        decay = (1 - step / args.total_iters) ** 0.9  # poly
+        for params in optimizer.param_groups:
+            params["lr"] = args.lr * params["scale"] * decay
+        optimizer.zero_grad(set_to_none=True)
+        # >>> method: losses
+        rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])  # equal on all processes
+        since_warmup = step - args.warmup_iters
+        with timed(spent, "bank"):
+            labeled = adaptive_copy_paste(batch, state["confidence"], allowed, rng, args, group)
+        x_l = labeled["image"]
+        y_l = labeled["label"]
+        u0 = batch["unlabeled"]
+        out_l = student_parallel(x_l)
+        sup = supervised_loss(out_l, y_l, args)
+        confidence = confidence_after(state["confidence"], out_l["logits"], y_l, args)
+        contrast = 0.0 * out_l["rep"].float().sum()  # so that DDP sees all parameters
+        unsup = unsup_l = lambda_u = kept = mean_H = classes = torch.zeros_like(sup)
+        regions = 0
+        if since_warmup >= 0:  # before: labels alone
+            if since_warmup == 0:
+                teacher.load_state_dict(student.state_dict())
+            with timed(spent, "bank"):
+                partners.prefetch(step, state["draws"])
+                u1 = partners.take(step)
+            clean = {key: torch.cat([u0[key], u1[key]]) for key in u1}
+            with torch.no_grad():  # labels, H, p: teacher in eval mode, clean views [D41]
+                out_lt = teacher.train()(x_l)
+                clean_t = teacher.eval()(clean["image"])["logits"]
+            with timed(spent, "bank"):
+                images = partners.images(step)
+                mask, regions = adaptive_cutmix(
+                    clean_t, clean["inside"], images, state, rng, args, group
+                )
+            x_u = torch.where(mask[:, None], u1["image"], u0["image"])
+            inside = torch.where(mask, u1["inside"], u0["inside"])
+            z0, z1 = clean_t.chunk(2)
+            mixed_t = torch.where(mask[:, None], z1, z0)
+            with torch.no_grad():
+                out_ut = teacher.train()(x_u)  # features, and BN's statistics
+                prob_t = F.softmax(mixed_t, 1)
+                conf_t, pseudo = prob_t.max(1)
+                pseudo = pseudo.masked_fill(~inside, IGNORE)
+                H = entropy(prob_t)
+                (gamma_t,) = quantiles(H, inside, 1 - unreliable_share(step, args))  # [D40]
+                y_u = reliable_labels(pseudo, H, gamma_t)  # [D35]
+                mean_H = masked_mean(H, inside)
+            out_u = student_parallel(x_u)  # apart from the labelled images, as AEL [D42]
+            rate = equalization_rate(confidence, args.beta)
+            unsup, pixel_weights = equalized_cross_entropy(
+                out_u["logits"], y_u, conf_t, inside, rate, 1, args
+            )
+            kept = masked_mean(pixel_weights > 0, y_u != IGNORE)
+            lambda_u = torch.full_like(sup, args.eta)
+            if args.divide_by == "reliable":
+                lambda_u = unsup_weight(y_u, inside, args.eta)  # Eq. (8)
+            if args.consistency_on == "all":
+                conf_l, pseudo_l = F.softmax(out_lt["logits"], 1).max(1)
+                pseudo_l = pseudo_l.masked_fill(~labeled["inside"], IGNORE)
+                unsup_l, _ = equalized_cross_entropy(
+                    out_l["logits"], pseudo_l, conf_l, labeled["inside"], rate, args.pooled, args
+                )
+        if args.unreliable_loss != "none" and step >= max(args.warmup_iters, args.contrast_after):
+            with torch.no_grad():
+                size = out_u["rep"].shape[2:]
+                logits_t = torch.cat([out_lt["logits"], mixed_t])
+                prob = F.softmax(as_rows(upsample(logits_t, size)), 1)  # [D46]
+                rep_t = as_rows(torch.cat([out_lt["rep"], out_ut["rep"]])).float()
+                label = nearest(torch.cat([y_l, y_u]), size)
+                candidate = nearest(inside & (H > gamma_t), size)  # Eq. (15)
+                A_c = anchor_masks(prob, label, args.delta_p)  # Eq. (11)
+                N_c = negative_masks(class_ranks(prob), label, candidate, r_l, r_h)  # Eq. (16)
+                u_offered = torch.rand(C, args.keys + 1, dtype=torch.float64, device=group.device)
+                u_pairs = torch.rand(
+                    C, args.anchors * (args.negatives + 1), dtype=torch.float64, device=group.device
+                )
+                offered = distributed.gathered(pick(draw_features, args)(rep_t, N_c, u_offered))
+                offered = offered.transpose(0, 1).flatten(1, 2)  # a class's, of all processes
+                queues = (state["bank"], state["pushed"], sizes)
+                pick(push_features, args)(*queues, offered)  # Alg. 1: push, then sample
+            rep_s = as_rows(torch.cat([out_l["rep"], out_u["rep"]]))
+            pair_loss = pick(unreliable_loss, args)
+            contrast, counted = pair_loss(rep_s, rep_t, A_c, *queues, u_pairs, args)
+            classes = counted.sum()
+        # Eq. (1)
+        loss = sup + lambda_u * unsup + args.eta * unsup_l + args.contrast_weight * contrast
+        loss.backward()
+        state["confidence"] = confidence
+        logged = {
+            "loss": loss,
+            "sup": sup,
+            "unsup": unsup,
+            "unsup_weight": lambda_u,
+            "kept": kept,
+            "contrast": contrast,
+            "classes": classes,
+            "entropy": mean_H,
+            "confidence": confidence.mean(),
+            "regions": torch.full_like(sup, regions / len(u0["image"])),
+        }
+        if args.consistency_on == "all":
+            logged["unsup_l"] = unsup_l
+        # <<< method: losses
+        optimizer.step()
+        # >>> method: after-step
+        if since_warmup >= 0:
+            update_teacher(teacher, student, ema_decay(since_warmup, args.ema_decay), "own")
+        if run.due(step + 1, args.eval_every):  # its loaders fork: no thread may be at work
+            partners.finish()
+        # <<< method: after-step
+        if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized
+            distributed.copy_buffers(*networks.values())
+        done = step + 1
+        run.log_step(done, logged, args.lr * decay, begin, spent)
+        if run.due(done, args.pictures_every):
+            # >>> method: panels
+            maps = {"labelled, pasted": x_l, "label": y_l}
+            if since_warmup < 0:
+                maps["prediction"] = out_l["logits"].argmax(1)
+            else:
+                maps = maps | {
+                    "mixed": x_u,
+                    "box": mask,
+                    "pseudo label": pseudo,
+                    "reliable": y_u,
+                    "entropy": H / np.log(C),
+                    "weight": pixel_weights,
+                    "student": out_u["logits"].argmax(1),
+                }
+            # <<< method: panels
+            run.panels(f"{done:06d}-train", maps)
+        if run.due(done, args.eval_every):
+            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+        if run.due(done, args.save_every) or run.asked:
+            run.keep_last(done, networks, optimizer, state)
+        if run.asked:  # by SIGTERM; all processes learn of it in the same step
+            break
+    if run.asked:
+        raise Stopped(done)
+
+    # -- last and best --
+    on = "test" if data.test else "val"
+    items = getattr(data, on)
+    results = {}
+    results["last"], _ = evaluate(scored(args.total_iters), data, items, args, group)
+    best = run.load_best(networks)
+    if best is not None:
+        results["best"], _ = evaluate(scored(best), data, items, args, group)
+    run.finish(results, on)
+    distributed.teardown()
+
+
+if __name__ == "__main__":
+    with refusals():  # what the user gave wrong is one line and exit code 2
+        args = fill(parse(Args, preset), preset)
+        if args.dry_run or args.list_presets:
+            about(args, __file__)
+        else:
+            main(args)

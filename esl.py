@@ -240,8 +240,13 @@ def u2pl_schedule(args, batch_size):
 
     0 steps where the split's counts are unknown. Each of U2PL's processes drops its last batch.
     """
-    passes = {"cityscapes": 200, "coco": 30}.get(args.dataset, 80)  # of COCO: UniMatch's
-    processes = 8 if args.dataset == "cityscapes" else 4
+    passes = 80
+    processes = 4
+    if args.dataset == "cityscapes":
+        passes = 200
+        processes = 8
+    elif args.dataset == "coco":
+        passes = 30  # UniMatch's
     _, unlabeled = counts(args.dataset, args.split)
     images = -(-unlabeled // processes)  # of a process, rounded up
     batch = max(batch_size // processes, 1)

@@ -96,10 +96,14 @@ class Args:
     track: Literal["none", "trackio", "wandb"] = "none"  # log there too, if it is installed
     # -- data --
     # which images: shapes are generated, folder is any of your own
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "folder"] = "shapes"
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] = (
+        "shapes"
+    )
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
+    cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] | None = None  # whose 1/r it is
+    # whose 1/r it is
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
@@ -180,7 +184,8 @@ class Args:
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes, no split_seed",
+        "cache": "dataset!=shapes",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         "stem": "backbone=resnet18|resnet50|resnet101",
@@ -274,6 +279,8 @@ def u2pl_schedule(args, batch_size):
     if args.dataset == "cityscapes":
         passes = 200
         processes = 8
+    elif args.dataset == "coco":
+        passes = 30  # UniMatch's
     _, unlabeled = counts(args.dataset, args.split)
     images = -(-unlabeled // processes)  # of a process, rounded up
     batch = max(batch_size // processes, 1)

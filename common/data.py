@@ -121,12 +121,11 @@ class Data:
 
     def opened(self, path, read):
         """Returns a file as PIL has it: out of the cache, or by read(path) where that lacks it."""
-        image = None
         if self.cache is not None:
             image = self.cache.image(path)
-        if image is None:
-            image = read(path)
-        return image
+            if image is not None:
+                return image
+        return read(path)
 
     def require_pixels(self, tally, masks):
         """Raises Refusal if a tally, pixels of each class (or of pairs), is 0 throughout.

@@ -106,14 +106,12 @@ def as_fields(cls, saved):
     A number where the flag takes several by now (--T of older runs) is the only one of them.
     """
     several = {field.name for field in fields(cls) if "tuple[" in str(field.type)}
-    found = {}
+    found = dict(saved)
     for name, value in saved.items():
         if isinstance(value, list):
             found[name] = tuple(value)
         elif name in several and isinstance(value, float):
             found[name] = (value,)
-        else:
-            found[name] = value
     return found
 
 

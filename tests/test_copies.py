@@ -25,15 +25,15 @@ RECIPE = "# ---- 2. Recipe"
 # so is the table of flags
 SCRIPT = 620
 FUNCTION = 40  # main excepted
-COMMANDS = {"prepare_data.py": 515, "convert.py": 495, "predict.py": 385}
+COMMANDS = {"prepare_data.py": 525, "convert.py": 495, "predict.py": 385}
 ROOMS = COMMANDS | {"common/": 1900, "fused.py": 215, "track.py": 75, "outputs.py": 380}
 ROOMS["cache.py"] = 150
 ROOMS["fpl_triton.py"] = 85
 # FPL's scripts have A-FPL's choice of T beside their two methods each. None is to be added
-EXCEPTIONS = {"cps_fpl.py": 650, "ael_fpl.py": 714, "unimatch.py": 624}
-EXCEPTIONS |= {"u2pl.py": 647, "esl.py": 677}
+EXCEPTIONS = {"cps_fpl.py": 655, "ael_fpl.py": 714, "unimatch.py": 624}
+EXCEPTIONS |= {"u2pl.py": 650, "esl.py": 680}
 # two methods in one script: all of its functions but one stand in the scripts of these
-EXCEPTIONS |= {"u2pl_ael.py": 786}
+EXCEPTIONS |= {"u2pl_ael.py": 790}
 # over all scripts and common/, per 100 lines
 PACKED = 0.6  # a, b = x, y
 TERNARIES = 1.2

@@ -261,7 +261,9 @@ def ael_fpl_step(nets, state, batch, args, number, images):
     loss = sup + args.unsup_weight * whole
     maps = {"labelled, pasted": x_l, "label": label, "mixed": x_u, "box": mask}
     maps |= {"pseudo label": teachers.argmax(1), "student": logits.argmax(1)}
-    kept = torch.rand(B, size, size) >= 1 - rate[logits.argmax(1)]  # drawn anew for the panel
+    kept = (
+        torch.rand(B, args.crop_size, args.crop_size) >= 1 - rate[logits.argmax(1)]
+    )  # drawn anew for the panel
     maps["weight"] = teachers.softmax(1).amax(1) ** args.gamma * kept * inside
     return result(loss, new, maps, sup=sup, **parts, bank=bank.mean(), regions=regions)
 

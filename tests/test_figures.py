@@ -51,19 +51,20 @@ def test_points_of_two_groups_stay_together_in_the_plane():
 SCRIPTS = ("cps_fpl", "u2pl", "esl", "supervised")
 
 
-@pytest.fixture
-def runs(tmp_path, monkeypatch):
-    """Folders of tiny runs of SCRIPTS, with the checkpoints of steps 4 and 8."""
-    monkeypatch.chdir(tmp_path)
-    tree = draw_tree(tmp_path / "tree", val=3)
-    for name in SCRIPTS:
-        shrink(script(name), monkeypatch)
-        train(script(name), with_acting(name, flags(tree, name)))
-    return list(SCRIPTS)
+@pytest.fixture(scope="module", autouse=True)
+def runs(tmp_path_factory):
+    """The folders of tiny runs of SCRIPTS, with checkpoints of steps 4 and 8, the working one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        tree = draw_tree(figures.Path("tree").absolute())
+        for name in SCRIPTS:
+            shrink(script(name), patch)
+            train(script(name), with_acting(name, flags(tree, name)))
+        yield list(SCRIPTS)
 
 
 def test_every_figure_is_drawn_of_whole_runs_and_says_what_it_lacks_of_less(runs, capsys):
-    figures.main([*runs, "--out", "drawn", "--images", "3", "--shown", "2"])
+    figures.main([*runs, "--out", "drawn", "--images", "2", "--shown", "1"])
     text = capsys.readouterr().out
     pictures = sorted(path.stem for path in figures.Path("drawn").iterdir())
     assert pictures == sorted(figures.FIGURES) and text.count("  the paper: ") == len(pictures)
@@ -75,7 +76,7 @@ def test_every_figure_is_drawn_of_whole_runs_and_says_what_it_lacks_of_less(runs
         lines = [json.loads(line) for line in open(f"{name}/log.jsonl")]
         miou = [e["miou"] for e in lines if e["kind"] == "eval"][-1]
         assert re.search(rf": {name} \({name}.py\), step 8: mIoU {100 * miou:.2f} %", text), name
-    assert analysis.main(["scores", "cps_fpl/last.pt", "--images", "3", "--device", "cpu"]) == 0
+    assert analysis.main(["scores", "cps_fpl/last.pt", "--images", "2", "--device", "cpu"]) == 0
     for row in capsys.readouterr().out.splitlines()[2:]:
         case, share, _, _, vanilla, fuzzy, *_ = row.split()
         found = re.search(rf"case {case}: (\S+) % of pixels, R\^v (\S+), R\^f (\S+)\n", text)
@@ -92,7 +93,7 @@ def test_every_figure_is_drawn_of_whole_runs_and_says_what_it_lacks_of_less(runs
 
 
 def test_keep_holds_what_a_run_wrote_by_a_second_name(runs):
-    figures.main(["cps_fpl", "--keep"])  # it has ended: one look
-    assert os.path.samefile("cps_fpl/last.pt", "cps_fpl/kept/000008.pt")
-    (figures.Path("cps_fpl") / "last.pt").unlink()
-    assert list(figures.read_run("cps_fpl").checkpoints) == [4, 8]
+    figures.main(["esl", "--keep"])  # it has ended: one look
+    assert os.path.samefile("esl/last.pt", "esl/kept/000008.pt")
+    os.remove("esl/last.pt")
+    assert list(figures.read_run("esl").checkpoints) == [4, 8]

@@ -1,6 +1,7 @@
 """FPL's loss: the definition in ael_fpl.py and its twin in common/fused.py, time and peak memory.
 
     python benchmarks/fpl_loss.py           # writes results/fpl_loss.json
+    python benchmarks/fpl_loss.py --classes 150    # rows of so many classes are made again
     python benchmarks/fpl_loss.py --quick   # small images, nothing written: ratios depend on size
 
 A call is the loss and its gradient, of logits in channels-last, as the networks make them: 2 images
@@ -155,30 +156,23 @@ def peaks(classes, side):
 
 
 def measure(sizes, rounds):
-    """Returns {when, where, rows}; prints the rows as they come."""
+    """Returns {torch, threads, rows}; prints the rows as they come."""
     rows = []
     for classes, side in sizes.items():
         memory = peaks(classes, side)
+        size = {"classes": classes, "side": side, "rounds": rounds, "load": os.getloadavg()[0]}
         for teacher in TEACHERS:
             apart = compare(classes, teacher)
             print(f"\n{classes} classes, 2x{side}x{side}, {teacher} teacher; twin and definition")
             print(f"apart by {apart['loss']:.0e} (loss), {apart['gradient']:.0e} (gradient)")
             for name, row in timed(classes, side, teacher, rounds).items():
                 row |= {"peak_tensors": memory[name]}
-                rows.append(
-                    {"classes": classes, "side": side, "teacher": teacher, "call": name} | row
-                )
+                rows.append(size | {"teacher": teacher, "call": name} | row)
                 print(
                     f"  {name:24}{row['ms']:8.0f} ms  {row['ratio']:6.2f} "
                     f"[{row['low']:.2f}..{row['high']:.2f}]  peak {row['peak_tensors']:.1f}"
                 )
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "rounds": rounds,
-        "rows": rows,
-    }
+    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
 
 
 def main():
@@ -196,6 +190,10 @@ def main():
     sizes = QUICK if args.quick else SIZES
     found = measure({classes: sizes[classes] for classes in args.classes}, args.rounds)
     if not args.quick:
+        if RESULT.exists():
+            old = json.loads(RESULT.read_text())["rows"]
+            found["rows"] += [row for row in old if row["classes"] not in args.classes]
+            found["rows"].sort(key=lambda row: row["classes"])
         RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 

@@ -155,7 +155,7 @@ def child(flags):
     """One short run of cps_fpl.py; prints its median wall seconds a step and peak MiB as JSON."""
     group = distributed.setup("cpu")
     before = resident("VmRSS")
-    seconds = taken("cps_fpl", flags, 4, group, time.perf_counter)
+    seconds = taken("cps_fpl", flags, 2, group, time.perf_counter)
     found = {"wall_s": statistics.median(seconds), "libraries_mib": before}
     print(json.dumps(found | {"peak_mib": resident("VmHWM")}), flush=True)
     distributed.teardown()

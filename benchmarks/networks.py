@@ -64,7 +64,7 @@ def step(options):
 
 
 def sizes(options):
-    """Yields rows: a step of supervised.py of each size and type, and both losses of its logits."""
+    """Yields rows: a step of supervised.py for each size and type, and two losses of its logits."""
     for net, crop in [("resnet18", 64)] if options.quick else SIZES:
         z, t = fpl_loss.inputs(19, crop, "diffuse")
         names = (fpl_loss.BASELINE, "twin")

@@ -125,8 +125,8 @@ def performance(runs):
 def fpl_loss(found):
     """Returns the section of FPL's loss on a CPU. found: what fpl_loss.py wrote."""
     text = "\n## FPL's loss on a CPU\n\n`python benchmarks/fpl_loss.py`, forward and backward, "
-    text += f"torch {found['torch']}, {found['threads']} thread(s), {found['rounds']} rounds, "
-    text += f"load {found['load']:.1f}. Medians; ratio, [low..high], to cross-entropy with the "
+    text += f"torch {found['torch']}, {found['threads']} thread(s). "
+    text += "Medians; ratio, [low..high], to cross-entropy with the "
     text += "likeliest class\nby argmax; peak above the inputs, in tensors of the logits' size. "
     text += "Large tensors cost a CPU page faults, the baseline's most of all:\nat smaller sizes "
     text += "(`--quick`) ratios are larger.\n"
@@ -140,7 +140,8 @@ def fpl_loss(found):
             line.append(f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]")
         for row in here[: len(lines)]:
             lines[row["call"]] += [f"{row['ms']:.0f}", f"{row['peak_tensors']:.1f}"]
-        titles = [f"{size[0]} classes, 2x{size[1]}x{size[1]}", *teachers]
+        when = f"{here[0]['rounds']} rounds, load {here[0]['load']:.1f}"
+        titles = [f"{size[0]} classes, 2x{size[1]}x{size[1]}; {when}", *teachers]
         text += "\n" + table([*titles, f"ms, {teachers[0]}", "peak"], lines.values())
     return text
 

@@ -37,12 +37,8 @@ RESTATED = {  # the same thing in other words; tests/test_papers.py compares the
     "FPL supplement Eq. (5)": "FPL Eq. (8)",  # in probabilities
 }
 DEFAULT = {"supervised": "U2PL", "mean_teacher": "U2PL", "ael_fpl": "AEL", "u2pl": "U2PL"}
-DEFAULT |= {
-    "u2pl_ael": "U2PL",
-    "esl": "ESL",
-    "ranks": "U2PL",
-    "contrastive": "U2PL",
-}  # all others: FPL
+DEFAULT |= {"u2pl_ael": "U2PL", "esl": "ESL", "ranks": "U2PL", "contrastive": "U2PL"}
+# all others: FPL
 FIRST = ["supervised.py", "mean_teacher.py", "cps_fpl.py"]  # a text of many scripts is theirs
 STEP = "test_steps.py: test_every_step_is_the_literal_one"  # of main
 FLAGS = "test_run.py: test_every_flag_has_an_effect_and_two_equal_runs_none"

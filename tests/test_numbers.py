@@ -177,10 +177,8 @@ def test_teachers_of_every_kind(kind, name, extra, trees, tmp_path, monkeypatch)
         q = {"flat": 1 / C, "certain": 1.0, "tied": 1 / (2 + 9 * math.exp(-8))}[kind]
         assert parts.get("conf_t", q) == pytest.approx(q, rel=1e-6)
         if "u2pl" in name:  # all entropies are equal: neither H < gamma nor H > gamma
-            assert parts["unsup"] == 0
-            assert parts["unsup_weight"] == (
-                1 if "official" in extra and "_ael" in name else 2 * 32 * 32
-            )
+            lambda_u = 1 if (name, "official" in extra) == ("u2pl_ael", True) else 2 * 32 * 32
+            assert parts["unsup"] == 0 and parts["unsup_weight"] == lambda_u
     if kind == "certain":  # it is scored as well
         assert [bool(x) for x in scores["iou"]] == [c == 3 for c in range(C)]
     if "u2pl" in name and "none" not in extra:

@@ -215,11 +215,7 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
     lines = capsys.readouterr().out.splitlines()
     entries = json.loads((ROOT / "common/papers.json").read_text())
     entries = [entry for entry in entries if entry["script"] == name]
-    assert (
-        len(lines)
-        == sum(len(entry["miou"]) for entry in entries)
-        > (3 if name == "u2pl_ael" else 12)
-    )
+    assert len(lines) == sum(len(entry["miou"]) for entry in entries) >= 4
     Args, preset = module_of(name).Args, module_of(name).preset
     parsed = functools.cache(lambda words: flags.parse(Args, preset, shlex.split(words)))
     seen = set()

@@ -321,7 +321,7 @@ def test_every_flag_has_an_effect_and_two_equal_runs_none(name, tree, tmp_path):
     assert len(shared) == len(found) > 10, [same for same in shared.values() if len(same) > 1]
 
 
-HEADS = dict.fromkeys(("u2pl", "u2pl_ael", "esl"), "features") | {"cps_fpl": "CPS"}  # or alike
+HEADS = dict.fromkeys(("u2pl", "u2pl_ael", "esl"), "features") | {"cps_fpl": "CPS"}  # else plain
 
 
 @pytest.mark.parametrize("reader", tiny.SCRIPTS)

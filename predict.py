@@ -68,6 +68,7 @@ HEADS = {  # script -> the head of its networks
     "u2pl.py": "U2PLHead",
     "esl.py": "ESLHead",
     "unimatch.py": "UniMatchHead",
+    "unimatch_v2.py": "DPTHead",
 }
 WHOLE = 4_000_000  # pixels; a larger image goes through in windows whatever the protocol
 WINDOW = 1024  # their side then

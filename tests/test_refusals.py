@@ -25,7 +25,7 @@ from common import run
 from tiny import SCRIPTS, draw_tree, flags, shrink, train
 from tiny import script as module_of
 
-S, M, CPS, AEL, U2PL, ESL, UNI = map(module_of, SCRIPTS)
+S, M, CPS, AEL, U2PL, ESL, UNI, V2 = map(module_of, SCRIPTS)
 P = prepare_data
 TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
 

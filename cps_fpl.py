@@ -133,6 +133,8 @@ class Args:
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
+    backbone_2: Backbone | None = None  # of the second network; left out: --backbone
+    weights_2: str | None = None  # of that backbone; left out: --weights
     batch_size_unlabeled: Count | None = None  # unlabelled images per step (mixed, with --cutmix)
     # loss on unlabelled images, ce: that of CPS; soft and negative: supplement Table 4
     unsup_loss: Literal["fpl", "ce", "soft", "negative"] = "fpl"
@@ -164,6 +166,7 @@ class Args:
         "multi_grid": "backbone=resnet18|resnet50|resnet101",
         # <<< method: network-needs
         # >>> method: needs
+        "weights_2": "no init",
         "batch_size_unlabeled": "unsup_weight",
         "unsup_loss": "unsup_weight",
         "T": "unsup_weight, unsup_loss=fpl, k_strategy=n-1|n",
@@ -240,6 +243,8 @@ def preset(args):
     values = DATASETS[args.dataset] | RECIPES[args.recipe]
     values["batch_size_unlabeled"] = args.batch_size or values["batch_size"]
     backbone = args.backbone or values["backbone"]
+    values["backbone_2"] = backbone
+    values["weights_2"] = args.weights or values["weights"]
     table = T_TABLE.get((args.dataset, backbone, args.cutmix), {})
     values["T"] = table.get(args.split, 0.9)
     if not args.cutmix:  # CPS's weights of Eq. (1)
@@ -489,6 +494,13 @@ def cutmix_masks(args, step, group):
     for _ in range(args.batch_size_unlabeled):
         masks.append(toggled_mask(rng, args.crop_size, group.device))
     return torch.stack(masks).chunk(group.world)[group.rank]
+
+
+def of_branch(args, name):
+    """Returns args as a network, branch1 or branch2, has them: with its backbone and weights."""
+    if name == "branch1":
+        return args
+    return replace(args, backbone=args.backbone_2, weights=args.weights_2)
 
 
 class Average(nn.ModuleList):
@@ -1055,9 +1067,12 @@ def main(args):
     # -- networks --
     torch.manual_seed(args.seed)
     # >>> method: networks
-    trained = [build(args, data.num_classes, CPSHead, group) for _ in (1, 2)]
+    networks = {
+        name: build(of_branch(args, name), data.num_classes, CPSHead, group)
+        for name in ("branch1", "branch2")
+    }
+    trained = list(networks.values())
     branches = [parallel(net, args, group) for net in trained]
-    networks = {"branch1": trained[0], "branch2": trained[1]}
 
     def scored(step):
         """The network that evaluation scores [D19]."""

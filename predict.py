@@ -55,6 +55,7 @@ from common.flags import (
     merge,
     met,
     rules,
+    without_weights,
 )
 from common.run import machine_remedy, refusals, report
 
@@ -203,7 +204,10 @@ def build_source(saved, network=None, device="cpu", amp="none"):
         raise Refusal(f"{path}: no network {name}; --network takes {', '.join(known)}")
     parts = ["branch1", "branch2"] if name == "mean" else [name]
     head = getattr(script, HEADS[saved["script"]])
-    networks = {part: script.build(args, data.num_classes, head, group) for part in parts}
+    of_branch = getattr(script, "of_branch", lambda args, part: args)  # cps_fpl.py's may differ
+    networks = {
+        part: script.build(of_branch(args, part), data.num_classes, head, group) for part in parts
+    }
     load_networks(saved, networks)
     net = script.Average(networks.values()) if name == "mean" else networks[name]
     net.requires_grad_(False).eval()
@@ -231,7 +235,8 @@ def arguments(script, saved, amp):
     """Returns a script's Args as a checkpoint's dict of those that acted has them, resolved."""
     names = {field.name for field in fields(script.Args)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in names}
-    return merge(script.Args(**values | {"weights": "none", "amp": amp}), script.preset)
+    values.update(without_weights(names), amp=amp)
+    return merge(script.Args(**values), script.preset)
 
 
 def scored_name(saved, args):

@@ -67,6 +67,8 @@ def outcome(name, dataset, words=""):
         args = flags.fill(args, module_of(name).preset, [])
     except Refusal as error:
         return str(error)
+    if given.get("backbone") == getattr(args, "backbone_2", ""):  # it follows
+        given["backbone_2"] = None
     return {key: value for key, value in flags.plain(args).items() if key not in given}
 
 

@@ -732,7 +732,7 @@ class DINOv2(nn.Module):
         x = self.patch_embed(x)
         h, w = x.shape[2:]
         patches = (x + position_embedding(self.pos_embed[:, 1:], h, w)).flatten(2).transpose(1, 2)
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([first, patches], 1)
         maps = []
         for number, block in enumerate(self.blocks):

@@ -681,7 +681,7 @@ class LayerScale(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x):
-        return self.gamma * x
+        return self.gamma * x.to(self.gamma.dtype)  # tokens are float32 under autocast too
 
 
 class Block(nn.Module):
@@ -729,7 +729,7 @@ class DINOv2(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x):
-        x = self.patch_embed(x)
+        x = self.patch_embed(x).to(self.pos_embed.dtype)
         h, w = x.shape[2:]
         patches = (x + position_embedding(self.pos_embed[:, 1:], h, w)).flatten(2).transpose(1, 2)
         first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)

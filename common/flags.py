@@ -93,7 +93,8 @@ def parse(cls, preset, argv=None):
         raise Refusal("--checkpoint, --eval-on: with --eval-only; --init starts from a checkpoint")
     if not args.eval_only:
         return args
-    saved = load_checkpoint(args.checkpoint or "--eval-only needs --checkpoint")["args"]
+    path = args.checkpoint or "--eval-only needs --checkpoint"
+    saved = load_checkpoint(path, inspect.getfile(cls))["args"]
     saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     kept = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
     saved = {name: saved[name] for name in kept} | without_weights(vars(args))

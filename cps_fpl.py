@@ -108,6 +108,7 @@ class Args:
     ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
+    # >>> method: network
     # -- network --
     backbone: Backbone | None = None  # resnet18, resnet50, resnet101, or any of timm: timm/NAME
     # first layers, classic: one 7x7; deep: three 3x3 of 64, 64, 128 channels; v1c: 32, 32, 64
@@ -118,6 +119,7 @@ class Args:
     multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
+    # <<< method: network
     # -- optimization --
     # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
     recipe: Literal["paper", "official"] = "paper"
@@ -125,7 +127,7 @@ class Args:
     total_iters: Count | None = None  # optimizer steps
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
-    weight_decay: Share | None = None  # of SGD
+    weight_decay: Share | None = None  # of the optimizer
     # what decays, weights: neither BN nor biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
@@ -137,6 +139,8 @@ class Args:
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
+    backbone_2: Backbone | None = None  # of the second network; left out: --backbone
+    weights_2: str | None = None  # of that backbone; left out: --weights
     batch_size_unlabeled: Count | None = None  # unlabelled images per step (mixed, with --cutmix)
     # loss on unlabelled images, ce: that of CPS; soft and negative: supplement Table 4
     unsup_loss: Literal["fpl", "ce", "soft", "negative"] = "fpl"
@@ -165,9 +169,12 @@ class Args:
         "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
+        # >>> method: network-needs
         "stem": "backbone=resnet18|resnet50|resnet101",
         "multi_grid": "backbone=resnet18|resnet50|resnet101",
+        # <<< method: network-needs
         # >>> method: needs
+        "weights_2": "no init",
         "batch_size_unlabeled": "unsup_weight",
         "unsup_loss": "unsup_weight",
         "T": "unsup_weight, unsup_loss=fpl, k_strategy=n-1|n",
@@ -248,6 +255,8 @@ def preset(args):
     values = DATASETS[args.dataset] | RECIPES[args.recipe]
     values["batch_size_unlabeled"] = args.batch_size or values["batch_size"]
     backbone = args.backbone or values["backbone"]
+    values["backbone_2"] = backbone
+    values["weights_2"] = args.weights or values["weights"]
     table = T_TABLE.get((args.dataset, backbone, args.cutmix), {})
     values["T"] = (table.get(args.split, 0.9),)
     if args.T and len(args.T) > 1 and (args.fused == "on" or args.k_strategy == "n"):
@@ -548,6 +557,13 @@ def cutmix_masks(args, step, group):
     return torch.stack(masks).chunk(group.world)[group.rank]
 
 
+def of_branch(args, name):
+    """Returns args as a network, branch1 or branch2, has them: with its backbone and weights."""
+    if name == "branch1":
+        return args
+    return replace(args, backbone=args.backbone_2, weights=args.weights_2)
+
+
 class Average(nn.ModuleList):
     """Networks scored as one: "logits" is the logarithm of their mean probabilities.
 
@@ -609,6 +625,9 @@ def supervised_loss(out, label, args):
 
 MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
 STD = (58.395, 57.12, 57.375)
+
+
+# >>> method: backbone
 DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
     (16, True): (2, 4, 8),
     (16, False): (1, 2, 2),
@@ -670,6 +689,27 @@ def dilate(stage, dilations):
                     conv.dilation = conv.padding = (d, d)
 
 
+def features(net, x):
+    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    if hasattr(net, "feature_info"):  # timm's
+        return net(x)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    stages = []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = stage(x)
+        stages.append(x)
+    return stages
+
+
+def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
+    """Returns convolution (same size), BN, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+# <<< method: backbone
+
+
 # >>> method: head
 class CPSHead(nn.Module):
     """CPS's released head: ASPP with LeakyReLU, pooled branch added, low level 48, no dropout.
@@ -719,12 +759,6 @@ class CPSHead(nn.Module):
 # <<< method: head
 
 
-def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
-    """Returns convolution (same size), BN, ReLU."""
-    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
 def upsample(x, size):
     """Bilinear with align_corners=True, as all released networks do; size None: as it is."""
     if size is None:
@@ -742,6 +776,7 @@ class Network(nn.Module):
         super().__init__()
         self.amp = args.amp == "bf16"
         self.backbone = make_backbone(args)
+        # >>> method: channels
         channels = [64, 128, 256, 512]
         mean = torch.tensor(MEAN)
         std = torch.tensor(STD)
@@ -751,6 +786,7 @@ class Network(nn.Module):
             std = 255 * torch.tensor(self.backbone.default_cfg["std"])
         elif args.backbone != "resnet18":  # bottlenecks
             channels = [4 * c for c in channels]
+        # <<< method: channels
         self.head = head(channels, num_classes, args)
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
@@ -760,18 +796,6 @@ class Network(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             stages = features(self.backbone, h)
             return self.head(stages, x.shape[2:] if upsampled else None)
-
-
-def features(net, x):
-    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
-    if hasattr(net, "feature_info"):  # timm's
-        return net(x)
-    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-    stages = []
-    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-        x = stage(x)
-        stages.append(x)
-    return stages
 
 
 def build(args, num_classes, head, group):
@@ -1078,6 +1102,7 @@ def evaluate(net, data, items, args, group):
 # ---- 7. Training -----------------------------------------------------------------------------
 
 
+# >>> method: optimizer
 def make_optimizer(trained, args):
     """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
     groups = []
@@ -1091,6 +1116,9 @@ def make_optimizer(trained, args):
     return torch.optim.SGD(groups, args.lr, momentum=0.9)
 
 
+# <<< method: optimizer
+
+
 def main(args):
     """Trains, or scores with --eval-only; args as fill returns them."""
     group = distributed.setup(args.device)
@@ -1100,9 +1128,12 @@ def main(args):
     # -- networks --
     torch.manual_seed(args.seed)
     # >>> method: networks
-    trained = [build(args, data.num_classes, CPSHead, group) for _ in (1, 2)]
+    networks = {
+        name: build(of_branch(args, name), data.num_classes, CPSHead, group)
+        for name in ("branch1", "branch2")
+    }
+    trained = list(networks.values())
     branches = [parallel(net, args, group) for net in trained]
-    networks = {"branch1": trained[0], "branch2": trained[1]}
 
     def scored(step):
         """The network that evaluation scores [D19]."""

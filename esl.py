@@ -102,6 +102,7 @@ class Args:
     ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
+    # >>> method: network
     # -- network --
     backbone: Backbone | None = None  # resnet18, resnet50, resnet101, or any of timm: timm/NAME
     # first layers, classic: one 7x7; deep: three 3x3 of 64, 64, 128 channels; v1c: 32, 32, 64
@@ -112,6 +113,7 @@ class Args:
     multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
+    # <<< method: network
     # -- optimization --
     # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
     recipe: Literal["paper", "official"] = "paper"
@@ -119,7 +121,7 @@ class Args:
     total_iters: Count | None = None  # optimizer steps
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
-    weight_decay: Share | None = None  # of SGD
+    weight_decay: Share | None = None  # of the optimizer
     # what decays, weights: neither BN nor biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
@@ -160,8 +162,10 @@ class Args:
         "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
+        # >>> method: network-needs
         "stem": "backbone=resnet18|resnet50|resnet101",
         "multi_grid": "backbone=resnet18|resnet50|resnet101",
+        # <<< method: network-needs
         # >>> method: needs
         "parts": "contrast, contrast_weight",
         "theta": "contrast, contrast_weight",
@@ -602,6 +606,9 @@ def supervised_loss(out, label, args):
 
 MEAN = (123.675, 116.28, 103.53)  # ImageNet, RGB, 0..255
 STD = (58.395, 57.12, 57.375)
+
+
+# >>> method: backbone
 DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
     (16, True): (2, 4, 8),
     (16, False): (1, 2, 2),
@@ -661,6 +668,27 @@ def dilate(stage, dilations):
                 conv.stride = (1, 1)
                 if conv.kernel_size == (3, 3):
                     conv.dilation = conv.padding = (d, d)
+
+
+def features(net, x):
+    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    if hasattr(net, "feature_info"):  # timm's
+        return net(x)
+    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+    stages = []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        x = stage(x)
+        stages.append(x)
+    return stages
+
+
+def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
+    """Returns convolution (same size), BN, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+# <<< method: backbone
 
 
 # >>> method: head
@@ -739,12 +767,6 @@ def two_blocks(inputs, width, outputs):
 # <<< method: head
 
 
-def conv_bn_relu(inputs, outputs, kernel, dilation=1, bias=False):
-    """Returns convolution (same size), BN, ReLU."""
-    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2 * dilation, dilation, bias=bias)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
 def upsample(x, size):
     """Bilinear with align_corners=True, as all released networks do; size None: as it is."""
     if size is None:
@@ -762,6 +784,7 @@ class Network(nn.Module):
         super().__init__()
         self.amp = args.amp == "bf16"
         self.backbone = make_backbone(args)
+        # >>> method: channels
         channels = [64, 128, 256, 512]
         mean = torch.tensor(MEAN)
         std = torch.tensor(STD)
@@ -771,6 +794,7 @@ class Network(nn.Module):
             std = 255 * torch.tensor(self.backbone.default_cfg["std"])
         elif args.backbone != "resnet18":  # bottlenecks
             channels = [4 * c for c in channels]
+        # <<< method: channels
         self.head = head(channels, num_classes, args)
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
@@ -780,18 +804,6 @@ class Network(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             stages = features(self.backbone, h)
             return self.head(stages, x.shape[2:] if upsampled else None)
-
-
-def features(net, x):
-    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
-    if hasattr(net, "feature_info"):  # timm's
-        return net(x)
-    x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-    stages = []
-    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-        x = stage(x)
-        stages.append(x)
-    return stages
 
 
 def build(args, num_classes, head, group):
@@ -1095,6 +1107,7 @@ def evaluate(net, data, items, args, group):
 # ---- 7. Training -----------------------------------------------------------------------------
 
 
+# >>> method: optimizer
 def make_optimizer(trained, args):
     """Returns SGD (momentum 0.9) over the trained networks; "scale" is a group's multiple of lr."""
     groups = []
@@ -1106,6 +1119,9 @@ def make_optimizer(trained, args):
         groups.append({"params": weights, "scale": scale, "weight_decay": args.weight_decay})
         groups.append({"params": vectors, "scale": scale, "weight_decay": vector_decay})
     return torch.optim.SGD(groups, args.lr, momentum=0.9)
+
+
+# <<< method: optimizer
 
 
 def main(args):

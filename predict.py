@@ -56,6 +56,7 @@ from common.flags import (
     merge,
     met,
     rules,
+    without_weights,
 )
 from common.run import machine_remedy, refusals, report
 
@@ -70,6 +71,7 @@ HEADS = {  # script -> the head of its networks
     "u2pl_ael.py": "U2PLHead",
     "esl.py": "ESLHead",
     "unimatch.py": "UniMatchHead",
+    "unimatch_v2.py": "DPTHead",
 }
 WHOLE = 4_000_000  # pixels; a larger image goes through in windows whatever the protocol
 WINDOW = 1024  # their side then
@@ -206,7 +208,10 @@ def build_source(saved, network=None, device="cpu", amp="none"):
         raise Refusal(f"{path}: no network {name}; --network takes {', '.join(known)}")
     parts = ["branch1", "branch2"] if name == "mean" else [name]
     head = getattr(script, HEADS[saved["script"]])
-    networks = {part: script.build(args, data.num_classes, head, group) for part in parts}
+    of_branch = getattr(script, "of_branch", lambda args, part: args)  # cps_fpl.py's may differ
+    networks = {
+        part: script.build(of_branch(args, part), data.num_classes, head, group) for part in parts
+    }
     load_networks(saved, networks)
     net = script.Average(networks.values()) if name == "mean" else networks[name]
     net.requires_grad_(False).eval()
@@ -233,8 +238,9 @@ def estimate_bn(script, net, args, device):
 def arguments(script, saved, amp):
     """Returns a script's Args as a checkpoint's dict of those that acted has them, resolved."""
     names = {field.name for field in fields(script.Args)}
-    values = {k: v for k, v in as_fields(script.Args, saved).items() if k in names}
-    return merge(script.Args(**values | {"weights": "none", "amp": amp}), script.preset)
+    kept = {k: v for k, v in as_fields(script.Args, saved).items() if k in names}
+    kept.update(without_weights(names), amp=amp)
+    return merge(script.Args(**kept), script.preset)
 
 
 def scored_name(saved, args):

@@ -79,6 +79,11 @@ MODES = {
         "--label topk --top-k 2 --cutmix-prob 0.5",
         "--label soft --aux-weight 0.4",
     ],
+    "unimatch_v2": [
+        "--threshold 0.3",
+        "--threshold 0.3 --recipe official",
+        "--unsup-loss fpl --freeze 2 --checkpoint-activations",
+    ],
     "unimatch": [
         "--threshold 0.3",
         "--threshold 0.3 --recipe official",

@@ -131,12 +131,15 @@ class Autocast(TorchFunctionMode):
     that came out.
     """
 
-    def __init__(self, mode):
+    def __init__(self, mode, enabled=True):
         super().__init__()
-        self.mode = mode
+        self.mode, self.enabled = mode, enabled
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if not self.enabled:  # nor is the one around it
+            with torch._C.DisableTorchFunction():
+                return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor)]
         if not leaves or name in KEPT or name.endswith("_"):
@@ -203,7 +206,7 @@ def fake_cuda(device=GPU):
     @contextlib.contextmanager
     def autocast(device, dtype=None, enabled=True):
         """In place of torch.autocast, which refuses a device that is not there."""
-        with Autocast(mode) if enabled else contextlib.nullcontext():
+        with Autocast(mode, enabled):
             yield
 
     tensor = torch.tensor

@@ -44,7 +44,8 @@ from benchmarks.runs import differences, kill, running  # noqa: E402
 from common import run  # noqa: E402
 from common.flags import cli  # noqa: E402
 
-SCRIPTS = tuple("supervised mean_teacher cps_fpl ael_fpl u2pl u2pl_ael esl unimatch".split())
+SCRIPTS = ("supervised", "mean_teacher", "cps_fpl", "ael_fpl", "u2pl", "u2pl_ael", "esl")
+SCRIPTS += ("unimatch", "unimatch_v2")
 MORE = {  # flags that make a run of a few steps do all that a long one does
     "mean_teacher": "--cutmix --warmup-iters 3",
     "esl": "--anchors 6 --queue 5 --zeta 0.12",

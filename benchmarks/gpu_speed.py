@@ -6,6 +6,7 @@ equal before the first round. Medians with the smallest and the largest round.
 
 import contextlib
 import importlib
+import itertools
 import statistics
 import time
 from unittest.mock import patch
@@ -176,12 +177,16 @@ def copy_bandwidth(report, size):
 # ---- steps ----
 
 
+VITS = "dinov2_vits14"
+
+
 def configurations(options):
     """Yields (script, backbone, crop, amp, compile), sorted by worth."""
     names = "cps_fpl unimatch mean_teacher ael_fpl u2pl u2pl_ael esl supervised".split()
     if options.tiny:
         for name in names:
             yield name, "resnet50", 32, "none", False
+        yield "unimatch_v2", VITS, 28, "none", False
         return
     sizes = [("resnet50", 512), ("resnet101", 800), ("resnet101", 769)]
     sizes += [("resnet101", 512), ("resnet50", 769), ("resnet50", 800)]
@@ -196,12 +201,17 @@ def configurations(options):
             yield name, backbone, crop, "none", True
     for name in names[1:]:
         yield name, *sizes[0], "bf16", True
+    for backbone in (VITS, "dinov2_vitb14", "dinov2_vitl14"):
+        for crop, amp in itertools.product((518, 798), ("bf16", "none")):
+            yield "unimatch_v2", backbone, crop, amp, False
 
 
 def step_flags(name, backbone, crop, amp, compilation):
     """Returns the flags of a step as a process of a large run has it: 2 images of each stream."""
-    flags = ["--backbone", backbone, "--stem", "v1c", "--output-stride", 16, "--weights", "none"]
-    flags += ["--crop-size", crop, "--amp", amp, "--batch-size", 2, "--aspp-rates", 6, 12, 18]
+    flags = ["--backbone", backbone, "--weights", "none"]
+    flags += ["--crop-size", crop, "--amp", amp, "--batch-size", 2]
+    if name != "unimatch_v2":
+        flags += ["--stem", "v1c", "--output-stride", 16, "--aspp-rates", 6, 12, 18]
     if name != "supervised":
         flags += ["--batch-size-unlabeled", 2]
     if name in ("mean_teacher", "u2pl", "u2pl_ael"):
@@ -273,6 +283,7 @@ LOSSES = {
     "u2pl_ael": ["supervised_loss", "equalized_cross_entropy", "unreliable_loss"],
     "esl": ["supervised_loss", "soft_cross_entropy", "part_contrast"],
     "unimatch": ["supervised_loss", "consistency", "statistics"],
+    "unimatch_v2": ["supervised_loss", "consistency", "statistics"],
 }
 BANKS = {
     "supervised": [],
@@ -283,6 +294,7 @@ BANKS = {
     "u2pl_ael": "draw_partners partner_mask copy_paste draw_features push_features".split(),
     "esl": "cutmix push_features part_ids part_sums update_prototypes soft_label".split(),
     "unimatch": ["strong_views", "mixed", "lesson"],
+    "unimatch_v2": "strong_views mixed lesson complementary_masks".split(),
 }
 
 
@@ -325,8 +337,9 @@ def shares(options, report):
     report.attempt("the loader", lambda: loader_speed(options, report), seconds=6)
     for name in steps.MODES:
         for amp in ("bf16",) if options.tiny else ("bf16", "none"):
-            flags = step_flags(name, "resnet50", crop, amp, False)
-            what = name, flags, words_of(name, "resnet50", crop, amp, False), options, report
+            backbone = VITS if name == "unimatch_v2" else "resnet50"
+            flags = step_flags(name, backbone, crop, amp, False)
+            what = name, flags, words_of(name, backbone, crop, amp, False), options, report
             report.attempt(what[2], lambda w=what: one_share(*w), seconds=4)
 
 
@@ -381,7 +394,8 @@ def one_share(name, flags, words, options, report):
 
         stack.enter_context(patch.object(script.Network, "forward", network))
         replace(torch.Tensor, "backward", "backward")
-        replace(torch.optim.SGD, "step", "optimizer")
+        for kind in (torch.optim.SGD, torch.optim.AdamW):
+            replace(kind, "step", "optimizer")
         batches = steps.random_batches(classes=19, pin=report.cuda)
         how = {"after": after, "batches": batches, "classes": 19, "tiny": options.tiny}
         steps.take(name, flags, Group(0, 1, report.device), warm + count, **how)

@@ -10,6 +10,8 @@ import torch
 from common import Refusal
 
 NEVER = 2**62  # later than any step
+# what an optimizer keeps of a parameter
+MOMENTA = {"SGD": ("momentum_buffer",), "AdamW": ("exp_avg", "exp_avg_sq", "step")}
 
 
 def load_checkpoint(path, script=None):
@@ -87,7 +89,7 @@ def load_networks(saved, networks):
 
 
 def load_optimizer(saved, optimizer):
-    """Fills an optimizer, SGD, from a checkpoint's dict: its momenta alone are taken.
+    """Fills an optimizer, SGD or AdamW, from a checkpoint's dict: its momenta alone are taken.
 
     Raises Refusal if a parameter has none, or if a group is another, but for its rate.
     """
@@ -100,9 +102,12 @@ def load_optimizer(saved, optimizer):
                     raise ValueError(f"{name} of its group {number} is {group.get(name)}")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, p in enumerate(parameters):  # all of them have had a gradient
-            momentum = content["state"][number]["momentum_buffer"]
-            if (momentum.shape, momentum.dtype) != (p.shape, p.dtype):
-                raise ValueError(f"a momentum of shape {tuple(momentum.shape)}, {momentum.dtype}")
+            for name in MOMENTA[type(optimizer).__name__]:
+                momentum = content["state"][number][name]
+                shape = torch.Size() if name == "step" else p.shape
+                if (momentum.shape, momentum.dtype) != (shape, p.dtype):
+                    shape = tuple(momentum.shape)
+                    raise ValueError(f"a momentum of shape {shape}, {momentum.dtype}")
         optimizer.load_state_dict({"state": content["state"], "param_groups": own})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         wrong = " ".join(str(error).split()) or "no dict"

@@ -93,10 +93,10 @@ def parse(cls, preset, argv=None):
         raise Refusal("--checkpoint, --eval-on: with --eval-only; --init starts from a checkpoint")
     if not args.eval_only:
         return args
-    saved = load_checkpoint(args.checkpoint or "--eval-only needs --checkpoint")["args"]
-    saved = as_fields(cls, saved)
+    path = args.checkpoint or "--eval-only needs --checkpoint"
+    saved = as_fields(cls, load_checkpoint(path, inspect.getfile(cls))["args"])
     kept = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
-    saved = {name: saved[name] for name in kept} | {"weights": "none"}
+    saved = {name: saved[name] for name in kept} | without_weights(vars(args))
     return cli(cls, argv, default=replace(args, **saved))
 
 
@@ -121,8 +121,13 @@ def merge(args, preset):
         args = replace(args, split="list")
     values = preset(args)
     if args.init:
-        values["weights"] = "none"
+        values.update(without_weights(values))
     return replace(args, **{k: v for k, v in values.items() if getattr(args, k) is None})
+
+
+def without_weights(names):
+    """Returns {flag: "none"} for those of these flags that say where weights come from."""
+    return {name: "none" for name in names if name.partition("_")[0] == "weights"}
 
 
 def fill(args, preset, argv=None):

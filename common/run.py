@@ -294,7 +294,8 @@ class Run:
         )
         batch = self.args.batch_size // self.group.world
         synchronized = self.group.world > 1 and self.group.device.type == "cuda"
-        if batch < 4 and not synchronized and not self.args.precise_bn:
+        norms = any("running_mean" in key for net in networks.values() for key in net.state_dict())
+        if norms and batch < 4 and not synchronized and not self.args.precise_bn:
             self.say(f"{batch} labelled images feed BN: --precise-bn 20 may score otherwise")
 
     def _newest_whole(self):

@@ -13,6 +13,13 @@ from common import Refusal
 # file's name holds the beginning of its sha256
 V1C = "https://download.openmmlab.com/pretrain/third_party/"
 NAMES = {"resnet18": "b5776b93", "resnet50": "2cccc1ad", "resnet101": "e67eebb6"}
+# DINOv2 as Meta publishes it, and the file's sha256
+META = "https://dl.fbaipublicfiles.com/dinov2/"
+DINOV2 = {
+    "dinov2_vits14": "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    "dinov2_vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
+    "dinov2_vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+}
 FIT = "convnext_tiny, tf_efficientnet_lite0, mobilenetv3_large_100, resnet50d and others fit"
 
 
@@ -26,32 +33,14 @@ def load_backbone(resnet, weights, backbone, stem):
     """
     if weights == "none":
         return
-    try:
-        if weights == "auto":
-            weights = f"{V1C}{backbone}_v1c-{NAMES[backbone]}.pth"
-            if stem == "classic":
-                weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
-            load = torch.hub.load_state_dict_from_url
-            state = load(weights, map_location="cpu", check_hash=True, weights_only=True)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the pickle's protocol
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state))
-        state = {re.sub(r"^module\.", "", k): v for k, v in state.items()}  # of a parallel network
-        state = {re.sub(r"^stem\.7\.", "bn1.", k): v for k, v in state.items() if k[:3] != "fc."}
-        state = {re.sub(r"^stem\.", "conv1.", k): v for k, v in state.items()}
-    except Exception as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        line += "; give --weights FILE, or --weights none for random ones"
-        raise Refusal(f"--weights {weights}: no readable state dict: {line}") from None
-    own = resnet.state_dict()
-    counter = "num_batches_tracked"  # older files lack it; unused here
-    bad = [key for key in set(state) ^ set(own) if not key.endswith(counter)]
-    for key in set(state) & set(own):
-        if getattr(state[key], "shape", 0) != own[key].shape:
-            bad.append(key)
-    if bad:
+    if weights == "auto":
+        weights = f"{V1C}{backbone}_v1c-{NAMES[backbone]}.pth"
+        if stem == "classic":
+            weights = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1.url
+    state = read_state(weights)
+    state = {re.sub(r"^stem\.7\.", "bn1.", k): v for k, v in state.items() if k[:3] != "fc."}
+    state = {re.sub(r"^stem\.", "conv1.", k): v for k, v in state.items()}
+    if bad := unfit(state, resnet):
         first = (*getattr(state.get("conv1.0.weight"), "shape", ()), 0)[0]
         other = {64: "deep", 32: "v1c"}.get(first, "classic")
         names = ", ".join(sorted(bad)[:3])
@@ -59,6 +48,69 @@ def load_backbone(resnet, weights, backbone, stem):
             names += f"; is it --stem {other}?"
         raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({names})")
     resnet.load_state_dict(state, strict=False)
+
+
+def load_dinov2(vit, weights, backbone):
+    """Loads weights into the DINOv2 of a script; every key must fit.
+
+    weights: "none" (random weights stay), "auto" (Meta's, downloaded once, hash-checked, cached by
+    torch.hub) or a file, .pth or .safetensors, of Meta's or of timm's names, which are the same
+    but for a prefix. Raises Refusal.
+    """
+    if weights == "none":
+        return
+    if weights == "auto":
+        weights = f"{META}{backbone}/{backbone}_pretrain.pth"
+    # torch.hub takes the hash from the name that it keeps the file by
+    state = read_state(weights, f"{backbone}_pretrain-{DINOV2[backbone]}.pth")
+    state = {re.sub(r"^(backbone|model)\.", "", key): value for key, value in state.items()}
+    state.pop("mask_token", None)  # of pretraining alone
+    if bad := unfit(state, vit):
+        names = ", ".join(sorted(bad)[:3])
+        if any("rope" in key or "storage_tokens" in key for key in state):
+            names += "; it is a DINOv3, another network: docs/backbones.md"
+        elif any("reg" in key for key in state):
+            names += "; it has register tokens: give the file without them"
+        raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({names})")
+    vit.load_state_dict(state)
+
+
+def read_state(weights, name=None):
+    """Returns the state dict of a file or of an address, whose file's name has the hash in it.
+
+    It may lie under state_dict or model, its keys under module. name: in place of that in the
+    address. Raises Refusal.
+    """
+    try:
+        if "://" in weights:
+            load = torch.hub.load_state_dict_from_url
+            checked = {"check_hash": True, "weights_only": True, "file_name": name}
+            state = load(weights, map_location="cpu", **checked)
+        elif weights.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            state = load_file(weights)
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the pickle's protocol
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state.get("model", state))
+        return {re.sub(r"^module\.", "", k): v for k, v in state.items()}  # of a parallel network
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
+        line += "; give --weights FILE, or --weights none for random ones"
+        raise Refusal(f"--weights {weights}: no readable state dict: {line}") from None
+
+
+def unfit(state, net):
+    """Returns the keys of a state dict and a network that only one has, or in other shapes."""
+    own = net.state_dict()
+    counter = "num_batches_tracked"  # older files lack it; unused here
+    bad = [key for key in set(state) ^ set(own) if not key.endswith(counter)]
+    for key in set(state) & set(own):
+        if getattr(state[key], "shape", 0) != own[key].shape:
+            bad.append(key)
+    return bad
 
 
 def load_timm(backbone, weights, output_stride):

@@ -35,6 +35,7 @@ METHODS = {  # script -> (flag that names the method, {its value: the first word
     "cps_fpl.py": ("unsup_loss", {"fpl": "FPL+CPS", "ce": "CPS"}),
     "ael_fpl.py": ("unsup_loss", {"fpl": "FPL+AEL", "ce": "AEL"}),
     "unimatch.py": ("unsup_loss", {"ce": "UniMatch", "fpl": "UniMatch, FPL"}),
+    "unimatch_v2.py": ("unsup_loss", {"ce": "UniMatch V2", "fpl": "UniMatch V2, FPL"}),
     "u2pl.py": (
         "unreliable_loss",
         {"contrastive": "U2PL, L_c", "binary": "U2PL, L_b", "none": "U2PL, neither L_c nor L_b"},
@@ -80,10 +81,12 @@ def method(start):
         words.append("CutMix")
     if args.get("contrast") is False:
         words.append("no L_CTR")
-    if args.get("views") == 1 and not args["feature_perturbation"]:
+    if args.get("backbone_2", args["backbone"]) != args["backbone"]:
+        words.append(f"{args['backbone']} and {args['backbone_2']}")
+    if args.get("views") == 1 and not args.get("feature_perturbation"):
         words = [words[0].replace("UniMatch", "FixMatch")]
         args = args | {"views": 2, "feature_perturbation": True}
-    if start["script"] == "unimatch.py" and args.get("threshold", 0.95) != 0.95:
+    if start["script"].startswith("unimatch") and args.get("threshold", 0.95) != 0.95:
         words.append(f"threshold {args['threshold']:g}")
     for name, usual in USUAL.items():
         value = spelled(args.get(name, usual))

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import cps_fpl
+import predict
+import tiny
 from common import weights
 from common.distributed import Group
 from cps_fpl import CPSHead
@@ -354,3 +357,25 @@ def test_weights_of_timm_fit_or_are_refused_and_so_are_networks_without_features
         ("resnet26d", path, "resnet26d"),
     ):
         assert words in refusal(make_backbone, flags(f"timm/{name}", weights=file))
+
+
+def test_two_networks_of_cps_may_be_unlike(tmp_path):
+    """A ResNet and one of timm learn from each other; they are scored and taken away by name."""
+    pytest.importorskip("timm")
+    tree, out = tiny.draw_tree(tmp_path / "data"), tmp_path / "run"
+    words = "--backbone resnet18 --backbone-2 timm/tf_efficientnet_lite0 --evaluate mean"
+    words = f"{words} --head-channels 16".split()
+    tiny.train(cps_fpl, [*tiny.flags(tree, out, iters=2, evaluate=2, save=2), *words])
+    mean = predict.open_source(out / "last.pt")
+    parts = mean.networks["branch1"].backbone, mean.networks["branch2"].backbone
+    assert type(parts[0]).__name__ == "ResNet" and hasattr(parts[1], "feature_info")
+    x = torch.randint(0, 256, (1, 3, 33, 47), dtype=torch.uint8)
+    both = [predict.open_source(out / "last.pt", f"branch{i}").net(x)["logits"] for i in (1, 2)]
+    expected = sum(logits.softmax(1) for logits in both) / 2
+    assert torch.allclose(mean.net(x)["logits"].softmax(1), expected, atol=1e-5)
+    args = tiny.resolved(cps_fpl, ["--weights", "a.pth", "--weights-2", "b.pth", *words])
+    assert [cps_fpl.of_branch(args, b).weights for b in ("branch1", "branch2")] == [
+        "a.pth",
+        "b.pth",
+    ]
+    assert mean.args.weights == mean.args.weights_2 == "none"  # what opens it fetches nothing

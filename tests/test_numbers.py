@@ -169,7 +169,8 @@ def test_teachers_of_every_kind(kind, name, extra, trees, tmp_path, monkeypatch)
     extra += " --scales 1 1.5"  # of 48x36 pixels: a crop of 32 lies inside
     steps, scores = made(monkeypatch, name, trees["drawn"], out, extra, teach)
     for parts in steps:
-        assert parts["loss"] >= parts["sup"] > 0
+        half = 2 if name == "unimatch_v2" else 1  # its loss is a mean
+        assert half * parts["loss"] >= parts["sup"] > 0
         K = min(9 if kind == "flat" else 1, 3 if "official" in extra else C)
         assert parts.get("K", K) == K and parts.get("K_gt_1", K > 1) == (K > 1)
         weight = 1.0 if kind == "certain" else 0.0  # Eq. (11): the next class is as likely
@@ -220,7 +221,7 @@ FAULTS = [  # what, at which of 8 steps, its value, the checkpoint before, the s
     ("gradient", 5, math.nan, 4, 6, FEW),  # in the next loss
     ("gradient", 8, math.nan, 6, 8, FEW),  # a checkpoint is due, and a score
     ("output", 5, -math.inf, 4, 5, FEW),
-    ("teacher", 5, math.nan, 4, 5, tiny.SCRIPTS[1:-1]),
+    ("teacher", 5, math.nan, 4, 5, [n for n in tiny.SCRIPTS[1:] if n != "unimatch"]),
     ("logits", 5, math.nan, 4, 5, ["u2pl"]),  # L_u = L_c = 0 there
     ("bank", 4, math.nan, 2, 4, tiny.STATE),  # a key that no anchor met
 ]

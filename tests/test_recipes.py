@@ -36,6 +36,7 @@ SPLITS = {  # the usual one first, "" where none is given; nobody published VOC'
     "shapes": ["", *SHARES.split()],
 }
 BACKBONES, RECIPES = ("", "resnet18", "resnet50", "resnet101"), ("", "recipe=official")
+DINOV2 = ("", "dinov2_vitb14", "dinov2_vitl14")
 OPTIONS = {"supervised": "schedule=matched", "mean_teacher": "consistency=mse"}  # a preset looks
 OPTIONS |= {"cps_fpl": "cutmix=", "ael_fpl": "unsup_loss=ce"}
 FOLLOWED = "batch_size=8 batch_size=16 total_iters=150000 output_stride=16 init=last.pt"
@@ -44,10 +45,13 @@ FOLLOWED = "batch_size=8 batch_size=16 total_iters=150000 output_stride=16 init=
 def command_lines(name, dataset):
     """Yields all combinations for a script and a data set, as recipes.json has them."""
     splits = [f"split={split}" if split else "" for split in SPLITS[dataset]]
-    backbones = [f"backbone={backbone}" if backbone else "" for backbone in BACKBONES]
+    names = DINOV2 if name == "unimatch_v2" else BACKBONES
+    backbones = [f"backbone={backbone}" if backbone else "" for backbone in names]
     for words in itertools.product(splits, backbones, {"", OPTIONS.get(name, "")}, RECIPES):
         yield ",".join(filter(None, words))
     for word in FOLLOWED.split():
+        if name == "unimatch_v2" and "output_stride" in word:
+            continue
         yield ",".join(filter(None, (splits[0], word)))
     yield from ("labeled_list=l.txt", "labeled_list=l.txt,total_iters=9")
 
@@ -64,6 +68,8 @@ def outcome(name, dataset, words=""):
         args = flags.fill(args, module_of(name).preset, [])
     except Refusal as error:
         return str(error)
+    if given.get("backbone") == getattr(args, "backbone_2", ""):  # it follows
+        given["backbone_2"] = None
     return {key: value for key, value in flags.plain(args).items() if key not in given}
 
 
@@ -179,6 +185,7 @@ CLAUSES = {  # of NEEDS: its words, flags with which it does not hold, flags wit
     "unsup_loss=fpl": ("--unsup-loss fpl", {"unsup_loss": "ce"}, {"unsup_loss": "fpl"}),
     "unsup_loss=ce": ("--unsup-loss ce", {"unsup_loss": "fpl"}, {}),
     "unreliable_loss!=none": ("--unreliable-loss other than none", {"unreliable_loss": "none"}, {}),
+    "views=2": ("--views 2", {"views": 1}, {}),
     "label=dynamic": ("--label dynamic", {"label": "topk"}, {}),
     "label=topk": ("--label topk", {"label": "dynamic"}, {"label": "topk"}),
 }  # fmt: skip
@@ -228,14 +235,15 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
         assert float(miou) == entry["miou"][split]
         args = dataclasses.replace(parsed(f"--dataset {dataset} {words}"), split=split)
         args = flags.fill(args, preset, [])
-        found = [getattr(args, column) for column in COLUMNS]
+        found = [getattr(args, column, 14) for column in COLUMNS]  # a patch of DINOv2's
         found[6] = round(found[6] * args.crop_size**2)  # pixels
         if "--lr" not in words:  # of a table that varies it
             rates = list(PAPERS["rates"][f"{name} {dataset.removesuffix('_aug')}"])
             if name == "unimatch" and dataset == "voc_aug" and "cps" not in words:  # U2PL's lists
                 rates[5] = 513
             assert found == rates, line
-        assert getattr(args, "batch_size_unlabeled", None) == PAPERS["unlabeled"].get(name)
+        both = args.batch_size if name == "unimatch_v2" else PAPERS["unlabeled"].get(name)
+        assert getattr(args, "batch_size_unlabeled", None) == both
         city = dataset == "cityscapes"
         if re.match("FPL Table [123],", source):
             assert args.total_iters == PAPERS["FPL steps"][name][city], line
@@ -248,6 +256,8 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
         elif name not in PAPERS["FPL steps"] and f"{dataset} {split}" in PAPERS["steps"]:
             alone, semi, one_pass, esl = PAPERS["steps"][f"{dataset} {split}"]
             total = {"supervised": alone, "esl": esl, "unimatch": esl}.get(name, semi)
+            if name == "unimatch_v2":
+                total = PAPERS["V2 steps"][f"{dataset} {split}"]
             if name == "unimatch" and city:
                 total = {"1/16": 83_760, "1/8": 78_000, "1/4": 66_960, "1/2": 44_640}[split]
             warm = one_pass * (20 if city else 1)  # App. A: 1 pass of VOC's 80, 20 of 200

@@ -25,7 +25,7 @@ from common import run
 from tiny import SCRIPTS, draw_tree, flags, shrink, train
 from tiny import script as module_of
 
-S, M, CPS, AEL, U2PL, U2PL_AEL, ESL, UNI = map(module_of, SCRIPTS)
+S, M, CPS, AEL, U2PL, U2PL_AEL, ESL, UNI, V2 = map(module_of, SCRIPTS)
 P = prepare_data
 TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
 
@@ -183,6 +183,11 @@ CASES = [
     Case("malicious weights", S, W, NO_WEIGHTS, put("w.pth", {"conv1.weight": Trap()})),
     Case("another shape", S, W, "--weights_w.pth conv1",
          put("w.pth", RESNET18 | {"conv1.weight": torch.zeros(64, 1, 7, 7)})),
+    *(Case(words, V2, words, line) for words, line in (
+        ("--batch-size-unlabeled 3", "an_even_--batch-size-unlabeled"),
+        ("--unsup-loss fpl --T 0.8 0.9 --fused on", "--fused_on: one_--T"),
+        ("--precise-bn 5", "--precise-bn: there_is_no_BN"),
+        ("--backbone resnet18", "--backbone dinov2_vits14"))),
     Case("WORLD_SIZE alone", S, "", "RANK LOCAL_RANK MASTER_ADDR MASTER_PORT start_with_torchrun",
          environ(WORLD_SIZE="2")),
     Case("MASTER_PORT taken", S, "", "MASTER_PORT", busy),

@@ -11,7 +11,7 @@ from torch import nn
 from common import flags as flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = "supervised mean_teacher cps_fpl ael_fpl u2pl u2pl_ael esl unimatch".split()
+SCRIPTS = "supervised mean_teacher cps_fpl ael_fpl u2pl u2pl_ael esl unimatch unimatch_v2".split()
 OF_U2PL = "--anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12 --delta-p 0.1"
 MORE = {  # flags that make a run of a few steps do all that a long one does
     "mean_teacher": "--cutmix --warmup-iters 3",
@@ -19,6 +19,7 @@ MORE = {  # flags that make a run of a few steps do all that a long one does
     "u2pl_ael": f"--warmup-iters 2 {OF_U2PL}",
     "esl": "--anchors 6 --negatives 7 --queue 5 --parts 3 --zeta 0.12",
     "unimatch": "--threshold 0.13",
+    "unimatch_v2": "--threshold 0.3",
 }
 # the network that is scored; else:
 SCORED = {"supervised": "student", "unimatch": "student", "cps_fpl": "branch1"}
@@ -33,6 +34,7 @@ LINES = {  # what a line of the log has, in this order
     "esl": "loss sup unsup contrast anchors parts dominant conf",
     "unimatch": """loss sup strong perturbed confident K K_gt_1 weight pseudo_acc unsure_acc
         coverage""",
+    "unimatch_v2": "loss sup strong confident K K_gt_1 weight pseudo_acc unsure_acc coverage",
 }
 STATE = {  # what a checkpoint holds beside the networks
     "ael_fpl": "confidence present draws",
@@ -80,6 +82,16 @@ def draw_folder(root, classes, void=255, first=0):
 
 def tiny_modules(module, bare=False):
     """Returns stand-ins for make_backbone and the heads; bare: without BN and dropout."""
+    if hasattr(module, "SIZES"):  # a DINOv2 and a DPT of their own, with neither
+        small = module.Size(8, 4, 2, (0, 1, 2, 3), (4, 4, 8, 8), 8)
+
+        class Lively(module.DPTHead):
+            def __init__(self, *given):
+                super().__init__(*given)
+                for p in self.parameters():
+                    p.data *= 2  # keeps the signal alive
+
+        return {"SIZES": dict.fromkeys(module.SIZES, small), "DPTHead": Lively}
 
     def block(inputs, outputs, stride):
         conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -186,10 +198,10 @@ def flags(tree, out, iters=8, log=2, evaluate=4, save=4, pictures=0, workers=0, 
     return words + ["--device", "cpu"]
 
 
-def own_folder(root, out, classes, **numbers):
+def own_folder(root, out, classes, network="--backbone resnet18 --output-stride 16", **numbers):
     """Returns the flags of a small run on a folder of one's own."""
     words = [*flags(root, out, **numbers), "--dataset", "folder", "--num-classes", str(classes)]
-    return words + "--weights none --backbone resnet18 --output-stride 16 --lr 0.01".split()
+    return words + f"--weights none --lr 0.01 {network}".split()
 
 
 def resolved(module, argv):

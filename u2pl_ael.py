@@ -235,6 +235,9 @@ CITYSCAPES = VOC | dict(
     crop_size=769, ohem_kept=50_000 / 769**2,
     region_area=0.005, bank_area=0.01, paste_not=(0, 1, 2, 8, 10),
 )
+COCO = VOC | dict(  # no paper's: as ESL supplement Table 2 has it
+    backbone="timm/xception65.tf_in1k", output_stride=16, protocol="whole", split_family="unimatch",
+)
 FOLDER = VOC | dict(
     backbone="resnet50", stem="classic", split="all", protocol="whole", total_iters=20_000,
     paste_not=(),
@@ -269,6 +272,7 @@ DATASETS = {
     "voc": VOC,
     "voc_aug": VOC,
     "cityscapes": CITYSCAPES,
+    "coco": COCO,
     "folder": FOLDER,
 }
 
@@ -297,7 +301,7 @@ def preset(args):
     if args.dataset in ("shapes", "camvid"):
         values["aspp_rates"] = (1, 2, 3)  # a crop of 128 is 8x8 there: wide taps never learn
         values["batch_size_unlabeled"] = args.batch_size or values["batch_size"]
-    elif args.output_stride == 16:
+    elif (args.output_stride or values["output_stride"]) == 16:
         values["aspp_rates"] = (6, 12, 18)
     else:
         values["aspp_rates"] = (12, 24, 36)

@@ -198,6 +198,7 @@ CITYSCAPES = VOC | dict(
     ohem_kept=100_000 / 798**2,  # 200,000 pixels of the two crops of a process [D1]
     protocol="slide",
 )
+COCO = VOC | dict(split_family="unimatch")
 FOLDER = VOC | dict(split="all", total_iters=20_000)  # what fits any images
 CAMVID = VOC | dict(  # this project's small protocols [D8]
     weights="none", split="1/8", crop_size=126, batch_size=4, total_iters=600,
@@ -219,16 +220,17 @@ DATASETS = {
     "voc": VOC,
     "voc_aug": VOC,
     "cityscapes": CITYSCAPES,
+    "coco": COCO,
     "folder": FOLDER,
 }
 
 
 def steps_as_released(args, batch_size):
-    """Steps of the released runs: 60 passes (180 on Cityscapes) over the unlabelled images [D22].
+    """Steps of the released runs: 60 passes (City 180, COCO 20) over the unlabelled images [D22].
 
     0 where the split's counts are unknown. Each of four processes drops its last batch.
     """
-    passes = 180 if args.dataset == "cityscapes" else 60
+    passes = {"cityscapes": 180, "coco": 20}.get(args.dataset, 60)
     _, unlabeled = counts(args.dataset, args.split)
     images = -(-unlabeled // 4)  # of a process, rounded up
     return passes * (images // max(batch_size // 4, 1))

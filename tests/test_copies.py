@@ -39,7 +39,7 @@ EXCEPTIONS |= {"u2pl.py": 650, "esl.py": 680}
 # two methods in one script: all of its functions but one stand in the scripts of these
 EXCEPTIONS |= {"u2pl_ael.py": 790}
 # its network, DINOv2 and DPT, stands in the script beside the method
-EXCEPTIONS |= {"unimatch_v2.py": 690}
+EXCEPTIONS |= {"unimatch_v2.py": 695}
 # over all scripts and common/, per 100 lines
 PACKED = 0.6  # a, b = x, y
 TERNARIES = 1.2

@@ -769,9 +769,9 @@ def position_embedding(grid, h, w):
     As published [D27]: bicubic, without antialiasing, by the factors (h + 0.1) / GRID and (w + 0.1)
     / GRID, which also say where is sampled; as it is for GRID x GRID.
     """
-    rows = torch.arange(h, device=grid.device)
-    columns = torch.arange(w, device=grid.device)
-    kept = (rows.amax() + 1 == GRID) & (columns.amax() + 1 == GRID)  # tensors: an export is of all
+    rows = torch.arange(h, device=grid.device, dtype=grid.dtype)
+    columns = torch.arange(w, device=grid.device, dtype=grid.dtype)
+    kept = (rows[-1] + 1 == GRID) & (columns[-1] + 1 == GRID)  # tensors: an export is of all
     with torch.autocast(grid.device.type, enabled=False):
         grid = grid.unflatten(1, (GRID, GRID))
         grid = torch.einsum("hi,bijc->bhjc", bicubic_weights(rows, kept), grid)
@@ -784,7 +784,7 @@ def bicubic_weights(places, kept):
     places: 0 ... n - 1. kept: bool, the places are those of the values. Beyond the border lies the
     last value.
     """
-    step = torch.where(kept, 1.0, GRID / (places.amax() + 1.1))
+    step = torch.where(kept, 1.0, GRID / (places[-1] + 1.1))
     at = (places + 0.5) * step - 0.5
     values = torch.arange(GRID, device=places.device)
     weights = 0.0

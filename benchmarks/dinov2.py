@@ -7,6 +7,7 @@ No GPU is needed: a pass and its backward run on fake CUDA tensors in float32, a
 counted, as benchmarks/memory.py has it, with 1 and with 2 images: GB an image, and GB that are
 there at all, the weights, their gradients and what a pass needs once. A run has the teacher and
 AdamW's two momenta beside them: three more copies of the weights that learn.
+Attention of fake tensors keeps the matrix of all pairs of tokens; a GPU's kernels need not.
 """
 
 import dataclasses

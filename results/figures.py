@@ -733,10 +733,12 @@ def u2pl_1(runs, views):
     figure, [[top], [bottom]] = panels(2, 1, (max(5, 0.45 * len(names)), 2.6))
     top.bar(names, iou[order])
     top.set(ylabel="IoU, %")
-    bottom.bar(names, view.by_class[0][order], label="reliable")
-    bottom.bar(names, view.by_class[1][order], bottom=view.by_class[0][order], label="unreliable")
+    places = np.arange(len(names))
+    bottom.bar(places - 0.2, view.by_class[0][order], 0.4, label="reliable")
+    bottom.bar(places + 0.2, view.by_class[1][order], 0.4, label="unreliable")
     bottom.set(ylabel="pixels", yscale="symlog")
-    bottom.legend(fontsize=8)
+    bottom.set_xticks(places, names)
+    bottom.legend(fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     for ax in (top, bottom):
         ax.tick_params(axis="x", rotation=90, labelsize=8)
     numbers = [f"{run.name} ({run.script}.py), step {run.last}"]

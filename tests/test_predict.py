@@ -79,7 +79,7 @@ def test_classes_are_those_of_the_scripts_own_evaluation(name, tmp_path, monkeyp
 
 
 def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1(tmp_path, monkeypatch):
-    folder = checkpoint("cps_fpl", tmp_path / "run", monkeypatch, T=0.9, protocol="whole")
+    folder = checkpoint("cps_fpl", tmp_path / "run", monkeypatch, T=(0.9,), protocol="whole")
     source = predict.open_source(folder)
     for p in source.net.parameters():
         p.data *= 2  # otherwise all classes are equally likely

@@ -113,6 +113,24 @@ def unfit(state, net):
     return bad
 
 
+def check_keys(timm, name, path):
+    """Raises Refusal if a file lacks a weight of a network of timm, its classifier's excepted.
+
+    timm itself leaves random what a file for features does not have.
+    """
+    net = timm.create_model(name)
+    classifier = net.default_cfg["classifier"]
+    if isinstance(classifier, str):
+        classifier = (classifier,)
+    spared = tuple(f"{part}." for part in classifier)
+    wanted = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
+    there = timm.models.load_state_dict(path)
+    missing = [key for key in wanted if key not in there and not key.startswith(spared)]
+    if missing:
+        lacks = f"it lacks {len(missing)} of {len(wanted)} weights, such as {missing[0]}"
+        raise Refusal(f"--weights {path}: {lacks}; another network's, or no whole file")
+
+
 def load_timm(backbone, weights, output_stride):
     """Returns the features of a network of timm at strides 4, 8, 16 and output_stride.
 
@@ -148,4 +166,6 @@ def load_timm(backbone, weights, output_stride):
     if found != strides:
         wrong = f"features at strides {found}, not {strides}"
         raise Refusal(f"--backbone {backbone}: {wrong}; {FIT}")
+    if weights not in ("none", "auto"):
+        check_keys(timm, name, weights)
     return net

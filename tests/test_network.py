@@ -351,10 +351,13 @@ def test_weights_of_timm_fit_or_are_refused_and_so_are_networks_without_features
     torch.save(whole, path)
     found = make_backbone(flags("timm/resnet18d", weights=path)).state_dict()
     assert all(torch.equal(whole[name], value) for name, value in found.items())
+    part = str(tmp_path / "part.pth")
+    torch.save({key: x for key, x in whole.items() if key != "layer2.0.bn1.bias"}, part)
     for name, file, words in (
         ("vit_tiny_patch16_224", "none", "convnext_tiny"),
         ("resnet18x", "none", "near: resnet18"),
         ("resnet26d", path, "resnet26d"),
+        ("resnet18d", part, "lacks 1 of 114 weights, such as layer2.0.bn1.bias"),
     ):
         assert words in refusal(make_backbone, flags(f"timm/{name}", weights=file))
 

@@ -224,6 +224,8 @@ class Views:
         student, data = self.opened(path, "branch1")
         teacher, _ = self.opened(path, "branch2")
         args = student.args
+        if len(args.T) > 1:
+            raise Missing("needs a run of cps_fpl.py with one --T")
         phase = max(student.saved["step"] - 1, 0) / args.total_iters
         sums = {}
         gradients = []
@@ -234,7 +236,7 @@ class Views:
             logits_s = logits_of(student, image, data).double()  # as analysis.py
             p, _ = cps_fpl.by_rank(prob_t)
             K = cps_fpl.k_values(p, phase, args)
-            n = cps_fpl.cumulative_classes(p, args.T, args.strict)
+            n = cps_fpl.cumulative_classes(p, args.T[0], args.strict)
             pair = [analysis.gradient_sum(logits_s, prob_t, k) for k in (n, (n - 1).clamp(min=1))]
             gradients.append([value.mean().item() for value in pair])
             case = analysis.case(prob_t, K, label)

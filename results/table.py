@@ -81,7 +81,7 @@ def method(start):
         words.append("CutMix")
     if args.get("contrast") is False:
         words.append("no L_CTR")
-    if args.get("backbone_2", args["backbone"]) != args["backbone"]:
+    if args.get("backbone_2") not in (None, args.get("backbone")):
         words.append(f"{args['backbone']} and {args['backbone_2']}")
     if args.get("views") == 1 and not args.get("feature_perturbation"):
         words = [words[0].replace("UniMatch", "FixMatch")]

@@ -150,8 +150,8 @@ CASES = [
     *(Case(f"resume with other {flag.split()[0]}", script, f"--out {out} --resume {flag}",
            f"{out}/last.pt {flag.split()[0]}_{words} another_--out")
       for script, out, flag, words in (
-          (S, "run", "--scales 0.5 1.0", "[0.5,_2.0]_there_and_[0.5,_1.0]_here"),
-          (U2PL, "u2pl", "--bank-sizes 30 20", "[5000,_3000]_there_and_[30,_20]_here"))),
+          (S, "run", "--scales 0.5 1.0", "(0.5,_2.0)_there_and_(0.5,_1.0)_here"),
+          (U2PL, "u2pl", "--bank-sizes 30 20", "(5000,_3000)_there_and_(30,_20)_here"))),
     Case("resume with other images", S, RESUME, f"{LAST} other_labeled_images --out",
          lambda patch: (os.remove(IMAGE), os.remove(MASK))),
     Case("resume of a best.pt", S, RESUME, f"{LAST} a_best.pt --init_starts_from_it",

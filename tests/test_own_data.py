@@ -149,7 +149,7 @@ def test_timms_networks_have_the_keys_and_features_of_a_stem(tmp_path, monkeypat
     pytest.importorskip("timm")
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs/backbones.md").read_text()
-    (text,) = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    text = re.search(r"^```python\n(.*?)^```$", page, re.M | re.S)[1]  # the first block
     text = text.replace("resnet50s", name).replace(".gluon_in1k", "").replace("True", "False")
     exec(text, space := {})
     net = supervised.torchvision.models.get_model(name[:-1], weights=None)

@@ -111,6 +111,7 @@ def test_a_run_leaves_its_log_checkpoints_and_pictures(name, finished):
         kinds = {type(value) for value in flat(saved).values()}
         assert kinds <= {torch.Tensor, int, float, str, bool, type(None)}
         assert list(saved["networks"]) == NETWORKS[name] and saved["script"] == f"{name}.py"
+        assert saved["sha256"] == found.log[0]["sha256"]  # the text that made it
         if file == "last.pt":
             assert list(saved["state"]) == tiny.STATE.get(name, "").split() and saved["step"] == 8
             momentum = "exp_avg" if name == "unimatch_v2" else "momentum_buffer"

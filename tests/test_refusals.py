@@ -192,7 +192,7 @@ CASES = [
          environ(WORLD_SIZE="2")),
     Case("MASTER_PORT taken", S, "", "MASTER_PORT", busy),
     Case("absent archive", P, "voc --root new --from own", "--from_own VOCtrainval https://"),
-    Case("absent root", P, "camvid --root absent", "absent: no_such_folder"),
+    Case("absent root", P, "camvid --root absent", "absent: no_such_folder https://"),
     Case("absent folder of lists", P, "splits --family cps --from absent",
          "--from_absent: no_such_folder"),
     Case("half a data set", P, "camvid --root data", "data train:_8_of_367 https://"),

@@ -362,7 +362,9 @@ def pictures_of(source, lost):
     """
     source = Path(source)
     pictures = []
-    files = sorted(source.rglob("*.json")) if source.is_dir() else [source]
+    files = [source]
+    if source.is_dir():
+        files = sorted(source.rglob("*.json"))
     for path in files:
         try:
             if path.suffix.lower() == ".xml":
@@ -414,8 +416,12 @@ def read_table(path):
         second = re.fullmatch(r"\s*(?P<name>[^:]+):(\d+),(\d+),(\d+)(:.*)?", line)
         if not first and not second:
             raise Refusal(f"{path}:{number}: neither r g b name nor name:r,g,b, with a colour")
-        name = first[4] if first else second["name"]
-        colour = first.groups()[:3] if first else second.groups()[1:4]
+        if first:
+            name = first[4]
+            colour = first.groups()[:3]
+        else:
+            name = second["name"]
+            colour = second.groups()[1:4]
         rows.append(ClassRow(len(rows), name, tuple(map(int, colour))))
     return rows
 
@@ -487,12 +493,16 @@ def table_of_codes(files):
             why = f"more than {LARGEST + 1} values or colours so far: no masks of classes"
             raise Refusal(f"{path}: {why}, or once saved as JPEG; give a table with --classes")
     grey = {65793 * value: value for value in values}
-    codes = sorted(colours | set(grey)) if colours else sorted(grey)
+    codes = sorted(colours | set(grey))
     spread = voc_colours(len(codes)).tolist()
     rows = []
     for number, code in enumerate(codes):
-        colour = (code >> 16, code >> 8 & 255, code & 255) if colours else spread[number]
-        name = named_code(True, code) if colours else named_code(False, grey[code])
+        if colours:
+            name = named_code(True, code)
+            colour = (code >> 16, code >> 8 & 255, code & 255)
+        else:
+            name = named_code(False, grey[code])
+            colour = spread[number]
         rows.append(ClassRow(number, name, tuple(colour), grey.get(code)))
     return rows
 
@@ -577,7 +587,9 @@ def key_of(name, known):
         if "/".join(parts[start:]) in known:
             return "/".join(parts[start:])
     same = [key for key in known if key.rpartition("/")[2] == parts[-1]]
-    return same[0] if len(same) == 1 else None
+    if len(same) == 1:
+        return same[0]
+    return None
 
 
 def photographs(folder):

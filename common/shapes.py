@@ -88,11 +88,13 @@ def draw(key):
     label = Image.new("L", (n, n), 0)
     pen = ImageDraw.Draw(image)
     for _ in range(rng.integers(2, 6)):  # clutter: blobs in any colour, the pairs' own among them
-        x, y, w, h = *rng.uniform(0, n, 2), *rng.uniform(2, 9, 2)
+        x, y = rng.uniform(0, n, 2)
+        w, h = rng.uniform(2, 9, 2)
         pen.ellipse((x - w, y - h, x + w, y + h), fill=_rgb(*rng.uniform((0, 0.1, 0.2), 1)))
     for _ in range(rng.integers(2, 4)):  # figures; later ones occlude earlier ones
         kind = int(rng.integers(1, 7))
-        x, y, r = *rng.uniform(0.15 * n, 0.85 * n, 2), rng.uniform(0.18, 0.32) * n
+        x, y = rng.uniform(0.15 * n, 0.85 * n, 2)
+        r = rng.uniform(0.18, 0.32) * n
         inside = polygon([_outline(kind, rng, x, y, r)], n, n)
         mask = Image.fromarray(255 * inside.astype(np.uint8))
         if kind == 2:

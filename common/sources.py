@@ -50,13 +50,16 @@ def read_list(path, pattern, root=""):
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line:
             continue
-        separator = "\t" if "\t" in line else None
+        separator = None
+        if "\t" in line:
+            separator = "\t"
         image, *masks = [from_root(column.strip(), root) for column in line.split(separator)]
         match = re.search(pattern, image)
         if wrong := fault(line, [image, *masks], match, rows):
             raise Refusal(f"{path}:{number}: {wrong}: {line}")
-        mask = None if masks in ([], ["None"]) else masks[0]
-        rows[match[0]] = (image, mask)
+        rows[match[0]] = (image, None)
+        if masks not in ([], ["None"]):
+            rows[match[0]] = (image, masks[0])
     if not rows:
         raise Refusal(f"{path}: an empty list")
     return rows
@@ -87,7 +90,9 @@ def fault(line, columns, match, rows):
         return "more than two columns"
     if not match:
         return "no image key"
-    return "twice" if match[0] in rows else ""
+    if match[0] in rows:
+        return "twice"
+    return ""
 
 
 def by_stem(rows, known):
@@ -216,7 +221,9 @@ def training(args, tree):
         entry = SPLITS.get(args.dataset, {}).get(args.split_family, {}).get(args.split)
         if entry:
             known_set(what, labeled, entry, "leave --split out, or give another --split-family")
-        count = counts(args.dataset, args.split)[0] if args.split != "all" else 0
+        count = 0
+        if args.split != "all":
+            count, _ = counts(args.dataset, args.split)
         if not entry and count not in (0, len(labeled)):
             raise Refusal(f"{what}: {len(labeled)} images, not {count}; leave --split out")
         return labeled, unlabeled, train
@@ -507,7 +514,9 @@ def fetch_list(dataset, family, split, source=""):
     elif source:
         sets = lists_below(source, pattern, entry.get("every", 1))
         keys = sets.get((entry["images"], entry["set"]))
-        wrong = "" if keys else f"no list of this set below {source}"
+        wrong = ""
+        if not keys:
+            wrong = f"no list of this set below {source}"
     else:
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -566,7 +575,9 @@ def download(url, path, md5=""):
     part = path.with_name(path.name + ".part")
     total = 0
     again = "; the same command goes on from there" if md5 else ""  # not for lists
-    begin = part.stat().st_size if part.exists() else 0
+    begin = 0
+    if part.exists():
+        begin = part.stat().st_size
     request = urllib.request.Request(url, headers={"User-Agent": "prepare_data.py"})
     if begin:
         request.add_header("Range", f"bytes={begin}-")

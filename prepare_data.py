@@ -29,7 +29,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Literal
@@ -627,19 +627,31 @@ class MakeSplit(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(Source):
-    """Opens every image and mask that a run with these flags would open; names what is wrong."""
+class Split(Source):
+    """A data set with its split, as the scripts take it."""
 
     split: str = "all"  # labelled share: all, 1/r, or a count of VOC's 1,464
-    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2"] = "cps"  # whose 1/r it is
+    # whose 1/r it is; left out: the family of cps_fpl.py
+    split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: int | None = None  # None: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
+
+    def load(self):
+        """Returns the Data of these flags. Raises Refusal."""
+        family = self.split_family or ("unimatch" if self.dataset == "coco" else "cps")
+        return load(replace(self, split_family=family))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(Split):
+    """Opens every image and mask that a run with these flags would open; names what is wrong."""
+
     crop_size: int = 0  # that of the run, in pixels; left out: what a folder's run has
 
     def run(self):
         """Prints what there is. Raises Refusal at the end if a file is bad."""
-        data = load(self)
+        data = self.load()
         bad = []
         opened = set()
         found = {}
@@ -705,7 +717,7 @@ class Check(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stats(Check):
+class Stats(Split):
     """Share of pixels and number of images of every class, in the labelled images and in val."""
 
     out: str = ""  # a PNG for a bar chart of the shares
@@ -716,7 +728,7 @@ class Stats(Check):
         if self.out and (out.suffix != ".png" or out.exists()):
             raise Refusal(f"--out {out}: a new file, with .png at its end")
         figure = needs("matplotlib.figure").Figure(layout="constrained") if self.out else None
-        data, shares = load(self), {}
+        data, shares = self.load(), {}
         names = [*data.classes, "ignored"]
         table = [[f"{name:16}" for name in ("class", *names)]]
         for name in ("labeled", "val"):

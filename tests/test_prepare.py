@@ -12,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 from urllib.error import HTTPError
 from urllib.request import Request
 
@@ -20,6 +21,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+import cps_fpl
 import prepare_data
 from common import sources
 from common.data import FACTS, SPLITS
@@ -441,6 +443,18 @@ def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
     assert [" ".join(row[2:4]) for row in rows[1:5]] == expected
     assert rows[5][:3] == ["ignored", "8.333", "1"]  # 16 of 192
     assert rows[1][4:] == ["50.000", "1"]  # val
+
+
+@pytest.mark.parametrize("dataset", ["voc", "cityscapes", "coco", "camvid"])
+def test_check_and_stats_take_the_splits_of_the_scripts(dataset, monkeypatch):
+    asked = get_type_hints(prepare_data.Split)["split_family"]
+    assert asked == get_type_hints(cps_fpl.Args)["split_family"]
+    monkeypatch.setattr(prepare_data, "load", lambda args: args)
+    recipe = cps_fpl.preset(cps_fpl.Args(dataset=dataset))
+    for kind in (prepare_data.Check, prepare_data.Stats):
+        assert kind(dataset=dataset).load().split_family == recipe.get("split_family", "cps")
+        assert kind(dataset=dataset, split_family="cac1").load().split_family == "cac1"
+    assert "--crop-size" in refusal(command, "stats --dataset shapes --crop-size 64")
 
 
 def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(capsys):

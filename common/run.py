@@ -442,6 +442,14 @@ class Run:
             lists=self.data.hashes(),
         )
         self.saved_best = self.best["step"]
+        if step == self.args.total_iters:  # only scores are left, which --resume makes anew
+            signal.signal(signal.SIGTERM, self._stop)
+            if self.signalled:
+                self._stop()
+
+    def _stop(self, *_):
+        """Ends this process at once; the others need no word, as nothing is left to save."""
+        raise Stopped(self.args.total_iters)
 
     def keep_best(self, step, result, maps, networks):
         """Logs a validation (scores, panels); saves best.pt if its mIoU is the highest so far."""

@@ -145,6 +145,25 @@ def test_sigterm_to_one_of_two_processes_stops_both(tree, tmp_path, whole):
     assert differences(whole[2], out, but=FREE) == []
 
 
+@pytest.mark.parametrize("late", [True, False], ids=["in the last scores", "before the last save"])
+def test_sigterm_after_the_last_step_ends_at_once_and_resume_scores(late, tree, tmp_path):
+    script, out = tiny.script("supervised"), tmp_path / "run"
+    score = script.evaluate
+
+    def signalled(net, data, items, *rest):
+        if (items is data.test) == late and (out / "last.pt").is_file():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score(net, data, items, *rest)
+
+    argv = small(tree, out, evaluate=12, save=12 if late else 11)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(run.Stopped):
+        patch.setattr(script, "evaluate", signalled)
+        tiny.train(script, argv)
+    assert step_of(out / "last.pt") == 12 and '"done"' not in (out / "log.jsonl").read_text()
+    tiny.train(script, argv)
+    assert '"done"' in (out / "log.jsonl").read_text().splitlines()[-1]
+
+
 def test_ctrl_c_ends_at_once(tree, tmp_path):
     process = start("supervised", small(tree, tmp_path / "run", iters=4000, workers=1))
     reach(process, tmp_path / "run", 2)

@@ -186,22 +186,26 @@ def draw_entries(part, filled, q, u):
 
 
 def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
-    """Twin of ESL's part_contrast. A class at a time gets its cosines with the whole bank,
-    (A, C K q), which nothing keeps: memory is linear in C. (gather would keep them.)
+    """Twin of ESL's part_contrast, a class at a time. Its keys are gone when the next one comes:
+    the gradient in the anchors is made beside the loss, so that memory is linear in C.
     """
     pixels, real = draw_anchors(ids, len(u_anchors), u_anchors, args)
     part = ids[pixels].clamp(max=len(pushed) - 1)
     rows, both = draw_entries(part, pushed.clamp(max=args.queue), args.queue, u_entries)
-    rows += len(bank) * torch.arange(rows.shape[1], device=rows.device)[:, None]  # cosines in line
     z = F.normalize(upcast(rep_s[pixels]), dim=2)
     losses = []
-    for anchors, entries in zip(z, rows, strict=True):
-        scores = (anchors @ bank.T).flatten().index_select(0, entries.flatten()).view_as(
-            entries
-        ) / args.sigma
-        losses.append(scores.logsumexp(1) - scores[:, 0])
+    slopes = []
+    with torch.no_grad():
+        for anchors, entries in zip(z, rows, strict=True):
+            keys = bank[entries]  # (A, 1 + N, D)
+            scores = (keys @ anchors[..., None])[..., 0] / args.sigma
+            losses.append(scores.logsumexp(1) - scores[:, 0])
+            share = scores.softmax(1)[:, None] @ keys
+            slopes.append((share[:, 0] - keys[:, 0]) / args.sigma)
+    linear = (z * torch.stack(slopes)).sum(2)  # of the gradient that Eq. (10) has in z
+    loss = torch.stack(losses) + linear - linear.detach()
     real &= both
-    total = torch.where(real, torch.stack(losses), 0.0).sum(1)
+    total = torch.where(real, loss, 0.0).sum(1)
     return (total / real.sum(1).clamp(min=1)).mean(), real.sum()
 
 

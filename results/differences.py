@@ -33,8 +33,14 @@ CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is a
     ("U2PL's contrast improves its base", "U2PL Table 5", "u2pl", "u2pl-neither"),
     ("L_c is above L_b", "U2PL Table A2", "u2pl", "u2pl-binary"),
     ("ESL's contrast improves its soft labels", "ESL Table 4", "esl", "esl-soft-labels"),
-    ("FPL improves CPS with half the labels", "FPL Table 1", "fpl-cps-1_16", "cps-1_16"),
-    ("FPL improves CPS with twice the labels", "FPL Table 1", "fpl-cps-1_4", "cps-1_4"),
+    ("FixMatch is above labels alone", "UniMatch", "fixmatch", "labels"),
+    ("UniMatch improves FixMatch", "UniMatch", "unimatch", "fixmatch"),
+    ("FPL improves FixMatch without a threshold", "none", "fpl-fixmatch", "fixmatch-0"),
+    ("FPL improves FixMatch with its threshold", "none", "fpl-fixmatch", "fixmatch"),
+    ("FPL improves UniMatch with its threshold", "none", "fpl-unimatch", "unimatch"),
+    ("FPL improves CPS of unlike networks", "none", "fpl-cps-unlike", "cps-unlike"),
+    ("FPL improves CPS with half the labels", "FPL Table 1", "fpl-cps-1_128", "cps-1_128"),
+    ("FPL improves CPS with twice the labels", "FPL Table 1", "fpl-cps-1_32", "cps-1_32"),
 )
 
 

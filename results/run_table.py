@@ -3,11 +3,11 @@
     python results/run_table.py                                   # what is there, and hours left
     python results/run_table.py --camvid DIR --lite0 FILE         # runs, two beside each other
 
-Protocol camvid-lite: CamVid with 1/8 of its labels, EfficientNet-Lite0 from its ImageNet weights;
-docs/results.md has what came of it. A run goes on from its last checkpoint, so this command may be
-stopped and started again at any time. A finished run leaves its log in results/camvid-lite/, and
-beside it what each test image adds to every class (`COUNTS`), from which results/differences.py
-draws its intervals. Of the seeds nothing is left out.
+Protocol camvid-lite: CamVid at half its size, 1/64 of its labels, EfficientNet-Lite0 from its
+ImageNet weights; docs/results.md says why, and what came of it. A run goes on from its last
+checkpoint, so this command may be stopped and started again at any time. A finished run leaves its
+log in results/camvid-lite/, and beside it what each test image adds to every class (`COUNTS`), from
+which results/differences.py draws its intervals. Of the seeds nothing is left out.
 """
 
 import json
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -39,10 +40,14 @@ LOGS = ROOT / "results" / "camvid-lite"
 COUNTS = "hit truth predicted"  # per test image and class: pixels right, of the class, said to be
 SEEDS = (0, 1, 2)
 PROTOCOL = (
-    "--dataset camvid --backbone timm/tf_efficientnet_lite0 --output-stride 16 --head-channels 128"
-    " --crop-size 160 --batch-size 4 --lr 0.01 --lr-head 5 --total-iters 900 --precise-bn 20"
-    " --log-every 20 --eval-every 300 --save-every 100 --pictures-every 0 --device cpu --workers 1"
+    "--dataset camvid --backbone timm/tf_efficientnet_lite0 --output-stride 16 --head-channels 64"
+    " --crop-size 128 --scales 0.75 1.25 --batch-size 4 --lr 0.01 --lr-head 5 --ohem-kept 0.1"
+    " --total-iters 600 --precise-bn 20 --log-every 20 --eval-every 200 --save-every 100"
+    " --pictures-every 0 --device cpu --workers 1"
 )
+SPLIT = "1/64"  # 6 images with labels
+HALF = "1/128"
+TWICE = "1/32"
 
 
 class Row(NamedTuple):
@@ -51,9 +56,11 @@ class Row(NamedTuple):
     script: str
     flags: str
     cost: float
-    split: str = "1/8"
+    split: str = SPLIT
 
 
+FIXMATCH = "--views 1 --no-feature-perturbation"
+UNLIKE = "--backbone-2 resnet18 --weights-2 none"  # the other student, from random weights
 ROWS = {  # in the order of their worth
     "labels": Row("supervised.py", "", 1),
     "all-labels": Row("supervised.py", "", 1, "all"),
@@ -61,16 +68,23 @@ ROWS = {  # in the order of their worth
     "fpl-cps": Row("cps_fpl.py", "--unsup-loss fpl", 6),
     "ael": Row("ael_fpl.py", "--unsup-loss ce", 4),
     "fpl-ael": Row("ael_fpl.py", "--unsup-loss fpl", 4),
+    "fixmatch": Row("unimatch.py", FIXMATCH, 3),
+    "fpl-fixmatch": Row("unimatch.py", f"{FIXMATCH} --unsup-loss fpl", 3),
+    "fixmatch-0": Row("unimatch.py", f"{FIXMATCH} --threshold 0", 3),
     "cutmix-mt": Row("mean_teacher.py", "--cutmix", 3),
     "mt": Row("mean_teacher.py", "--no-cutmix", 3),
+    "unimatch": Row("unimatch.py", "", 5),
+    "fpl-unimatch": Row("unimatch.py", "--unsup-loss fpl", 5),
     "fpl-cps-official": Row("cps_fpl.py", "--unsup-loss fpl --recipe official", 6),
     "u2pl": Row("u2pl.py", "--unreliable-loss contrastive", 4),
     "u2pl-neither": Row("u2pl.py", "--unreliable-loss none", 4),
     "esl": Row("esl.py", "", 4),
     "esl-soft-labels": Row("esl.py", "--no-contrast", 4),
     "u2pl-binary": Row("u2pl.py", "--unreliable-loss binary", 4),
+    "cps-unlike": Row("cps_fpl.py", f"--unsup-loss ce {UNLIKE}", 6),
+    "fpl-cps-unlike": Row("cps_fpl.py", f"--unsup-loss fpl {UNLIKE}", 6),
 }
-for _split in ("1/16", "1/4"):
+for _split in (HALF, TWICE):
     _name = _split.replace("/", "_")
     ROWS[f"labels-{_name}"] = Row("supervised.py", "", 1, _split)
     ROWS[f"cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss ce", 6, _split)
@@ -143,6 +157,26 @@ def overview(rows, seeds):
 # ---- runs ----
 
 
+def halved(source, target):
+    """Writes CamVid at half its size into target, what is missing of it: each image the mean of
+    2x2 pixels, each mask one of them. Returns target.
+    """
+    for file in sorted(Path(source).rglob("*/*.*")):
+        new = (Path(target) / file.relative_to(source)).with_suffix(".png")
+        if not new.exists():
+            with Image.open(file) as picture:
+                mask = file.parent.name.endswith("annot")
+                size = (picture.width // 2, picture.height // 2)
+                small = (
+                    picture.resize(size, Image.Resampling.NEAREST) if mask else picture.reduce(2)
+                )
+                new.parent.mkdir(parents=True, exist_ok=True)
+                partial = new.with_name(f"{new.name}.partial")
+                small.save(partial, "png")
+                partial.replace(new)
+    return target
+
+
 class Stop:
     """Ctrl-C and SIGTERM: no further run starts, those in progress save and end."""
 
@@ -162,7 +196,7 @@ class Stop:
 def command(name, seed, args):
     """Returns the command line of a run."""
     row = ROWS[name]
-    data = ["--data-root", args.camvid, "--weights", args.lite0]
+    data = ["--data-root", f"{args.runs}/half", "--weights", args.lite0]
     run = ["--split", row.split, "--seed", str(seed), "--out", str(folder(name, seed, args))]
     return [sys.executable, row.script, *PROTOCOL.split(), *row.flags.split(), *data, *run]
 
@@ -254,6 +288,7 @@ def main(args):
     for name, path in (("--camvid", args.camvid), ("--lite0", args.lite0)):
         if not path or not Path(path).exists():
             raise Refusal(f"{name} {path or '(none)'}: not there; docs/backbones.md, docs/data.md")
+    halved(args.camvid, Path(args.runs, "half"))
     stop = Stop()
     with ThreadPoolExecutor(args.beside) as pool:
         runs = missing(rows, args.seeds)

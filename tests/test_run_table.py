@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.metrics import confusion_matrix, scores
 from results import differences, run_table
@@ -33,6 +34,18 @@ def test_sums_over_images_give_the_mean_iou_of_the_confusion_matrix():
     matrix = confusion_matrix(pred, label + (label == 3) * 252, 4)  # class 3 is never labelled
     sums = (m.numpy() for m in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
     assert run_table.miou(*sums) == pytest.approx(100 * scores(matrix)["miou"])
+
+
+def test_half_the_size_is_the_mean_of_four_pixels_and_one_pixel_of_a_mask(tmp_path):
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 8
+    for part, pixels in (("val", image), ("valannot", image[..., 0])):
+        (tmp_path / "all" / part).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / f"all/{part}/a.png")
+    half = run_table.halved(tmp_path / "all", tmp_path / "half")
+    mean = image.reshape(1, 2, 2, 2, 3).mean((1, 3))
+    np.testing.assert_array_equal(np.array(Image.open(half / "val/a.png"))[0], mean[0])
+    mask = np.array(Image.open(half / "valannot/a.png"))[0]
+    assert mask[0] in image[:, :2, 0] and mask[1] in image[:, 2:, 0]
 
 
 def test_what_is_missing_comes_by_seed_then_by_cost(logs):

@@ -16,7 +16,7 @@ its confidence is at least --threshold; --unsup-loss fpl has none, but K labels 
   python unimatch.py --dataset camvid --split 1/8 --views 1 --no-feature-perturbation   # FixMatch
   torchrun --nproc_per_node 4 unimatch.py --dataset cityscapes --split 1/16 --unsup-loss fpl
 
-Measured: the table in README.md. Released code and this script: docs/unimatch.md.
+Not measured yet. Released code and this script: docs/unimatch.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from common.data import IGNORE  # noqa: E402
 from common.flags import NO_NUMBER, fill, parse  # noqa: E402
 from common.sources import load  # noqa: E402
 from cps_fpl import by_rank, upcast  # noqa: E402
+from predict import Counted  # noqa: E402
 
 # ---- gradients and scores ----
 
@@ -220,6 +221,21 @@ def measures(logits_s, prob_t, K, label):
         "|G^v|": norm(vanilla),
         "|G^ide|": norm(ideal),
     }
+
+
+@torch.no_grad()
+def mean_logits(source, image):
+    """Returns the logits of an image (3, H, W) by the run's protocol: (1, C, H, W), all in memory.
+
+    Where windows overlap, their mean.
+    """
+    args = source.args
+    if args.protocol == "whole":
+        return source.net(image[None])["logits"]
+    classes = source.data.num_classes
+    parts = source.script.slide(Counted(source.net), image, args.crop_size, classes + 1)
+    sums = torch.cat([part.clone() for part in parts], 1)[None]
+    return sums[:, :-1] / sums[:, -1:]
 
 
 @torch.no_grad()

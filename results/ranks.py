@@ -10,6 +10,7 @@ is the true one: "false" is the share of false ones among the keys that r_l <= r
 import sys
 from argparse import RawTextHelpFormatter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from common.data import IGNORE  # noqa: E402
 from common.flags import fill, parse  # noqa: E402
 from common.run import refusals  # noqa: E402
 from common.sources import load  # noqa: E402
-from results.analysis import Parser  # noqa: E402
+from results.analysis import Parser, mean_logits  # noqa: E402
 
 SHOWN = ((0, 1), (1, 2), (2, 3), (3, 5), (5, 10), (10, 20), (20, None))  # ranks of a column
 
@@ -75,17 +76,13 @@ def main(argv):
     name = "teacher" if saved["step"] > args.warmup_iters else "student"
     net = u2pl.build(args, data.num_classes, u2pl.U2PLHead, group).eval()
     load_networks(saved, {name: net})
+    source = SimpleNamespace(script=u2pl, net=net, args=args, data=data)
     found = torch.zeros(2, data.num_classes, dtype=torch.int64)
     for i in range(n):  # evenly spread: neighbours may be frames of one video
         image, label = u2pl.Images(data, data.val)[i * len(data.val) // n]
         image = image.to(group.device)
-        if args.protocol == "slide":
-            rows = u2pl.slide(net, image, args.crop_size, data.num_classes)
-            logits = torch.cat([part.clone() for part in rows], 1)
-        else:
-            logits = net(image[None])["logits"][0]
-        label = label[None].long().to(group.device)
-        found += counts(F.softmax(logits[None].float(), 1), label, args.alpha_0).cpu()
+        prob = F.softmax(mean_logits(source, image).float(), 1)
+        found += counts(prob, label[None].long().to(group.device), args.alpha_0).cpu()
     print(f"{name} of step {saved['step']}, {n} images of val; the truth's rank, from 0")
     print(*lines(found, *args.ranks), sep="\n")
 

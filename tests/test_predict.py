@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from common import Refusal, metrics
 from common.checkpoints import write_checkpoint
 from common.data import FACTS
 from common.flags import acting, merge
+from results.analysis import mean_logits
 from tiny import SCORED, SCRIPTS, draw_tree, flags, save, script, shrink, train
 
 PARTS = {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
@@ -49,6 +51,11 @@ def photo(path, height=40, width=52, mode="RGB", **more):
 
 def run(*words):
     predict.main([*map(str, words), "--device", "cpu"])
+
+
+def of_ones(x):
+    """A network whose logits are 1 everywhere."""
+    return {"logits": torch.ones(len(x), 11, *x.shape[2:])}
 
 
 def index(path):
@@ -96,6 +103,9 @@ def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1(tmp_path, monkeypatc
     (alone,) = predict.segment(source, flat[None, :, :24, :24], maps=True)
     windows, alone = windows["confidence"], alone["confidence"]
     assert abs(int(windows.max()) - int(alone.max())) <= 1
+    args = replace(source.args, protocol="slide", crop_size=24)
+    same = SimpleNamespace(script=source.script, args=args, data=source.data, net=of_ones)
+    assert torch.equal(mean_logits(same, x), torch.ones(1, 11, 40, 52))
 
 
 def test_images_of_one_size_go_through_the_network_at_once(tmp_path, monkeypatch):

@@ -202,10 +202,9 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
             losses.append(scores.logsumexp(1) - scores[:, 0])
             share = scores.softmax(1)[:, None] @ keys
             slopes.append((share[:, 0] - keys[:, 0]) / args.sigma)
-    linear = (z * torch.stack(slopes)).sum(2)  # of the gradient that Eq. (10) has in z
-    loss = torch.stack(losses) + linear - linear.detach()
+    nothing = ((z - z.detach()) * torch.stack(slopes)).sum(2)  # 0, with Eq. (10)'s gradient in z
     real &= both
-    total = torch.where(real, loss, 0.0).sum(1)
+    total = torch.where(real, torch.stack(losses) + nothing, 0.0).sum(1)
     return (total / real.sum(1).clamp(min=1)).mean(), real.sum()
 
 

@@ -225,6 +225,9 @@ CITYSCAPES = VOC | dict(
     crop_size=769, total_iters=18_000, ohem_kept=50_000 / 769**2,
     region_area=0.005, bank_area=0.01, paste_not=(0, 1, 2, 8, 10),
 )
+COCO = VOC | dict(  # no paper's: as ESL supplement Table 2 has it
+    backbone="timm/xception65.tf_in1k", output_stride=16, protocol="whole", split_family="unimatch",
+)
 FOLDER = VOC | dict(
     backbone="resnet50", stem="classic", split="all", protocol="whole", paste_not=(),
 )
@@ -261,13 +264,7 @@ DATASETS = {
     "voc": VOC,
     "voc_aug": VOC,
     "cityscapes": CITYSCAPES,
-    "coco": VOC  # no paper's: as ESL supplement Table 2 has it
-    | dict(
-        backbone="timm/xception65.tf_in1k",
-        output_stride=16,
-        protocol="whole",
-        split_family="unimatch",
-    ),
+    "coco": COCO,
     "folder": FOLDER,
 }
 
@@ -437,13 +434,15 @@ def class_confidence(prob, label, pooled, skip_absent=False):
     images are one group [D21]; a group without the class counts with 0 [D22], or with skip_absent
     not at all. Returns (2, C): the sum of the groups' means, and how many groups count.
     """
-    hit = label[:, None] == torch.arange(prob.shape[1], device=prob.device).view(-1, 1, 1)
+    c = torch.arange(prob.shape[1], device=prob.device).view(-1, 1, 1)
+    hit = label[:, None] == c  # (B, C, H, W)
     total = torch.where(hit, upcast(prob), 0.0).sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
-    pixels = hit.sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
+    pixels = hit.sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)  # (groups, C), as total
+    mean = total / pixels.clamp(min=1)
     counted = torch.ones_like(pixels)
     if skip_absent:
         counted = pixels > 0
-    return torch.stack([(total / pixels.clamp(min=1)).sum(0), counted.sum(0).to(total.dtype)])
+    return torch.stack([mean.sum(0), counted.sum(0).to(total.dtype)])
 
 
 def update_confidence(bank, sums, momentum):
@@ -549,7 +548,7 @@ def own_slice(total, group):
     return slice(group.rank * count, (group.rank + 1) * count)
 
 
-def teacher_sight(logits_t, inside, confidence, args, group):
+def teacher_sight(logits_t, inside, confidence, args):
     """What banks and boxes need of a step, on the CPU: one copy, the only wait for the device.
 
     logits_t (2b, C, H, W), inside (2b, H, W): of this process's unlabelled images, then of their
@@ -571,7 +570,7 @@ def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
     later are drawn from both banks as they are [D27]; then the image bank takes in this step.
     With --no-cutmix all that is the same, and no mask has a box.
     """
-    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args, group)
+    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args)
     classes, partners = state["draws"][0].T.tolist()
     draws = draw_partners(bank, state["present"], len(classes), rng)
     state["draws"] = torch.cat([state["draws"][1:], draws[None]])
@@ -604,8 +603,9 @@ def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     Classes are drawn from the confidence bank by Eq. (9), one set for each group of `pooled` images
     [D19]. allowed: (C,) bool. rng: equal on all processes.
     """
-    shape = group.world, args.batch_size // group.world, args.paste_draws + 1
-    u = distributed.to_device(rng.random(shape)[group.rank], group)
+    # for each image: whether it is pasted onto, then its classes, those of its group's first
+    shape = (group.world, args.batch_size // group.world, 1 + args.paste_draws)
+    u = distributed.to_device(rng.random(shape)[group.rank], group)  # (b, 1 + draws)
     prob = sampling_probability(confidence, allowed, args.paste_power)
     drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
     return copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
@@ -816,7 +816,7 @@ def make_backbone(args):
         deepen_stem(net, (32, 32, 64))
     load_backbone(net, args.weights, args.backbone, args.stem)
     if args.output_stride == 8:
-        dilate(net.layer3, (1, *[2] * (len(net.layer3) - 1)))
+        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
     dilate(net.layer4, DILATIONS[args.output_stride, args.multi_grid])
     return net
 
@@ -1025,10 +1025,9 @@ def augment(image, label, rng, crop, scales):
 
 def random_scale(rng, scales):
     """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
-    low = scales[0]
-    high = scales[-1]
     if len(scales) != 2:
         return float(rng.choice(scales))
+    low, high = scales
     if not low < 1 < high:
         return rng.uniform(low, high)
     if rng.random() < 0.5:
@@ -1107,19 +1106,19 @@ def streams(data, args):
 def open_stream(name, data, args, group, start):
     """Returns an iterator over this process's batches of a stream, from step start to the end."""
     stream = streams(data, args)[name]
-    batch = distributed.share(stream.batch, group, name)  # of this process
+    images = distributed.share(stream.batch, group, name)  # of a step, of this process
     if not stream.items:
         origin = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
         raise Refusal(
             f"no {name} images {origin} of {args.dataset}: "
             "give fewer images labels, or --unlabeled-list"
         )
-    if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
-        raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
-    first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]
+    if images < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{images} {name} image per process: plain BN needs two, enlarge the batch")
+    firsts = [step * stream.batch + group.rank * images for step in range(start, args.total_iters)]
     loader = DataLoader(
         Samples(name, stream, data, args),
-        batch_sampler=[range(number, number + batch) for number in first],
+        batch_sampler=[range(first, first + images) for first in firsts],
         num_workers=args.workers,
         pin_memory=group.device.type == "cuda",
         generator=torch.Generator(),  # the global one stays a function of the step
@@ -1176,7 +1175,7 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, (top if y == 0 else 0) : min(done, top + h - y), left : left + w]
+        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: there is one window
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1343,16 +1342,16 @@ def main(args):
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
-        for stream in batch.values():
-            for name, tensor in stream.items():
-                stream[name] = tensor.to(group.device, non_blocking=True)
-            if "label" in stream:
-                stream["label"] = stream["label"].long()  # uint8 until here: less to move
+        for sample in batch.values():
+            for name, tensor in sample.items():
+                sample[name] = tensor.to(group.device, non_blocking=True)
+            if "label" in sample:
+                sample["label"] = sample["label"].long()  # uint8 until here: less to move
         x_l = batch["labeled"]["image"]
         y_l = batch["labeled"]["label"]
         decay = (1 - step / args.total_iters) ** 0.9  # poly
-        for params in optimizer.param_groups:
-            params["lr"] = args.lr * params["scale"] * decay
+        for settings in optimizer.param_groups:
+            settings["lr"] = args.lr * settings["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
         # equal on all processes [D29]
@@ -1372,9 +1371,8 @@ def main(args):
                 labeled_t = teacher(x_l)["logits"]
             clean_t = teacher(clean["image"])["logits"]
         with timed(spent, "bank"):
-            images = partners.images(step)
             mask, regions = adaptive_cutmix(
-                clean_t, clean["inside"], images, state, rng, args, group
+                clean_t, clean["inside"], partners.images(step), state, rng, args, group
             )
             state["confidence"] = confidence_after(state["confidence"], out["logits"], y_l, args)
         x_u = torch.where(mask[:, None], u1["image"], u0["image"])
@@ -1426,13 +1424,12 @@ def main(args):
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):
-            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+            scores, panels = evaluate(scored(done), data, data.val, args, group)
+            run.keep_best(done, scores, panels, networks)
         if run.due(done, args.save_every) or run.asked:
             run.keep_last(done, networks, optimizer, state)
         if run.asked:  # by SIGTERM; all processes learn of it in the same step
-            break
-    if run.asked:
-        raise Stopped(done)
+            raise Stopped(done)
 
     # -- last and best --
     on = "test" if data.test else "val"

@@ -632,7 +632,8 @@ def masks_of(source, strip, empty, known, given, lost):
 
 def png(array, palette=None):
     """Returns an (H, W) uint8 array as the bytes of a PNG: palette indices, or grey without one."""
-    picture, file = Image.fromarray(array), io.BytesIO()
+    picture = Image.fromarray(array)
+    file = io.BytesIO()
     if palette:  # of 256 colours: with 16 or fewer Pillow cuts the indices to 4 bits
         picture.putpalette(np.array(palette, np.uint8).tobytes().ljust(768, b"\0"))
     picture.save(file, "PNG")

@@ -261,10 +261,10 @@ def preset(args):
     values["T"] = (table.get(args.split, 0.9),)
     if args.T and len(args.T) > 1 and (args.fused == "on" or args.k_strategy == "n"):
         raise Refusal("--T: several need --k-strategy n-1, and no --fused on, whose twin has one")
+    if args.cutmix and args.dataset == "voc":
+        values.update(FEW_LABELS.get(args.split, {}))
     if not args.cutmix:  # CPS's weights of Eq. (1)
         values["unsup_weight"] = 6.0 if args.dataset == "cityscapes" else 1.5
-    elif args.dataset == "voc":
-        return values | FEW_LABELS.get(args.split, {})
     return values
 
 
@@ -435,33 +435,36 @@ def fpl_loss(logits_s, logits_t, phase, args, K=None):
     return weight * fuzzy_positive_regularization(logits_s, order, K), order[:, 0]
 
 
+def loss_of_pixels(logits_s, logits_t, phase, args, K):
+    """Returns --unsup-loss of every pixel, and the pseudo label, int64, detached. Not of ce."""
+    if K is not None:  # of several --T; the twin has one
+        return fpl_loss(logits_s, logits_t, phase, args, K)
+    if args.unsup_loss == "fpl":
+        loss_of = pick(fpl_loss, args, logits_s.device.type)
+        return loss_of(logits_s, logits_t, phase, args)
+    prob_t = F.softmax(upcast(logits_t.detach()), 1)
+    pseudo = prob_t.argmax(1)
+    if args.unsup_loss == "soft":
+        return soft_loss(logits_s, prob_t), pseudo
+    return negative_loss(logits_s, prob_t), pseudo  # [D23]
+
+
 def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
     """What a network learns from the other one: (its loss, cross-entropy in its place), scalars.
 
     inside: (B, H, W) bool, what counts. K: of several --T. FPL with --balance: of each image, (B,).
     Without --balance cross-entropy is only logged, and that of every fourth pixel each way.
     """
-    if K is not None:  # the twin has one T
-        loss, pseudo = fpl_loss(logits_s, logits_t, phase, args, K)
-    elif args.unsup_loss == "fpl":
-        loss_of = pick(fpl_loss, args, logits_s.device.type)
-        loss, pseudo = loss_of(logits_s, logits_t, phase, args)
-    else:
-        prob_t = F.softmax(upcast(logits_t.detach()), 1)
-        pseudo = prob_t.argmax(1)
-    pseudo = pseudo.masked_fill(~inside, IGNORE)
     if args.unsup_loss == "ce":
-        ce = cross_entropy(logits_s, pseudo)  # FPL Eq. (2)
+        pseudo = F.softmax(upcast(logits_t.detach()), 1).argmax(1)
+        ce = cross_entropy(logits_s, pseudo.masked_fill(~inside, IGNORE))  # FPL Eq. (2)
         return ce, ce.detach()
+    loss, pseudo = loss_of_pixels(logits_s, logits_t, phase, args, K)
+    pseudo = pseudo.masked_fill(~inside, IGNORE)
     if args.unsup_loss == "fpl" and args.balance:
-        ce = F.cross_entropy(
-            upcast(logits_s.detach()), pseudo, ignore_index=IGNORE, reduction="none"
-        )
-        return image_means(loss, inside), image_means(ce, inside)
-    if args.unsup_loss == "soft":
-        loss = soft_loss(logits_s, prob_t)
-    elif args.unsup_loss == "negative":
-        loss = negative_loss(logits_s, prob_t)  # [D23]
+        z = upcast(logits_s.detach())
+        nll = F.cross_entropy(z, pseudo, ignore_index=IGNORE, reduction="none")
+        return image_means(loss, inside), image_means(nll, inside)
     stride = 1 if args.balance else 4
     sampled = logits_s.detach()[..., ::stride, ::stride]
     ce = cross_entropy(sampled, pseudo[..., ::stride, ::stride])
@@ -653,7 +656,7 @@ def make_backbone(args):
         deepen_stem(net, (32, 32, 64))
     load_backbone(net, args.weights, args.backbone, args.stem)
     if args.output_stride == 8:
-        dilate(net.layer3, (1, *[2] * (len(net.layer3) - 1)))
+        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
     dilate(net.layer4, DILATIONS[args.output_stride, args.multi_grid])
     return net
 
@@ -858,10 +861,9 @@ def augment(image, label, rng, crop, scales):
 
 def random_scale(rng, scales):
     """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
-    low = scales[0]
-    high = scales[-1]
     if len(scales) != 2:
         return float(rng.choice(scales))
+    low, high = scales
     if not low < 1 < high:
         return rng.uniform(low, high)
     if rng.random() < 0.5:
@@ -942,19 +944,19 @@ def streams(data, args):
 def open_stream(name, data, args, group, start):
     """Returns an iterator over this process's batches of a stream, from step start to the end."""
     stream = streams(data, args)[name]
-    batch = distributed.share(stream.batch, group, name)  # of this process
+    images = distributed.share(stream.batch, group, name)  # of a step, of this process
     if not stream.items:
         origin = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
         raise Refusal(
             f"no {name} images {origin} of {args.dataset}: "
             "give fewer images labels, or --unlabeled-list"
         )
-    if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
-        raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
-    first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]
+    if images < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{images} {name} image per process: plain BN needs two, enlarge the batch")
+    firsts = [step * stream.batch + group.rank * images for step in range(start, args.total_iters)]
     loader = DataLoader(
         Samples(name, stream, data, args),
-        batch_sampler=[range(number, number + batch) for number in first],
+        batch_sampler=[range(first, first + images) for first in firsts],
         num_workers=args.workers,
         pin_memory=group.device.type == "cuda",
         generator=torch.Generator(),  # the global one stays a function of the step
@@ -1011,7 +1013,7 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, (top if y == 0 else 0) : min(done, top + h - y), left : left + w]
+        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: there is one window
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1163,16 +1165,16 @@ def main(args):
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
-        for stream in batch.values():
-            for name, tensor in stream.items():
-                stream[name] = tensor.to(group.device, non_blocking=True)
-            if "label" in stream:
-                stream["label"] = stream["label"].long()  # uint8 until here: less to move
+        for sample in batch.values():
+            for name, tensor in sample.items():
+                sample[name] = tensor.to(group.device, non_blocking=True)
+            if "label" in sample:
+                sample["label"] = sample["label"].long()  # uint8 until here: less to move
         x_l = batch["labeled"]["image"]
         y_l = batch["labeled"]["label"]
         decay = (1 - step / args.total_iters) ** 0.9  # poly
-        for params in optimizer.param_groups:
-            params["lr"] = args.lr * params["scale"] * decay
+        for settings in optimizer.param_groups:
+            settings["lr"] = args.lr * settings["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
         phase = step / args.total_iters
@@ -1180,41 +1182,41 @@ def main(args):
         K = [None, None]  # of both teachers with several --T; with one the loss finds it
         logged = {}
         if args.unsup_weight and args.cutmix:
-            u1 = batch["unlabeled"]
-            u2 = batch[partner(args)]
-            mask = cutmix_masks(args, step, group)  # True: the partner is seen
-            x_mixed = torch.where(mask, u2["image"], u1["image"])
-            inside = torch.where(mask[:, 0], u2["inside"], u1["inside"])
+            u0 = batch["unlabeled"]
+            u1 = batch[partner(args)]
+            mask = cutmix_masks(args, step, group)  # True: u1, the partner, is seen
+            x_mixed = torch.where(mask, u1["image"], u0["image"])
+            inside = torch.where(mask[:, 0], u1["inside"], u0["inside"])
             teachers = []
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
                 for i, net in enumerate(branches):
+                    z0 = net(u0["image"])["logits"]
                     z1 = net(u1["image"])["logits"]
-                    z2 = net(u2["image"])["logits"]
-                    teachers.append(torch.where(mask, z2, z1))
-                    K[i] = mixed_k(mask, (z1, u1["inside"]), (z2, u2["inside"]), args)
+                    teachers.append(torch.where(mask, z1, z0))
+                    K[i] = mixed_k(mask, (z0, u0["inside"]), (z1, u1["inside"]), args)
             with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
                 losses = []
-                for net, z, K_t in zip(branches, reversed(teachers), reversed(K), strict=True):
-                    loss, ce = taught_loss(net(x_mixed)["logits"], z, inside, phase, args, K_t)
+                for net, z_t, K_t in zip(branches, reversed(teachers), reversed(K), strict=True):
+                    taught, ce = taught_loss(net(x_mixed)["logits"], z_t, inside, phase, args, K_t)
                     if not args.balance:
-                        (args.unsup_weight * loss).backward()  # now: frees its graph
-                        loss = loss.detach()
-                    losses.append((loss, ce))
+                        (args.unsup_weight * taught).backward()  # now: frees its graph
+                        taught = taught.detach()
+                    losses.append((taught, ce))
                 cross, logged = balanced(losses, args)
                 if args.balance:  # a factor that both losses decide: both graphs are kept for it
                     (args.unsup_weight * cross).backward()
-            del losses, loss
+            del losses, taught
             cross = cross.detach()
         logits = []
         sup = 0.0
         for net in branches:
-            z = net(x_l)["logits"]
-            loss = supervised_loss({"logits": z}, y_l, args)
+            z_l = net(x_l)["logits"]
+            sup_of_net = supervised_loss({"logits": z_l}, y_l, args)
             if args.cutmix:
-                loss.backward()  # now: frees its graph before that of the other network
-                loss = loss.detach()
-            logits.append(z)
-            sup = sup + loss
+                sup_of_net.backward()  # now: frees its graph before that of the other network
+                sup_of_net = sup_of_net.detach()
+            logits.append(z_l)
+            sup = sup + sup_of_net
         if args.unsup_weight and not args.cutmix:  # labelled images teach as well [D21]
             z_u = [net(batch["unlabeled"]["image"])["logits"] for net in branches]
             teachers = [torch.cat(pair) for pair in zip(logits, z_u, strict=True)]
@@ -1256,13 +1258,12 @@ def main(args):
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):
-            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+            scores, panels = evaluate(scored(done), data, data.val, args, group)
+            run.keep_best(done, scores, panels, networks)
         if run.due(done, args.save_every) or run.asked:
             run.keep_last(done, networks, optimizer, state)
         if run.asked:  # by SIGTERM; all processes learn of it in the same step
-            break
-    if run.asked:
-        raise Stopped(done)
+            raise Stopped(done)
 
     # -- last and best --
     on = "test" if data.test else "val"

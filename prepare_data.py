@@ -258,7 +258,8 @@ def build_voc(tar, tgz, partial):
     for name, data in tqdm(members(tgz, partial, wanted), tgz.name, unit="file", disable=None):
         key = re.search(wanted, name)[1]
         if key not in keys:
-            mask, image = sbd_mask(data, f"{tgz}: {name}"), partial / f"JPEGImages/{key}.jpg"
+            mask = sbd_mask(data, f"{tgz}: {name}")
+            image = partial / f"JPEGImages/{key}.jpg"
             if not image.is_file():
                 raise Refusal(f"{tar}: no JPEGImages/{key}.jpg in it, of which SBD has a mask")
             with Image.open(image) as picture:
@@ -296,16 +297,17 @@ def inventory(name, root, expected, where):
     """
     if not root.is_dir():
         raise Refusal(f"{root}: no such folder; {where}")
-    tree, missing = Tree(name, root), []
+    tree = Tree(name, root)
+    missing = []
     for part, count in expected.items():
-        here = any(any(tree.root.glob(place)) for place in tree.facts["parts"][part])
-        rows = tree.part(part) if here else {}
-        files = {k: [tree.file(part, k, [row], kind) for kind in (0, 1)] for k, row in rows.items()}
-        bare = [key for key, (_, mask) in files.items() if mask is None]
-        ends = (re.search(r"label(Train)?Ids", mask.name) for _, mask in files.values() if mask)
+        there = any(any(tree.root.glob(place)) for place in tree.facts["parts"][part])
+        rows = tree.part(part) if there else {}
+        masks = {key: tree.file(part, key, [row], 1) for key, row in rows.items()}
+        bare = [key for key, mask in masks.items() if mask is None]
+        ends = [re.search(r"label(Train)?Ids", mask.name) for mask in masks.values() if mask]
         kinds = Counter(end[0] if end else "class ids" for end in ends)
-        some = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
-        print(f"{part}: {len(rows)} of {count} images; masks: {some or 'none'}")
+        words = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        print(f"{part}: {len(rows)} of {count} images; masks: {words or 'none'}")
         if len(rows) != count:
             missing.append(f"{part}: {len(rows)} of {count} images")
         elif entry := SPLITS.get(name, {}).get("parts", {}).get(part):
@@ -381,7 +383,8 @@ def with_every_class(present, count):
     the last without which no class is lost goes out: that ends well whenever count is at least the
     number of classes. Raises Refusal, naming the missing ones, if none can go.
     """
-    chosen, every = list(range(count)), present.any(0)
+    chosen = list(range(count))
+    every = present.any(0)
     while (missing := every & ~present[chosen].any(0)).any():
         best = int((present & missing).sum(1).argmax())  # of equals the first
         tally = present[[*chosen, best]].sum(0)
@@ -506,11 +509,13 @@ class Coco:
 
     def run(self):
         """Renders the masks that are not there, writes train.txt and val.txt. Raises Refusal."""
-        root, where = Path(self.root), "from https://cocodataset.org"
+        root = Path(self.root)
+        where = "from https://cocodataset.org"
         clear_left(root / "masks")
         for part in ("train", "val"):
             path = root / f"annotations/instances_{part}2017.json"
-            groups, lines = defaultdict(list), []
+            groups = defaultdict(list)
+            lines = []
             if not path.is_file():
                 raise Refusal(f"{path}: no such file; {where}")
             try:
@@ -592,7 +597,8 @@ class MakeSplit(Source):
 
     def run(self):
         """Writes the list. Raises Refusal, also if there is such a file already."""
-        out, ratio = Path(self.out), re.fullmatch(r"1/([1-9]\d*)", self.share)
+        out = Path(self.out)
+        ratio = re.fullmatch(r"1/([1-9]\d*)", self.share)
         if out.exists():
             raise Refusal(f"--out {out} exists: give another")
         if bool(self.labels) == bool(self.share) or (self.share and not ratio):
@@ -728,7 +734,8 @@ class Stats(Split):
         if self.out and (out.suffix != ".png" or out.exists()):
             raise Refusal(f"--out {out}: a new file, with .png at its end")
         figure = needs("matplotlib.figure").Figure(layout="constrained") if self.out else None
-        data, shares = self.load(), {}
+        data = self.load()
+        shares = {}
         names = [*data.classes, "ignored"]
         table = [[f"{name:16}" for name in ("class", *names)]]
         for name in ("labeled", "val"):
@@ -736,7 +743,8 @@ class Stats(Split):
             if errors:
                 raise Refusal(errors[0])
             tallies = tallies[:, [*range(data.num_classes), IGNORE]]
-            pixels, images = tallies.sum(0), (tallies > 0).sum(0)
+            pixels = tallies.sum(0)
+            images = (tallies > 0).sum(0)
             total = np.full(len(names), pixels[:-1].sum())  # of classes: what is not ignored
             total[-1] = pixels.sum()
             shares[name] = 100 * pixels / np.maximum(total, 1)
@@ -745,7 +753,8 @@ class Stats(Split):
         print("\n".join("".join(row) for row in zip(*table, strict=True)))
         if self.out:
             figure.set_figheight(max(4, 0.25 * len(names)))  # inches: every name is legible
-            axes, file = figure.subplots(), io.BytesIO()
+            axes = figure.subplots()
+            file = io.BytesIO()
             for i, (name, share) in enumerate(shares.items()):
                 axes.barh(np.arange(len(names)) + 0.4 * i, share, 0.4, label=name)
             axes.set_yticks(np.arange(len(names)) + 0.2, names)

@@ -260,7 +260,7 @@ def u2pl_schedule(args, batch_size):
     elif args.dataset == "coco":
         passes = 30  # UniMatch's
     _, unlabeled = counts(args.dataset, args.split)
-    images = -(-unlabeled // processes)  # of a process, rounded up
+    images = math.ceil(unlabeled / processes)  # of a process
     batch = max(batch_size // processes, 1)
     return passes, passes * (images // batch)
 
@@ -603,7 +603,7 @@ def make_backbone(args):
         deepen_stem(net, (32, 32, 64))
     load_backbone(net, args.weights, args.backbone, args.stem)
     if args.output_stride == 8:
-        dilate(net.layer3, (1, *[2] * (len(net.layer3) - 1)))
+        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
     dilate(net.layer4, DILATIONS[args.output_stride, args.multi_grid])
     return net
 
@@ -833,10 +833,9 @@ def augment(image, label, rng, crop, scales):
 
 def random_scale(rng, scales):
     """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
-    low = scales[0]
-    high = scales[-1]
     if len(scales) != 2:
         return float(rng.choice(scales))
+    low, high = scales
     if not low < 1 < high:
         return rng.uniform(low, high)
     if rng.random() < 0.5:
@@ -914,19 +913,19 @@ def streams(data, args):
 def open_stream(name, data, args, group, start):
     """Returns an iterator over this process's batches of a stream, from step start to the end."""
     stream = streams(data, args)[name]
-    batch = distributed.share(stream.batch, group, name)  # of this process
+    images = distributed.share(stream.batch, group, name)  # of a step, of this process
     if not stream.items:
         origin = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
         raise Refusal(
             f"no {name} images {origin} of {args.dataset}: "
             "give fewer images labels, or --unlabeled-list"
         )
-    if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
-        raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
-    first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]
+    if images < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{images} {name} image per process: plain BN needs two, enlarge the batch")
+    firsts = [step * stream.batch + group.rank * images for step in range(start, args.total_iters)]
     loader = DataLoader(
         Samples(name, stream, data, args),
-        batch_sampler=[range(number, number + batch) for number in first],
+        batch_sampler=[range(first, first + images) for first in firsts],
         num_workers=args.workers,
         pin_memory=group.device.type == "cuda",
         generator=torch.Generator(),  # the global one stays a function of the step
@@ -983,7 +982,7 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, (top if y == 0 else 0) : min(done, top + h - y), left : left + w]
+        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: there is one window
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1147,16 +1146,16 @@ def main(args):
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
-        for stream in batch.values():
-            for name, tensor in stream.items():
-                stream[name] = tensor.to(group.device, non_blocking=True)
-            if "label" in stream:
-                stream["label"] = stream["label"].long()  # uint8 until here: less to move
+        for sample in batch.values():
+            for name, tensor in sample.items():
+                sample[name] = tensor.to(group.device, non_blocking=True)
+            if "label" in sample:
+                sample["label"] = sample["label"].long()  # uint8 until here: less to move
         x_l = batch["labeled"]["image"]
         y_l = batch["labeled"]["label"]
         decay = (1 - step / args.total_iters) ** 0.9  # poly
-        for params in optimizer.param_groups:
-            params["lr"] = args.lr * params["scale"] * decay
+        for settings in optimizer.param_groups:
+            settings["lr"] = args.lr * settings["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
         x_u = batch["unlabeled"]["image"]
@@ -1170,8 +1169,9 @@ def main(args):
         else:
             if since_warmup == 0:
                 teacher.load_state_dict(student.state_dict())
+            teacher.eval()
             with torch.no_grad():  # pseudo labels: teacher in eval mode, clean view [D14]
-                pseudo = teacher.eval()(x_u)["logits"].argmax(1).masked_fill(~inside, IGNORE)
+                pseudo = teacher(x_u)["logits"].argmax(1).masked_fill(~inside, IGNORE)
             # equal on all processes
             rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])
             if args.cutmix and rng.random() < args.cutmix_prob:
@@ -1180,8 +1180,9 @@ def main(args):
             both = torch.cat([x_l, x_u])
             out = student_parallel(both)  # one pass: labelled and unlabelled share BN statistics
             sup = supervised_loss({name: x[:n] for name, x in out.items()}, y_l, args)
+            teacher.train()
             with torch.no_grad():  # H, p, ranks, z^+, z^-: train mode, mixed view [D15] [D27]
-                out_t = teacher.train()(both)
+                out_t = teacher(both)
                 H = entropy(F.softmax(out_t["logits"][n:], 1))
                 alpha = unreliable_share(step, args)
                 gamma, lower = quantiles(H, inside, 1 - alpha, alpha)
@@ -1205,8 +1206,8 @@ def main(args):
                 u_pairs = torch.rand(
                     C, args.anchors * (args.negatives + 1), dtype=torch.float64, device=group.device
                 )
-                offered = distributed.gathered(pick(draw_features, args)(rep_t, N_c, u_offered))
-                offered = offered.transpose(0, 1).flatten(1, 2)  # a class's, of all processes
+                features = pick(draw_features, args)(rep_t, N_c, u_offered)  # (C, keys, D + 1)
+                offered = distributed.gathered(features).transpose(0, 1).flatten(1, 2)  # of all
                 if not args.bank:  # the negatives of this step alone
                     state["pushed"].zero_()
                 queues = (state["bank"], state["pushed"], sizes)
@@ -1249,13 +1250,12 @@ def main(args):
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):
-            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+            scores, panels = evaluate(scored(done), data, data.val, args, group)
+            run.keep_best(done, scores, panels, networks)
         if run.due(done, args.save_every) or run.asked:
             run.keep_last(done, networks, optimizer, state)
         if run.asked:  # by SIGTERM; all processes learn of it in the same step
-            break
-    if run.asked:
-        raise Stopped(done)
+            raise Stopped(done)
 
     # -- last and best --
     on = "test" if data.test else "val"

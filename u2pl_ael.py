@@ -290,7 +290,7 @@ def u2pl_schedule(args, batch_size):
     elif args.dataset == "coco":
         passes = 30  # UniMatch's
     _, unlabeled = counts(args.dataset, args.split)
-    images = -(-unlabeled // processes)  # of a process, rounded up
+    images = math.ceil(unlabeled / processes)  # of a process
     batch = max(batch_size // processes, 1)
     return passes, passes * (images // batch)
 
@@ -502,13 +502,15 @@ def class_confidence(prob, label, pooled, skip_absent=False):
     images are one group [D21]; a group without the class counts with 0 [D22], or with skip_absent
     not at all. Returns (2, C): the sum of the groups' means, and how many groups count.
     """
-    hit = label[:, None] == torch.arange(prob.shape[1], device=prob.device).view(-1, 1, 1)
+    c = torch.arange(prob.shape[1], device=prob.device).view(-1, 1, 1)
+    hit = label[:, None] == c  # (B, C, H, W)
     total = torch.where(hit, upcast(prob), 0.0).sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
-    pixels = hit.sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)
+    pixels = hit.sum((2, 3)).unflatten(0, (-1, pooled)).sum(1)  # (groups, C), as total
+    mean = total / pixels.clamp(min=1)
     counted = torch.ones_like(pixels)
     if skip_absent:
         counted = pixels > 0
-    return torch.stack([(total / pixels.clamp(min=1)).sum(0), counted.sum(0).to(total.dtype)])
+    return torch.stack([mean.sum(0), counted.sum(0).to(total.dtype)])
 
 
 def update_confidence(bank, sums, momentum):
@@ -614,7 +616,7 @@ def own_slice(total, group):
     return slice(group.rank * count, (group.rank + 1) * count)
 
 
-def teacher_sight(logits_t, inside, confidence, args, group):
+def teacher_sight(logits_t, inside, confidence, args):
     """What banks and boxes need of a step, on the CPU: one copy, the only wait for the device.
 
     logits_t (2b, C, H, W), inside (2b, H, W): of this process's unlabelled images, then of their
@@ -636,7 +638,7 @@ def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
     later are drawn from both banks as they are [D27]; then the image bank takes in this step.
     With --no-cutmix all that is the same, and no mask has a box.
     """
-    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args, group)
+    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args)
     classes, partners = state["draws"][0].T.tolist()
     draws = draw_partners(bank, state["present"], len(classes), rng)
     state["draws"] = torch.cat([state["draws"][1:], draws[None]])
@@ -669,8 +671,9 @@ def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     Classes are drawn from the confidence bank by Eq. (9), one set for each group of `pooled` images
     [D19]. allowed: (C,) bool. rng: equal on all processes.
     """
-    shape = group.world, args.batch_size // group.world, args.paste_draws + 1
-    u = distributed.to_device(rng.random(shape)[group.rank], group)
+    # for each image: whether it is pasted onto, then its classes, those of its group's first
+    shape = (group.world, args.batch_size // group.world, 1 + args.paste_draws)
+    u = distributed.to_device(rng.random(shape)[group.rank], group)  # (b, 1 + draws)
     prob = sampling_probability(confidence, allowed, args.paste_power)
     drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
     return copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
@@ -857,7 +860,7 @@ def make_backbone(args):
         deepen_stem(net, (32, 32, 64))
     load_backbone(net, args.weights, args.backbone, args.stem)
     if args.output_stride == 8:
-        dilate(net.layer3, (1, *[2] * (len(net.layer3) - 1)))
+        dilate(net.layer3, [1] + [2] * (len(net.layer3) - 1))
     dilate(net.layer4, DILATIONS[args.output_stride, args.multi_grid])
     return net
 
@@ -1087,10 +1090,9 @@ def augment(image, label, rng, crop, scales):
 
 def random_scale(rng, scales):
     """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
-    low = scales[0]
-    high = scales[-1]
     if len(scales) != 2:
         return float(rng.choice(scales))
+    low, high = scales
     if not low < 1 < high:
         return rng.uniform(low, high)
     if rng.random() < 0.5:
@@ -1169,19 +1171,19 @@ def streams(data, args):
 def open_stream(name, data, args, group, start):
     """Returns an iterator over this process's batches of a stream, from step start to the end."""
     stream = streams(data, args)[name]
-    batch = distributed.share(stream.batch, group, name)  # of this process
+    images = distributed.share(stream.batch, group, name)  # of a step, of this process
     if not stream.items:
         origin = "that --labeled-list leaves" if args.labeled_list else f"in --split {args.split}"
         raise Refusal(
             f"no {name} images {origin} of {args.dataset}: "
             "give fewer images labels, or --unlabeled-list"
         )
-    if batch < 2 and not (group.world > 1 and group.device.type == "cuda"):
-        raise Refusal(f"{batch} {name} image per process: plain BN needs two, enlarge the batch")
-    first = [step * stream.batch + group.rank * batch for step in range(start, args.total_iters)]
+    if images < 2 and not (group.world > 1 and group.device.type == "cuda"):
+        raise Refusal(f"{images} {name} image per process: plain BN needs two, enlarge the batch")
+    firsts = [step * stream.batch + group.rank * images for step in range(start, args.total_iters)]
     loader = DataLoader(
         Samples(name, stream, data, args),
-        batch_sampler=[range(number, number + batch) for number in first],
+        batch_sampler=[range(first, first + images) for first in firsts],
         num_workers=args.workers,
         pin_memory=group.device.type == "cuda",
         generator=torch.Generator(),  # the global one stays a function of the step
@@ -1238,7 +1240,7 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, (top if y == 0 else 0) : min(done, top + h - y), left : left + w]
+        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: there is one window
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1417,16 +1419,16 @@ def main(args):
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
-        for stream in batch.values():
-            for name, tensor in stream.items():
-                stream[name] = tensor.to(group.device, non_blocking=True)
-            if "label" in stream:
-                stream["label"] = stream["label"].long()  # uint8 until here: less to move
+        for sample in batch.values():
+            for name, tensor in sample.items():
+                sample[name] = tensor.to(group.device, non_blocking=True)
+            if "label" in sample:
+                sample["label"] = sample["label"].long()  # uint8 until here: less to move
         x_l = batch["labeled"]["image"]
         y_l = batch["labeled"]["label"]
         decay = (1 - step / args.total_iters) ** 0.9  # poly
-        for params in optimizer.param_groups:
-            params["lr"] = args.lr * params["scale"] * decay
+        for settings in optimizer.param_groups:
+            settings["lr"] = args.lr * settings["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
         rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])  # equal on all processes
@@ -1440,7 +1442,7 @@ def main(args):
         sup = supervised_loss(out_l, y_l, args)
         confidence = confidence_after(state["confidence"], out_l["logits"], y_l, args)
         contrast = 0.0 * out_l["rep"].float().sum()  # so that DDP sees all parameters
-        unsup = unsup_l = lambda_u = kept = mean_H = classes = torch.zeros_like(sup)
+        unsup = unsup_l = lambda_u = kept = mean_H = counted = torch.zeros_like(sup)
         regions = 0
         if since_warmup >= 0:  # before: labels alone
             if since_warmup == 0:
@@ -1450,19 +1452,21 @@ def main(args):
                 u1 = partners.take(step)
             clean = {key: torch.cat([u0[key], u1[key]]) for key in u1}
             with torch.no_grad():  # labels, H, p: teacher in eval mode, clean views [D41]
-                out_lt = teacher.train()(x_l)
-                clean_t = teacher.eval()(clean["image"])["logits"]
+                teacher.train()
+                out_lt = teacher(x_l)
+                teacher.eval()
+                clean_t = teacher(clean["image"])["logits"]
             with timed(spent, "bank"):
-                images = partners.images(step)
                 mask, regions = adaptive_cutmix(
-                    clean_t, clean["inside"], images, state, rng, args, group
+                    clean_t, clean["inside"], partners.images(step), state, rng, args, group
                 )
             x_u = torch.where(mask[:, None], u1["image"], u0["image"])
             inside = torch.where(mask, u1["inside"], u0["inside"])
             z0, z1 = clean_t.chunk(2)
             mixed_t = torch.where(mask[:, None], z1, z0)
+            teacher.train()
             with torch.no_grad():
-                out_ut = teacher.train()(x_u)  # features, and BN's statistics
+                out_ut = teacher(x_u)  # features, and BN's statistics
                 prob_t = F.softmax(mixed_t, 1)
                 conf_t, pseudo = prob_t.max(1)
                 pseudo = pseudo.masked_fill(~inside, IGNORE)
@@ -1499,14 +1503,13 @@ def main(args):
                 u_pairs = torch.rand(
                     C, args.anchors * (args.negatives + 1), dtype=torch.float64, device=group.device
                 )
-                offered = distributed.gathered(pick(draw_features, args)(rep_t, N_c, u_offered))
-                offered = offered.transpose(0, 1).flatten(1, 2)  # a class's, of all processes
+                features = pick(draw_features, args)(rep_t, N_c, u_offered)  # (C, keys, D + 1)
+                offered = distributed.gathered(features).transpose(0, 1).flatten(1, 2)  # of all
                 queues = (state["bank"], state["pushed"], sizes)
                 pick(push_features, args)(*queues, offered)  # Alg. 1: push, then sample
             rep_s = as_rows(torch.cat([out_l["rep"], out_u["rep"]]))
             pair_loss = pick(unreliable_loss, args)
             contrast, counted = pair_loss(rep_s, rep_t, A_c, *queues, u_pairs, args)
-            classes = counted.sum()
         # Eq. (1)
         loss = sup + lambda_u * unsup + args.eta * unsup_l + args.contrast_weight * contrast
         loss.backward()
@@ -1518,7 +1521,7 @@ def main(args):
             "unsup_weight": lambda_u,
             "kept": kept,
             "contrast": contrast,
-            "classes": classes,
+            "classes": counted.sum(),
             "entropy": mean_H,
             "confidence": confidence.mean(),
             "regions": torch.full_like(sup, regions / len(u0["image"])),
@@ -1555,13 +1558,12 @@ def main(args):
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)
         if run.due(done, args.eval_every):
-            run.keep_best(done, *evaluate(scored(done), data, data.val, args, group), networks)
+            scores, panels = evaluate(scored(done), data, data.val, args, group)
+            run.keep_best(done, scores, panels, networks)
         if run.due(done, args.save_every) or run.asked:
             run.keep_last(done, networks, optimizer, state)
         if run.asked:  # by SIGTERM; all processes learn of it in the same step
-            break
-    if run.asked:
-        raise Stopped(done)
+            raise Stopped(done)
 
     # -- last and best --
     on = "test" if data.test else "val"

@@ -115,20 +115,15 @@ def load_optimizer(saved, optimizer):
 
 
 def load_state(saved, state):
-    """Fills a method's state, {name: tensor or plain value}, in place. Raises Refusal."""
+    """Fills a method's state, {name: tensor}, in place. Raises Refusal."""
     values = saved["state"]
     if not isinstance(values, dict) or set(values) != set(state):
         raise Refusal(f"{saved['path']}: its state is not that of this run ({', '.join(state)})")
     for name, value in values.items():
         own = state[name]
-        if torch.is_tensor(own):
-            if not torch.is_tensor(value) or (value.shape, value.dtype) != (own.shape, own.dtype):
-                raise Refusal(f"{saved['path']}: its state {name} is not that of this run")
-            state[name] = value.to(own.device)
-        elif type(value) is not type(own):
+        if not torch.is_tensor(value) or (value.shape, value.dtype) != (own.shape, own.dtype):
             raise Refusal(f"{saved['path']}: its state {name} is not that of this run")
-        else:
-            state[name] = value
+        state[name] = value.to(own.device)
 
 
 def load_init(path, networks):

@@ -40,13 +40,16 @@ def setup(device="auto"):
     cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return Group(0, 1, device_of(cuda, 0))
-    host = "MASTER_ADDR"
     numbers = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"]
     wrong = [n for n in numbers if not os.environ.get(n, "").isdecimal()]
-    wrong += [host] * (not os.environ.get(host))
+    if not os.environ.get("MASTER_ADDR"):
+        wrong.append("MASTER_ADDR")
     if not wrong:
         rank, world, local, port = (int(os.environ[n]) for n in numbers)
-        wrong += ["RANK, WORLD_SIZE"] * (rank >= world) + ["MASTER_PORT"] * (port > 65535)
+        if rank >= world:
+            wrong.append("RANK, WORLD_SIZE")
+        if port > 65535:
+            wrong.append("MASTER_PORT")
     if wrong:
         raise Refusal(f"{', '.join(wrong)} not set as torchrun does: start with torchrun")
     if cuda and local >= torch.cuda.device_count():
@@ -58,7 +61,7 @@ def setup(device="auto"):
     try:
         store = fresh_store(rank, world)
     except dist.DistError as error:
-        where = f"{os.environ[host]}:{port}"
+        where = f"{os.environ['MASTER_ADDR']}:{port}"
         line = f"{str(error).splitlines()[0][:150]}; is another run there, or a machine missing?"
         raise Refusal(f"MASTER_ADDR:MASTER_PORT {where}: {line}") from None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)

@@ -153,7 +153,7 @@ def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
 
 
 def draw_anchors(ids, C, u, args):
-    """Twin of ESL's draw_anchors for all classes: pixels (C, A), and which are anchors, bool.
+    """The anchors of ESL's part_contrast: pixels (C, A), and which are anchors, bool.
 
     u: (C, A + 1).
     """

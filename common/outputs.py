@@ -52,13 +52,16 @@ def find_images(places, out):
     files = []
     tops = []
     for place in places:
-        for found in [place] if os.path.exists(place) else sorted(glob(place, recursive=True)):
-            path = Path(os.path.abspath(found))
+        found = [place]
+        if not os.path.exists(place):
+            found = sorted(glob(place, recursive=True))
+        if not found:
+            raise Refusal(f"{place}: no such image, folder or list")
+        for name in found:
+            path = Path(os.path.abspath(name))
             inside = images_in(path)
             tops += [path] if path.is_dir() else [file.parent for file in inside]
             files += inside
-        if not os.path.exists(place) and not glob(place, recursive=True):
-            raise Refusal(f"{place}: no such image, folder or list")
     written = Path(os.path.abspath(out))
     files = [path for path in dict.fromkeys(files) if not path.is_relative_to(written)]
     if not files:
@@ -86,10 +89,11 @@ def images_in(path):
     except (OSError, UnicodeDecodeError) as error:
         raise Refusal(f"{path}: not a readable list ({error})") from None
     names = [line.strip() for line in lines if line.strip()]
-    beside = [path.parent / name for name in names]
-    return [
-        b if b.exists() else Path(os.path.abspath(n)) for b, n in zip(beside, names, strict=True)
-    ]
+    found = []
+    for name in names:
+        beside = path.parent / name
+        found.append(beside if beside.exists() else Path(os.path.abspath(name)))
+    return found
 
 
 def with_masks(items, folder):

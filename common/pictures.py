@@ -48,10 +48,3 @@ def panels(rows, palette, height=160):
         sheet.paste(line, (0, y))
         y += line.height
     return sheet
-
-
-def save_panels(path, rows, palette, height=160):
-    """Saves what `panels` returns as a PNG."""
-    sheet = panels(rows, palette, height)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)

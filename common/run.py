@@ -493,13 +493,14 @@ class Run:
         intervals = (args.log_every, args.eval_every, args.save_every, args.pictures_every)
         if self.asked or any(self.due(step, every) for every in intervals):
             check_finite(int(reduced(self.bad_step.clone(), ReduceOp.MIN)))
-        due = self.due(step, args.log_every)
-        count, *sums = reduced(self.meter.clone()).tolist() if due else (1,)
+        totals = []  # since the last line, of all processes: how many steps, then each sum
+        if self.due(step, args.log_every):
+            totals = reduced(self.meter.clone()).tolist()
         self.clock.update(spent, step=time.time() - begin, steps=1)
         if step == self.begin + 1:
             self.say(f"first step: {time.time() - begin:.1f} s")
-        if due:
-            self._line(step, logged, lr, count, sums)
+        if totals:
+            self._line(step, logged, lr, totals)
 
     def _advance(self, step):
         """Moves the live line, where there is a terminal."""
@@ -509,7 +510,8 @@ class Run:
                 self.bar = tqdm(total=total, initial=self.begin, unit="step", dynamic_ncols=True)
             self.bar.update(step - self.bar.n)
 
-    def _line(self, step, logged, lr, count, sums):
+    def _line(self, step, logged, lr, totals):
+        count, *sums = totals
         means = {name: s / count for name, s in zip(logged, sums, strict=True)}
         steps = self.clock.pop("steps")
         times = {f"{name}_ms": round(1e3 * t / steps, 2) for name, t in self.clock.items()}
@@ -729,12 +731,15 @@ def at_constant(result, args):
 
 def report(data, results, on):
     """Returns a table of IoU per class and mIoU in per cent; results: {column: scores}."""
-    names = [*data.classes, "mIoU", "accuracy", "mIoU of a constant"]
-    lines = [f"{'IoU on ' + on + ', %':22}" + "".join(f"{column:>10}" for column in results)]
-    for i, name in enumerate(names):
-        line = f"{name:22}"
-        for scores in results.values():
-            value = [*scores["iou"], scores["miou"], scores["accuracy"], scores["constant"]][i]
-            line += f"{'absent' if value is None else f'{100 * value:.2f}':>10}"
-        lines.append(line)
+    names = [f"IoU on {on}, %", *data.classes, "mIoU", "accuracy", "mIoU of a constant"]
+    columns = [[title, *in_per_cent(scores)] for title, scores in results.items()]
+    lines = []
+    for name, *cells in zip(names, *columns, strict=True):
+        lines.append(f"{name:22}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
+
+
+def in_per_cent(scores):
+    """Returns scores as texts: IoU of each class, mIoU, accuracy, mIoU of a constant."""
+    values = [*scores["iou"], scores["miou"], scores["accuracy"], scores["constant"]]
+    return ["absent" if value is None else f"{100 * value:.2f}" for value in values]

@@ -227,12 +227,9 @@ def training(args, tree):
         if not entry and count not in (0, len(labeled)):
             raise Refusal(f"{what}: {len(labeled)} images, not {count}; leave --split out")
         return labeled, unlabeled, train
-    optional = args.dataset == "folder"
-    masked = [
-        key  # a mask that a list names must be there, one that only might be there need not
-        for key, row in train.items()
-        if not optional or row[1] or tree.file("train", key, [row], 1)
-    ]
+    masked = list(train)
+    if args.dataset == "folder":  # a mask need not be there, but one that a list names must
+        masked = [key for key, row in train.items() if row[1] or tree.file("train", key, [row], 1)]
     if not masked:
         raise Refusal(f"{tree.root}: no image to train on with a mask; see docs/data.md")
     if published(args):
@@ -241,7 +238,9 @@ def training(args, tree):
         labeled, unlabeled = choose(masked, args.split, args.split_seed)
     if len(masked) < len(train):
         unlabeled = train if args.split == "all" else set(train) - set(labeled)
-    return *({key: train[key] for key in keys} for keys in (labeled, unlabeled)), train
+    labeled = {key: train[key] for key in labeled}
+    unlabeled = {key: train[key] for key in unlabeled}
+    return labeled, unlabeled, train
 
 
 class Tree:

@@ -34,4 +34,5 @@ def row(source, key):
 if __name__ == "__main__":
     source = predict.open_source((sys.argv[1:] or [RUN])[0])
     rows = [row(source, key) for key in shapes.keys("test")[:3]]
-    pictures.save_panels(Path(__file__).parent / "predict.png", rows, source.data.palette)
+    sheet = pictures.panels(rows, source.data.palette)
+    sheet.save(Path(__file__).parent / "predict.png")

@@ -23,4 +23,5 @@ def rows(count=8, per_row=4):
 
 if __name__ == "__main__":
     palette = np.array(FACTS["shapes"]["palette"], np.uint8)
-    pictures.save_panels(Path(__file__).parent / "shapes.png", rows(), palette, height=112)
+    sheet = pictures.panels(rows(), palette, height=112)
+    sheet.save(Path(__file__).parent / "shapes.png")

@@ -163,11 +163,18 @@ def read_k(path):
 
 def labels(paths, flags):
     """Returns a name per log: the flags in which they differ, or else folder and file."""
-    names = dict.fromkeys(n for f in flags for n in f if n not in NO_NUMBER)
-    names = [n for n in names if any(f.get(n) != flags[0].get(n) for f in flags)]
-    words = [", ".join(f"{n} {f.get(n)}" for n in names) for f in flags]
-    files = ["/".join(Path(path).resolve().parts[-2:]) for path in paths]
-    return words if len(set(words)) == len(words) > 1 else files
+    names = {}  # a set in the order of the flags
+    for own in flags:
+        names.update(dict.fromkeys(own))
+    differing = []
+    for name in names:
+        values = [own.get(name) for own in flags]
+        if name not in NO_NUMBER and any(value != values[0] for value in values):
+            differing.append(name)
+    words = [", ".join(f"{name} {own.get(name)}" for name in differing) for own in flags]
+    if len(flags) > 1 and len(set(words)) == len(flags):
+        return words
+    return ["/".join(Path(path).resolve().parts[-2:]) for path in paths]
 
 
 def parts_of_training(values):

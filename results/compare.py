@@ -33,8 +33,10 @@ def load(path, score):
     file = Path(path, "log.jsonl") if Path(path).is_dir() else Path(path)
     try:
         start, *_, done = read(file)
-        args, on, scores = start["args"], done["on"], (*done[score]["iou"], done[score]["miou"])
-        *iou, miou = (v if v is None else round(100 * v, 2) for v in scores)
+        args = start["args"]
+        on = done["on"]
+        iou = [v if v is None else round(100 * v, 2) for v in done[score]["iou"]]
+        miou = round(100 * done[score]["miou"], 2)
         classes = FACTS[args["dataset"]].get("classes") or [f"class {i}" for i in range(len(iou))]
         if len(classes) != len(iou):
             raise ValueError(f"{len(iou)} classes, {args['dataset']} has {len(classes)}")
@@ -61,12 +63,20 @@ def hardest_first(a, b):
 def cells(names, classes, a, b, mious):
     """Supplement Table 6 as rows of text, one per class, mIoU last; a, b: per cent per class."""
     present, absent = hardest_first(a, b)
-    if {a.count(None), b.count(None)} != {len(absent)}:  # one lacks more: over what both have
-        mious = [round(sum(v[i] for i in present) / max(len(present), 1), 2) for v in (a, b)]
-    rows = [*((classes[i], a[i], b[i]) for i in present), ("mIoU", *mious)]
-    rows = [(name, f"{x:.2f}", f"{y:.2f}", f"{y - x:+.2f}") for name, x, y in rows]
-    rows[-1:-1] = [(classes[i], *["absent"] * 3) for i in absent]
-    return [("Class", *names, "Improvement"), *rows]
+    mean_a, mean_b = mious
+    if a.count(None) < len(absent) or b.count(None) < len(absent):  # over what both have
+        count = max(len(present), 1)
+        mean_a = round(sum(a[i] for i in present) / count, 2)
+        mean_b = round(sum(b[i] for i in present) / count, 2)
+    rows = [("Class", *names, "Improvement")]
+    rows += [row_of(classes[i], a[i], b[i]) for i in present]
+    rows += [(classes[i], "absent", "absent", "absent") for i in absent]
+    return [*rows, row_of("mIoU", mean_a, mean_b)]
+
+
+def row_of(name, x, y):
+    """Returns two numbers and their difference as a row of texts."""
+    return name, f"{x:.2f}", f"{y:.2f}", f"{y - x:+.2f}"
 
 
 def published(dataset):

@@ -48,14 +48,17 @@ def counts(prob, label, alpha):
 def lines(found, r_l, r_h):
     """Returns the table as lines; found: counts of all images, r_l < r_h: ranks of Eq. (15)."""
     C = found.shape[1]
-    r_l, r_h = min(r_l, C - 1), min(r_h, C)
+    r_l = min(r_l, C - 1)
+    r_h = min(r_h, C)
     columns = [(a, min(b or C, C)) for a, b in SHOWN if a < C]
     names = [f"{a}" if b == a + 1 else f"{a}..{b - 1}" for a, b in columns]
     yield f"{'pixels':10} {'share':>8}" + "".join(f"{n:>8}" for n in names) + f"{'false':>9}"
     for name, row in zip(("reliable", "unreliable"), found.double(), strict=True):
-        share, row = 100 * row.sum() / found.sum(), 100 * row / row.sum()
-        cells = "".join(f"{row[a:b].sum():8.2f}" for a, b in columns)
-        yield f"{name:10} {share:8.2f}{cells}{row[r_l:r_h].sum() / (r_h - r_l):9.2f}"
+        share = 100 * row.sum() / found.sum()
+        of_row = 100 * row / row.sum()
+        cells = "".join(f"{of_row[a:b].sum():8.2f}" for a, b in columns)
+        false = of_row[r_l:r_h].sum() / (r_h - r_l)
+        yield f"{name:10} {share:8.2f}{cells}{false:9.2f}"
     yield f"chance would have {100 / C:.2f} false, in per cent like all of these"
 
 

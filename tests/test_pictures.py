@@ -22,7 +22,7 @@ from common import shapes
 from common.data import Data, Item
 from common.distributed import Group
 from common.metrics import iou_per_class, scores
-from common.pictures import colour, save_panels
+from common.pictures import colour, panels
 from supervised import Samples, Stream, augment, open_stream
 from trees import flags, refusal
 
@@ -355,8 +355,8 @@ def test_panels_reopen_with_every_map_in_its_place(tmp_path):
     label = torch.arange(40 * 60).view(40, 60) % 3
     maps = {"image": photograph(40, 60), "label": label, "inside": label > 0}
     rows = [maps, {"image": maps["image"][:, :, :20]}]  # then a narrower picture, and fewer of them
-    path = tmp_path / "new/folder/a.png"
-    save_panels(path, rows, PALETTE, height=80)
+    path = tmp_path / "a.png"
+    panels(rows, PALETTE, height=80).save(path)
     pixels = np.array(Image.open(path))
     assert pixels.shape == (2 * (80 + 16), 3 * (120 + 4), 3)  # 60 x 40 at height 80: 120 wide
     # a title of 16 pixels above each map, a gap of 4 behind it; enlarged without mixed colours

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 from benchmarks import steps  # noqa: E402
 from common import distributed  # noqa: E402
+from common.run import refusals  # noqa: E402
 
 RESULT = ROOT / "results" / "fpl_step.json"
 CASES = [("ael_fpl", 19), ("ael_fpl", 21), ("cps_fpl", 19)]  # script, classes
@@ -36,7 +37,7 @@ def taken(script, classes, mode, options):
     """Returns the seconds of each step of a short run but the first."""
     flags = f"--weights none --backbone {options.backbone} --output-stride {options.stride} "
     flags += f"--crop-size {options.crop} --batch-size {options.batch} {MODES[mode]}"
-    device = torch.device(options.device)
+    device = distributed.setup(options.device).device
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     ends = []
 
@@ -98,6 +99,7 @@ def parsed(words):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = parsed(sys.argv[1:])
-    found = measure(options)
+    with refusals():
+        found = measure(options)
     if not options.quick:
         Path(options.out).write_text(json.dumps(found, indent=1) + "\n")

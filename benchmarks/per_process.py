@@ -158,4 +158,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(f"per_process.py {' '.join(sys.argv[1:])}: takes no words")
     main()

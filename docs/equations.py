@@ -257,7 +257,9 @@ def page():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
+    if sys.argv[1:] not in ([], ["--write"]):
+        sys.exit(f"equations.py {' '.join(sys.argv[1:])}: --write or nothing")
+    if sys.argv[1:]:
         PAGE.write_text(page())
     else:
         print(page(), end="")

@@ -260,17 +260,20 @@ def print_scores(checkpoint, images, flags):
         raise Refusal(f"--images {images}: a number from 1 to {len(data.val)}, the images of val")
     phase = max(step - 1, 0) / args.total_iters  # of the last step that was trained
     sums = 0
-    for i in range(images):  # evenly spread: neighbours may be frames of one video
-        image, label = cps_fpl.Images(data, data.val)[i * len(data.val) // images]
-        image, label = image[None].to(group.device), label[None].long().to(group.device)
-        logits_t = teacher(image)["logits"]
-        prob_t = F.softmax(upcast(logits_t), 1)
-        K = cps_fpl.k_maps(logits_t, torch.ones_like(label, dtype=bool), phase, args)
-        logits_s = student(image)["logits"].double()  # float32 has no gradient of a sure pixel
-        columns = measures(logits_s, prob_t, K, label)
-        masks = [case(prob_t, K, label) == c for c in (1, 2, 3)]
-        rows = [[x[mask].double().sum().item() for x in columns.values()] for mask in masks]
-        sums = sums + torch.tensor(rows, dtype=torch.float64)
+    of_student = cps_fpl.evaluating(student, data, args, group)
+    of_teacher = cps_fpl.evaluating(teacher, data, args, group)
+    with of_student, of_teacher:
+        for i in range(images):  # evenly spread: neighbours may be frames of one video
+            image, label = cps_fpl.Images(data, data.val)[i * len(data.val) // images]
+            image, label = image[None].to(group.device), label[None].long().to(group.device)
+            logits_t = teacher(image)["logits"]
+            prob_t = F.softmax(upcast(logits_t), 1)
+            K = cps_fpl.k_maps(logits_t, torch.ones_like(label, dtype=bool), phase, args)
+            logits_s = student(image)["logits"].double()  # float32 has no gradient of a sure pixel
+            columns = measures(logits_s, prob_t, K, label)
+            masks = [case(prob_t, K, label) == c for c in (1, 2, 3)]
+            rows = [[x[mask].double().sum().item() for x in columns.values()] for mask in masks]
+            sums = sums + torch.tensor(rows, dtype=torch.float64)
     words = " ".join(map(str, args.T))
     print(f"step {step}, {images} images of val, branch 2 teaches branch 1, T {words}")
     print("case" + "".join(f"{name:>11}" for name in columns))

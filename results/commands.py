@@ -55,8 +55,8 @@ REASONS = (  # scripts, data sets, a word of the flags or source, one that is no
         "unimatch", PUBLISHED, "", "last",
         "D10: an image is mixed with another crop of itself, --partner crop",
     ),
-    ("unimatch", "folder", "", "", "D9: COCO's lists are to be given by --labeled-list"),
 )  # fmt: skip
+PAIRS = "mean_teacher u2pl esl unimatch unimatch_v2"  # mix two images of one process
 
 
 @dataclasses.dataclass
@@ -64,7 +64,7 @@ class Options:
     """Which entries, and on what."""
 
     scripts: tuple[str, ...] = ()  # left out: all
-    gpus: Count = 8  # processes of torchrun
+    gpus: Count = 8  # processes of torchrun at most; fewer where a batch does not divide
     rate: Above0 = 0.4  # megapixels of crops that a GPU trains on in a second
 
 
@@ -86,6 +86,16 @@ def gpu_hours(args, rate):
     """Returns the hours of one GPU that trains on `rate` megapixels of crops in a second."""
     images = args.batch_size + getattr(args, "batch_size_unlabeled", 0)
     return args.total_iters * images * args.crop_size**2 / (1e6 * rate) / 3600
+
+
+def processes(script, args, most):
+    """Returns the largest number of processes, at most `most`, that share the batches evenly."""
+    parts = [args.batch_size // getattr(args, "pooled", 1)]
+    unlabeled = getattr(args, "batch_size_unlabeled", 0)
+    if unlabeled:
+        pairs = script in PAIRS.split()
+        parts.append(unlabeled // 2 if pairs else unlabeled)
+    return max(n for n in range(1, most + 1) if all(part % n == 0 for part in parts))
 
 
 def reasons(entry):
@@ -115,7 +125,8 @@ def main(options):
         print(f"        {args.total_iters:,} steps, about {hours:,.0f} GPU-hours")
         for reason in reasons(entry):
             print(f"        docs/{entry['script']}.md, {reason}")
-        command = f"torchrun --nproc_per_node {options.gpus} {entry['script']}.py"
+        count = processes(entry["script"], args, options.gpus)
+        command = f"torchrun --nproc_per_node {count} {entry['script']}.py"
         print(f"        {command} {shlex.join(words)}\n")
 
 

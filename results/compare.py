@@ -37,11 +37,13 @@ def load(path, score):
         on = done["on"]
         iou = [v if v is None else round(100 * v, 2) for v in done[score]["iou"]]
         miou = round(100 * done[score]["miou"], 2)
-        classes = FACTS[args["dataset"]].get("classes") or [f"class {i}" for i in range(len(iou))]
+        classes = start.get("classes") or FACTS[args["dataset"]].get("classes")
+        classes = classes or [f"class {i}" for i in range(len(iou))]
         if len(classes) != len(iou):
             raise ValueError(f"{len(iou)} classes, {args['dataset']} has {len(classes)}")
         sets = {k: f"{count} images, set {key}" for k, (count, key) in start["lists"].items()}
-        facts = {"data set": args["dataset"], "classes": len(iou), "scored on": f"{on}, {sets[on]}"}
+        facts = {"data set": args["dataset"], "classes": ", ".join(classes)}
+        facts["scored on"] = f"{on}, {sets[on]}"
         facts |= {"labelled": sets["labeled"], "seed": args["seed"], "steps": args["total_iters"]}
         name = file.resolve().parent.name if file.name == "log.jsonl" else file.stem
         return SimpleNamespace(

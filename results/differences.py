@@ -121,7 +121,9 @@ def table():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
+    if sys.argv[1:] not in ([], ["--write"]):
+        sys.exit(f"differences.py {' '.join(sys.argv[1:])}: --write or nothing")
+    if sys.argv[1:]:
         before, rest = PAGE.read_text().split(MARKS[0])
         PAGE.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1])
     else:

@@ -39,7 +39,7 @@ if str(ROOT) not in sys.path:
 
 import cps_fpl  # noqa: E402
 import u2pl  # noqa: E402
-from common import Refusal, metrics  # noqa: E402
+from common import Refusal, distributed, metrics  # noqa: E402
 from common.checkpoints import load_checkpoint  # noqa: E402
 from common.data import IGNORE  # noqa: E402
 from common.flags import Count, cli  # noqa: E402
@@ -864,6 +864,7 @@ def main(argv=None):
         import matplotlib  # noqa: F401
     except ImportError:
         raise Refusal("matplotlib: not installed; pip install -r requirements-dev.txt") from None
+    distributed.setup(options.device)  # refuses a GPU that is not there
     runs = [read_run(place) for place in options.runs]
     views = Views(options)
     for name, draw in FIGURES.items():

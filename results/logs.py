@@ -42,7 +42,8 @@ class Log(NamedTuple):
     def recipe(self):
         """What a run of another seed has in common with this one, as text."""
         args = {k: v for k, v in self.start["args"].items() if k not in NO_RECIPE}
-        return json.dumps([self.start["script"], args, self.start["lists"]], sort_keys=True)
+        names = self.start.get("classes") or FACTS[args["dataset"]].get("classes")
+        return json.dumps([self.start["script"], args, self.start["lists"], names], sort_keys=True)
 
     @property
     def classes(self):
@@ -108,6 +109,10 @@ def notes(groups):
         if len(texts) > 1:
             names = ", ".join(str(log.path) for log in group)
             lines.append(f"note: {names}: by {len(texts)} different texts of the script or common/")
+        worlds = {log.start.get("world", 1) for log in group}
+        if len(worlds) > 1:  # docs/scaling.md says what they change
+            names = ", ".join(str(log.path) for log in group)
+            lines.append(f"note: {names}: by different numbers of processes {sorted(worlds)}")
         seeds = [log.start["args"]["seed"] for log in group]
         if len(set(seeds)) < len(seeds):
             lines.append(f"note: {group[0].path}: seeds {seeds}, one more than once")

@@ -81,11 +81,12 @@ def main(argv):
     load_networks(saved, {name: net})
     source = SimpleNamespace(script=u2pl, net=net, args=args, data=data)
     found = torch.zeros(2, data.num_classes, dtype=torch.int64)
-    for i in range(n):  # evenly spread: neighbours may be frames of one video
-        image, label = u2pl.Images(data, data.val)[i * len(data.val) // n]
-        image = image.to(group.device)
-        prob = F.softmax(mean_logits(source, image).float(), 1)
-        found += counts(prob, label[None].long().to(group.device), args.alpha_0).cpu()
+    with u2pl.evaluating(net, data, args, group):
+        for i in range(n):  # evenly spread: neighbours may be frames of one video
+            image, label = u2pl.Images(data, data.val)[i * len(data.val) // n]
+            image = image.to(group.device)
+            prob = F.softmax(mean_logits(source, image).float(), 1)
+            found += counts(prob, label[None].long().to(group.device), args.alpha_0).cpu()
     print(f"{name} of step {saved['step']}, {n} images of val; the truth's rank, from 0")
     print(*lines(found, *args.ranks), sep="\n")
 

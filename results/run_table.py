@@ -161,7 +161,8 @@ def halved(source, target):
     """Writes CamVid at half its size into target, what is missing of it: each image the mean of
     2x2 pixels, each mask one of them. Returns target.
     """
-    for file in sorted(Path(source).rglob("*/*.*")):
+    files = [file for file in Path(source).rglob("*/*") if file.suffix in (".jpg", ".png")]
+    for file in sorted(files):
         new = (Path(target) / file.relative_to(source)).with_suffix(".png")
         if not new.exists():
             with Image.open(file) as picture:

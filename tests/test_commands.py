@@ -39,5 +39,8 @@ def test_every_entry_has_its_command_steps_hours_and_the_rows_that_say_why(capsy
     for line in lines:
         script, *words = re.search(r"--nproc_per_node 4 (\S+).py (.*)", line).groups()
         assert tiny.resolved(tiny.script(script), shlex.split(words[0])).total_iters >= 18_600
+    for name, count in (("esl", 4), ("cps_fpl", 8), ("mean_teacher", 8)):  # esl: 8 in pairs
+        args = tiny.resolved(tiny.script(name), "--dataset voc --split 92".split())
+        assert commands.processes(name, args, 8) == count
     with pytest.raises(Refusal, match="--scripts fixmatch: only ael_fpl, cps_fpl, "):
         commands.main(commands.Options(scripts=("fixmatch",)))

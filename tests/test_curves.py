@@ -133,6 +133,8 @@ def test_seeds_are_one_curve_and_one_row_and_no_run_is_lost(runs, capsys):
     steps, values = curves.curve(groups[0], "loss")
     assert steps.tolist() == [1, 2] and values.tolist() == [[1, 2], [2, 4], [5, 5]]
     assert logs.labels(groups) == ["lr 0.01, 3 seeds", "lr 0.1"]
+    other = groups[1][0]._replace(start=groups[1][0].start | {"world": 2})
+    assert logs.notes([[groups[1][0], other]])[0].endswith("numbers of processes [1, 2]")
     curves.main([*runs, "--out", "x"])
     assert lines[-1] in capsys.readouterr().out and Path("x.png").stat().st_size > 10_000
     text = Path("x.html").read_text()

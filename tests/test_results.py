@@ -158,10 +158,14 @@ def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
         networks[name]["head.classify.1.weight"] *= 40
     content = {"script": "cps_fpl.py", "step": 600, "args": plain(args), "networks": networks}
     torch.save(content, "last.pt")
-    assert analysis.main("scores last.pt --images 2 --device cpu --T 0.8".split()) == 0
+    words = "scores last.pt --images 2 --device cpu --T 0.8"
+    assert analysis.main([*words.split(), "--precise-bn", "0"]) == 0
+    running = capsys.readouterr().out
+    assert analysis.main(words.split()) == 0  # BN as evaluation has it
     head, names, *lines = capsys.readouterr().out.splitlines()
     assert head == "step 600, 2 images of val, branch 2 teaches branch 1, T 0.8"
     number, share, _, sure, vanilla, fuzzy, *_ = zip(*map(str.split, lines), strict=True)
+    assert "\n".join([head, names, *lines, ""]) != running
     assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
     assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
     assert sure[1] == "0.0000" and names.split()[:3] == ["case", "pixels", "K"]
@@ -189,12 +193,12 @@ def test_counts_of_ranks_equal_a_loop_over_pixels():
 SEVEN = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # IoU of shapes' seven classes
 
 
-def log_of_scores(path, iou, dataset="shapes", drop="", seed=0, lists=None):
+def log_of_scores(path, iou, dataset="shapes", drop="", seed=0, lists=None, **start):
     """Writes a log with the scores iou (0 to 1) in a run's format; returns its path as text."""
     args = {"dataset": dataset, "seed": seed, "total_iters": 600}
     known = {"labeled": [20, "aaaa"], "val": [64, "bbbb"], "test": [64, "cccc"], **(lists or {})}
     last = {"miou": sum(v or 0 for v in iou) / len(iou), "iou": iou}
-    lines = [{"kind": "start", "args": args, "lists": known}]
+    lines = [{"kind": "start", "args": args, "lists": known, **start}]
     lines += [{"kind": "done", "step": 600, "on": "test", "last": last}]
     return draw_log(path, [line for line in lines if line["kind"] != drop])
 
@@ -263,6 +267,8 @@ def broken(tmp_path, monkeypatch):
     log_of_scores(Path("unfinished.jsonl"), SEVEN, drop="done")
     log_of_scores(Path("seven.jsonl"), SEVEN, dataset="folder")
     log_of_scores(Path("set.jsonl"), SEVEN, lists={"test": [64, "dd"]})
+    log_of_scores(Path("named.jsonl"), SEVEN, classes=list("abcdefg"))
+    log_of_scores(Path("swapped.jsonl"), SEVEN, classes=list("bacdefg"))
     Path("list.jsonl").write_bytes(b"[1]\n2\n")
 
 
@@ -275,6 +281,7 @@ REFUSED = [  # command, its words, words of the line
     (compare, "no.jsonl a.jsonl", "no.jsonl: not the log of a finished run (No such file"),
     (compare, "a.jsonl list.jsonl", "list.jsonl: "),
     (compare, "a.jsonl seven.jsonl", "a.jsonl, seven.jsonl: data set shapes against folder"),
+    (compare, "named.jsonl swapped.jsonl", "classes a, b, c, d, e, f, g against b, a, c, d"),
     (compare, "a.jsonl set.jsonl", "scored on test, 64 images, set cccc against test, 64 images"),
 ]
 

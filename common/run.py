@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common import Refusal, pictures
 from common.checkpoints import (
     NEVER,
+    check_classes,
     check_finite,
     check_form,
     check_tensors,
@@ -250,7 +251,9 @@ class Run:
         found = any((self.folder / name).exists() for name in names)
         self._introduce(networks)
         if not self.resume or not from_first(found):
-            source = load_init(self.args.init, networks) if self.args.init else "zero"
+            source = "zero"
+            if self.args.init:
+                source = load_init(self.args.init, networks, list(self.data.classes))
             self._put_aside()
             self.say(f"run folder: {self.folder}, starting from {source}")
             return 0
@@ -321,6 +324,7 @@ class Run:
         if saved["script"] != self.script.name:
             wrong = f"written by {saved['script']}, not by {self.script.name}"
             raise Refusal(f"{path}: {wrong}; --init starts from it")
+        check_classes(saved, self.data)
         given = as_fields(type(self.args), saved["args"])
         for old, new, kind in (
             (given, as_fields(type(self.args), acting(self.args)), "another recipe, --{}"),

@@ -176,8 +176,16 @@ CASES = [
       for use in ("--out {} --resume", "--eval-only --checkpoint {}/last.pt")
       for name, other in zip(SCRIPTS, [*SCRIPTS[1:], "mean_teacher"], strict=True)),
     Case("absent checkpoint", S, "--eval-only --checkpoint no.pt", "no.pt no_such_checkpoint"),
-    Case("another network's checkpoint", S, f"{SCORE} --dataset shapes --data-root=",
-         f"{LAST} does_not_fit_these_flags head.classify"),
+    *(Case(f"{use.format(out)[:6]} other classes", script, use.format(out),
+           f"{out}/last.pt class_0_is_building_there_and_sky_here",
+           changed(lambda content: content["classes"][0].__setitem__(1, "building"),
+                   f"{out}/last.pt"))
+      for use in ("--out {} --resume", "--eval-only --checkpoint {}/last.pt")
+      for script, out in ((S, "run"), (ESL, "esl"))),
+    Case("another data set's checkpoint", S, f"{SCORE} --dataset shapes --data-root=",
+         f"{LAST} class_0_is_sky_there_and_background_here"),
+    Case("another network's checkpoint", S, f"{SCORE} --aux-weight 0.4",
+         f"{LAST} does_not_fit_these_flags head.aux"),
     Case("absent weights", S, "--weights no.pth", "--weights_no.pth --weights_FILE --weights_none"),
     Case("weights that are a page", S, W, NO_WEIGHTS, put("w.pth", b"<!doctype html>")),
     Case("malicious weights", S, W, NO_WEIGHTS, put("w.pth", {"conv1.weight": Trap()})),

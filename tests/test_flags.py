@@ -1,0 +1,55 @@
+"""What a checkpoint says of its run, against the flags and classes that it is given with."""
+
+import re
+
+import pytest
+import torch
+
+import supervised
+from common import Refusal
+from tiny import draw_folder, own_folder, shrink, train
+from trees import listed
+
+
+def classes_csv(root, *names):
+    """Writes names (none: no file) into a folder's classes.csv."""
+    (root / "classes.csv").unlink(missing_ok=True)
+    if names:
+        rows = [f"{i},{name},{90 * i},7,0" for i, name in enumerate(names)]
+        listed(root / "classes.csv", "id,name,r,g,b", *rows)
+
+
+def test_classes_of_other_names_are_refused_or_their_head_stays_random(
+    tmp_path, monkeypatch, capsys
+):
+    """At --resume, --eval-only and --init; a class without a name may be any but for --init."""
+    shrink(supervised, monkeypatch)
+    root = draw_folder(tmp_path / "my", 3)
+    classes_csv(root, "road", "car", "tree")
+    run = tmp_path / "run"
+    argv = own_folder(root, run, 3, iters=2, evaluate=2, save=2)
+    train(supervised, argv)
+    last = str(run / "last.pt")
+    resume = [*argv, "--resume"]
+    score = ["--eval-only", "--checkpoint", last]
+    classes_csv(root, "road", "tree", "car")
+    for words in (resume, score):
+        with pytest.raises(Refusal, match="last.pt: class 1 is car there and tree here"):
+            train(supervised, words)
+    head = torch.load(last, weights_only=True)["networks"]["student"]["head.classify.1.weight"]
+    for names, end in (
+        (("road", "car", "tree"), ""),
+        (("road", "tree", "car"), ", head random"),
+        ((), ", head random"),
+    ):
+        classes_csv(root, *names)
+        out = tmp_path / f"from {len(list(tmp_path.iterdir()))}"
+        own = own_folder(root, out, 3, iters=1, evaluate=1, save=1)
+        own = [word for word in own if word not in ("--weights", "none")]
+        train(supervised, [*own, "--lr", "1e-9", "--init", last])
+        said = re.search(r"student from its student(.*)$", capsys.readouterr().out, re.M)[1]
+        begun = torch.load(out / "last.pt", weights_only=True)["networks"]["student"]
+        same = torch.allclose(begun["head.classify.1.weight"], head, atol=1e-6)
+        assert (said, same) == (end, not end), names
+    for words in (resume, score):  # without names by now
+        train(supervised, words)

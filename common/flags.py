@@ -58,6 +58,10 @@ Scales = Annotated[tuple[Above0, ...], Rising()]
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 cache log_every save_every pictures_every tensorboard track fused""".split()
 
+# what --eval-only has no use for, beside where weights come from
+OF_TRAINING = """init resume out lr lr_head weight_decay decay_on log_every eval_every save_every
+pictures_every tensorboard track compile""".split()
+
 # what a run is of, not how: these are no part of a folder's name, or have their own place in it
 OF = "dataset split seed num_classes ignore_index".split()
 LONGEST = 135  # characters of a name: file systems take 255 bytes, encrypted ones 143
@@ -93,11 +97,22 @@ def parse(cls, preset, argv=None):
         raise Refusal("--checkpoint, --eval-on: with --eval-only; --init starts from a checkpoint")
     if not args.eval_only:
         return args
+    given = given_names(args, argv)
+    idle = [name for name in vars(args) if name in given and name in OF_TRAINING]
+    idle += without_weights(given)
+    if idle:
+        names = ", ".join(map(flag_of, idle))
+        raise Refusal(f"{names}: of no use with --eval-only, which trains nothing")
     path = args.checkpoint or "--eval-only needs --checkpoint"
     saved = as_fields(cls, load_checkpoint(path, inspect.getfile(cls))["args"])
     kept = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
     saved = {name: saved[name] for name in kept} | without_weights(vars(args))
     return cli(cls, argv, default=replace(args, **saved))
+
+
+def flag_of(name):
+    """Returns the flag of a field's name, as one types it."""
+    return "--" + name.replace("_", "-")
 
 
 def as_fields(cls, saved):
@@ -141,7 +156,7 @@ def fill(args, preset, argv=None):
     advise_rate(args, preset(args))
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(filled, name)
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if value is None and name != "split_seed" and not args.list_presets:
             raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
         if value is not None:
@@ -200,13 +215,13 @@ def in_words(need):
     clauses = []
     for clause in need.split(", "):
         name, sign, value = re.match(r"(?:no )?(\w+)(!=|=|<|)(.*)", clause).groups()
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if clause.startswith("no "):
             flag = f"no {flag}"
         elif sign == "!=":
             flag += f" other than {value}"
         elif sign == "<":
-            flag += " below --" + value.replace("_", "-")
+            flag += f" below {flag_of(value)}"
         elif sign:
             flag += " " + value.replace("|", " or ")
         clauses.append(flag)
@@ -320,7 +335,7 @@ def explain(cls, args):
 
 def flag_lines(cls, name, sentence, value):
     """Returns the lines of one flag: its sentence and value; the words that it takes, if few."""
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     kind = next(field.type for field in fields(cls) if field.name == name)
     if kind is bool:
         flag = f"--[no-]{flag[2:]}"

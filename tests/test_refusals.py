@@ -41,8 +41,10 @@ class Case(NamedTuple):
 
     @property
     def argv(self):
-        """The whole command line: a script's small run, with these flags last."""
+        """The whole command line: a script's small run or score, with these flags last."""
         small = flags("data", "out", iters=2, log=1, evaluate=2, save=2)
+        if "--eval-only" in self.flags:
+            small = ["--device", "cpu"]
         return (self.script is not prepare_data) * small + self.flags.split()
 
 
@@ -141,6 +143,16 @@ CASES = [
     Case("no TensorBoard", S, "--tensorboard", "--tensorboard pip_install_tensorboard",
          lambda patch: patch.setitem(sys.modules, "tensorboard", None)),
     Case("eval-on without eval-only", S, "--eval-on test", "--eval-on with_--eval-only"),
+    *(Case(f"eval-only with {words}", script, f"{SCORE} {words}",
+           f"{names} of_no_use_with_--eval-only")
+      for script, words, names in (
+          (S, "--init no.pt --resume --out r9 --lr 0.5 --pictures-every 1 --total-iters 7",
+           "--out,_--resume,_--pictures-every,_--init,_--lr:"),
+          (S, "--lr-head 1 --weight-decay 0 --log-every 1 --eval-every 1 --save-every 1",
+           "--log-every,_--eval-every,_--save-every,_--lr-head,_--weight-decay:"),
+          (M, "--tensorboard --track trackio --compile --decay-on all",
+           "--compile,_--tensorboard,_--track,_--decay-on:"),
+          (CPS, "--weights none --weights-2 none --evaluate mean", "--weights,_--weights-2:"))),
     Case("missing data root", S, "--data-root nowhere", "nowhere no_such_folder --data-root"),
     Case("mask a loader reads", S, "--workers 1", f"{MASK} 17 row_0 column_0",
          lambda patch: trees.picture(Path(MASK), "L", 17, (48, 36))),

@@ -727,9 +727,11 @@ def at_constant(result, args):
         return f"val's masks hold one class and ignored pixels, as those of 0 and 255 do: {CONVERT}"
     command = f"python prepare_data.py stats --dataset {args.dataset}"
     if args.data_root:
-        command += f" --data-root {args.data_root}"
+        command += f" --data-root {shlex.quote(args.data_root)}"
     if args.num_classes:
-        command += f" --num-classes {args.num_classes} --ignore-index {args.ignore_index}"
+        command += f" --num-classes {args.num_classes}"
+    if args.dataset == "folder":
+        command += f" --ignore-index {args.ignore_index}"
     return f"one class everywhere scores as much: too early, or wrong masks or --lr: {command}"
 
 

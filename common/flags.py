@@ -183,7 +183,8 @@ def given_names(args, argv=None):
 
 
 # what NEEDS of a script says a flag needs, all of it, separated by ", ": "cutmix" (it is not 0),
-# "label=soft|hard" (one of these), "split!=all", "a<b", "no total_iters" (not given), "never"
+# "label=soft|hard" (one of these), "split!=all|list" (none of these), "a<b", "no total_iters" (not
+# given), "never"
 
 
 def met(need, args, given=()):
@@ -204,7 +205,7 @@ def clause_met(clause, args, given):
     if sign == "=":
         return str(own) in value.split("|")
     if sign == "!=":
-        return str(own) != value
+        return str(own) not in value.split("|")
     return bool(own)
 
 
@@ -219,7 +220,7 @@ def in_words(need):
         if clause.startswith("no "):
             flag = f"no {flag}"
         elif sign == "!=":
-            flag += f" other than {value}"
+            flag += " other than " + value.replace("|", " or ")
         elif sign == "<":
             flag += f" below {flag_of(value)}"
         elif sign:

@@ -7,8 +7,8 @@ import torch
 
 import supervised
 from common import Refusal
-from tiny import draw_folder, own_folder, shrink, train
-from trees import listed
+from tiny import SCRIPTS, draw_folder, own_folder, resolved, script, shrink, train
+from trees import listed, refusal
 
 
 def classes_csv(root, *names):
@@ -53,3 +53,16 @@ def test_classes_of_other_names_are_refused_or_their_head_stays_random(
         assert (said, same) == (end, not end), names
     for words in (resume, score):  # without names by now
         train(supervised, words)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_split_family_that_nothing_reads_is_refused_and_one_of_a_preset_passes(name):
+    """All images are every family's; a list without --split is nobody's."""
+    base = ["--dataset", "voc_aug", "--total-iters", "9"]
+    family = ["--split-family", "cac0"]
+    for words in (["--split", "all"], ["--labeled-list", "l.txt"]):
+        line = "--split-family cac0 does nothing here: it needs "
+        assert refusal(resolved, script(name), base + words + family).startswith(line)
+        assert resolved(script(name), base + words).split_family in ("cps", "u2pl")
+    words = ["--labeled-list", "l.txt", "--split", "1/8"]  # its images are then checked
+    assert resolved(script(name), base + words + family).split_family == "cac0"

@@ -55,6 +55,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -173,6 +174,7 @@ class Args:
     ema_decay: Share = 0.99  # of the teacher's moving average
     # FPL's loss, off: as written here; on: the twin in common/fused.py; auto: on where it is faster
     fused: Literal["auto", "on", "off"] = "auto"
+    GROUPS: ClassVar[tuple] = ("pooled",)  # of a process's labelled images: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
@@ -1313,9 +1315,7 @@ def main(args):
     # >>> method: state
     distributed.need_float64(group, "classes and partners are drawn")
     C = data.num_classes
-    count = args.batch_size // group.world
-    if count % args.pooled:
-        raise Refusal(f"--pooled {args.pooled}: {count} labelled images per process do not divide")
+    check_fit(args, group.world, data.num_classes)
     pasted = set(range(C)) - set(args.paste_not)
     if args.paste_draws and not pasted or max(args.paste_not, default=0) >= C:
         raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")

@@ -49,6 +49,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -154,6 +155,8 @@ class Args:
     cutmix_prob: Share = 1.0  # probability of mixing in a step
     # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
     fused: Literal["auto", "on", "off"] = "auto"
+    PAIRS: ClassVar[str] = "cutmix"  # what makes a process mix pairs: common/flags.py
+    BELOW_CLASSES: ClassVar[tuple] = ("top_k",)  # else nothing is left out: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
@@ -1153,8 +1156,7 @@ def main(args):
         return distributed.teardown()
     optimizer = make_optimizer(trained, args)
     # >>> method: state
-    if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     C = data.num_classes
     K = args.parts
     state = {}

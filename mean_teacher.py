@@ -52,6 +52,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -145,6 +146,7 @@ class Args:
     teacher_bn: Literal["own", "average"] = "own"
     cutmix: bool = False  # mix the student's unlabelled images in pairs (CutMix-MT)
     cutmix_prob: Share = 0.5  # probability of mixing in a step
+    PAIRS: ClassVar[str] = "cutmix"  # what makes a process mix pairs: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
@@ -926,8 +928,7 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     state = {}  # the teacher is among the networks
-    if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     # <<< method: state
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)

@@ -50,6 +50,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -160,6 +161,7 @@ class Args:
     cutmix_prob: Share = 0.5  # probability of mixing in a step
     # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
     fused: Literal["auto", "on", "off"] = "auto"
+    PAIRS: ClassVar[str] = "cutmix"  # what makes a process mix pairs: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
@@ -1119,8 +1121,7 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     distributed.need_float64(group, "percentiles and negatives are found")
-    if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     C = data.num_classes
     r_l = min(args.ranks[0], C - 1)  # the last rank of a pixel remains, at least
     r_h = min(args.ranks[1], C)

@@ -54,6 +54,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -156,6 +157,7 @@ class Args:
     mean_over: Literal["positives", "positives_and_next"] | None = None
     # FPL's loss, off: as written here; on: the twin in common/fused.py; auto: on where it is faster
     fused: Literal["auto", "on", "off"] = "auto"
+    PAIRS: ClassVar[str] = "partner=batch"  # what makes a process mix pairs: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
@@ -1166,8 +1168,7 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     state = {}
-    if args.partner == "batch" and args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("--partner batch: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     # <<< method: state
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)

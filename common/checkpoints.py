@@ -78,8 +78,10 @@ def check_classes(saved, data):
     """
     for (number, there, _), here in zip(saved.get("classes", ()), data.classes, strict=False):
         if there != here and f"class {number}" not in (there, here):
-            wrong = f"class {number} is {there} there and {here} here"
-            raise Refusal(f"{saved['path']}: {wrong}: give the classes that it was trained with")
+            raise Refusal(
+                f"{saved['path']}: class {number} is {there} there and {here} here: give the "
+                "classes that it was trained with"
+            )
 
 
 def load_networks(saved, networks, data=None):
@@ -142,15 +144,15 @@ def load_state(saved, state):
         state[name] = value.to(own.device)
 
 
-def load_init(path, networks, classes):
+def load_init(path, networks, data):
     """Starts networks from a checkpoint of any of these scripts; returns in words what was taken.
 
-    classes: names of those to learn. Each takes the network of its name, or else the first. A head
-    that does not fit, or of classes of other names, stays random; so does that of a second network
-    which trains and would equal the first: such a pair never disagrees.
+    data: the Data to learn. Each takes the network of its name, or else the first. A head that does
+    not fit, or of classes of other names, stays random; so does that of a second network which
+    trains and would equal the first: such a pair never disagrees.
     """
     saved = load_checkpoint(path)
-    names = [name for _, name, _ in saved.get("classes", ())] or classes  # older ones name none
+    names = [name for _, name, _ in saved.get("classes", data.named())]  # older ones name none
     sentences = []
     used = set()
     for name, net in networks.items():
@@ -162,7 +164,7 @@ def load_init(path, networks, classes):
         used.add(source)
         weights = saved["networks"][source]
         own_head = head_of(net.state_dict())
-        fits = names == classes and shapes(head_of(weights)) == shapes(own_head)
+        fits = names == data.classes and shapes(head_of(weights)) == shapes(own_head)
         keeps_own = equal or not fits
         if keeps_own:
             weights = {k: v for k, v in weights.items() if not k.startswith("head.")} | own_head

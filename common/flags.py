@@ -98,11 +98,9 @@ def parse(cls, preset, argv=None):
     if not args.eval_only:
         return args
     given = given_names(args, argv)
-    idle = [name for name in vars(args) if name in given and name in OF_TRAINING]
-    idle += without_weights(given)
+    idle = [flag_of(n) for n in vars(args) if n in given & {*OF_TRAINING, *without_weights(given)}]
     if idle:
-        names = ", ".join(map(flag_of, idle))
-        raise Refusal(f"{names}: of no use with --eval-only, which trains nothing")
+        raise Refusal(f"{', '.join(idle)}: of no use with --eval-only, which trains nothing")
     path = args.checkpoint or "--eval-only needs --checkpoint"
     saved = as_fields(cls, load_checkpoint(path, inspect.getfile(cls))["args"])
     kept = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
@@ -298,14 +296,35 @@ def check(flag, value, wanted):
                 raise Refusal(f"{flag} {value}: one number or more, rising")
             if rule.strict and len(set(numbers)) < len(numbers):
                 raise Refusal(f"{flag} {value}: rising, none twice")
-            continue
-        if isinstance(rule, Words):
+        elif isinstance(rule, Words):
             if value not in rule.words and not value.startswith(rule.prefix):
                 raise Refusal(f"{flag} {value}: {', '.join(rule.words)} or {rule.prefix}NAME")
-            continue
-        for number in numbers:
-            if not rule.low <= number <= rule.high:
-                raise Refusal(f"{flag} {number}: a number from {rule.low:g} to {rule.high}")
+        else:
+            for number in numbers:
+                if not rule.low <= number <= rule.high:
+                    raise Refusal(f"{flag} {number}: a number from {rule.low:g} to {rule.high}")
+
+
+def check_fit(args, world, num_classes):
+    """Raises Refusal where flags do not fit the number of processes or that of classes.
+
+    By what a script's Args declares. PAIRS: what has to hold, as in NEEDS, for a process to mix its
+    unlabelled images in pairs. GROUPS: flags that say how many labelled images are a group.
+    BELOW_CLASSES: flags that would leave nothing out if they had all classes.
+    """
+    script = type(args)
+    if met(getattr(script, "PAIRS", "never"), args) and args.batch_size_unlabeled % (2 * world):
+        raise Refusal("CutMix mixes pairs: an even --batch-size-unlabeled for every process")
+    for name in getattr(script, "GROUPS", ()):
+        if args.batch_size // world % getattr(args, name):
+            raise Refusal(
+                f"{flag_of(name)} {getattr(args, name)}: {args.batch_size // world} labelled "
+                "images per process do not divide"
+            )
+    for name in getattr(script, "BELOW_CLASSES", ()):
+        value = getattr(args, name)
+        if met(script.NEEDS[name], args) and value >= num_classes:
+            raise Refusal(f"{flag_of(name)} {value}: a number below {num_classes}, the classes")
 
 
 def plain(args):
@@ -369,9 +388,13 @@ def describe(args):
     rows = {name: value for name, value in acting(args).items() if value not in ("", None)}
     group = Group(0, int(world), None)
     rows["labelled per process"] = share(args.batch_size, group, "labelled")
+    if "batch_size_unlabeled" in rows:
+        rows["unlabelled per process"] = share(args.batch_size_unlabeled, group, "unlabelled")
     for name, value in rows.items():
         print(f"{name:22} {value}")
-    for name, (count, key) in load(args).hashes().items():
+    data = load(args)
+    check_fit(args, group.world, data.num_classes)
+    for name, (count, key) in data.hashes().items():
         if count:
             print(f"{name + ' images':22} {count}, set {key}")
 

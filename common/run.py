@@ -251,9 +251,7 @@ class Run:
         found = any((self.folder / name).exists() for name in names)
         self._introduce(networks)
         if not self.resume or not from_first(found):
-            source = "zero"
-            if self.args.init:
-                source = load_init(self.args.init, networks, list(self.data.classes))
+            source = load_init(self.args.init, networks, self.data) if self.args.init else "zero"
             self._put_aside()
             self.say(f"run folder: {self.folder}, starting from {source}")
             return 0

@@ -121,14 +121,14 @@ def check_keys(timm, name, path):
     timm itself leaves random what a file for features does not have, and drops what is too much: a
     ResNet-50's file has all that a ResNet-26 wants.
     """
-    net = timm.create_model(name)
+    net = timm.create_model(name.partition(".")[0])
     classifier = net.default_cfg["classifier"]
     if isinstance(classifier, str):
         classifier = (classifier,)
     spared = tuple(f"{part}." for part in classifier)
     counter = "num_batches_tracked"  # older files lack it
     wanted = [key for key in net.state_dict() if not key.endswith(counter)]
-    there = [key for key in timm.models.load_state_dict(path) if not key.endswith(counter)]
+    there = [key for key in read_state(path) if not key.endswith(counter)]
     missing = [key for key in wanted if key not in there and not key.startswith(spared)]
     if missing:
         lacks = f"it lacks {len(missing)} of {len(wanted)} weights of {name}, such as {missing[0]}"
@@ -157,11 +157,10 @@ def load_timm(backbone, weights, output_stride):
     if weights != "none":
         options["pretrained"] = True
     if weights not in ("none", "auto"):
+        check_keys(timm, name, weights)  # first: timm would print what is too much
         options["pretrained_cfg_overlay"] = {"file": weights}
     strides = [4, 8, min(16, output_stride), output_stride]
     try:
-        if "pretrained_cfg_overlay" in options:  # first: timm would print what is too much
-            check_keys(timm, name, weights)
         net = timm.create_model(
             name,
             features_only=True,
@@ -170,8 +169,6 @@ def load_timm(backbone, weights, output_stride):
             **options,
         )
         found = net.feature_info.reduction()
-    except Refusal:
-        raise
     except Exception as error:  # whatever timm raises, of networks as of files
         line = " ".join(str(error).split())[:200]
         raise Refusal(f"--backbone {backbone} --weights {weights}: {line}; {FIT}") from None

@@ -7,7 +7,7 @@ import torch
 
 import supervised
 from common import Refusal
-from tiny import SCRIPTS, draw_folder, own_folder, resolved, script, shrink, train
+from tiny import SCRIPTS, draw_folder, draw_tree, flags, own_folder, resolved, script, shrink, train
 from trees import listed, refusal
 
 
@@ -66,3 +66,17 @@ def test_a_split_family_that_nothing_reads_is_refused_and_one_of_a_preset_passes
         assert resolved(script(name), base + words).split_family in ("cps", "u2pl")
     words = ["--labeled-list", "l.txt", "--split", "1/8"]  # its images are then checked
     assert resolved(script(name), base + words + family).split_family == "cac0"
+
+
+def test_a_dry_run_says_how_many_images_a_process_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    tree = draw_tree(tmp_path / "data")
+    for name, words, found in (
+        ("esl", "--batch-size-unlabeled 8 --label topk --top-k 10", ["labelled 2", "unlabelled 2"]),
+        ("cps_fpl", "--batch-size-unlabeled 4", ["labelled 2", "unlabelled 1"]),
+        ("cps_fpl", "--unsup-weight 0", ["labelled 2"]),
+        ("supervised", "", ["labelled 2"]),
+    ):
+        train(script(name), [*flags(tree, "", batch=8), *words.split(), "--dry-run"])
+        rows = re.findall("^(.*labelled) per process +(.*)$", capsys.readouterr().out, re.M)
+        assert [" ".join(row) for row in rows] == found, name

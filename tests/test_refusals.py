@@ -133,7 +133,17 @@ CASES = [
     Case("range upside down", S, "--scales 2.0 0.5", "--scales_(2.0,_0.5) rising"),
     Case("no code of ESL", ESL, "--recipe official", "no_code_of_ESL leave_--recipe_out"),
     Case("odd batch for CutMix", M, "--cutmix --batch-size-unlabeled 3",
-         "--cutmix even_--batch-size-unlabeled"),
+         "CutMix even_--batch-size-unlabeled"),
+    *(Case(f"{script.__name__} dry run of 8: {words}", script, f"--dry-run --batch-size 8 {words}",
+           line, environ(WORLD_SIZE="8"))
+      for script, words, line in (
+          *((script, f"{words} --batch-size-unlabeled 8", "CutMix even_--batch-size-unlabeled")
+            for script, words in ((M, "--cutmix"), (U2PL, ""), (ESL, ""), (UNI, ""), (V2, ""))),
+          (S, "--batch-size 4", "4_labelled_images 8_processes"),
+          (CPS, "--batch-size-unlabeled 4", "4_unlabelled_images 8_processes"),
+          (AEL, "--batch-size-unlabeled 8 --pooled 2", "--pooled_2: 1_labelled"))),
+    Case("all classes of a label", ESL, "--label topk --top-k 11", "--top-k_11: below_11"),
+    Case("all classes, dry run", ESL, "--label topk --top-k 50 --dry-run", "--top-k_50: below_11"),
     Case("batch that does not divide", M, "--dry-run --batch-size 6", "6_labelled 4_processes",
          environ(WORLD_SIZE="4")),
     Case("nothing to paste", AEL, f"--paste-not {' '.join(map(str, range(11)))}",

@@ -55,6 +55,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -173,12 +174,13 @@ class Args:
     ema_decay: Share = 0.99  # of the teacher's moving average
     # FPL's loss, off: as written here; on: the twin in common/fused.py; auto: on where it is faster
     fused: Literal["auto", "on", "off"] = "auto"
+    GROUPS: ClassVar[tuple] = ("pooled",)  # of a process's labelled images: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "cache": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed, split!=all|list",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         # >>> method: network-needs
@@ -1304,7 +1306,7 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks, data)
         result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
             print(report(data, {f"step {step}": result}, args.eval_on))
@@ -1313,9 +1315,7 @@ def main(args):
     # >>> method: state
     distributed.need_float64(group, "classes and partners are drawn")
     C = data.num_classes
-    count = args.batch_size // group.world
-    if count % args.pooled:
-        raise Refusal(f"--pooled {args.pooled}: {count} labelled images per process do not divide")
+    check_fit(args, group.world, data.num_classes)
     pasted = set(range(C)) - set(args.paste_not)
     if args.paste_draws and not pasted or max(args.paste_not, default=0) >= C:
         raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")

@@ -49,6 +49,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -154,12 +155,14 @@ class Args:
     cutmix_prob: Share = 1.0  # probability of mixing in a step
     # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
     fused: Literal["auto", "on", "off"] = "auto"
+    PAIRS: ClassVar[str] = "cutmix"  # what makes a process mix pairs: common/flags.py
+    BELOW_CLASSES: ClassVar[tuple] = ("top_k",)  # else nothing is left out: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "cache": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed, split!=all|list",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         # >>> method: network-needs
@@ -1146,15 +1149,14 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks, data)
         result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
             print(report(data, {f"step {step}": result}, args.eval_on))
         return distributed.teardown()
     optimizer = make_optimizer(trained, args)
     # >>> method: state
-    if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     C = data.num_classes
     K = args.parts
     state = {}

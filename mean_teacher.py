@@ -52,6 +52,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -145,12 +146,13 @@ class Args:
     teacher_bn: Literal["own", "average"] = "own"
     cutmix: bool = False  # mix the student's unlabelled images in pairs (CutMix-MT)
     cutmix_prob: Share = 0.5  # probability of mixing in a step
+    PAIRS: ClassVar[str] = "cutmix"  # what makes a process mix pairs: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "cache": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed, split!=all|list",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         # >>> method: network-needs
@@ -918,7 +920,7 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks, data)
         result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
             print(report(data, {f"step {step}": result}, args.eval_on))
@@ -926,8 +928,7 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     state = {}  # the teacher is among the networks
-    if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     # <<< method: state
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)

@@ -136,7 +136,7 @@ class Args:
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "cache": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed, split!=all|list",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         # >>> method: network-needs
@@ -803,7 +803,7 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks, data)
         result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
             print(report(data, {f"step {step}": result}, args.eval_on))

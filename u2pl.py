@@ -50,6 +50,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -160,12 +161,13 @@ class Args:
     cutmix_prob: Share = 0.5  # probability of mixing in a step
     # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
     fused: Literal["auto", "on", "off"] = "auto"
+    PAIRS: ClassVar[str] = "cutmix"  # what makes a process mix pairs: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "cache": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed, split!=all|list",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         # >>> method: network-needs
@@ -1111,7 +1113,7 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks, data)
         result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
             print(report(data, {f"step {step}": result}, args.eval_on))
@@ -1119,8 +1121,7 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     distributed.need_float64(group, "percentiles and negatives are found")
-    if args.cutmix and args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("--cutmix mixes pairs: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     C = data.num_classes
     r_l = min(args.ranks[0], C - 1)  # the last rank of a pixel remains, at least
     r_h = min(args.ranks[1], C)

@@ -54,6 +54,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -156,12 +157,13 @@ class Args:
     mean_over: Literal["positives", "positives_and_next"] | None = None
     # FPL's loss, off: as written here; on: the twin in common/fused.py; auto: on where it is faster
     fused: Literal["auto", "on", "off"] = "auto"
+    PAIRS: ClassVar[str] = "partner=batch"  # what makes a process mix pairs: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "cache": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed, split!=all|list",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         # >>> method: network-needs
@@ -1158,7 +1160,7 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks, data)
         result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
             print(report(data, {f"step {step}": result}, args.eval_on))
@@ -1166,8 +1168,7 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     state = {}
-    if args.partner == "batch" and args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("--partner batch: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     # <<< method: state
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)

@@ -56,6 +56,7 @@ from common.flags import (
     Seed,
     Share,
     about,
+    check_fit,
     fill,
     parse,
 )
@@ -158,12 +159,13 @@ class Args:
     mean_over: Literal["positives", "positives_and_next"] | None = None
     # FPL's loss, off: as written here; on: the twin in common/fused.py; auto: on where it is faster
     fused: Literal["auto", "on", "off"] = "auto"
+    PAIRS: ClassVar[str] = ""  # CutMix always mixes pairs of a process: common/flags.py
     # <<< method: args
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "cache": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed",
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed, split!=all|list",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         # >>> method: network-needs
@@ -1271,7 +1273,7 @@ def main(args):
 
     # <<< method: networks
     if args.eval_only:
-        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks)
+        step = load_networks(load_checkpoint(args.checkpoint, __file__), networks, data)
         result, _ = evaluate(scored(step), data, getattr(data, args.eval_on), args, group)
         if group.rank == 0:
             print(report(data, {f"step {step}": result}, args.eval_on))
@@ -1279,8 +1281,7 @@ def main(args):
     optimizer = make_optimizer(trained, args)
     # >>> method: state
     state = {}  # the teacher is among the networks
-    if args.batch_size_unlabeled % (2 * group.world):
-        raise Refusal("CutMix mixes pairs: an even --batch-size-unlabeled for every process")
+    check_fit(args, group.world, data.num_classes)
     if args.precise_bn:
         raise Refusal("--precise-bn: there is no BN in DINOv2 and DPT; leave it out")
     # <<< method: state

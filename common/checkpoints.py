@@ -71,8 +71,26 @@ def check_form(saved):
         raise Refusal(f"{path}: its meter is none to go on from; --init starts from it")
 
 
-def load_networks(saved, networks):
-    """Fills {name: network} from a checkpoint's dict; returns its step. Raises Refusal."""
+def check_classes(saved, data):
+    """Raises Refusal, naming the first, if a class of a checkpoint has another name in data.
+
+    A class without a name ("class 0") may be any, and checkpoints that name none pass.
+    """
+    for (number, there, _), here in zip(saved.get("classes", ()), data.classes, strict=False):
+        if there != here and f"class {number}" not in (there, here):
+            raise Refusal(
+                f"{saved['path']}: class {number} is {there} there and {here} here: give the "
+                "classes that it was trained with"
+            )
+
+
+def load_networks(saved, networks, data=None):
+    """Fills {name: network} from a checkpoint's dict; returns its step. Raises Refusal.
+
+    data: the Data whose classes have to be those of the checkpoint.
+    """
+    if data is not None:
+        check_classes(saved, data)
     try:
         for name, net in networks.items():
             weights = saved["networks"][name]
@@ -126,14 +144,15 @@ def load_state(saved, state):
         state[name] = value.to(own.device)
 
 
-def load_init(path, networks):
+def load_init(path, networks, data):
     """Starts networks from a checkpoint of any of these scripts; returns in words what was taken.
 
-    Each takes the network of its name, or else the first. A head that does not fit stays random; so
-    does that of a second network which trains and would equal the first: such a pair never
-    disagrees.
+    data: the Data to learn. Each takes the network of its name, or else the first. A head that does
+    not fit, or of classes of other names, stays random; so does that of a second network which
+    trains and would equal the first: such a pair never disagrees.
     """
     saved = load_checkpoint(path)
+    names = [name for _, name, _ in saved.get("classes", data.named())]  # older ones name none
     sentences = []
     used = set()
     for name, net in networks.items():
@@ -145,7 +164,7 @@ def load_init(path, networks):
         used.add(source)
         weights = saved["networks"][source]
         own_head = head_of(net.state_dict())
-        fits = shapes(head_of(weights)) == shapes(own_head)
+        fits = names == data.classes and shapes(head_of(weights)) == shapes(own_head)
         keeps_own = equal or not fits
         if keeps_own:
             weights = {k: v for k, v in weights.items() if not k.startswith("head.")} | own_head

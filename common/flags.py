@@ -58,6 +58,10 @@ Scales = Annotated[tuple[Above0, ...], Rising()]
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 cache log_every save_every pictures_every tensorboard track fused""".split()
 
+# what --eval-only has no use for, beside where weights come from
+OF_TRAINING = """init resume out lr lr_head weight_decay decay_on log_every eval_every save_every
+pictures_every tensorboard track compile""".split()
+
 # what a run is of, not how: these are no part of a folder's name, or have their own place in it
 OF = "dataset split seed num_classes ignore_index".split()
 LONGEST = 135  # characters of a name: file systems take 255 bytes, encrypted ones 143
@@ -93,11 +97,20 @@ def parse(cls, preset, argv=None):
         raise Refusal("--checkpoint, --eval-on: with --eval-only; --init starts from a checkpoint")
     if not args.eval_only:
         return args
+    given = given_names(args, argv)
+    idle = [flag_of(n) for n in vars(args) if n in given & {*OF_TRAINING, *without_weights(given)}]
+    if idle:
+        raise Refusal(f"{', '.join(idle)}: of no use with --eval-only, which trains nothing")
     path = args.checkpoint or "--eval-only needs --checkpoint"
     saved = as_fields(cls, load_checkpoint(path, inspect.getfile(cls))["args"])
     kept = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
     saved = {name: saved[name] for name in kept} | without_weights(vars(args))
     return cli(cls, argv, default=replace(args, **saved))
+
+
+def flag_of(name):
+    """Returns the flag of a field's name, as one types it."""
+    return "--" + name.replace("_", "-")
 
 
 def as_fields(cls, saved):
@@ -141,7 +154,7 @@ def fill(args, preset, argv=None):
     advise_rate(args, preset(args))
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(filled, name)
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if value is None and name != "split_seed" and not args.list_presets:
             raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
         if value is not None:
@@ -168,7 +181,8 @@ def given_names(args, argv=None):
 
 
 # what NEEDS of a script says a flag needs, all of it, separated by ", ": "cutmix" (it is not 0),
-# "label=soft|hard" (one of these), "split!=all", "a<b", "no total_iters" (not given), "never"
+# "label=soft|hard" (one of these), "split!=all|list" (none of these), "a<b", "no total_iters" (not
+# given), "never"
 
 
 def met(need, args, given=()):
@@ -189,7 +203,7 @@ def clause_met(clause, args, given):
     if sign == "=":
         return str(own) in value.split("|")
     if sign == "!=":
-        return str(own) != value
+        return str(own) not in value.split("|")
     return bool(own)
 
 
@@ -200,13 +214,13 @@ def in_words(need):
     clauses = []
     for clause in need.split(", "):
         name, sign, value = re.match(r"(?:no )?(\w+)(!=|=|<|)(.*)", clause).groups()
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if clause.startswith("no "):
             flag = f"no {flag}"
         elif sign == "!=":
-            flag += f" other than {value}"
+            flag += " other than " + value.replace("|", " or ")
         elif sign == "<":
-            flag += " below --" + value.replace("_", "-")
+            flag += f" below {flag_of(value)}"
         elif sign:
             flag += " " + value.replace("|", " or ")
         clauses.append(flag)
@@ -282,14 +296,35 @@ def check(flag, value, wanted):
                 raise Refusal(f"{flag} {value}: one number or more, rising")
             if rule.strict and len(set(numbers)) < len(numbers):
                 raise Refusal(f"{flag} {value}: rising, none twice")
-            continue
-        if isinstance(rule, Words):
+        elif isinstance(rule, Words):
             if value not in rule.words and not value.startswith(rule.prefix):
                 raise Refusal(f"{flag} {value}: {', '.join(rule.words)} or {rule.prefix}NAME")
-            continue
-        for number in numbers:
-            if not rule.low <= number <= rule.high:
-                raise Refusal(f"{flag} {number}: a number from {rule.low:g} to {rule.high}")
+        else:
+            for number in numbers:
+                if not rule.low <= number <= rule.high:
+                    raise Refusal(f"{flag} {number}: a number from {rule.low:g} to {rule.high}")
+
+
+def check_fit(args, world, num_classes):
+    """Raises Refusal where flags do not fit the number of processes or that of classes.
+
+    By what a script's Args declares. PAIRS: what has to hold, as in NEEDS, for a process to mix its
+    unlabelled images in pairs. GROUPS: flags that say how many labelled images are a group.
+    BELOW_CLASSES: flags that would leave nothing out if they had all classes.
+    """
+    script = type(args)
+    if met(getattr(script, "PAIRS", "never"), args) and args.batch_size_unlabeled % (2 * world):
+        raise Refusal("CutMix mixes pairs: an even --batch-size-unlabeled for every process")
+    for name in getattr(script, "GROUPS", ()):
+        if args.batch_size // world % getattr(args, name):
+            raise Refusal(
+                f"{flag_of(name)} {getattr(args, name)}: {args.batch_size // world} labelled "
+                "images per process do not divide"
+            )
+    for name in getattr(script, "BELOW_CLASSES", ()):
+        value = getattr(args, name)
+        if met(script.NEEDS[name], args) and value >= num_classes:
+            raise Refusal(f"{flag_of(name)} {value}: a number below {num_classes}, the classes")
 
 
 def plain(args):
@@ -320,7 +355,7 @@ def explain(cls, args):
 
 def flag_lines(cls, name, sentence, value):
     """Returns the lines of one flag: its sentence and value; the words that it takes, if few."""
-    flag = "--" + name.replace("_", "-")
+    flag = flag_of(name)
     kind = next(field.type for field in fields(cls) if field.name == name)
     if kind is bool:
         flag = f"--[no-]{flag[2:]}"
@@ -353,9 +388,13 @@ def describe(args):
     rows = {name: value for name, value in acting(args).items() if value not in ("", None)}
     group = Group(0, int(world), None)
     rows["labelled per process"] = share(args.batch_size, group, "labelled")
+    if "batch_size_unlabeled" in rows:
+        rows["unlabelled per process"] = share(args.batch_size_unlabeled, group, "unlabelled")
     for name, value in rows.items():
         print(f"{name:22} {value}")
-    for name, (count, key) in load(args).hashes().items():
+    data = load(args)
+    check_fit(args, group.world, data.num_classes)
+    for name, (count, key) in data.hashes().items():
         if count:
             print(f"{name + ' images':22} {count}, set {key}")
 

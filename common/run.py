@@ -32,6 +32,7 @@ from tqdm import tqdm
 from common import Refusal, pictures
 from common.checkpoints import (
     NEVER,
+    check_classes,
     check_finite,
     check_form,
     check_tensors,
@@ -250,7 +251,7 @@ class Run:
         found = any((self.folder / name).exists() for name in names)
         self._introduce(networks)
         if not self.resume or not from_first(found):
-            source = load_init(self.args.init, networks) if self.args.init else "zero"
+            source = load_init(self.args.init, networks, self.data) if self.args.init else "zero"
             self._put_aside()
             self.say(f"run folder: {self.folder}, starting from {source}")
             return 0
@@ -321,6 +322,7 @@ class Run:
         if saved["script"] != self.script.name:
             wrong = f"written by {saved['script']}, not by {self.script.name}"
             raise Refusal(f"{path}: {wrong}; --init starts from it")
+        check_classes(saved, self.data)
         given = as_fields(type(self.args), saved["args"])
         for old, new, kind in (
             (given, as_fields(type(self.args), acting(self.args)), "another recipe, --{}"),
@@ -723,9 +725,11 @@ def at_constant(result, args):
         return f"val's masks hold one class and ignored pixels, as those of 0 and 255 do: {CONVERT}"
     command = f"python prepare_data.py stats --dataset {args.dataset}"
     if args.data_root:
-        command += f" --data-root {args.data_root}"
+        command += f" --data-root {shlex.quote(args.data_root)}"
     if args.num_classes:
-        command += f" --num-classes {args.num_classes} --ignore-index {args.ignore_index}"
+        command += f" --num-classes {args.num_classes}"
+    if args.dataset == "folder":
+        command += f" --ignore-index {args.ignore_index}"
     return f"one class everywhere scores as much: too early, or wrong masks or --lr: {command}"
 
 

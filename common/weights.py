@@ -20,6 +20,8 @@ DINOV2 = {
     "dinov2_vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "dinov2_vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
 }
+# of classifiers in files, whose network here has another or none
+HEADS = ("head.", "head_dist.", "fc.", "classifier.", "last_linear.", "AuxLogits.")
 FIT = "convnext_tiny, tf_efficientnet_lite0, mobilenetv3_large_100, resnet50d and others fit"
 
 
@@ -114,21 +116,27 @@ def unfit(state, net):
 
 
 def check_keys(timm, name, path):
-    """Raises Refusal if a file lacks a weight of a network of timm, its classifier's excepted.
+    """Raises Refusal if a file lacks a weight of a network of timm, or has more; heads excepted.
 
-    timm itself leaves random what a file for features does not have.
+    timm itself leaves random what a file for features does not have, and drops what is too much: a
+    ResNet-50's file has all that a ResNet-26 wants.
     """
-    net = timm.create_model(name)
+    net = timm.create_model(name.partition(".")[0])
     classifier = net.default_cfg["classifier"]
     if isinstance(classifier, str):
         classifier = (classifier,)
     spared = tuple(f"{part}." for part in classifier)
-    wanted = [key for key in net.state_dict() if not key.endswith("num_batches_tracked")]
-    there = timm.models.load_state_dict(path)
+    counter = "num_batches_tracked"  # older files lack it
+    wanted = [key for key in net.state_dict() if not key.endswith(counter)]
+    there = [key for key in read_state(path) if not key.endswith(counter)]
     missing = [key for key in wanted if key not in there and not key.startswith(spared)]
     if missing:
-        lacks = f"it lacks {len(missing)} of {len(wanted)} weights, such as {missing[0]}"
+        lacks = f"it lacks {len(missing)} of {len(wanted)} weights of {name}, such as {missing[0]}"
         raise Refusal(f"--weights {path}: {lacks}; another network's, or no whole file")
+    more = [key for key in there if key not in wanted and not key.startswith((*spared, *HEADS))]
+    if more:
+        has = f"it has {len(more)} weights that {name} lacks, such as {more[0]}"
+        raise Refusal(f"--weights {path}: {has}; a larger network's?")
 
 
 def load_timm(backbone, weights, output_stride):
@@ -149,6 +157,7 @@ def load_timm(backbone, weights, output_stride):
     if weights != "none":
         options["pretrained"] = True
     if weights not in ("none", "auto"):
+        check_keys(timm, name, weights)  # first: timm would print what is too much
         options["pretrained_cfg_overlay"] = {"file": weights}
     strides = [4, 8, min(16, output_stride), output_stride]
     try:
@@ -166,6 +175,4 @@ def load_timm(backbone, weights, output_stride):
     if found != strides:
         wrong = f"features at strides {found}, not {strides}"
         raise Refusal(f"--backbone {backbone}: {wrong}; {FIT}")
-    if weights not in ("none", "auto"):
-        check_keys(timm, name, weights)
     return net

@@ -353,13 +353,21 @@ def test_weights_of_timm_fit_or_are_refused_and_so_are_networks_without_features
     assert all(torch.equal(whole[name], value) for name, value in found.items())
     part = str(tmp_path / "part.pth")
     torch.save({key: x for key, x in whole.items() if key != "layer2.0.bn1.bias"}, part)
+    larger = str(tmp_path / "larger.pth")
+    torch.save(timm.create_model("resnet34d").state_dict(), larger)
+    theirs = str(tmp_path / "torchvision.pth")
+    torch.save(torchvision.models.resnet34().state_dict(), theirs)
     for name, file, words in (
+        ("resnet18d", larger, "it has 80 weights that resnet18d lacks, such as layer1.2.conv1"),
+        ("resnet18", theirs, "it has 80 weights that resnet18 lacks, such as layer1.2.conv1"),
         ("vit_tiny_patch16_224", "none", "convnext_tiny"),
         ("resnet18x", "none", "near: resnet18"),
         ("resnet26d", path, "resnet26d"),
-        ("resnet18d", part, "weights, such as layer2.0.bn1.bias"),
+        ("resnet18d", part, "weights of resnet18d, such as layer2.0.bn1.bias"),
     ):
         assert words in refusal(make_backbone, flags(f"timm/{name}", weights=file))
+    more = "80 keys do not fit resnet18"  # of torchvision's own, by the names
+    assert more in refusal(make_backbone, flags("resnet18", weights=theirs))
 
 
 def test_two_networks_of_cps_may_be_unlike(tmp_path):

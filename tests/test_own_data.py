@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import zlib
 
 import numpy as np
@@ -107,15 +108,17 @@ def test_a_first_evaluation_that_a_constant_reaches_says_so_once(
 ):
     shrink(supervised, monkeypatch)
     monkeypatch.setattr(supervised, "predict", lambda net, x, *some: torch.zeros_like(x[0]).long())
-    root = draw_folder(tmp_path / "my", 3)
-    for path in root.glob("masks/*/*.png"):  # as 0 and 255, as one class, or as they are
-        Image.open(path).point([*table, *[255] * 253]).save(path)
-    train(supervised, own_folder(root, tmp_path / "run", 3, iters=4, evaluate=2))
+    root = draw_folder(tmp_path / "my own", 3)
+    for path in root.glob("masks/*/*.png"):  # as 0 and 9, as one class, or as they are
+        Image.open(path).point([9 if i == 255 else i for i in table] + [9] * 253).save(path)
+    listed(root / "classes.csv", "id,name,r,g,b", *(f"{i},{i},{i},0,0" for i in range(3)))
+    argv = own_folder(root, tmp_path / "run", 0, iters=4, evaluate=2)
+    train(supervised, [*argv, "--ignore-index", "9"])
     pattern = "^(val's masks hold one class|one class everywhere).*: python prepare_data.py (.*)$"
     ((what, command),) = re.findall(pattern, capsys.readouterr().out, re.M)
     assert what.startswith("val's") == command.startswith("convert") == (table[2] != 2)
     if table[2] == 2:
-        prepare_data.main(command.split())
+        prepare_data.main(shlex.split(command))
 
 
 def test_names_of_classes_are_in_log_checkpoint_panels_and_predictions(tmp_path, monkeypatch):

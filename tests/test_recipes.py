@@ -171,6 +171,7 @@ CLAUSES = {  # of NEEDS: its words, flags with which it does not hold, flags wit
     "no labeled_list": ("no --labeled-list", {"labeled_list": "l.txt"}, {}),
     "no split_seed": ("no --split-seed", {"split_seed": 1}, {}),
     "no total_iters": ("no --total-iters", {"total_iters": 7}, {}),
+    "split!=all|list": ("--split other than all or list", {"split": "all"}, {"split": "1/8"}),
     "split!=all": ("--split other than all", {"split": "all"}, {}),
     "dataset!=shapes": ("--dataset other than shapes", {"dataset": "shapes"}, CITY),
     "dataset=cityscapes": ("--dataset cityscapes", {"dataset": "voc_aug"}, CITY),

@@ -41,8 +41,10 @@ class Case(NamedTuple):
 
     @property
     def argv(self):
-        """The whole command line: a script's small run, with these flags last."""
+        """The whole command line: a script's small run or score, with these flags last."""
         small = flags("data", "out", iters=2, log=1, evaluate=2, save=2)
+        if "--eval-only" in self.flags:
+            small = ["--device", "cpu"]
         return (self.script is not prepare_data) * small + self.flags.split()
 
 
@@ -131,7 +133,17 @@ CASES = [
     Case("range upside down", S, "--scales 2.0 0.5", "--scales_(2.0,_0.5) rising"),
     Case("no code of ESL", ESL, "--recipe official", "no_code_of_ESL leave_--recipe_out"),
     Case("odd batch for CutMix", M, "--cutmix --batch-size-unlabeled 3",
-         "--cutmix even_--batch-size-unlabeled"),
+         "CutMix even_--batch-size-unlabeled"),
+    *(Case(f"{script.__name__} dry run of 8: {words}", script, f"--dry-run --batch-size 8 {words}",
+           line, environ(WORLD_SIZE="8"))
+      for script, words, line in (
+          *((script, f"{words} --batch-size-unlabeled 8", "CutMix even_--batch-size-unlabeled")
+            for script, words in ((M, "--cutmix"), (U2PL, ""), (ESL, ""), (UNI, ""), (V2, ""))),
+          (S, "--batch-size 4", "4_labelled_images 8_processes"),
+          (CPS, "--batch-size-unlabeled 4", "4_unlabelled_images 8_processes"),
+          (AEL, "--batch-size-unlabeled 8 --pooled 2", "--pooled_2: 1_labelled"))),
+    Case("all classes of a label", ESL, "--label topk --top-k 11", "--top-k_11: below_11"),
+    Case("all classes, dry run", ESL, "--label topk --top-k 50 --dry-run", "--top-k_50: below_11"),
     Case("batch that does not divide", M, "--dry-run --batch-size 6", "6_labelled 4_processes",
          environ(WORLD_SIZE="4")),
     Case("nothing to paste", AEL, f"--paste-not {' '.join(map(str, range(11)))}",
@@ -141,6 +153,16 @@ CASES = [
     Case("no TensorBoard", S, "--tensorboard", "--tensorboard pip_install_tensorboard",
          lambda patch: patch.setitem(sys.modules, "tensorboard", None)),
     Case("eval-on without eval-only", S, "--eval-on test", "--eval-on with_--eval-only"),
+    *(Case(f"eval-only with {words}", script, f"{SCORE} {words}",
+           f"{names} of_no_use_with_--eval-only")
+      for script, words, names in (
+          (S, "--init no.pt --resume --out r9 --lr 0.5 --pictures-every 1 --total-iters 7",
+           "--out,_--resume,_--pictures-every,_--init,_--lr:"),
+          (S, "--lr-head 1 --weight-decay 0 --log-every 1 --eval-every 1 --save-every 1",
+           "--log-every,_--eval-every,_--save-every,_--lr-head,_--weight-decay:"),
+          (M, "--tensorboard --track trackio --compile --decay-on all",
+           "--compile,_--tensorboard,_--track,_--decay-on:"),
+          (CPS, "--weights none --weights-2 none --evaluate mean", "--weights,_--weights-2:"))),
     Case("missing data root", S, "--data-root nowhere", "nowhere no_such_folder --data-root"),
     Case("mask a loader reads", S, "--workers 1", f"{MASK} 17 row_0 column_0",
          lambda patch: trees.picture(Path(MASK), "L", 17, (48, 36))),
@@ -176,8 +198,16 @@ CASES = [
       for use in ("--out {} --resume", "--eval-only --checkpoint {}/last.pt")
       for name, other in zip(SCRIPTS, [*SCRIPTS[1:], "mean_teacher"], strict=True)),
     Case("absent checkpoint", S, "--eval-only --checkpoint no.pt", "no.pt no_such_checkpoint"),
-    Case("another network's checkpoint", S, f"{SCORE} --dataset shapes --data-root=",
-         f"{LAST} does_not_fit_these_flags head.classify"),
+    *(Case(f"{use.format(out)[:6]} other classes", script, use.format(out),
+           f"{out}/last.pt class_0_is_building_there_and_sky_here",
+           changed(lambda content: content["classes"][0].__setitem__(1, "building"),
+                   f"{out}/last.pt"))
+      for use in ("--out {} --resume", "--eval-only --checkpoint {}/last.pt")
+      for script, out in ((S, "run"), (ESL, "esl"))),
+    Case("another data set's checkpoint", S, f"{SCORE} --dataset shapes --data-root=",
+         f"{LAST} class_0_is_sky_there_and_background_here"),
+    Case("another network's checkpoint", S, f"{SCORE} --aux-weight 0.4",
+         f"{LAST} does_not_fit_these_flags head.aux"),
     Case("absent weights", S, "--weights no.pth", "--weights_no.pth --weights_FILE --weights_none"),
     Case("weights that are a page", S, W, NO_WEIGHTS, put("w.pth", b"<!doctype html>")),
     Case("malicious weights", S, W, NO_WEIGHTS, put("w.pth", {"conv1.weight": Trap()})),

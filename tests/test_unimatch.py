@@ -323,7 +323,7 @@ def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
     tree = tiny.draw_tree(tmp_path / "data")
     tiny.shrink(unimatch, monkeypatch)
     for words, line in (
-        ("--batch-size-unlabeled 3", "--partner batch: an even --batch-size-unlabeled"),
+        ("--batch-size-unlabeled 3", "CutMix mixes pairs: an even --batch-size-unlabeled"),
         ("--unsup-loss fpl --threshold 0.9", "--threshold 0.9 does nothing here: it needs"),
         ("--unsup-loss fpl --T 0.9 0.8", "--T (0.9, 0.8): one number or more, rising"),
     ):

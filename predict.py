@@ -399,18 +399,18 @@ def predict_all(options, source, device):
     bar = tqdm(total=len(items), unit="image", mininterval=every, dynamic_ncols=True)
     reads = outputs.ahead(writer.read, items, depth=2 * options.batch_size)
     with bar, ThreadPoolExecutor(2) as pool:
-        for group in grouped(reads, options.batch_size, writer.done):
+        for group in grouped(reads, options.batch_size):
             bar.update(len(group))
             if isinstance(group[0], Refusal):
                 unread.append(str(group[0]))
                 bar.write(unread[-1], file=sys.stderr)
                 continue
             maps = [None]
-            if not writer.done(group[0][0].key):
+            image = group[0][1]
+            if image is not None:
                 maps = segment_or_say(source, group, options, device)
             for read, found in zip(group, maps, strict=True):
                 pending.append(pool.submit(writer.write, *read, found))
-            image = group[0][1]
             large = image is not None and image.width * image.height > WHOLE
             while len(pending) > 3 * options.batch_size * (not large):  # memory for one large image
                 results.append(pending.popleft().result())
@@ -418,14 +418,14 @@ def predict_all(options, source, device):
     return results, data, unread
 
 
-def grouped(reads, size, done):
+def grouped(reads, size):
     """Yields what was read in lists: up to size images of one size to predict, or one other thing.
 
-    reads: (item, image, label) or the Refusal of an image. done(key): whether its files are there.
+    reads: (item, image, label), image None where its files are there, or the Refusal of an image.
     """
     group = []
     for read in reads:
-        alone = isinstance(read, Refusal) or done(read[0].key)
+        alone = isinstance(read, Refusal) or read[1] is None
         if group and (alone or len(group) == size or read[1].size != group[0][1].size):
             yield group
             group = []

@@ -3,6 +3,7 @@
 No number of a prediction is made here.
 """
 
+import contextlib
 import csv
 import html
 import io
@@ -198,6 +199,28 @@ def pixels_of(classes, size):
     return torch.bincount(torch.from_numpy(classes).flatten(), minlength=size)
 
 
+def stamp(path):
+    """Returns [real path, bytes, time of the last change in ns] of a file; of none its name."""
+    if path is None or not os.path.exists(path):
+        return [str(path)]
+    state = os.stat(path)
+    return [os.path.realpath(path), state.st_size, state.st_mtime_ns]
+
+
+def read_made(path):
+    """Returns {key: [image, mask]} of a Writer's made.jsonl: of what the files of a name are.
+
+    Of two lines on one name the last counts, and none that a kill cut off.
+    """
+    made = {}
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                key, image, mask = json.loads(line)
+                made[key] = [image, mask]
+    return made
+
+
 class Result(NamedTuple):
     """What is kept of an image: pixels per class, (C,), and its confusions or None."""
 
@@ -220,6 +243,7 @@ class Writer:
         self.data = data
         self.masks = masks
         self.upright = upright
+        self.made = read_made(self.folder / "made.jsonl")
 
     def place(self, kind, key):
         """Returns where a file of a kind is written."""
@@ -229,14 +253,43 @@ class Writer:
         """Returns whether all files of an image are there."""
         return all(self.place(kind, key).is_file() for kind in self.kinds)
 
+    def own(self, item):
+        """Makes the files of an image's name its own: those of another image or mask are removed.
+
+        made.jsonl has the new ones before anything is made of them: a kill leaves no file that
+        passes for another image's.
+        """
+        image = stamp(item.image)
+        mask = [self.data.name, *stamp(item.label)]  # whose rules it is read by
+        known = self.made.get(item.key, [None, None])
+        others = []
+        if known[0] != image:
+            others = list(FORMS)
+        elif item.label and known[1] != mask:
+            others = ["compared"]
+        if others:
+            path = self.folder / "made.jsonl"
+            with writing(path):
+                for kind in others:
+                    self.place(kind, item.key).unlink(missing_ok=True)
+                with open(path, "a", encoding="utf-8") as file:  # the line before may be cut off
+                    file.write(f"\n{json.dumps([item.key, image, mask])}")
+
     def read(self, item):
-        """Returns (item, PIL image, mask or None), or the Refusal of an image that is not read."""
+        """Returns (item, PIL image, mask or None), or the Refusal of an image that is not read.
+
+        The image is None where its files are there.
+        """
         try:
-            if self.done(item.key) and not self.masks:
+            self.own(item)
+            done = self.done(item.key)
+            if done and not self.masks:
                 return item, None, None
             image, label = self.data.read(item, self.masks)
         except Refusal as error:
             return error
+        if done:
+            return item, None, label
         if self.upright:
             image = ImageOps.exif_transpose(image)
         return item, image, label
@@ -283,39 +336,6 @@ class Writer:
 # ---- pictures and pages ----------------------------------------------------------------------
 
 
-def legend(names, colours, width):
-    """Returns a white strip of this width: each name after a square of its colour, in rows."""
-    size = max(12, width // 60)
-    row = 2 * size
-    font = ImageFont.load_default(size)
-    places = []
-    x = y = 0
-    for name in names:
-        length = round(font.getlength(name)) + 3 * size
-        if x and x + length > width:
-            x = 0
-            y += row
-        places.append((x, y))
-        x += length
-    strip = Image.new("RGB", (width, y + row), "white")
-    pen = ImageDraw.Draw(strip)
-    for (x, y), name, colour in zip(places, names, colours, strict=True):
-        left = x + size // 2
-        top = y + size // 2
-        pen.rectangle((left, top, left + size, top + size), tuple(map(int, colour)), "black")
-        pen.text((left + size * 3 // 2, top + size // 2), name, "black", font, anchor="lm")
-    return strip
-
-
-def with_legend(picture, names, colours):
-    """Returns a PIL picture with the legend of names and colours below it."""
-    strip = legend(names, colours, picture.width)
-    sheet = Image.new("RGB", (picture.width, picture.height + strip.height))
-    sheet.paste(picture, (0, 0))
-    sheet.paste(strip, (0, picture.height))
-    return sheet
-
-
 def overlay(image, classes, names, palette):
     """Returns the picture of classes, (H, W) uint8, half seen through on a PIL image, and a legend.
 
@@ -331,7 +351,7 @@ def overlay(image, classes, names, palette):
         size = (factor * width, factor * height)
         blended = blended.resize(size, Image.Resampling.NEAREST)
     words = [f"{names[i]} {100 * counts[i] / classes.size:.1f} %" for i in present]
-    return with_legend(blended, words, palette[present])
+    return pictures.with_legend(blended, words, palette[present])
 
 
 def confusion_picture(confusion, names):

@@ -71,6 +71,17 @@ def check_form(saved):
         raise Refusal(f"{path}: its meter is none to go on from; --init starts from it")
 
 
+def check_classes(saved, data):
+    """Raises Refusal, naming the first, if a class of a checkpoint has another name in data.
+
+    A class without a name ("class 0") may be any, and checkpoints that name none pass.
+    """
+    for (number, there, _), here in zip(saved.get("classes", ()), data.classes, strict=False):
+        if there != here and f"class {number}" not in (there, here):
+            wrong = f"class {number} is {there} there and {here} here"
+            raise Refusal(f"{saved['path']}: {wrong}: give the classes that it was trained with")
+
+
 def load_networks(saved, networks):
     """Fills {name: network} from a checkpoint's dict; returns its step. Raises Refusal."""
     try:

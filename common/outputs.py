@@ -25,10 +25,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import Refusal, metrics, pictures
-from common.checkpoints import writing
-from common.data import FACTS, IGNORE, Data, Item
+from common.checkpoints import check_classes, writing
+from common.data import FACTS, IGNORE, SPLITS, ClassRow, Data, Item
 from common.flags import NO_NUMBER
-from common.sources import SUFFIXES, Tree
+from common.sources import SUFFIXES, Tree, known_set, published
 
 GREYS = [0, 0, 0, 0, 0, 0, 128, 128, 128] + [255, 255, 255] * 253  # palette of K
 RIGHT = (70, 70, 70)  # of an error map: where the prediction is the truth
@@ -106,23 +106,31 @@ def with_masks(items, folder):
     return found
 
 
-def find_part(args, options, count):
-    """Returns (Items with their masks, Data) of --split of --dataset, or of a checkpoint's args.
+def find_part(source, options):
+    """Returns (Items with their masks, Data) of --split of --dataset, or of a checkpoint's own.
 
-    count: how many classes the checkpoint has. Raises Refusal.
+    source: the checkpoint, opened. A folder that names no classes has the checkpoint's. Raises
+    Refusal, also where val is not the published one, as --eval-only does.
     """
-    dataset = options.dataset or args.dataset
-    root = options.data_root
-    if not root and dataset == args.dataset:
-        root = args.data_root
-    tree = Tree(dataset, root, any_ids=bool(args.labeled_list))
-    items = tree.items(options.split, tree.part(options.split))
-    if not items:
-        raise Refusal(f"{tree.root}: no {options.split} of {dataset} there")
-    data = Data(replace(args, dataset=dataset), [], [], [], [], tree.classes())
-    if data.num_classes != count:
-        wrong = f"{data.num_classes} classes, the checkpoint has {count}"
-        raise Refusal(f"--dataset {dataset}: {wrong}")
+    args = source.args
+    if options.dataset not in (None, args.dataset):  # what its flags say is of its own images
+        own = {"data_root": options.data_root, "ignore_index": IGNORE, "labeled_list": ""}
+        args = replace(args, dataset=options.dataset, split_seed=None, **own)
+    tree = Tree(args.dataset, args.data_root, any_ids=bool(args.labeled_list))
+    found = tree.part(options.split)
+    if not found:
+        raise Refusal(f"{tree.root}: no {options.split} of {args.dataset} there")
+    if published(args) and options.split == "val":
+        remedy = "IMAGES with --masks FOLDER score what is here"
+        known_set(f"val of {args.dataset}", found, SPLITS[args.dataset]["parts"]["val"], remedy)
+    items = tree.items(options.split, found)
+    names = source.data.named()
+    rows = tree.classes() or [ClassRow(*row) for row in names]
+    data = Data(args, [], [], [], [], rows)
+    if data.num_classes != len(names):
+        wrong = f"{data.num_classes} classes, the checkpoint has {len(names)}"
+        raise Refusal(f"--dataset {args.dataset}: {wrong}")
+    check_classes(source.saved | {"classes": names}, data)
     return items, data
 
 
@@ -182,8 +190,11 @@ def claim(folder, facts):
     """Makes an output folder that of facts, a dict. Raises Refusal if it is that of others."""
     path = folder / "predict.json"
     if path.exists():
-        with writing(path):
-            old = json.loads(path.read_text())
+        old = None
+        with writing(path), contextlib.suppress(ValueError):
+            old = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        if not isinstance(old, dict):
+            raise Refusal(f"{path}: damaged, what is there may be of any network: give a new --out")
         for name, value in facts.items():
             if old.get(name) != value:
                 wrong = f"{name} {old.get(name)} there, {value} here"
@@ -543,9 +554,11 @@ def model_card(source, name, said):
 def history(saved):
     """Returns (first line of the log beside a checkpoint, {what: scores at its step}), or none."""
     path = Path(saved["path"]).parent / "log.jsonl"
-    if not path.is_file():
-        return {}, {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    with contextlib.suppress(OSError):
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # a kill may have cut the last one off
+                lines.append(json.loads(text))
     scored = {}
     for line in lines:
         if line["kind"] == "eval" and line["step"] == saved["step"]:
@@ -554,4 +567,4 @@ def history(saved):
             which = {line["step"]: "last", line["best_step"]: "best"}.get(saved["step"])
             if which in line:
                 scored[f"mIoU on {line['on']}"] = line[which]
-    return lines[0], scored
+    return next(iter(lines), {}), scored

@@ -76,6 +76,7 @@ HEADS = {  # script -> the head of its networks
 WHOLE = 4_000_000  # pixels; a larger image goes through in windows whatever the protocol
 WINDOW = 1024  # their side then
 SIZES = ((2, 97, 65), (1, 64, 128))  # images, height, width that an export is verified on
+ENDINGS = {"onnx": ".onnx", "program": ".pt2", "safetensors": ".safetensors"}  # flag -> of its file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,8 @@ class Args:
     # which of the checkpoint's; left out: the one that its run scored
     network: Literal["branch1", "branch2", "mean", "student", "teacher"] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
-    amp: Literal["none", "bf16"] = "none"  # bf16: network in bfloat16, what follows in float32
+    # of predictions; bf16: network in bfloat16, what follows in float32
+    amp: Literal["none", "bf16"] = "none"
     batch_size: Count = 1  # images at once, of one size and one after the other, in one piece
     window: Number = 0  # side of the windows; 0: as the checkpoint was evaluated
     scales: Scales = (1.0,)  # of the image; probabilities are averaged
@@ -103,7 +105,8 @@ class Args:
     dataset: (
         Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] | None
     ) = None
-    data_root: str = ""  # of --split; left out: the one trained on
+    # of --split, and of --precise-bn's images; left out: the one trained on
+    data_root: str = ""
     masks: str = ""  # folder of masks, named as the images: score the images
     # to take away
     export: Literal["cityscapes", "voc"] | None = None  # archive for the test server
@@ -112,10 +115,9 @@ class Args:
     safetensors: str = ""  # write its weights as this file, and a model card beside it
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
-        **dict.fromkeys("batch_size window scales flip maps csv export".split(), "out"),
+        **dict.fromkeys("amp batch_size window scales flip maps csv export".split(), "out"),
         "overlays": "out",
         "dataset": "split",
-        "data_root": "split",
         "masks": "images",
         "upright": "images, no masks",
     }
@@ -133,6 +135,10 @@ def checked(options, argv):
             raise Refusal(f"{flag} {value} does nothing {in_words(need)}")
     if options.images and options.split:
         raise Refusal("images and --split: give one of them")
+    for name, ending in ENDINGS.items():
+        value = getattr(options, name)
+        if value and Path(value).suffix != ending:
+            raise Refusal(f"--{name} {value}: a file whose name ends in {ending}")
     pictured = bool(options.images or options.split)
     if pictured != bool(options.out):
         raise Refusal("--out DIR with images or --split, and with them alone")
@@ -179,6 +185,11 @@ def load(path, network=None, device="cpu"):
 
 def open_source(path, network=None, device="cpu", amp="none"):
     """Returns the Source of a run's folder or a checkpoint file. Raises Refusal."""
+    return build_source(read_saved(path), network, device, amp)
+
+
+def read_saved(path):
+    """Returns the dict of a run's folder or a checkpoint file, as load_checkpoint does."""
     path = Path(path)
     if path.is_dir():
         found = [path / name for name in ("best.pt", "last.pt") if (path / name).is_file()]
@@ -186,8 +197,22 @@ def open_source(path, network=None, device="cpu", amp="none"):
             raise Refusal(f"{path}: neither best.pt nor last.pt there: give a run's folder")
         path = found[0]
     if path.suffix == ".safetensors":
-        return build_source(load_safetensors(path), network, device, amp)
-    return build_source(load_checkpoint(path), network, device, amp)
+        return load_safetensors(path)
+    return load_checkpoint(path)
+
+
+def with_root(saved, options):
+    """Returns a checkpoint's dict with --data-root, where that holds the data set trained on.
+
+    Raises Refusal where nothing reads data.
+    """
+    args = saved["args"]
+    if options.data_root and not (options.split or args.get("precise_bn")):
+        wrong = "does nothing here: it needs --split, or a run of --precise-bn"
+        raise Refusal(f"--data-root {options.data_root} {wrong}")
+    if options.data_root and options.dataset in (None, args["dataset"]):
+        return saved | {"args": args | {"data_root": options.data_root}}
+    return saved
 
 
 def build_source(saved, network=None, device="cpu", amp="none"):
@@ -215,24 +240,26 @@ def build_source(saved, network=None, device="cpu", amp="none"):
     load_networks(saved, networks)
     net = script.Average(networks.values()) if name == "mean" else networks[name]
     net.requires_grad_(False).eval()
-    if args.precise_bn:
-        estimate_bn(script, net, args, torch.device(device))
+    if args.precise_bn and not estimate_bn(script, net, args, torch.device(device)):
+        args = replace(args, precise_bn=0)
     return Source(saved, script, args, data, name, net, networks)
 
 
 def estimate_bn(script, net, args, device):
     """Gives a network the statistics of --precise-bn, as the run's evaluation had them, in place.
 
-    They are those of training images: where these are not, a note says that the running ones stay.
+    They are those of training images. Returns whether these are there: where they are not, a note
+    says that the running ones stay.
     """
     try:
         data = script.load(args)
     except Refusal as error:
         print(f"note: BN's running statistics are used, no --precise-bn: {error}", file=sys.stderr)
-        return
+        return False
     with script.evaluating(net, data, args, distributed.Group(0, 1, device)):
         scored = {name: value.clone() for name, value in net.state_dict().items()}
     net.load_state_dict(scored)
+    return True
 
 
 def arguments(script, saved, amp):
@@ -380,7 +407,7 @@ def predict_all(options, source, device):
     scored = bool(options.split or options.masks)
     data = source.data
     if options.split:
-        items, data = outputs.find_part(source.args, options, source.data.num_classes)
+        items, data = outputs.find_part(source, options)
     else:
         items = outputs.find_images(options.images, options.out)
     if options.masks:
@@ -399,18 +426,18 @@ def predict_all(options, source, device):
     bar = tqdm(total=len(items), unit="image", mininterval=every, dynamic_ncols=True)
     reads = outputs.ahead(writer.read, items, depth=2 * options.batch_size)
     with bar, ThreadPoolExecutor(2) as pool:
-        for group in grouped(reads, options.batch_size, writer.done):
+        for group in grouped(reads, options.batch_size):
             bar.update(len(group))
             if isinstance(group[0], Refusal):
                 unread.append(str(group[0]))
                 bar.write(unread[-1], file=sys.stderr)
                 continue
             maps = [None]
-            if not writer.done(group[0][0].key):
+            image = group[0][1]
+            if image is not None:
                 maps = segment_or_say(source, group, options, device)
             for read, found in zip(group, maps, strict=True):
                 pending.append(pool.submit(writer.write, *read, found))
-            image = group[0][1]
             large = image is not None and image.width * image.height > WHOLE
             while len(pending) > 3 * options.batch_size * (not large):  # memory for one large image
                 results.append(pending.popleft().result())
@@ -418,14 +445,14 @@ def predict_all(options, source, device):
     return results, data, unread
 
 
-def grouped(reads, size, done):
+def grouped(reads, size):
     """Yields what was read in lists: up to size images of one size to predict, or one other thing.
 
-    reads: (item, image, label) or the Refusal of an image. done(key): whether its files are there.
+    reads: (item, image, label), image None where its files are there, or the Refusal of an image.
     """
     group = []
     for read in reads:
-        alone = isinstance(read, Refusal) or done(read[0].key)
+        alone = isinstance(read, Refusal) or read[1] is None
         if group and (alone or len(group) == size or read[1].size != group[0][1].size):
             yield group
             group = []
@@ -465,20 +492,24 @@ def segment_or_say(source, group, options, device):
         if len(group) > 1:
             remedy = f"a smaller --batch-size than {options.batch_size}"
         size = f"{len(group)} x {image.width}x{image.height}"
-        name = item.image or item.key
-        raise Refusal(f"{name}: {size} pixels, out of memory: {remedy}") from None
+        raise Refusal(f"{item.image or item.key}: {size} pixels, out of memory: {remedy}") from None
 
 
 def facts_of(options, source):
     """Returns what the numbers in an output folder depend on, as JSON values."""
-    names = ("amp", "window", "scales", "flip", "upright")
-    facts = {name: getattr(options, name) for name in names}
-    facts["scales"] = list(options.scales)
-    facts["sha256"] = hashlib.sha256(Path(source.saved["path"]).read_bytes()).hexdigest()
-    facts["network"] = source.name
-    facts["script"] = source.saved["script"]
-    facts["step"] = source.saved["step"]
-    return facts
+    saved = source.saved
+    return {
+        "amp": options.amp,
+        "window": options.window,
+        "scales": list(options.scales),
+        "flip": options.flip,
+        "upright": options.upright,
+        "sha256": hashlib.sha256(Path(saved["path"]).read_bytes()).hexdigest(),
+        "network": source.name,
+        "script": saved["script"],
+        "step": saved["step"],
+        "precise_bn": source.args.precise_bn,  # 0 too where the training images are not there
+    }
 
 
 # ---- 6. A network to take away ---------------------------------------------------------------
@@ -556,14 +587,20 @@ def write_program(path, model):
 def write_safetensors(path, source):
     """Writes a network's weights, with what it takes to build it, and a model card beside them.
 
-    open_source reads the file as a checkpoint. Returns what was verified.
+    open_source reads the file as a checkpoint; BN's statistics are in it, whichever they are.
+    Returns what was verified. Raises Refusal where another text has the card's name.
     """
     from safetensors.torch import save_file
 
+    card = path.with_suffix(".md")
+    title = f"# {path.name}\n"  # as model_card begins
+    if card.exists() and not card.read_bytes().startswith(title.encode()):
+        raise Refusal(f"{card}: no model card of {path.name}: give --safetensors another name")
     saved = source.saved
     facts = {"script": saved["script"], "step": saved["step"], "network": source.name}
     facts["classes"] = saved.get("classes", [])
-    facts["args"] = {k: v for k, v in saved["args"].items() if k not in NO_NUMBER}
+    args = {k: v for k, v in saved["args"].items() if k not in NO_NUMBER}
+    facts["args"] = args | {"precise_bn": 0}
     weights = {}
     for part, net in source.networks.items():
         for name, value in net.state_dict().items():
@@ -576,7 +613,7 @@ def write_safetensors(path, source):
         return verified(Logits(again.net), Logits(source.net))
 
     said = outputs.put(path, write)
-    outputs.put_text(path.with_suffix(".md"), outputs.model_card(source, path.name, said))
+    outputs.put_text(card, outputs.model_card(source, path.name, said))
     return said
 
 
@@ -616,13 +653,14 @@ def main(argv=None):
     group = distributed.setup(options.device)
     if group.world > 1:
         raise Refusal("one process alone: leave torchrun out")
-    source = open_source(options.run, options.network, group.device, options.amp)
+    saved = with_root(read_saved(options.run), options)
+    source = build_source(saved, options.network, group.device, options.amp)
     of = f"{source.name} of {source.saved['script']}, step {source.saved['step']}"
     print(f"{source.saved['path']}: {of}, {source.data.num_classes} classes", flush=True)
     if options.out:
         predict_and_write(options, source, group.device)
     if options.onnx or options.program or options.safetensors:
-        take_away(options, open_source(options.run, options.network))
+        take_away(options, build_source(saved, options.network))
 
 
 def predict_and_write(options, source, device):

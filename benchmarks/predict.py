@@ -117,6 +117,7 @@ def plain(options, folder):
     kinds = ["classes", "overlays"]
     kinds += ["confidence", "entropy"] * options.maps
     writer = outputs.Writer(folder / "plain", kinds, source.data)
+    writer.folder.mkdir()
     for item in outputs.find_images([str(folder / "images")], writer.folder):
         item, image, label = writer.read(item)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]

@@ -3,6 +3,7 @@
 No number of a prediction is made here.
 """
 
+import contextlib
 import csv
 import html
 import io
@@ -24,10 +25,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import Refusal, metrics, pictures
-from common.checkpoints import writing
-from common.data import FACTS, IGNORE, Data, Item
+from common.checkpoints import check_classes, writing
+from common.data import FACTS, IGNORE, SPLITS, ClassRow, Data, Item
 from common.flags import NO_NUMBER
-from common.sources import SUFFIXES, Tree
+from common.sources import SUFFIXES, Tree, known_set, published
 
 GREYS = [0, 0, 0, 0, 0, 0, 128, 128, 128] + [255, 255, 255] * 253  # palette of K
 RIGHT = (70, 70, 70)  # of an error map: where the prediction is the truth
@@ -105,23 +106,31 @@ def with_masks(items, folder):
     return found
 
 
-def find_part(args, options, count):
-    """Returns (Items with their masks, Data) of --split of --dataset, or of a checkpoint's args.
+def find_part(source, options):
+    """Returns (Items with their masks, Data) of --split of --dataset, or of a checkpoint's own.
 
-    count: how many classes the checkpoint has. Raises Refusal.
+    source: the checkpoint, opened. A folder that names no classes has the checkpoint's. Raises
+    Refusal, also where val is not the published one, as --eval-only does.
     """
-    dataset = options.dataset or args.dataset
-    root = options.data_root
-    if not root and dataset == args.dataset:
-        root = args.data_root
-    tree = Tree(dataset, root, any_ids=bool(args.labeled_list))
-    items = tree.items(options.split, tree.part(options.split))
-    if not items:
-        raise Refusal(f"{tree.root}: no {options.split} of {dataset} there")
-    data = Data(replace(args, dataset=dataset), [], [], [], [], tree.classes())
-    if data.num_classes != count:
-        wrong = f"{data.num_classes} classes, the checkpoint has {count}"
-        raise Refusal(f"--dataset {dataset}: {wrong}")
+    args = source.args
+    if options.dataset not in (None, args.dataset):  # what its flags say is of its own images
+        own = {"data_root": options.data_root, "ignore_index": IGNORE, "labeled_list": ""}
+        args = replace(args, dataset=options.dataset, split_seed=None, **own)
+    tree = Tree(args.dataset, args.data_root, any_ids=bool(args.labeled_list))
+    found = tree.part(options.split)
+    if not found:
+        raise Refusal(f"{tree.root}: no {options.split} of {args.dataset} there")
+    if published(args) and options.split == "val":
+        remedy = "IMAGES with --masks FOLDER score what is here"
+        known_set(f"val of {args.dataset}", found, SPLITS[args.dataset]["parts"]["val"], remedy)
+    items = tree.items(options.split, found)
+    names = source.data.named()
+    rows = tree.classes() or [ClassRow(*row) for row in names]
+    data = Data(args, [], [], [], [], rows)
+    if data.num_classes != len(names):
+        wrong = f"{data.num_classes} classes, the checkpoint has {len(names)}"
+        raise Refusal(f"--dataset {args.dataset}: {wrong}")
+    check_classes(source.saved | {"classes": names}, data)
     return items, data
 
 
@@ -181,8 +190,11 @@ def claim(folder, facts):
     """Makes an output folder that of facts, a dict. Raises Refusal if it is that of others."""
     path = folder / "predict.json"
     if path.exists():
-        with writing(path):
-            old = json.loads(path.read_text())
+        old = None
+        with writing(path), contextlib.suppress(ValueError):
+            old = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        if not isinstance(old, dict):
+            raise Refusal(f"{path}: damaged, what is there may be of any network: give a new --out")
         for name, value in facts.items():
             if old.get(name) != value:
                 wrong = f"{name} {old.get(name)} there, {value} here"
@@ -196,6 +208,28 @@ def claim(folder, facts):
 def pixels_of(classes, size):
     """Returns how many pixels have each class, (size,) int64; classes: (H, W) uint8."""
     return torch.bincount(torch.from_numpy(classes).flatten(), minlength=size)
+
+
+def stamp(path):
+    """Returns [real path, bytes, time of the last change in ns] of a file; of none its name."""
+    if path is None or not os.path.exists(path):
+        return [str(path)]
+    state = os.stat(path)
+    return [os.path.realpath(path), state.st_size, state.st_mtime_ns]
+
+
+def read_made(path):
+    """Returns {key: [image, mask]} of a Writer's made.jsonl: of what the files of a name are.
+
+    Of two lines on one name the last counts, and none that a kill cut off.
+    """
+    made = {}
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                key, image, mask = json.loads(line)
+                made[key] = [image, mask]
+    return made
 
 
 class Result(NamedTuple):
@@ -220,6 +254,7 @@ class Writer:
         self.data = data
         self.masks = masks
         self.upright = upright
+        self.made = read_made(self.folder / "made.jsonl")
 
     def place(self, kind, key):
         """Returns where a file of a kind is written."""
@@ -229,14 +264,43 @@ class Writer:
         """Returns whether all files of an image are there."""
         return all(self.place(kind, key).is_file() for kind in self.kinds)
 
+    def own(self, item):
+        """Makes the files of an image's name its own: those of another image or mask are removed.
+
+        made.jsonl has the new ones before anything is made of them: a kill leaves no file that
+        passes for another image's.
+        """
+        image = stamp(item.image)
+        mask = [self.data.name, *stamp(item.label)]  # whose rules it is read by
+        known = self.made.get(item.key, [None, None])
+        others = []
+        if known[0] != image:
+            others = list(FORMS)
+        elif item.label and known[1] != mask:
+            others = ["compared"]
+        if others:
+            path = self.folder / "made.jsonl"
+            with writing(path):
+                for kind in others:
+                    self.place(kind, item.key).unlink(missing_ok=True)
+                with open(path, "a", encoding="utf-8") as file:  # the line before may be cut off
+                    file.write(f"\n{json.dumps([item.key, image, mask])}")
+
     def read(self, item):
-        """Returns (item, PIL image, mask or None), or the Refusal of an image that is not read."""
+        """Returns (item, PIL image, mask or None), or the Refusal of an image that is not read.
+
+        The image is None where its files are there.
+        """
         try:
-            if self.done(item.key) and not self.masks:
+            self.own(item)
+            done = self.done(item.key)
+            if done and not self.masks:
                 return item, None, None
             image, label = self.data.read(item, self.masks)
         except Refusal as error:
             return error
+        if done:
+            return item, None, label
         if self.upright:
             image = ImageOps.exif_transpose(image)
         return item, image, label
@@ -283,39 +347,6 @@ class Writer:
 # ---- pictures and pages ----------------------------------------------------------------------
 
 
-def legend(names, colours, width):
-    """Returns a white strip of this width: each name after a square of its colour, in rows."""
-    size = max(12, width // 60)
-    row = 2 * size
-    font = ImageFont.load_default(size)
-    places = []
-    x = y = 0
-    for name in names:
-        length = round(font.getlength(name)) + 3 * size
-        if x and x + length > width:
-            x = 0
-            y += row
-        places.append((x, y))
-        x += length
-    strip = Image.new("RGB", (width, y + row), "white")
-    pen = ImageDraw.Draw(strip)
-    for (x, y), name, colour in zip(places, names, colours, strict=True):
-        left = x + size // 2
-        top = y + size // 2
-        pen.rectangle((left, top, left + size, top + size), tuple(map(int, colour)), "black")
-        pen.text((left + size * 3 // 2, top + size // 2), name, "black", font, anchor="lm")
-    return strip
-
-
-def with_legend(picture, names, colours):
-    """Returns a PIL picture with the legend of names and colours below it."""
-    strip = legend(names, colours, picture.width)
-    sheet = Image.new("RGB", (picture.width, picture.height + strip.height))
-    sheet.paste(picture, (0, 0))
-    sheet.paste(strip, (0, picture.height))
-    return sheet
-
-
 def overlay(image, classes, names, palette):
     """Returns the picture of classes, (H, W) uint8, half seen through on a PIL image, and a legend.
 
@@ -331,7 +362,7 @@ def overlay(image, classes, names, palette):
         size = (factor * width, factor * height)
         blended = blended.resize(size, Image.Resampling.NEAREST)
     words = [f"{names[i]} {100 * counts[i] / classes.size:.1f} %" for i in present]
-    return with_legend(blended, words, palette[present])
+    return pictures.with_legend(blended, words, palette[present])
 
 
 def confusion_picture(confusion, names):
@@ -523,9 +554,11 @@ def model_card(source, name, said):
 def history(saved):
     """Returns (first line of the log beside a checkpoint, {what: scores at its step}), or none."""
     path = Path(saved["path"]).parent / "log.jsonl"
-    if not path.is_file():
-        return {}, {}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    with contextlib.suppress(OSError):
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # a kill may have cut the last one off
+                lines.append(json.loads(text))
     scored = {}
     for line in lines:
         if line["kind"] == "eval" and line["step"] == saved["step"]:
@@ -534,4 +567,4 @@ def history(saved):
             which = {line["step"]: "last", line["best_step"]: "best"}.get(saved["step"])
             if which in line:
                 scored[f"mIoU on {line['on']}"] = line[which]
-    return lines[0], scored
+    return next(iter(lines), {}), scored

@@ -1,7 +1,7 @@
-"""Panels: a row of maps for each image, saved as one PNG."""
+"""Panels: a row of maps for each image, saved as one PNG. Legends of classes."""
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 
 def colour(array, palette):
@@ -47,4 +47,37 @@ def panels(rows, palette, height=160):
     for line in lines:
         sheet.paste(line, (0, y))
         y += line.height
+    return sheet
+
+
+def legend(names, colours, width):
+    """Returns a white strip of this width: each name after a square of its colour, in rows."""
+    size = max(12, width // 60)
+    row = 2 * size
+    font = ImageFont.load_default(size)
+    places = []
+    x = y = 0
+    for name in names:
+        length = round(font.getlength(name)) + 3 * size
+        if x and x + length > width:
+            x = 0
+            y += row
+        places.append((x, y))
+        x += length
+    strip = Image.new("RGB", (width, y + row), "white")
+    pen = ImageDraw.Draw(strip)
+    for (x, y), name, colour in zip(places, names, colours, strict=True):
+        left = x + size // 2
+        top = y + size // 2
+        pen.rectangle((left, top, left + size, top + size), tuple(map(int, colour)), "black")
+        pen.text((left + size * 3 // 2, top + size // 2), name, "black", font, anchor="lm")
+    return strip
+
+
+def with_legend(picture, names, colours):
+    """Returns a PIL picture with the legend of names and colours below it."""
+    strip = legend(names, colours, picture.width)
+    sheet = Image.new("RGB", (picture.width, picture.height + strip.height))
+    sheet.paste(picture, (0, 0))
+    sheet.paste(strip, (0, picture.height))
     return sheet

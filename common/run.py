@@ -47,7 +47,6 @@ from common.checkpoints import (
 from common.data import CONVERT
 from common.distributed import ReduceOp, from_first, reduced
 from common.flags import NO_NUMBER, acting, as_fields, run_name
-from common.outputs import with_legend
 from common.track import Tracker, require
 
 try:
@@ -610,7 +609,7 @@ class Run:
             path = self.folder / f"panels/{name}.png"
             with writing(path):
                 sheet = pictures.panels(rows, self.data.palette)
-                sheet = with_legend(sheet, self.data.classes, self.data.palette)
+                sheet = pictures.with_legend(sheet, self.data.classes, self.data.palette)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sheet.save(path)
             self._open()

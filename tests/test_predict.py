@@ -373,5 +373,17 @@ def test_bn_has_the_statistics_that_the_run_was_scored_with(tmp_path, monkeypatc
     assert json.loads(Path("scored/scores.json").read_text())["miou"] == scored["miou"]
     assert "running statistics" not in capsys.readouterr().err
     Path("tree").rename("moved")
-    predict.open_source(tmp_path / "run/last.pt")
+    words = (tmp_path / "run/last.pt", "--split", "test", "--data-root", "moved", "--out", "again")
+    more = []
+    if importlib.util.find_spec("safetensors"):
+        more = ["--safetensors", "n.safetensors"]
+    run(*words, *more)
+    assert json.loads(Path("again/scores.json").read_text())["miou"] == scored["miou"]
+    if more:
+        predict.load("n.safetensors")  # the statistics are in it
+    photo(Path("in/a.png"))
+    run(words[0], "in", "--data-root", "moved", "--out", "a")
+    assert "running statistics" not in capsys.readouterr().err
+    with pytest.raises(Refusal, match="precise_bn 2 there, 0 here"):
+        run(words[0], "in", "--out", "a")
     assert "running statistics" in capsys.readouterr().err

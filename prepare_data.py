@@ -54,7 +54,7 @@ from common.sources import (
     same_set,
     write,
 )
-from convert import Convert, From, clear_left, coco_region, png
+from convert import MALFORMED, Convert, From, clear_left, coco_region, png
 
 ARCHIVES = {  # of VOC and SBD: address, md5
     "VOCtrainval_11-May-2012.tar": (
@@ -534,7 +534,7 @@ class Coco:
                         size = image["width"], image["height"]
                         write(root / mask, png(render(size, groups[image["id"]], classes)))
                     lines.append(f"{photo} {mask}\n")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except MALFORMED as error:
                 raise Refusal(f"{path}: not as COCO has it ({error!r}); {where}") from None
             write(root / f"{part}.txt", "".join(lines).encode())
             print(f"{root / part}.txt: {len(lines)} images")

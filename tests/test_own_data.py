@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import zlib
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_voc_takes_any_ids_when_lists_say_so(tmp_path, monkeypatch):
     assert "no image key" in refusal(load, flags(root, dataset="voc"))
     (root / "ImageSets/Segmentation/train.txt").unlink()
     assert load(flags(root, dataset="voc", labeled_list=one)).unlabeled == []
-    made = "; python prepare_data.py voc makes SegmentationClassAug"
+    made = f"; python prepare_data.py voc --root {root} makes SegmentationClassAug"
     for file, told in (("SegmentationClass/a.png", True), ("JPEGImages/a.jpg", False)):
         (root / file).unlink()
         line = refusal(load, flags(root, dataset="voc", labeled_list=one))
@@ -77,6 +78,13 @@ def test_a_folders_own_lists_take_bare_ids_and_names_with_commas(tmp_path):
     assert data.labeled[2].image == root / "images/train/deep/b.JPG"
     listed(root / "train.txt", "a", "e")
     assert "e has no image here" in refusal(load, own(root))
+    for i, name in enumerate(("a.jpg", "deep/b.png")):  # each beside another of its key
+        twin = picture(root / "images/train" / name, "RGB", i)
+        key = name.partition(".")[0]
+        listed(root / "train.txt", key.rpartition("/")[2], "c,d")
+        assert f"another image has the key {key} too" in refusal(load, own(root))
+        listed(root / "train.txt", f"images/train/{name}", "c,d")
+        assert twin in [item.image for item in load(own(root)).labeled]
 
 
 def test_check_finds_a_picture_in_two_sets_in_two_formats_and_tells_all_that_is_wrong(
@@ -107,7 +115,7 @@ def test_a_first_evaluation_that_a_constant_reaches_says_so_once(
 ):
     shrink(supervised, monkeypatch)
     monkeypatch.setattr(supervised, "predict", lambda net, x, *some: torch.zeros_like(x[0]).long())
-    root = draw_folder(tmp_path / "my", 3)
+    root = draw_folder(tmp_path / "my own", 3)
     for path in root.glob("masks/*/*.png"):  # as 0 and 255, as one class, or as they are
         Image.open(path).point([*table, *[255] * 253]).save(path)
     train(supervised, own_folder(root, tmp_path / "run", 3, iters=4, evaluate=2))
@@ -115,7 +123,7 @@ def test_a_first_evaluation_that_a_constant_reaches_says_so_once(
     ((what, command),) = re.findall(pattern, capsys.readouterr().out, re.M)
     assert what.startswith("val's") == command.startswith("convert") == (table[2] != 2)
     if table[2] == 2:
-        prepare_data.main(command.split())
+        prepare_data.main(shlex.split(command))
 
 
 def test_names_of_classes_are_in_log_checkpoint_panels_and_predictions(tmp_path, monkeypatch):

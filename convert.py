@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import shlex
 import time
 import urllib.parse
 from collections import Counter
@@ -30,6 +31,7 @@ from common.shapes import polygon
 from common.sources import SUFFIXES, files_below, write
 
 BACKGROUND = ("background", "__background__", "_background_")
+MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 
 
 class Region(NamedTuple):
@@ -143,7 +145,7 @@ def coco(content, lost):
 
     iscrowd says nothing: several tools set it for every mask. lost: Counter of what has no area.
     """
-    names = {category["id"]: category["name"] for category in content["categories"]}
+    names = {category["id"]: category["name"].strip() for category in content["categories"]}
     groups = {}
     for annotation in sorted(content["annotations"], key=lambda a: (-coco_area(a), a["id"])):
         if not annotation.get("segmentation"):
@@ -157,7 +159,7 @@ def coco(content, lost):
         for annotation in groups.get(image["id"], []):
             draw = functools.partial(coco_region, annotation["segmentation"], size[1], size[0])
             regions.append(Region(names[annotation["category_id"]], draw))
-        pictures.append(Picture(image["file_name"], size, regions))
+        pictures.append(Picture(image["file_name"].replace("\\", "/"), size, regions))
     return pictures
 
 
@@ -181,7 +183,7 @@ def labelme(content, lost):
         if draw is None:
             lost[f"shapes of type {shape.get('shape_type')}, which have no area"] += 1
         else:
-            regions.append(Region(shape["label"], draw))
+            regions.append(Region(shape["label"].strip(), draw))
     return [Picture(content["imagePath"].replace("\\", "/"), size, regions)]
 
 
@@ -223,8 +225,8 @@ def cvat(root, lost):
             if draw is None:
                 lost[f"shapes of type {shape.tag}, which have no area"] += 1
             else:
-                regions.append(Region(shape.get("label"), draw))
-        pictures.append(Picture(image.get("name"), size, regions))
+                regions.append(Region(shape.get("label").strip(), draw))
+        pictures.append(Picture(image.get("name").replace("\\", "/"), size, regions))
     return pictures
 
 
@@ -315,7 +317,7 @@ def studio_area(result):
         draw = functools.partial(ellipse, center, radii, angle, height, width)
     elif kind == "brushlabels" and value.get("format") == "rle":
         draw = functools.partial(brush, value["rle"], height, width)
-    return draw, labels[0] if draw else ""
+    return draw, labels[0].strip() if draw else ""
 
 
 def brush(data, height, width):
@@ -365,16 +367,17 @@ def pictures_of(source, lost):
     files = [source]
     if source.is_dir():
         files = sorted(source.rglob("*.json"))
+    hint = "; a folder with .json files is read as LabelMe's: move others out" * source.is_dir()
     for path in files:
         try:
             if path.suffix.lower() == ".xml":
                 pictures += cvat(ElementTree.parse(path).getroot(), lost)
             else:
-                pictures += of_json(json.loads(path.read_bytes()), lost)
+                pictures += of_json(json.loads(path.read_bytes()), lost, source.is_dir())
         except OSError as error:
             raise Refusal(f"{path}: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise Refusal(f"{path}: not as its tool writes it ({error!r})") from None
+        except MALFORMED as error:
+            raise Refusal(f"{path}: not as its tool writes it ({error!r}){hint}") from None
         except ElementTree.ParseError as error:
             raise Refusal(f"{path}: not readable as XML ({error})") from None
     if not pictures:
@@ -382,12 +385,15 @@ def pictures_of(source, lost):
     return pictures
 
 
-def of_json(content, lost):
-    """Returns the Pictures of a JSON file's content, by its form. Raises ValueError."""
+def of_json(content, lost, in_folder):
+    """Returns the Pictures of a JSON file's content, by its form; in_folder: it is LabelMe's.
+
+    Raises ValueError, or another of MALFORMED.
+    """
+    if in_folder or "shapes" in content:
+        return labelme(content, lost)
     if isinstance(content, list):
         return label_studio(content, lost)
-    if "shapes" in content:
-        return labelme(content, lost)
     if "annotations" in content and "images" in content:
         return coco(content, lost)
     raise ValueError("neither COCO's, nor LabelMe's, nor Label Studio's")
@@ -420,10 +426,20 @@ def read_table(path):
             name = first[4]
             colour = first.groups()[:3]
         else:
-            name = second["name"]
+            name = second["name"].strip()
             colour = second.groups()[1:4]
         rows.append(ClassRow(len(rows), name, tuple(map(int, colour))))
+    check_count(len(rows), path)
     return rows
+
+
+def check_count(count, source):
+    """Raises Refusal where there are more classes than ids."""
+    if count > LARGEST + 1:
+        raise Refusal(
+            f"{source}: {count} classes, and ids run from 0 to {LARGEST}: give several classes one "
+            "id, in a classes.csv for --classes"
+        )
 
 
 def table_text(rows):
@@ -432,7 +448,7 @@ def table_text(rows):
     lines = ["id,name,r,g,b" + ",value" * valued]
     for row in rows:
         name = row.name
-        if re.search(r'[",]', name):
+        if re.search(r'[",\r\n]', name):
             name = '"' + name.replace('"', '""') + '"'
         fields = [row.id, name, *row.colour]
         if valued:
@@ -441,9 +457,13 @@ def table_text(rows):
     return "\n".join(lines) + "\n"
 
 
-def table_of_names(names):
-    """Returns ClassRows: background, then the names by the alphabet, in VOC's colours."""
+def table_of_names(names, source):
+    """Returns ClassRows: background, then the names by the alphabet, in VOC's colours.
+
+    Raises Refusal, naming the source, where they are too many.
+    """
     names = ["background", *sorted(set(names) - set(BACKGROUND))]
+    check_count(len(names), source)
     colours = voc_colours(len(names)).tolist()
     return [ClassRow(i, names[i], tuple(colours[i])) for i in range(len(names))]
 
@@ -489,7 +509,7 @@ def table_of_codes(files):
     for path in files:
         by_colour, codes = codes_of(path)
         (colours if by_colour else values).update(np.unique(codes).tolist())
-        if len(values | colours) > LARGEST + 1:
+        if len(colours | {65793 * value for value in values}) > LARGEST + 1:
             why = f"more than {LARGEST + 1} values or colours so far: no masks of classes"
             raise Refusal(f"{path}: {why}, or once saved as JPEG; give a table with --classes")
     grey = {65793 * value: value for value in values}
@@ -593,9 +613,12 @@ def key_of(name, known):
 
 
 def photographs(folder):
-    """Returns the keys of the photographs below a folder, sorted; [] if there is none."""
-    files = [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
-    return [path.relative_to(folder).with_suffix("").as_posix() for path in files]
+    """Returns the keys of the photographs below a folder, a set."""
+    return {
+        path.relative_to(folder).with_suffix("").as_posix()
+        for path in files_below(folder)
+        if path.suffix.lower() in SUFFIXES
+    }
 
 
 def masks_of(source, strip, empty, known, given, lost):
@@ -606,7 +629,10 @@ def masks_of(source, strip, empty, known, given, lost):
     """
     source = Path(source)
     drawn = {}
-    if source.is_dir() and not any(source.rglob("*.json")):
+    of_masks = source.is_dir() and not any(source.rglob("*.json"))
+    if (empty and of_masks) or (strip and not of_masks):
+        raise Refusal(f"{source}: --strip is for a folder of masks alone, --empty for an export")
+    if of_masks:
         files = mask_files(source, strip)
         rows = given or table_of_codes(files.values())
         for name, path in files.items():
@@ -614,7 +640,7 @@ def masks_of(source, strip, empty, known, given, lost):
         return rows, drawn
     pictures = pictures_of(source, lost)
     names = [region.name for picture in pictures for region in picture.regions]
-    rows = given or table_of_names(names)
+    rows = given or table_of_names(names, source)
     if name := unknown_name(pictures, rows):
         raise Refusal(f"{source}: the table has no row named {name!r}; id {IGNORE} is ignored")
     for picture in pictures:
@@ -624,7 +650,7 @@ def masks_of(source, strip, empty, known, given, lost):
         if key is None:
             lost["images that are not among the photographs"] += 1
         elif picture.size is None or not (picture.regions or empty):
-            lost["images without a shape, which stay unlabelled"] += 1
+            lost["images without a shape, which stay unlabelled without --empty"] += 1
         else:
             drawn[key] = functools.partial(ids_of_picture, picture, rows)
     return rows, drawn
@@ -667,31 +693,46 @@ class Convert:
     empty: bool = False  # an image without a shape is background; else it stays unlabelled
 
     def run(self):
-        """Writes masks and table; counts what could not be taken. Raises Refusal."""
+        """Writes table and masks; counts what could not be taken. Raises Refusal.
+
+        The table comes first: where a call is cut off, the next has the ids of the first. Half of a
+        conversion in place would be read as masks to convert.
+        """
         out = Path(self.out)
-        if not Path(self.source).exists():
+        images = out / "images" / self.part
+        masks = out / "masks" / self.part
+        source = Path(self.source).resolve()
+        if not source.exists():
             raise Refusal(f"--from {self.source}: no such file or folder")
-        known = set(photographs(out / "images" / self.part))
+        written = masks.resolve()
+        if source in (written, *written.parents) or written in source.parents:
+            raise Refusal(f"--from {self.source} is, holds or is in {masks}: move it away first")
+        known = photographs(images)
         lost = Counter()
         given = self.table(out / "classes.csv")
         rows, drawn = masks_of(self.source, self.strip, self.empty, known, given, lost)
-        clear_left(out / f"masks/{self.part}")
+        said = [f"{count} {what}" for what, count in sorted(lost.items())]
+        if not drawn or (known and not known & set(drawn)):
+            raise Refusal(
+                f"--from {self.source}: no mask for any photograph of {images}: "
+                + "; ".join([*said, "see --part, --strip, --empty"])
+            )
+        if not (out / "classes.csv").exists():
+            write(out / "classes.csv", table_text(rows).encode())
+        clear_left(masks)
         for key, draw in tqdm(sorted(drawn.items()), "masks", unit="file", disable=None):
             try:
                 label = draw()
-            except (ValueError, TypeError, IndexError) as error:
-                raise Refusal(
-                    f"{self.source}: {key}: not as its tool writes it ({error})"
-                ) from None
-            write(out / f"masks/{self.part}/{key}.png", png(label))
-        if not (out / "classes.csv").exists():
-            write(out / "classes.csv", table_text(rows).encode())
-        for row in rows:
-            print(printable(f"id {row.id}: {row.name}"))
-        for what, count in sorted(lost.items()):
-            print(f"lost: {count} {what}")
-        print(f"{out}/masks/{self.part}: {len(drawn)} masks; names and colours: {out}/classes.csv")
-        print(f"next: python prepare_data.py check --dataset folder --data-root {out}")
+            except MALFORMED as error:
+                raise Refusal(f"{self.source}: {key}: not as its tool has it ({error!r})") from None
+            write(masks / f"{key}.png", png(label))
+        print("\n".join(printable(f"id {row.id}: {row.name}") for row in rows))
+        print(*(printable(f"lost: {line}\n") for line in said), sep="", end="")
+        print(f"{masks}: {len(drawn)} masks; names and colours: {out}/classes.csv")
+        print(
+            "next: python prepare_data.py check --dataset folder "
+            f"--data-root {shlex.quote(self.out)}"
+        )
 
     def table(self, path):
         """Returns the ClassRows to follow, [] if they are to be made; path: that of --out."""

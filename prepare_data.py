@@ -29,10 +29,10 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
-from typing import Literal
+from typing import ClassVar, Literal, get_type_hints
 
 import numpy as np
 from PIL import Image
@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 from common import Refusal, printable
 from common.cache import data_folder, make
-from common.data import FACTS, IGNORE, SPLITS, orientation, set_hash
-from common.flags import cli
+from common.data import FACTS, IGNORE, SPLITS, data_flags, orientation, set_hash
+from common.flags import Above0, Count, Number, check, cli, given_names, in_words, met, rules
 from common.run import refusals
 from common.sources import (
     LISTS,
@@ -54,7 +54,7 @@ from common.sources import (
     same_set,
     write,
 )
-from convert import Convert, From, clear_left, coco_region, png
+from convert import MALFORMED, Convert, From, clear_left, coco_region, png
 
 ARCHIVES = {  # of VOC and SBD: address, md5
     "VOCtrainval_11-May-2012.tar": (
@@ -464,7 +464,9 @@ class Voc:
 
     def next_step(self):
         """Returns the command that looks at every file."""
-        return f"next: python prepare_data.py check --dataset voc --data-root {self.root}"
+        return (
+            f"next: python prepare_data.py check --dataset voc --data-root {shlex.quote(self.root)}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -534,12 +536,12 @@ class Coco:
                         size = image["width"], image["height"]
                         write(root / mask, png(render(size, groups[image["id"]], classes)))
                     lines.append(f"{photo} {mask}\n")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except MALFORMED as error:
                 raise Refusal(f"{path}: not as COCO has it ({error!r}); {where}") from None
             write(root / f"{part}.txt", "".join(lines).encode())
             print(f"{root / part}.txt: {len(lines)} images")
         source = Source(dataset="coco", data_root=str(root))
-        print(f"next: python prepare_data.py check {in_flags(source, Source)}")
+        print(f"next: python prepare_data.py check {data_flags(source)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -548,18 +550,10 @@ class Source:
 
     dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"]
     data_root: str = ""  # its folder; left out: data/<dataset>
-    num_classes: int = 0  # of --dataset folder; left out: those of its classes.csv
-    ignore_index: int = IGNORE  # of --dataset folder: the value in a mask that is no class
+    num_classes: Number = 0  # of --dataset folder; left out: those of its classes.csv
+    ignore_index: Number = IGNORE  # of --dataset folder: the value in a mask that is no class
 
-
-def in_flags(source, kind):
-    """Returns the flags of kind, Source or Check, that are not at their defaults, as one types."""
-    words = []
-    for field in fields(kind):
-        value = getattr(source, field.name)
-        if value != field.default:
-            words += ["--" + field.name.replace("_", "-"), str(value)]
-    return shlex.join(words)
+    NEEDS: ClassVar[dict] = {"data_root": "dataset!=shapes"}  # as those of the scripts
 
 
 def load_all(source):
@@ -573,7 +567,7 @@ class Cache(Source):
     """Decodes a data set once, for --cache of the scripts: the same pixels, read faster."""
 
     out: str  # the folder to make; it may be deleted at any time
-    max_gb: float = 40  # what it may take; files beyond that are decoded as ever
+    max_gb: Above0 = 40  # what it may take; files beyond that are decoded as ever
 
     def run(self):
         """Writes the images and masks for training, val and test. Raises Refusal."""
@@ -581,7 +575,8 @@ class Cache(Source):
         items = [item for name in PARTS for item in getattr(data, name)]
         count, files, size = make(items, data_folder(self), self.out, 1e9 * self.max_gb)
         print(
-            f"{self.out}: {count} of {files} files, {size / 1e9:.1f} GB; next: --cache {self.out}"
+            f"{self.out}: {count} of {files} files, {size / 1e9:.1f} GB; "
+            f"next: --cache {shlex.quote(self.out)}"
         )
 
 
@@ -590,9 +585,9 @@ class MakeSplit(Source):
     """A random list of images to label, drawn from the training images with masks."""
 
     out: str  # the list to write
-    labels: int = 0  # how many images; or --share
+    labels: Count | None = None  # how many images; or --share
     share: str = ""  # 1/r of them, rounded up: with the same seed the images of --split 1/r
-    seed: int = 0  # of the draw
+    seed: Number = 0  # of the draw
     every_class: bool = False  # each class of the training masks is to occur in the drawn ones
 
     def run(self):
@@ -608,8 +603,6 @@ class MakeSplit(Source):
         count = math.ceil(len(items) / int(ratio[1])) if ratio else self.labels
         if not 1 <= count <= len(items):
             raise Refusal(f"--labels {count}: 1 to {len(items)}, the training images with masks")
-        if self.seed < 0:
-            raise Refusal(f"--seed {self.seed}: a number from 0")
         order = np.random.default_rng(self.seed).permutation(sorted(items)).tolist()
         chosen = order[:count]
         if self.every_class:
@@ -628,8 +621,10 @@ class MakeSplit(Source):
             out.unlink()
             raise Refusal(f"{self.dataset}: names that a list cannot hold")
         print(f"{out}: {count} of {len(items)} images, set {set_hash(chosen)}")
-        words = f"{in_flags(self, Source)} --labeled-list {shlex.quote(self.out)}"
-        print(f"next: python cps_fpl.py {words}    # or another script")
+        print(
+            f"next: python cps_fpl.py {data_flags(self)} --labeled-list {shlex.quote(self.out)}"
+            "    # or another script"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -639,21 +634,29 @@ class Split(Source):
     split: str = "all"  # labelled share: all, 1/r, or a count of VOC's 1,464
     # whose 1/r it is; left out: the family of cps_fpl.py
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
-    split_seed: int | None = None  # None: every r-th image; a number: a random subset
+    split_seed: Number | None = None  # None: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
 
+    NEEDS: ClassVar[dict] = Source.NEEDS | {
+        "split_family": "dataset=voc|voc_aug|cityscapes|coco, split!=all, no split_seed",
+        "split_seed": "split!=all, no labeled_list",
+    }
+
+    def family(self):
+        """Returns the split_family, that of cps_fpl.py where it is left out."""
+        return self.split_family or ("unimatch" if self.dataset == "coco" else "cps")
+
     def load(self):
         """Returns the Data of these flags. Raises Refusal."""
-        family = self.split_family or ("unimatch" if self.dataset == "coco" else "cps")
-        return load(replace(self, split_family=family))
+        return load(replace(self, split_family=self.family()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check(Split):
     """Opens every image and mask that a run with these flags would open; names what is wrong."""
 
-    crop_size: int = 0  # that of the run, in pixels; left out: what a folder's run has
+    crop_size: Count | None = None  # that of the run, in pixels; left out: what a folder's run has
 
     def run(self):
         """Prints what there is. Raises Refusal at the end if a file is bad."""
@@ -679,7 +682,22 @@ class Check(Split):
             print(*bad[:SHOWN], sep="\n", file=sys.stderr)
             raise Refusal(f"{len(bad)} bad files, the first {min(SHOWN, len(bad))} named above")
         print("every file can be read")
-        print(f"next: python cps_fpl.py {in_flags(self, Check)}    # or another script")
+        print(f"next: python cps_fpl.py {self.in_flags()}    # or another script")
+
+    def in_flags(self):
+        """Returns the flags with which any script trains on these images, as one types them.
+
+        Presets differ in split and family: both are said where they act.
+        """
+        words = []
+        if self.split != "all" or not self.labeled_list:
+            words += ["--split", self.split]
+        if self.split != "all" and self.split_seed is None and self.dataset in SPLITS:
+            words += ["--split-family", self.family()]
+        for name in ("split_seed", "labeled_list", "unlabeled_list", "crop_size"):
+            if getattr(self, name) not in (None, ""):
+                words += ["--" + name.replace("_", "-"), str(getattr(self, name))]
+        return f"{data_flags(self)} {shlex.join(words)}"
 
     def look_at(self, data, name, todo, found):
         """Prints what a list of images holds, todo: those of it not yet opened.
@@ -767,13 +785,28 @@ class Stats(Split):
             print(f"{out}: drawn")
 
 
+def check_flags(command, argv):
+    """Raises Refusal for a number out of the range of its flag, and for a flag that cannot act."""
+    given = given_names(command, argv)
+    for name, kind in get_type_hints(type(command), include_extras=True).items():
+        value = getattr(command, name)
+        flag = "--" + name.replace("_", "-")
+        need = getattr(command, "NEEDS", {}).get(name, "")
+        if value is not None:
+            check(flag, value, rules(kind))
+        if name in given and not met(need, command, given):
+            raise Refusal(f"{flag} {value} does nothing {in_words(need)}")
+
+
 def main(argv=None):
     """Runs the command of the flags. Raises Refusal; Ctrl-C ends with exit code 130."""
     commands = (
         Splits | Voc | Cityscapes | Camvid | Coco | Convert | Cache | MakeSplit | Check | Stats
     )
     try:
-        cli(commands, argv).run()
+        command = cli(commands, argv)
+        check_flags(command, argv)
+        command.run()
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)

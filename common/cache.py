@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,8 @@ from PIL import Image, features
 from tqdm import tqdm
 
 from common import Refusal
-from common.data import FACTS, read_mask, read_photograph
+from common.data import FACTS, data_flags, read_mask, read_photograph
 
-AGAIN = "delete it, and python prepare_data.py cache makes it again"
 TOGETHER = 64  # files that are decoded before they are written
 
 
@@ -55,13 +55,16 @@ def sha1_of(path):
 class Cache:
     """The pixels of the files below a folder; what it lacks is to be read from the file itself."""
 
-    def __init__(self, folder, root):
-        """folder: the cache; root: that of the data set. Raises Refusal if it is none, or cut off.
+    def __init__(self, folder, root, command):
+        """folder: the cache; root: that of the data set; command: what makes such a cache.
 
-        An absent one is told by its name: a path may be wrong.
+        Raises Refusal if it is none, or cut off. An absent one is told by its name: a path may be
+        wrong.
         """
         self.folder = Path(folder)
         self.root = Path(root)
+        self.command = command
+        self.again = f"delete it, and {command} makes it again"
         self.seen = set()  # files whose pixels this process has checked
         try:
             index = json.loads((self.folder / "index.json").read_bytes())
@@ -70,19 +73,19 @@ class Cache:
             found = index["decoders"]
             length = index["bytes"]
         except FileNotFoundError:
-            remedy = f"python prepare_data.py cache --out {folder} makes one"
-            raise Refusal(f"--cache {folder}: no cache there; {remedy}") from None
+            raise Refusal(f"--cache {folder}: no cache there; {command} makes one") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Refusal(f"--cache {folder}: not a whole cache ({error}); {AGAIN}") from None
+            raise Refusal(f"--cache {folder}: not a whole cache ({error}); {self.again}") from None
         if length != len(self.pixels):
             cut = f"{len(self.pixels)} of {length} bytes"
-            raise Refusal(f"--cache {folder}: pixels.bin has {cut}; {AGAIN}")
+            raise Refusal(f"--cache {folder}: pixels.bin has {cut}; {self.again}")
         if found != decoders():
             other = f"decoded by {found}, not by {decoders()}"
-            raise Refusal(f"--cache {folder}: {other}, whose pixels may differ; {AGAIN}")
+            raise Refusal(f"--cache {folder}: {other}, whose pixels may differ; {self.again}")
 
     def __reduce__(self):
-        return reopened, (str(self.folder), str(self.root))  # in a loader that is not forked
+        folders = (str(self.folder), str(self.root))
+        return reopened, (*folders, self.command)  # in a loader that is not forked
 
     def name_of(self, path):
         """Returns what the index calls a file."""
@@ -108,7 +111,7 @@ class Cache:
     def check(self, path, entry, pixels):
         """Raises Refusal if pixels or file are others than when the cache was made."""
         if hashlib.sha1(pixels, usedforsecurity=False).hexdigest() != entry.sha1:
-            raise Refusal(f"--cache {self.folder}: pixels of {path} are damaged; {AGAIN}")
+            raise Refusal(f"--cache {self.folder}: pixels of {path} are damaged; {self.again}")
         try:
             found = os.stat(path)
         except OSError as error:
@@ -116,14 +119,14 @@ class Cache:
         if (found.st_size, found.st_mtime_ns) == (entry.size, entry.time):
             return
         if sha1_of(path) != entry.file_sha1:  # the time alone: a copy
-            raise Refusal(f"--cache {self.folder}: {path} has changed since; {AGAIN}")
+            raise Refusal(f"--cache {self.folder}: {path} has changed since; {self.again}")
 
 
-def reopened(folder, root):
+def reopened(folder, root, command):
     """Returns a Cache again, in another process; None if it was deleted meanwhile."""
     if not Path(folder).exists():
         return None
-    return Cache(folder, root)
+    return Cache(folder, root, command)
 
 
 def with_cache(data, args):
@@ -134,12 +137,13 @@ def with_cache(data, args):
     folder = getattr(args, "cache", "")
     if not folder:
         return data
-    data.cache = Cache(folder, data_folder(args))
+    command = f"python prepare_data.py cache {data_flags(args)} --out {shlex.quote(folder)}"
+    data.cache = Cache(folder, data_folder(args), command)
     files = files_of(data.labeled + data.unlabeled + data.val + data.test)
     missing = [path for path in files if data.cache.name_of(path) not in data.cache.files]
     if len(missing) == len(files):
         where = f"no file of this run, below {data.cache.root}, is in it"
-        raise Refusal(f"--cache {folder}: {where}: another --data-root, or {AGAIN}")
+        raise Refusal(f"--cache {folder}: {where}: another --data-root, or {data.cache.again}")
     if missing and os.environ.get("RANK", "0") == "0":
         line = f"{len(missing)} of {len(files)} files are not in it, and are decoded"
         with contextlib.suppress(OSError, ValueError):  # nobody need read it
@@ -181,7 +185,7 @@ def make(items, root, folder, most):
     if None in files:
         raise Refusal("--dataset shapes is generated: it needs no cache")
     if folder.exists():
-        raise Refusal(f"--out {folder} exists: {AGAIN}, or give another")
+        raise Refusal(f"--out {folder} exists: delete it, or give another")
     shutil.rmtree(partial, ignore_errors=not partial.exists())  # of a call that was killed
     partial.mkdir(parents=True)
     try:

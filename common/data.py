@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,7 @@ LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "lerc")
 TIFF_KIND = 254  # tag of a page: bit 0 an overview of another page, bit 2 a transparency mask
 TIFF_BANDS = 277
 ORIENTATION = 274  # EXIF's and TIFF's tag
-CONVERT = "python prepare_data.py convert makes masks of ids"
+CONVERT = "python prepare_data.py convert --from DIR --out NEW makes masks of ids"
 
 
 class Item(NamedTuple):
@@ -135,6 +136,18 @@ class Data:
         if not tally.any():
             why = f"all is ignored: their ids are not those of {self.name}; {CONVERT}"
             raise Refusal(f"no pixel of any class in the masks of {masks}; {why}")
+
+
+def data_flags(args):
+    """Returns the flags that say which data set it is, as one types them."""
+    words = ["--dataset", args.dataset]
+    if args.data_root:
+        words += ["--data-root", args.data_root]
+    if args.num_classes:
+        words += ["--num-classes", str(args.num_classes)]
+    if args.ignore_index != IGNORE:
+        words += ["--ignore-index", str(args.ignore_index)]
+    return shlex.join(words)
 
 
 def voc_colours(count):

@@ -44,7 +44,7 @@ from common.checkpoints import (
     write_checkpoint,
     writing,
 )
-from common.data import CONVERT
+from common.data import CONVERT, data_flags
 from common.distributed import ReduceOp, from_first, reduced
 from common.flags import NO_NUMBER, acting, as_fields, run_name
 from common.track import Tracker, require
@@ -722,13 +722,7 @@ def at_constant(result, args):
     """
     if result["constant"] == 1:
         return f"val's masks hold one class and ignored pixels, as those of 0 and 255 do: {CONVERT}"
-    command = f"python prepare_data.py stats --dataset {args.dataset}"
-    if args.data_root:
-        command += f" --data-root {shlex.quote(args.data_root)}"
-    if args.num_classes:
-        command += f" --num-classes {args.num_classes}"
-    if args.dataset == "folder":
-        command += f" --ignore-index {args.ignore_index}"
+    command = f"python prepare_data.py stats {data_flags(args)}"
     return f"one class everywhere scores as much: too early, or wrong masks or --lr: {command}"
 
 

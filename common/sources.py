@@ -10,6 +10,7 @@ import http.client
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 import urllib.error
@@ -26,7 +27,6 @@ from common.data import CONVERT, FACTS, IGNORE, SPLITS, Data, Item, counts, read
 
 LISTS = Path("data/splits")  # <data set>/<family>/<split>.txt: one key per line
 SCHEMES = ("https",)
-MADE = "; python prepare_data.py voc makes SegmentationClassAug"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")  # of photographs
 LITTER = ("Thumbs.db", "desktop.ini")  # what file managers leave
 
@@ -294,9 +294,12 @@ class Tree:
             return []
         lines = []
         unread = self.unread(part)
-        masks = self.root / self.facts["label"][0].partition("{key}")[0].format(part=part)
+        place = self.facts["label"][0].partition("{key}")[0]
+        masks = self.root / place.format(part=part)
         used = {self.file(part, key, [row], 1) for key, row in rows.items()}
-        alone = [p for p in files_below(masks) if p not in used and not p.is_dir()]
+        alone = []
+        if "{part}" in place:  # COCO's lie together
+            alone = [p for p in files_below(masks) if p not in used and not p.is_dir()]
         why = f"files that are no photograph by their suffix ({' '.join(SUFFIXES)})"
         for folder, files, reason in (
             (self.image_folder(part), unread, why),
@@ -336,15 +339,23 @@ class Tree:
         if self.name != "folder":
             return rows
         files = {}
+        twice = {}
         for path in files_below(self.image_folder(part)):
             place = path.relative_to(self.root).as_posix()
             if path.suffix.lower() in SUFFIXES:
-                files[re.search(self.facts["key"], place)[0]] = (place, None)
+                key = re.search(self.facts["key"], place)[0]
+                if key in files:
+                    twice[key] = path
+                files[key] = (place, None)
         found = by_stem(rows, files)
         for key in set(found) & set(files):
             image, mask = found[key]
-            if not (self.root / image).is_file():
-                found[key] = (files[key][0], mask)
+            if (self.root / image).is_file():
+                continue
+            if key in twice:
+                why = f"another image has the key {key} too; a list may name the file"
+                raise Refusal(f"{twice[key]}: {why}")
+            found[key] = (files[key][0], mask)
         return found
 
     def places(self, part, key, rows, kind):
@@ -383,7 +394,9 @@ class Tree:
                 what = ("image", "mask")[files.index(None)]
                 tried = dict.fromkeys(map(str, self.places(part, key, both, files.index(None))))
                 tried = ", ".join(tried) or "nothing: a link leads what its list names out of here"
-                tried += MADE * (what == "mask" and self.name.startswith("voc"))
+                if what == "mask" and self.name.startswith("voc"):
+                    command = f"prepare_data.py voc --root {shlex.quote(str(self.root))}"
+                    tried += f"; python {command} makes SegmentationClassAug"
                 if sign := re.search("[,;|]", key):
                     tried += f"; lists are read at TAB or a blank, not at {sign[0]}"
                 raise Refusal(f"{source or self.root}: {key} has no {what} here; tried {tried}")
@@ -531,8 +544,9 @@ def fetch_list(dataset, family, split, source=""):
         except OSError as error:
             wrong = str(error)
     if wrong:
-        command = {"parts": "cps"}.get(family, family.rstrip("012"))
-        command = f"python prepare_data.py splits --family {command}"
+        if family == "parts":  # they come with any family
+            family = next(name for name in SPLITS[dataset] if name != "parts")
+        command = f"python prepare_data.py splits --family {family.rstrip('012')}"
         raise Refusal(f"{path}: {wrong}; {command}, with --from DIR where the lists are on disk")
     if os.environ.get("RANK", "0") == "0":
         print(f"{path}: {len(keys)} images, set {entry['set']}", flush=True)

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -32,7 +34,7 @@ def read_all(data):
 
 @pytest.fixture
 def tree(tmp_path):
-    return draw_tree(tmp_path / "tree")
+    return draw_tree(tmp_path / "my tree")
 
 
 def test_what_is_read_and_its_samples_are_the_same_bit_for_bit_whatever_is_cached(tree, tmp_path):
@@ -70,7 +72,7 @@ WRONG = {  # what happened to a cache, or its files, and words of the refusal
     "empty": (lambda cache, tree: os.truncate(f"{cache}/pixels.bin", 0), "not a whole cache"),
     "another Pillow": (older, "may differ; delete it"),
     "another mask": (lambda _, tree: picture(tree / MASK, "L", 3, (48, 36)), f"{MASK} has changed"),
-    "absent": (lambda cache, tree: shutil.rmtree(cache), "prepare_data.py cache --out"),
+    "absent": (lambda cache, tree: shutil.rmtree(cache), "prepare_data.py cache --dataset camvid"),
 }
 
 
@@ -82,7 +84,11 @@ def test_a_cache_that_is_not_right_is_refused_with_its_remedy(what, tree, tmp_pa
     read_all(load(flags(tree, cache=cache)))
     spoil, words = WRONG[what]
     spoil(cache, tree)
-    assert words in refusal(lambda: read_all(load(flags(tree, cache=cache))))
+    line = refusal(lambda: read_all(load(flags(tree, cache=cache))))
+    assert words in line
+    shutil.rmtree(cache, ignore_errors=True)
+    prepare_data.main(shlex.split(re.search("prepare_data.py (.*) makes", line)[1]))
+    read_all(load(flags(tree, cache=cache)))
 
 
 def test_making_one_leaves_nothing_behind_where_it_cannot(tree, tmp_path):
@@ -94,4 +100,4 @@ def test_making_one_leaves_nothing_behind_where_it_cannot(tree, tmp_path):
     assert "not even the first" in refusal(lambda: make(tree, again, max_gb=1e-6))
     (tree / "testannot/test1.png").write_bytes(b"no image")
     assert "test1.png: not readable" in refusal(make, tree, again)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "other", "tree"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "my tree", "other"]

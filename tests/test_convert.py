@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import convert
 import prepare_data
 from common.run import report
 from common.sources import load
 from convert import read_table
 from formats import GREY, IDS, RGB, TURNED, packed, png, saved
-from trees import folder, listed, own, refusal
+from trees import folder, listed, own, picture, refusal
 
 
 def command(*words):
@@ -159,3 +160,89 @@ def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(tmp_path, c
     assert "no row named 'pen'" in refusal(command, "convert", "--from", source, "--out", root)
     listed(Path(source), text[: len(text) // 2])
     assert "not" in refusal(command, "convert", "--from", source, "--out", root)
+
+
+def test_a_conversion_that_was_cut_off_goes_on_with_the_ids_of_the_first_call(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate("abcd"):
+        listed(Path(f"from/{name}.png"))
+        Image.fromarray(np.full((4, 8), 60 * i, np.uint8)).save(f"from/{name}.png")
+    words = ["convert", "--from", "from", "--out", "my own"]
+    real = convert.write
+
+    def full(path, data):
+        if path.name == "c.png":
+            raise OSError("no space")
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "write", full)
+        assert "no space" in refusal(command, *words)
+    os.remove("from/a.png")  # without it the ids of a table made anew would be others
+    command(*words)
+    for i, name in enumerate("abcd"):
+        assert (np.asarray(Image.open(f"my own/masks/train/{name}.png")) == i).all()
+    before = {path: path.read_bytes() for path in Path().rglob("*.*")}
+    os.symlink("my own", "link")
+    for source in ("my own", "my own/masks", "my own/masks/train", "link/masks/train"):
+        line = refusal(command, "convert", "--from", source, "--out", "my own")
+        assert line.startswith(f"--from {source} is, holds or is in my own/masks/train: move it")
+    listed(Path("deep/masks/train/x/a.json"))
+    line = refusal(command, "convert", "--from", "deep/masks/train/x", "--out", "deep")
+    assert "move it away first" in line
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def many(count):
+    """COCO's JSON of so many categories, each with an object in a.jpg."""
+    names = [dict(id=i, name=f"c{i}") for i in range(count)]
+    one = dict(image_id=7, area=1, segmentation=[sum(SQUARE, [])])
+    rows = [one | dict(id=i, category_id=i) for i in range(count)]
+    images = [dict(id=7, file_name="x\\a.jpg", **SIZE)]
+    return json.dumps(dict(categories=names, annotations=rows, images=images))
+
+
+C, T, MASKS = "c.json", "--classes t.txt", "from"
+MISTAKES = [  # what is converted, its content, more flags, words of the refusal
+    (C, many(254), "", "255 classes, and ids run from 0 to 253"),
+    (C, many(2), T, "t.txt: 255 classes, and ids run from 0"),
+    (C, coco().replace('"counts"', '"runs"'), "", "a: not as its tool has it (KeyError('counts'))"),
+    (C, coco().replace('"pen"', "null"), "", "c.json: not as its tool writes it (Attr"),
+    ("x.xml", CVAT.replace('label="big" ', ""), "", "x.xml: not as its tool writes it (Attr"),
+    (C, coco(), "--strip _mask", "--strip is for a folder of masks alone"),
+    (C, coco(), "--part test", "own/images/test: 2 images that are not among the photographs; 1"),
+    (C, many(0), "", "1 images without a shape, which stay unlabelled without --empty"),
+    (MASKS, None, "--empty", "--empty for an export"),
+    (MASKS, None, "--strip k", "no mask for any photograph of own/images/train: see --part"),
+    (MASKS, coco(), "", "info.json: not as its tool writes it (KeyError('imageWidth')); a folder"),
+]
+
+
+@pytest.mark.parametrize("name, text, more, words", MISTAKES)
+def test_what_cannot_be_converted_is_one_line_and_no_mask(
+    tmp_path, monkeypatch, name, text, more, words
+):
+    monkeypatch.chdir(tmp_path)
+    own_masks = folder(Path("own"), ["a", "b"]) / "masks"
+    before = {path: path.read_bytes() for path in own_masks.rglob("*.png")}
+    Path(name).parent.mkdir(exist_ok=True)
+    listed(Path("t.txt"), *(f"{i} 0 0 c{i}" for i in range(255)))
+    if name == MASKS:
+        picture(Path("from/mask.png"), "L", 1)
+        listed(Path("from/notes.txt"))
+    if text:
+        listed(Path("from/info.json" if name == MASKS else name), text)
+    line = refusal(command, "convert", "--from", name, "--out", "own", *more.split())
+    assert words in line
+    assert before == {path: path.read_bytes() for path in own_masks.rglob("*.png")}
+
+
+def test_as_many_classes_as_ids_are_converted(tmp_path):
+    source = listed(tmp_path / C, many(253))
+    command("convert", "--from", source, "--out", tmp_path / "own")
+    ids = {row.name: row.id for row in read_table(tmp_path / "own/classes.csv")}
+    assert len(ids) == 254 and sorted(ids.values())[-1] == 253
+    mask = np.asarray(Image.open(tmp_path / "own/masks/train/x/a.png"))
+    assert np.unique(mask).tolist() == [0, ids["c252"]]

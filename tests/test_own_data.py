@@ -38,7 +38,7 @@ def test_voc_takes_any_ids_when_lists_say_so(tmp_path, monkeypatch):
     assert "no image key" in refusal(load, flags(root, dataset="voc"))
     (root / "ImageSets/Segmentation/train.txt").unlink()
     assert load(flags(root, dataset="voc", labeled_list=one)).unlabeled == []
-    made = "; python prepare_data.py voc makes SegmentationClassAug"
+    made = f"; python prepare_data.py voc --root {root} makes SegmentationClassAug"
     for file, told in (("SegmentationClass/a.png", True), ("JPEGImages/a.jpg", False)):
         (root / file).unlink()
         line = refusal(load, flags(root, dataset="voc", labeled_list=one))
@@ -78,6 +78,13 @@ def test_a_folders_own_lists_take_bare_ids_and_names_with_commas(tmp_path):
     assert data.labeled[2].image == root / "images/train/deep/b.JPG"
     listed(root / "train.txt", "a", "e")
     assert "e has no image here" in refusal(load, own(root))
+    for i, name in enumerate(("a.jpg", "deep/b.png")):  # each beside another of its key
+        twin = picture(root / "images/train" / name, "RGB", i)
+        key = name.partition(".")[0]
+        listed(root / "train.txt", key.rpartition("/")[2], "c,d")
+        assert f"another image has the key {key} too" in refusal(load, own(root))
+        listed(root / "train.txt", f"images/train/{name}", "c,d")
+        assert twin in [item.image for item in load(own(root)).labeled]
 
 
 def test_check_finds_a_picture_in_two_sets_in_two_formats_and_tells_all_that_is_wrong(

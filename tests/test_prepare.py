@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import tarfile
 import zipfile
@@ -23,11 +25,14 @@ from scipy.io import savemat
 
 import cps_fpl
 import prepare_data
-from common import sources
+import trees
+from common import shapes, sources
 from common.data import FACTS, SPLITS
+from common.flags import about
 from common.run import report
 from common.sources import load
 from formats import TURNED
+from tiny import resolved
 from trees import NAMES, camvid, entry, flags, folder, keys_of, listed, own, picture, refusal
 
 
@@ -149,6 +154,19 @@ def test_a_list_is_fetched_once_checked_kept_in_its_order_and_never_mended(small
         line = refusal(sources.fetch_list, "voc_aug", family, split)
         assert f"python prepare_data.py splits --family {word}, with --from DIR" in line
     assert not list(Path().rglob("*.txt"))
+
+
+@pytest.mark.parametrize("dataset", SPLITS)
+def test_a_list_that_cannot_be_fetched_is_refused_with_the_command_that_fetches_it(server, dataset):
+    for family, split in ((f, s) for f in SPLITS[dataset] for s in SPLITS[dataset][f]):
+        if (dataset, family, split) == ("coco", "parts", "train"):  # no such list
+            continue
+        line = refusal(sources.fetch_list, dataset, family, split)
+        words = line.partition("; python prepare_data.py ")[2].partition(", with")[0]
+        assert line.startswith(str(sources.LISTS)) and server.asked
+        server.asked.clear()
+        refusal(command, words + f" --dataset {dataset}")
+        assert server.asked
 
 
 def test_splits_writes_a_family_and_both_parts_from_the_network_or_a_folder(small, capsys):
@@ -455,6 +473,77 @@ def test_check_and_stats_take_the_splits_of_the_scripts(dataset, monkeypatch):
         assert kind(dataset=dataset).load().split_family == recipe.get("split_family", "cps")
         assert kind(dataset=dataset, split_family="cac1").load().split_family == "cac1"
     assert "--crop-size" in refusal(command, "stats --dataset shapes --crop-size 64")
+
+
+NEXT = {  # data set: its layout, flags of check, those that are printed beside data set and root
+    "shapes": (None, "--split 1/2", "--split 1/2"),
+    "camvid": (trees.camvid, "--split 1/2 --crop-size 33", "--split 1/2 --crop-size 33"),
+    "folder": (folder, "--num-classes 4 --ignore-index 9 --split 1/2 --split-seed 3",
+               "--num-classes 4 --ignore-index 9 --split 1/2 --split-seed 3"),
+    "voc": ("voc, official", "--labeled-list l.txt", "--labeled-list l.txt"),
+    "voc_aug": ("voc, CPS", "--split 1/2", "--split 1/2 --split-family cps"),
+    "cityscapes": ("cityscapes, official", "--split 1/2 --split-family u2pl",
+                   "--split 1/2 --split-family u2pl"),
+    "coco": ("coco", "--split 1/32", "--split 1/32 --split-family unimatch"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dataset", NEXT)
+def test_the_next_command_of_check_trains_on_what_was_checked(dataset, monkeypatch, capsys):
+    monkeypatch.setattr(shapes, "COUNTS", dict.fromkeys(shapes.COUNTS, 8))
+    layout, more, printed = NEXT[dataset]
+    where = f"--dataset {dataset}"
+    if layout:
+        where += " --data-root 'my tree'"
+    if isinstance(layout, str):
+        trees.draw(Path("my tree"), layout)
+        keys = trees.KEYS[dataset.removesuffix("_aug")]["train"]
+        trees.publish_parts(monkeypatch, dataset)
+        for family, some in (("cps", keys[::2]), ("u2pl", keys[:2]), ("unimatch", keys[2:])):
+            for split in ("1/2", "1/32"):
+                trees.publish(monkeypatch, dataset, family, split, some)
+        listed(Path("l.txt"), *keys[1:3])
+    elif layout:
+        layout(Path("my tree"))
+    for flags_, expected in ((more, printed), ("", "--split all")):
+        if dataset == "folder" and not flags_:
+            flags_ = "--num-classes 4"
+            expected = f"{flags_} {expected}"
+        prepare_data.main(shlex.split(f"check {where} {flags_}"))
+        told = capsys.readouterr()
+        assert "note: " not in told.err
+        out = told.out.splitlines()
+        last = f"next: python cps_fpl.py {where} {expected}    # or another script"
+        assert out[-1] == last
+        args = resolved(cps_fpl, [*shlex.split(out[-1], comments=True)[3:], "--dry-run"])
+        about(args, "cps_fpl.py")
+        found = load(args).hashes()
+        for line in filter(re.compile(r"\w+: \d+ images").match, out):
+            name, count, _, _, digest = re.findall(r"\w+", line)[:5]
+            assert found[name] == [int(count), digest]
+
+
+IDLE = [  # a command that says nothing of what its flag does or takes
+    ("check --dataset folder --crop-size -3", "--crop-size -3: a number from 1 to"),
+    ("check --dataset folder --crop-size 0", "--crop-size 0: a number from 1 to"),
+    ("stats --dataset camvid --split 1/2 --split-seed -1", "--split-seed -1: a number from 0 to"),
+    ("check --dataset folder --num-classes -1", "--num-classes -1: a number from 0 to"),
+    ("make-split --dataset camvid --out l --labels 0", "--labels 0: a number from 1 to"),
+    ("make-split --dataset camvid --out l --labels 1 --seed -1", "--seed -1: a number from 0 to"),
+    ("cache --dataset camvid --out c --max-gb 0", "--max-gb 0.0: a number from 1e-12"),
+    ("check --dataset folder --split 1/2 --split-family u2pl", "--split-family u2pl does nothing"),
+    ("stats --dataset voc_aug --split-family cps", "does nothing here: it needs --dataset voc or"),
+    ("check --dataset voc --split-family u2pl --labeled-list l", "and --split other than all"),
+    ("check --dataset voc --split 1/8 --split-family cps --split-seed 0", "and no --split-seed"),
+    ("check --dataset camvid --split-seed 1", "--split-seed 1 does nothing here: it needs --split"),
+    ("stats --dataset voc --split 1/8 --split-seed 1 --labeled-list l", "and no --labeled-list"),
+    ("check --dataset shapes --data-root d", "--data-root d does nothing here: it needs --dataset"),
+]
+
+
+@pytest.mark.parametrize("line, words", IDLE)
+def test_a_number_out_of_range_and_a_flag_that_does_nothing_are_refused(line, words):
+    assert words in refusal(command, line)
 
 
 def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(capsys):

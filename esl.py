@@ -452,7 +452,7 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
     return loss / len(u_anchors), torch.tensor(number, device=ids.device)
 
 
-def kmeans(x, K, u):
+def kmeans(x, K, u, steps=30):
     """Spherical K-means [D22], as Eq. (7) compares: means of K clusters of x, (K, D).
 
     x: (n, D), of one class. u: (K,), for the first centres, by k-means++. Fewer different
@@ -469,10 +469,10 @@ def kmeans(x, K, u):
     if not centers:
         return x.new_zeros(K, x.shape[1])
     P = torch.stack(centers)
-    for step in range(30):
+    for step in range(steps):
         M = F.one_hot((unit @ P.T).argmax(1), len(P)).T.to(x.dtype)  # (K, n): 1 in its cluster
         new = F.normalize(M @ unit, dim=1)
-        if step == 29:  # at last: means of x, which have a length
+        if step == steps - 1:  # at last: means of x, which have a length
             new = M @ x / M.sum(1, True)
         P = torch.where(M.any(1, True), new, P)
     return F.pad(P, (0, 0, 0, K - len(P)))

@@ -27,6 +27,7 @@ def load_checkpoint(path, script=None):
         writer = saved["script"]
         dict(saved["args"])
         dict(next(iter(saved["networks"].values())), step=saved["step"])
+        dict((number, name) for number, name, _ in saved.get("classes", ()))
     except FileNotFoundError:
         raise Refusal(f"{path}: no such checkpoint") from None
     except Exception as error:

@@ -146,8 +146,11 @@ def test_sigterm_to_one_of_two_processes_stops_both(tree, tmp_path, whole):
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["in the last scores", "before the last save"])
-def test_sigterm_after_the_last_step_ends_at_once_and_resume_scores(late, tree, tmp_path):
+def test_sigterm_after_the_last_step_ends_at_once_and_resume_scores(
+    late, tree, tmp_path, monkeypatch
+):
     script, out = tiny.script("supervised"), tmp_path / "run"
+    tiny.shrink(script, monkeypatch)
     score = script.evaluate
 
     def signalled(net, data, items, *rest):
@@ -155,11 +158,11 @@ def test_sigterm_after_the_last_step_ends_at_once_and_resume_scores(late, tree, 
             os.kill(os.getpid(), signal.SIGTERM)
         return score(net, data, items, *rest)
 
-    argv = small(tree, out, evaluate=12, save=12 if late else 11)
+    argv = small(tree, out, iters=2, evaluate=2, save=2 if late else 1)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(run.Stopped):
         patch.setattr(script, "evaluate", signalled)
         tiny.train(script, argv)
-    assert step_of(out / "last.pt") == 12 and '"done"' not in (out / "log.jsonl").read_text()
+    assert step_of(out / "last.pt") == 2 and '"done"' not in (out / "log.jsonl").read_text()
     tiny.train(script, argv)
     assert '"done"' in (out / "log.jsonl").read_text().splitlines()[-1]
 

@@ -453,6 +453,7 @@ def test_every_class_means_every_class_as_few_images_changed_as_that_takes():
 
 
 def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
+    assert "--crop-size" in refusal(command, f"stats {OWN} 4 --crop-size 64")
     mask = Image.fromarray(np.array([[3] * 8] + [[255] * 8] * 2 + [[1] * 8] * 3, np.uint8))
     mask.save(folder(Path("own")) / "masks/train/d.png")
     command(f"stats {OWN} 4")
@@ -472,7 +473,6 @@ def test_check_and_stats_take_the_splits_of_the_scripts(dataset, monkeypatch):
     for kind in (prepare_data.Check, prepare_data.Stats):
         assert kind(dataset=dataset).load().split_family == recipe.get("split_family", "cps")
         assert kind(dataset=dataset, split_family="cac1").load().split_family == "cac1"
-    assert "--crop-size" in refusal(command, "stats --dataset shapes --crop-size 64")
 
 
 NEXT = {  # data set: its layout, flags of check, those that are printed beside data set and root

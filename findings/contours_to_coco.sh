@@ -7,7 +7,7 @@
 #   all, one of two pixels at half its width; and each further trip takes as much again. Adding 0.5 does
 #   not help. The outlines of skimage.measure.find_contours (at 0.5, of a mask with a
 #   border of nothing, plus 0.5) and of rasterio.features.shapes come back whole.
-#   (Source: modules/imgproc/src/contours_new.cpp; pycocotools' common/maskApi.c, rleFrPoly.)
+#   (Source: pycocotools' common/maskApi.c, rleFrPoly.)
 # Output seen, pixels of the mask, and what comes back by each way:
 #   pole of 1: 40, OpenCV 0, OpenCV plus 0.5 0, skimage 40, rasterio 40
 #   pole of 2: 80, OpenCV 39, OpenCV plus 0.5 39, skimage 80, rasterio 80

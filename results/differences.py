@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from common.data import FACTS  # noqa: E402
 from results.run_table import COUNTS, ROWS, SEEDS, counts_path, log_path, miou  # noqa: E402
 
 PAGE = ROOT / "docs" / "results.md"
@@ -98,8 +99,20 @@ def spread(values):
     return text
 
 
+def by_class():
+    """Returns the lines of a table: test IoU of each class, last, per cent, mean over seeds."""
+    classes = FACTS["camvid"]["classes"]
+    lines = [f"| row | {' | '.join(classes)} |", "|-" * (1 + len(classes)) + "|"]
+    for name in ROWS:
+        found = [line["last"]["iou"] for line in runs(name).values()]
+        if found:
+            means = 100 * np.mean(found, 0)
+            lines.append(f"| {name} | {' | '.join(f'{mean:.1f}' for mean in means)} |")
+    return lines
+
+
 def table():
-    """Returns both tables as Markdown."""
+    """Returns the three tables as Markdown."""
     lines = ["| row | seeds | test mIoU, last | test mIoU, best on val |", "|-|-|-|-|"]
     for name, row in ROWS.items():
         done = runs(name)
@@ -117,6 +130,7 @@ def table():
         if gaps:
             ends = f"{interval[0]:+.1f} to {interval[1]:+.1f}"
         lines.append(f"| {claim} | {paper} | {points} | {ends} | {verdict(seeds, interval)} |")
+    lines += ["", *by_class()]
     return "\n".join(lines) + "\n"
 
 

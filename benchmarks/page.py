@@ -1,7 +1,7 @@
-"""Makes docs/performance.md from results/gpu/*.json and the JSON files of the other benchmarks, and
-the cards and estimates of docs/scaling.md.
+"""Makes docs/performance.md from results/gpu/*.json and the JSON files of the other benchmarks, the
+cards and estimates of docs/scaling.md, and the table of memory of docs/unimatch_v2.md.
 
-python benchmarks/page.py           # writes both pages
+python benchmarks/page.py           # writes the pages
 python benchmarks/page.py --check   # exit code 1 if one of them is not what it would write
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "results" / "gpu"
 PERFORMANCE, SCALING = ROOT / "docs" / "performance.md", ROOT / "docs" / "scaling.md"
+UNIMATCH_V2 = ROOT / "docs" / "unimatch_v2.md"
 MEMORY = ROOT / "results" / "memory.json"
 FPL_LOSS = ROOT / "results" / "fpl_loss.json"
 UNIMATCH_STEP = ROOT / "results" / "unimatch_step.json"
@@ -20,6 +21,7 @@ FPL_STEP = ROOT / "results" / "fpl_step.json"
 INPUT = ROOT / "results" / "input.json"
 GROWTH = ROOT / "results" / "growth.json"
 NETWORKS = ROOT / "results" / "networks.json"
+DINOV2 = ROOT / "results" / "dinov2_memory.json"
 ESTIMATES = ROOT / "results" / "scaling.json"
 END = "<!-- end of table -->\n"
 HEAD = """# Performance
@@ -342,8 +344,18 @@ def replaced(text, body, script):
     return re.sub(pattern, lambda _: begin + body + END, text, flags=re.DOTALL)
 
 
+def dinov2(found):
+    """Returns the table of memory of unimatch_v2.py's network. found: what dinov2.py wrote."""
+    cells = {}
+    for row in found["rows"]:
+        line = cells.setdefault((row["backbone"], row["crop"]), [])
+        line.append(f"{row['fixed_gb']:.2f} + {row['image_gb']:.2f}")
+    modes = ["as it is", "`--checkpoint-activations`", "`--freeze` of all blocks"]
+    return table(["backbone", "crop", *modes], [[*key, *line] for key, line in cells.items()])
+
+
 def pages():
-    """Returns {path: text} of both pages as they should be."""
+    """Returns {path: text} of the pages as they should be."""
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
     text = performance(runs)
     for path, section_of in (
@@ -361,7 +373,10 @@ def pages():
         scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())), "page.py")
     if ESTIMATES.exists():
         scaling = replaced(scaling, estimates(json.loads(ESTIMATES.read_text())), "scaling.py")
-    return {PERFORMANCE: text, SCALING: scaling}
+    own = UNIMATCH_V2.read_text()
+    if DINOV2.exists():
+        own = replaced(own, dinov2(json.loads(DINOV2.read_text())), "page.py")
+    return {PERFORMANCE: text, SCALING: scaling, UNIMATCH_V2: own}
 
 
 if __name__ == "__main__":

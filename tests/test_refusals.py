@@ -148,6 +148,8 @@ CASES = [
          environ(WORLD_SIZE="4")),
     Case("nothing to paste", AEL, f"--paste-not {' '.join(map(str, range(11)))}",
          "--paste-not 0_to_10 --paste-draws_0"),
+    Case("one image for BN", S, "--batch-size 1", "1_labeled_image_per_process: plain_BN_needs_two"),
+    Case("no image left", M, "--split all", "no_unlabeled_images_in_--split_all_of_camvid"),
     Case("no CUDA", S, "--device cuda", "--device_cuda no_CUDA leave_--device_out",
          lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False)),
     Case("no TensorBoard", S, "--tensorboard", "--tensorboard pip_install_tensorboard",
@@ -213,6 +215,13 @@ CASES = [
     Case("malicious weights", S, W, NO_WEIGHTS, put("w.pth", {"conv1.weight": Trap()})),
     Case("another shape", S, W, "--weights_w.pth conv1",
          put("w.pth", RESNET18 | {"conv1.weight": torch.zeros(64, 1, 7, 7)})),
+    *(Case(f"weights of stem {other}", S, f"{W} --stem {stem}",
+           f"--weights_w.pth keys_do_not_fit_resnet18 is_it_--stem_{other}?",
+           put("w.pth", {first: torch.zeros(channels, 3, 3, 3)}))
+      for other, stem, first, channels in (
+          ("classic", "deep", "conv1.weight", 64),
+          ("deep", "v1c", "conv1.0.weight", 64),
+          ("v1c", "classic", "stem.0.weight", 32))),
     *(Case(words, V2, words, line) for words, line in (
         ("--batch-size-unlabeled 3", "an_even_--batch-size-unlabeled"),
         ("--unsup-loss fpl --T 0.8 0.9 --fused on", "--fused_on: one_--T"),

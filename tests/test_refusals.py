@@ -7,6 +7,7 @@ finished run of every script with the tiny network; its words are the thing and 
 import gc
 import os
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -21,7 +22,7 @@ import torch
 
 import prepare_data
 import trees
-from common import run
+from common import checkpoints, run
 from tiny import SCRIPTS, draw_tree, flags, shrink, train
 from tiny import script as module_of
 
@@ -38,14 +39,6 @@ class Case(NamedTuple):
     flags: str
     words: str  # of the line, split at blanks; "_" may stand for one
     arrange: object = lambda patch: None  # called with monkeypatch, in the working folder
-
-    @property
-    def argv(self):
-        """The whole command line: a script's small run or score, with these flags last."""
-        small = flags("data", "out", iters=2, log=1, evaluate=2, save=2)
-        if "--eval-only" in self.flags:
-            small = ["--device", "cpu"]
-        return (self.script is not prepare_data) * small + self.flags.split()
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +137,9 @@ CASES = [
           (AEL, "--batch-size-unlabeled 8 --pooled 2", "--pooled_2: 1_labelled"))),
     Case("all classes of a label", ESL, "--label topk --top-k 11", "--top-k_11: below_11"),
     Case("all classes, dry run", ESL, "--label topk --top-k 50 --dry-run", "--top-k_50: below_11"),
-    Case("batch that does not divide", M, "--dry-run --batch-size 6", "6_labelled 4_processes",
-         environ(WORLD_SIZE="4")),
     Case("nothing to paste", AEL, f"--paste-not {' '.join(map(str, range(11)))}",
          "--paste-not 0_to_10 --paste-draws_0"),
-    Case("one image for BN", S, "--batch-size 1", "1_labeled_image_per_process: plain_BN_needs_two"),
-    Case("no image left", M, "--split all", "no_unlabeled_images_in_--split_all_of_camvid"),
+    Case("one image for BN", S, "--batch-size 1", "1_labeled_image plain_BN_needs_two"),
     Case("no CUDA", S, "--device cuda", "--device_cuda no_CUDA leave_--device_out",
          lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False)),
     Case("no TensorBoard", S, "--tensorboard", "--tensorboard pip_install_tensorboard",
@@ -223,7 +213,6 @@ CASES = [
           ("deep", "v1c", "conv1.0.weight", 64),
           ("v1c", "classic", "stem.0.weight", 32))),
     *(Case(words, V2, words, line) for words, line in (
-        ("--batch-size-unlabeled 3", "an_even_--batch-size-unlabeled"),
         ("--unsup-loss fpl --T 0.8 0.9 --fused on", "--fused_on: one_--T"),
         ("--precise-bn 5", "--precise-bn: there_is_no_BN"),
         ("--backbone resnet18", "--backbone dinov2_vits14"))),
@@ -241,28 +230,30 @@ CASES = [
 
 
 def everything(folder):
-    """Returns all that a folder holds: {path: content of a file, or None}.
-
-    Without a run folder of which there is nothing yet but its lock: it is free for the next start.
-    """
+    """Returns all that a folder holds: {path: content of a file, or None}."""
     found = {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
     out = folder / "out"
-    if [*out.glob("*")] == [out / "lock"]:
+    if [*out.glob("*")] == [out / "lock"]:  # nothing yet but its lock: free for the next start
         del found[out], found[out / "lock"]
     return found
 
 
-def ended(module, argv, monkeypatch, capfd):
-    """Runs a script in this process; returns its exit code and all that it says on stderr."""
+def ended(case, monkeypatch, capfd):
+    """Runs a command line in this process; returns its exit code and all that it says on stderr."""
+    argv = case.flags.split()
+    if "--eval-only" in argv:
+        argv = ["--device", "cpu", *argv]
+    elif case.script is not P:
+        argv = [*flags("data", "out", iters=2, log=1, evaluate=2, save=2), *argv]
     capfd.readouterr()
     gc.freeze()  # what was there before need not be looked through
     with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("default")  # a process of its own would print them
         patch.setattr(run, "os", SimpleNamespace(**vars(os) | {"_exit": sys.exit}))
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds
-        patch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+        patch.setattr(sys, "argv", [case.script.__file__, *argv])
         with pytest.raises(SystemExit) as stop, run.refusals():
-            prepare_data.main() if module is prepare_data else train(module, argv)
+            P.main() if case.script is P else train(case.script, argv)
         gc.collect()  # ends loader processes that the traceback kept
     gc.unfreeze()
     said = [f"warning: {w.message}\n" for w in warned if w.category is not ResourceWarning]
@@ -271,14 +262,59 @@ def ended(module, argv, monkeypatch, capfd):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.script.__name__}: {case.name}")
 def test_a_mistake_is_refused_in_one_line_and_changes_nothing(case, place, monkeypatch, capfd):
-    if case.script is not prepare_data and "--weights" not in case.flags:
+    if case.script is not P and "--weights" not in case.flags:
         shrink(case.script, monkeypatch)
     case.arrange(monkeypatch)
     before = everything(place)
-    code, text = ended(case.script, case.argv, monkeypatch, capfd)
+    code, text = ended(case, monkeypatch, capfd)
     (line,) = text.splitlines()
     assert code == 2 and line.startswith(f"{Path(case.script.__file__).name}: ")
     words = [word for word in case.words.split() if word not in line]
     assert [word for word in words if word.replace("_", " ") not in line] == [], line
     assert "weights_only" not in line  # nobody is told to trust a malicious file
     assert "│" not in line and everything(place) == before
+
+
+# ---- what is no mistake ----
+
+ROADS = ["road", "car"]
+NAMED = [  # classes of a data set: may a run on ROADS go on there, does its head fit?
+    (ROADS, True, True),
+    (["car", "road"], False, False),
+    (["class 0", "class 1"], True, False),  # without names
+]
+
+
+@pytest.mark.parametrize("names, goes_on, fits", NAMED)
+def test_classes_of_other_names_are_refused_or_their_head_stays_random(
+    names, goes_on, fits, tmp_path
+):
+    """At --resume and --eval-only; at --init."""
+    there, here = (torch.nn.ModuleDict({"head": torch.nn.Linear(4, 2)}) for _ in range(2))
+    saved = dict(script="supervised.py", args={}, step=3, networks={"student": there.state_dict()})
+    saved["classes"] = [[i, name, [0, 0, 0]] for i, name in enumerate(ROADS)]
+    path = tmp_path / "last.pt"
+    torch.save(saved, path)
+    data = SimpleNamespace(classes=names, named=list)
+    said = checkpoints.load_init(path, {"student": here}, data)
+    assert said.endswith("student from its student" + ", head random" * (not fits))
+    assert torch.equal(here["head"].weight, there["head"].weight) == fits
+    given = checkpoints.load_checkpoint(path), data
+    if goes_on:
+        checkpoints.check_classes(*given)
+    else:
+        line = trees.refusal(checkpoints.check_classes, *given)
+        assert "last.pt: class 0 is road there and car here" in line
+
+
+def test_a_dry_run_says_how_many_images_a_process_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    tree = draw_tree(tmp_path / "data")
+    for script, words, found in (
+        (ESL, "--batch-size-unlabeled 8 --label topk --top-k 10", {"labelled": 2, "unlabelled": 2}),
+        (CPS, "--batch-size-unlabeled 4", {"labelled": 2, "unlabelled": 1}),
+        (CPS, "--unsup-weight 0", {"labelled": 2}),
+    ):
+        train(script, [*flags(tree, "", batch=8), *words.split(), "--dry-run"])
+        rows = re.findall("^(.*labelled) per process +(.*)$", capsys.readouterr().out, re.M)
+        assert {name: int(number) for name, number in rows} == found

@@ -19,10 +19,9 @@ PARENT = "supervised.py"
 SCRIPTS = [path.name for path in ROOT.glob("*.py") if ">>> method:" in path.read_text()]
 SEAMS = """network args network-needs needs recipe functions backbone head channels draw optimizer
     networks state losses after-step panels""".split()
-# the parent's in every script but one that stands on another network
+# the parent's text too, in every script but one that stands on another network
 INHERITED = ("network", "network-needs", "backbone", "channels", "optimizer")
 OTHER_NETWORK = ("unimatch_v2.py",)
-IMPORTS = "# ---- 1. Imports"
 RECIPE = "# ---- 2. Recipe"
 # caps count statements: a packed assignment each of its parts, a call over many lines is one, and
 # the flags of Args are none
@@ -46,47 +45,36 @@ def split(text, name):
     seams = {match[2]: match[3] for match in SEAM.finditer(text)}
     marks = re.findall("(?:>>>|<<<) method.*", text)
     expected = [f"{arrow} method: {seam}" for seam in SEAMS for arrow in (">>>", "<<<")]
-    if marks != expected or list(seams) != SEAMS:
-        wrong = [mark for mark in marks if mark not in expected or marks.count(mark) > 1]
-        raise ValueError(f"{name}: seams {list(seams)} instead of {SEAMS}, strange marks {wrong}")
-    if text.count(IMPORTS) != 1 or text.count(RECIPE) != 1:
-        raise ValueError(f"{name}: sections 1 and 2 do not stand there once each")
+    if marks != expected or list(seams) != SEAMS or text.count(RECIPE) != 1:
+        raise ValueError(f"{name}: seams {marks} instead of {expected}, or not one {RECIPE}")
     return SEAM.sub(r"\1\4", RECIPE + text.partition(RECIPE)[2]), seams
 
 
-def emptied(text, seams):
-    """Returns a script's text with nothing in these seams."""
-    return SEAM.sub(lambda match: match[1] + match[3] * (match[2] not in seams) + match[4], text)
-
-
-def join(text, parent, name):
-    """Returns a script with the shared text of the parent; its imports stay as they are."""
-    shared, inherited = split(parent, PARENT)
-    _, seams = split(text, name)
-    if name not in OTHER_NETWORK:
-        seams |= {seam: inherited[seam] for seam in INHERITED}
-    docstring, _, section = text.partition(RECIPE)[0].partition(IMPORTS)
-    body = SEAM.sub(lambda match: match[1] + seams[match[2]] + match[4], shared)
-    return f"{docstring}{IMPORTS}{section}{body}"
+def fixed(texts):
+    """Returns texts with the shared text of the parent in every script; imports stay."""
+    shared, inherited = split(texts[PARENT], PARENT)
+    found = {}
+    for name, text in texts.items():
+        _, seams = split(text, name)
+        if name not in OTHER_NETWORK:
+            seams |= {seam: inherited[seam] for seam in INHERITED}
+        body = SEAM.sub(lambda match, own=seams: match[1] + own[match[2]] + match[4], shared)
+        found[name] = text.partition(RECIPE)[0] + body
+    return found
 
 
 def differences(texts):
     """Returns messages: texts {name: text}, the parent among them. [] if all copies are equal."""
     found, first_seen = [], {}
-    parent, inherited = split(texts[PARENT], PARENT)
-    for name, text in texts.items():
-        shared, seams = split(text, name)
-        own = name in OTHER_NETWORK
-        if shared != parent:
-            two = (text.splitlines(keepends=True) for text in (parent, shared))
+    for name, right in fixed(texts).items():
+        text = texts[name]
+        if text != right:
+            two = (text.splitlines(keepends=True) for text in (right, text))
             lines = "".join(difflib.unified_diff(*two, PARENT, name, n=0))
             found.append(f"{name} differs from {PARENT} outside the seams:\n{lines[:2000]}")
-        found += [
-            f"{name} differs from {PARENT} in its seam {seam}"
-            for seam in INHERITED
-            if not own and seams[seam] != inherited[seam]
-        ]
-        for word, source in definitions(emptied(text, INHERITED * own)).items():
+        if name in OTHER_NETWORK:
+            text = SEAM.sub(lambda m: m[1] + m[3] * (m[2] not in INHERITED) + m[4], text)
+        for word, source in definitions(text).items():
             first, other = first_seen.setdefault(word, (name, source))
             if other != source and ">>> method" not in source:
                 found.append(f"{word} in {name} is not the {word} of {first}")
@@ -141,11 +129,6 @@ def read():
     texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
     rooms = [*sorted((ROOT / "common").glob("*.py")), *(ROOT / name for name in COMMANDS)]
     return texts, {path.name: path.read_text() for path in rooms}
-
-
-def fixed(texts):
-    """Returns texts with the shared text of the parent in every script."""
-    return {name: join(text, texts[PARENT], name) for name, text in texts.items()}
 
 
 def test_all_scripts_are_one_text_outside_the_seams_and_below_their_caps():

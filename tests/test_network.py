@@ -13,7 +13,6 @@ import torchvision
 from torch import nn
 
 import cps_fpl
-import predict
 import supervised
 import tiny
 from common import weights
@@ -46,9 +45,9 @@ def unsettled(net):
     return net
 
 
-def literal(backbone, stem, seed=0, **options):
-    """torchvision's ResNet, where asked with a deep stem put in front of it, written out."""
-    torch.manual_seed(seed)
+def literal(backbone, stem, **options):
+    """torchvision's ResNet, where asked (ResNet-18) with a deep stem in front of it."""
+    torch.manual_seed(0)
     net = getattr(torchvision.models, backbone)(weights=None, **options)
     if STEMS[stem]:
         layers = []
@@ -59,11 +58,8 @@ def literal(backbone, stem, seed=0, **options):
         net.conv1, net.bn1 = nn.Sequential(*layers[:-2]), layers[-2]
     if stem == "deep":  # the first block takes 128 channels, by a shortcut
         first = net.layer1[0]
-        conv = first.conv1
-        first.conv1 = nn.Conv2d(128, 64, conv.kernel_size, padding=conv.padding, bias=False)
-        wide = 64 if backbone == "resnet18" else 256
-        shortcut = nn.Conv2d(128, wide, 1, bias=False)
-        first.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(wide))
+        first.conv1 = nn.Conv2d(128, 64, 3, padding=1, bias=False)
+        first.downsample = nn.Sequential(nn.Conv2d(128, 64, 1, bias=False), nn.BatchNorm2d(64))
     return unsettled(net).eval()
 
 
@@ -206,67 +202,45 @@ def literal_deeplab(head, stages, size, rates):
     return {"logits": up(conv(head, x, "classify.4"), size), "aux": up(aux, size)}
 
 
-LITERAL = [  # head, width, dilations; where it drops channels
-    (CPSHead, literal_cps, 256, (1, 2, 3), []),
-    (CPSHead, literal_cps, 64, (2, 4), []),
-    (
-        DeepLabV3Plus,
-        literal_deeplab,
-        64,
-        (1, 2, 4),
-        "project.1 classify.1 classify.3 aux.1".split(),
-    ),
+IN_DEEPLAB = "project.1 classify.1 classify.3 aux.1".split()
+IN_BOTH = [*IN_DEEPLAB, "represent.1", "represent.3"]
+LITERAL = [  # head, width, dilations; where it drops channels; what it adds in training
+    (CPSHead, literal_cps, 256, (1, 2, 3), [], {}),
+    (CPSHead, literal_cps, 64, (2, 4), [], {}),
+    (DeepLabV3Plus, literal_deeplab, 64, (1, 2, 4), IN_DEEPLAB, {}),
+    (U2PLHead, literal_deeplab, 64, (2, 4), IN_BOTH, {"rep": 256}),
+    (ESLHead, literal_deeplab, 64, (2, 4), IN_BOTH, {"rep": 512, "encoder": 512}),
 ]
 
 
-def drawn_stages():
-    sides = zip(NARROW, (9, 5, 3, 3), strict=True)
-    return [torch.randn(2, c, s, s + 1) for c, s in sides]
-
-
 @pytest.mark.smoke
-@pytest.mark.parametrize("kind, literal_head, width, rates, dropped", LITERAL)
-def test_the_heads_are_the_literal_ones(kind, literal_head, width, rates, dropped):
+@pytest.mark.parametrize("kind, literal_head, width, rates, dropped, own", LITERAL)
+def test_the_heads_are_the_literal_ones(kind, literal_head, width, rates, dropped, own):
     torch.manual_seed(0)
     args = flags(aux_weight=0.4, aspp_rates=rates, head_channels=width)
     head = unsettled(kind(NARROW, 5, args))
     widths = {m.out_channels for m in head.modules() if isinstance(m, nn.Conv2d)}
-    assert widths - {48} == {width, 5}  # 48: CPS's low-level branch
+    assert widths - {48} == {width, 5, *own.values()}  # 48: CPS's low-level branch
     dropouts = {name: m for name, m in head.named_modules() if isinstance(m, nn.Dropout2d)}
     assert {name: m.p for name, m in dropouts.items()} == dict.fromkeys(dropped, 0.1)
     for module in dropouts.values():
         module.p = 0.0
-    stages = drawn_stages()
+    stages = [torch.randn(2, c, s, s + 1) for c, s in zip(NARROW, (9, 5, 3, 3), strict=True)]
     expected = literal_head(head, stages, (33, 37), rates)
     out = head(stages, (33, 37))
-    assert list(out) == list(expected)
-    for key, logits in out.items():
+    for key, logits in expected.items():
         # the same operations in the same order; numbers of order 1
-        assert torch.allclose(logits, expected[key], rtol=0, atol=1e-5)
+        assert torch.allclose(out[key], logits, rtol=0, atol=1e-5)
         assert logits.shape == (2, 5, 33, 37) and logits.std() > 0.05
-
-
-OWN = {  # what a head adds to the parent's where its flag is set, and the shape of that
-    (U2PLHead, "training"): {"rep": (2, 256, 9, 10)},
-    (ESLHead, "training"): {"rep": (2, 512, 9, 10), "encoder": (2, 512, 3, 4)},
-    (ESLHead, "with_features"): {"rep": (2, 512, 9, 10), "encoder": (2, 512, 3, 4)},
-}
-
-
-@pytest.mark.parametrize("kind, flag", OWN)
-@pytest.mark.parametrize("value", [True, False])
-def test_heads_with_features_are_the_parents_and_more(kind, flag, value):
-    torch.manual_seed(0)
-    args = flags(aux_weight=0.4, head_channels=64)
-    head, parent = kind(NARROW, 5, args).eval(), DeepLabV3Plus(NARROW, 5, args).eval()
-    parent.load_state_dict({k: head.state_dict()[k] for k in parent.state_dict()})
-    setattr(head, flag, value)  # of the head alone: BN and dropout stay in eval mode
-    stages = drawn_stages()
-    out, expected = head(stages, (33, 37)), parent(stages, (33, 37))
-    assert all(torch.equal(out.pop(key), logits) for key, logits in expected.items())
     if kind is U2PLHead:  # its logits at stride 4, always
-        assert torch.equal(upsample(out.pop("coarse"), (33, 37)), expected["logits"])
-    assert {key: tuple(x.shape) for key, x in out.items()} == (OWN[kind, flag] if value else {})
+        expected["coarse"] = out["coarse"]
+        assert torch.equal(upsample(out["coarse"], (33, 37)), out["logits"])
+    assert {key: out[key].shape[1] for key in out.keys() - expected.keys()} == own
+    if own:
+        assert out["rep"].shape[2:] == (9, 10) and out.get("encoder", stages[3]) is stages[3]
+    assert head.eval()(stages, (33, 37)).keys() == expected.keys()
+    head.with_features = True
+    assert head(stages, (33, 37)).keys() == (out if kind is ESLHead else expected).keys()
 
 
 @pytest.mark.parametrize("amp", ["none", "bf16"])
@@ -290,22 +264,22 @@ def test_the_input_is_normalized_and_logits_are_float32_and_reach_every_paramete
     for logits in out.values():
         assert logits.shape == (2, 5, 33, 50) and logits.dtype == torch.float32
     assert not {"mean", "std"} & set(net.state_dict())
-    sum(logits.square().mean() for logits in out.values()).backward()
-    for name, p in net.named_parameters():
-        assert p.grad.isfinite().all(), name
-        assert p.grad.any() or name.endswith("0.bias"), name  # a bias before BN: nearly 0
+    if amp == "none":  # backward in bfloat16 takes long on a CPU
+        sum(logits.square().mean() for logits in out.values()).backward()
+        for name, p in net.named_parameters():
+            assert p.grad.any() or name.endswith("0.bias"), name  # a bias before BN: nearly 0
+            assert p.grad.isfinite().all(), name
     with torch.no_grad():
         large, small = (net.eval()(x, upsampled=choice)["logits"] for choice in (True, False))
     assert small.shape[2] == 9 and torch.equal(upsample(small, (33, 50)), large)
 
 
-@pytest.mark.parametrize("stride", [8, 16])
-@pytest.mark.parametrize("name", ["convnext_atto", "tf_efficientnet_lite0", "resnet18d"])
+@pytest.mark.parametrize("name, stride", [("convnext_atto", 8), ("resnet18d", 16)])
 def test_a_network_of_timm_learns_with_its_own_normalization(name, stride):
     """Features at strides 4, 8, 16 and the output stride; all parameters get a gradient."""
     timm = pytest.importorskip("timm")
     net = Network(flags(f"timm/{name}", stride=stride, head_channels=8), 5, DeepLabV3Plus)
-    assert net.backbone.feature_info.reduction() == [4, 8, min(stride, 16), stride]
+    assert net.backbone.feature_info.reduction() == [4, 8, stride, stride]
     mean = timm.get_pretrained_cfg(name).mean
     assert (net.mean.flatten() / 255).tolist() == pytest.approx(mean)
     net(torch.randint(0, 256, (2, 3, 65, 97), dtype=torch.uint8))["logits"].sum().backward()
@@ -335,16 +309,9 @@ def test_weights_of_timm_fit_or_are_refused_and_so_are_networks_without_features
         assert words in refusal(make_backbone, flags(f"timm/{name}", weights=file))
 
 
-def test_two_networks_of_cps_may_be_unlike(tmp_path):
-    """A ResNet and one of timm learn from each other; they are taken away by name."""
-    pytest.importorskip("timm")
-    tree, out = tiny.draw_tree(tmp_path / "data"), tmp_path / "run"
-    words = "--backbone resnet18 --backbone-2 timm/tf_efficientnet_lite0 --head-channels 16".split()
-    tiny.train(cps_fpl, [*tiny.flags(tree, out, iters=2, evaluate=2, save=2), *words])
-    source = predict.open_source(out / "last.pt", "mean")
-    one, two = (net.backbone for net in source.networks.values())
-    assert type(one).__name__ == "ResNet" and hasattr(two, "feature_info")
-    assert source.args.weights == source.args.weights_2 == "none"  # what opens it fetches nothing
-    args = tiny.resolved(cps_fpl, ["--weights", "a.pth", "--weights-2", "b.pth", *words])
-    assert cps_fpl.of_branch(args, "branch1").weights == "a.pth"
-    assert cps_fpl.of_branch(args, "branch2").weights == "b.pth"
+def test_two_networks_of_cps_may_be_unlike():
+    words = "--backbone-2 resnet50 --weights a.pth --weights-2 b.pth".split()
+    args = tiny.resolved(cps_fpl, words)
+    one, two = (cps_fpl.of_branch(args, name) for name in ("branch1", "branch2"))
+    assert (one.backbone, one.weights) == ("resnet18", "a.pth")
+    assert (two.backbone, two.weights) == ("resnet50", "b.pth")

@@ -73,21 +73,24 @@ def outcome(name, dataset, words=""):
     return {key: value for key, value in flags.plain(args).items() if key not in given}
 
 
-def fields(name):
-    """Returns {flag of a script: its type, without None}."""
-    kinds, hints = {}, typing.get_type_hints(module_of(name).Args)  # without ranges
-    for field in dataclasses.fields(module_of(name).Args):
-        kind, *rest = (*typing.get_args(hints[field.name]), None)
-        kinds[field.name] = kind if type(None) in rest else hints[field.name]
-    return kinds
+def declared(name):
+    """Returns {flag: the words it takes} and {flag: the range of its numbers} of a script."""
+    choices, numbers = {}, {}
+    for flag, kind in typing.get_type_hints(module_of(name).Args, include_extras=True).items():
+        for part in (kind, *typing.get_args(kind)):
+            if typing.get_origin(part) is typing.Literal:
+                choices[flag] = " ".join(map(str, typing.get_args(part)))
+        for rule in flags.rules(kind):
+            if isinstance(rule, flags.Range):
+                numbers[flag] = f"{rule.low:g} to {rule.high}"
+    return choices, numbers
 
 
 def golden(name):
     """Returns what recipes.json has of a script.
 
-    choices: {flag: words}. numbers: {flag: the range that its refusal names}. needs: as the script
-    has them. usual: all flags. Of a data set the usual difference from these, and further ones:
-    {command lines: difference}.
+    choices, numbers: as declared has them. needs: as the script has them. usual: all flags. Of a
+    data set the usual difference from these, and further ones: {command lines: difference}.
     """
 
     def difference(values, usual):
@@ -95,19 +98,9 @@ def golden(name):
             return values
         return {key: value for key, value in values.items() if usual[key] != value}
 
-    kinds = fields(name)
-    every = {"choices": {}, "numbers": {}, "needs": module_of(name).Args.NEEDS}
+    choices, numbers = declared(name)
+    every = dict(choices=choices, numbers=numbers, needs=module_of(name).Args.NEEDS)
     every["usual"] = outcome(name, "shapes")
-    for flag, kind in kinds.items():
-        if typing.get_origin(kind) is typing.Literal:
-            every["choices"][flag] = " ".join(map(str, typing.get_args(kind)))
-        elif number := number_of(kind):
-            value = number(-1)
-            if typing.get_origin(kind) is tuple:
-                value = (value, *(10**10,) * (typing.get_args(kind) == (int, int)))
-            args = module_of(name).Args(**{"dataset": "camvid", flag: value})
-            line = refusal(flags.fill, args, module_of(name).preset, [])
-            every["numbers"][flag] = line.partition("from ")[2]
     for dataset in SPLITS:
         own = every["usual"] | outcome(name, dataset, next(command_lines(name, dataset)))
         further = {}
@@ -129,12 +122,6 @@ def test_every_recipe_is_the_reviewed_one(name):
 
 PAPERS = json.loads(Path(__file__).with_name("papers.json").read_text())  # with notes
 COLUMNS = "batch_size lr lr_head weight_decay decay_on crop_size ohem_kept output_stride".split()
-
-
-def number_of(kind):
-    """Returns int or float, of whichever a flag's values are; else None."""
-    kinds = {kind, *typing.get_args(kind)} & {int, float}
-    return kinds.pop() if kinds and typing.get_origin(kind) is not typing.Literal else None
 
 
 RANGES = [  # numbers that are refused, numbers that are not

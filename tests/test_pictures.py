@@ -212,7 +212,7 @@ def test_the_logits_are_the_sums_of_a_loop_over_windows():
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
 def test_every_labelled_pixel_is_scored_once_and_padding_never(monkeypatch, protocol, rank, world):
     sizes = [(5, 4), (1, 1), (14, 22), (4, 14), (9, 9), (3, 3), (6, 5), (8, 8), (5, 9)]
-    rng, found, mine = np.random.default_rng(0), [], range(rank, 9, world)
+    rng, mine = np.random.default_rng(0), range(rank, 9, world)
     photographs = [photograph(h, w, seed=i) for i, (h, w) in enumerate(sizes)]
     labels = [rng.choice(np.array([0, 1, 2, 255], np.uint8), size) for size in sizes]
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in photographs]
@@ -223,7 +223,7 @@ def test_every_labelled_pixel_is_scored_once_and_padding_never(monkeypatch, prot
         sums = windowed(photographs[i], 9)[0] if protocol == "slide" else score(photographs[i])
         counted = labels[i] < CLASSES
         np.add.at(expected.numpy(), (labels[i][counted], sums.argmax(0)[counted]), 1)
-    monkeypatch.setattr(supervised.distributed, "reduced", lambda x, *_: found.append(x) or x)
+    monkeypatch.setattr(supervised.distributed, "reduced", lambda x: 5 * x)  # of all processes
     net = Placed()
     for training in (True, False):  # the mode is given back
         net.train(training)
@@ -231,7 +231,7 @@ def test_every_labelled_pixel_is_scored_once_and_padding_never(monkeypatch, prot
         result, maps = supervised.evaluate(net, data, range(9), slide(9, protocol), group)
         assert net.training is training and net.modes == {(False, False)}
         assert net.upsampled == (protocol == "slide")  # whole: done a few classes at a time
-        assert torch.equal(found[-1], expected) and result == scores(expected)
+        assert result == scores(5 * expected)
     shown = list(mine)[:: max(len(mine) // 4, 1)][:4]
     for i, image, label, prediction in zip(shown, *maps.values(), strict=True):
         assert torch.equal(image, photographs[i]) and np.array_equal(label, labels[i])

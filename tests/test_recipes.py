@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import pytest
 
 from common import Refusal, flags
-from tiny import ROOT, SCRIPTS, train
+from tiny import ROOT, SCRIPTS, resolved, train
 from tiny import script as module_of
 from trees import refusal
 
@@ -73,20 +73,24 @@ def outcome(name, dataset, words=""):
     return {key: value for key, value in flags.plain(args).items() if key not in given}
 
 
-def fields(name):
-    """Returns {flag of a script: its type, without None}."""
-    kinds, hints = {}, typing.get_type_hints(module_of(name).Args)  # without ranges
-    for field in dataclasses.fields(module_of(name).Args):
-        kind, *rest = (*typing.get_args(hints[field.name]), None)
-        kinds[field.name] = kind if type(None) in rest else hints[field.name]
-    return kinds
+def declared(name):
+    """Returns {flag: the words it takes} and {flag: the range of its numbers} of a script."""
+    choices, numbers = {}, {}
+    for flag, kind in typing.get_type_hints(module_of(name).Args, include_extras=True).items():
+        for part in (kind, *typing.get_args(kind)):
+            if typing.get_origin(part) is typing.Literal:
+                choices[flag] = " ".join(map(str, typing.get_args(part)))
+        for rule in flags.rules(kind):
+            if isinstance(rule, flags.Range):
+                numbers[flag] = f"{rule.low:g} to {rule.high}"
+    return choices, numbers
 
 
 def golden(name):
     """Returns what recipes.json has of a script.
 
-    choices: {flag: words}. numbers: {flag: the range that its refusal names}. usual: all flags. Of
-    a data set the usual difference from these, and further ones: {command lines: difference}.
+    choices, numbers: as declared has them. needs: as the script has them. usual: all flags. Of a
+    data set the usual difference from these, and further ones: {command lines: difference}.
     """
 
     def difference(values, usual):
@@ -94,14 +98,9 @@ def golden(name):
             return values
         return {key: value for key, value in values.items() if usual[key] != value}
 
-    kinds = fields(name)
-    every = {"choices": {}, "numbers": {}, "usual": outcome(name, "shapes")}
-    for flag, kind in kinds.items():
-        if typing.get_origin(kind) is typing.Literal:
-            every["choices"][flag] = " ".join(map(str, typing.get_args(kind)))
-        elif number_of(kind):
-            line = refused(name, flag, several(kind, number_of(kind)(-1)))
-            every["numbers"][flag] = line.partition("from ")[2]
+    choices, numbers = declared(name)
+    every = dict(choices=choices, numbers=numbers, needs=module_of(name).Args.NEEDS)
+    every["usual"] = outcome(name, "shapes")
     for dataset in SPLITS:
         own = every["usual"] | outcome(name, dataset, next(command_lines(name, dataset)))
         further = {}
@@ -125,96 +124,54 @@ PAPERS = json.loads(Path(__file__).with_name("papers.json").read_text())  # with
 COLUMNS = "batch_size lr lr_head weight_decay decay_on crop_size ohem_kept output_stride".split()
 
 
-def number_of(kind):
-    """Returns int or float, of whichever a flag's values are; else None."""
-    kinds = {kind, *typing.get_args(kind)} & {int, float}
-    return kinds.pop() if kinds and typing.get_origin(kind) is not typing.Literal else None
+RANGES = [  # numbers that are refused, numbers that are not
+    (flags.Count, [-3, 0], [1, 10**10]),
+    (flags.Seed, [-1, 2**32], [0, 2**32 - 1]),
+    (flags.Above0, [-1.0, 0.0, float("nan")], [1e-12, float("inf")]),
+    (flags.Share, [-0.1, 1.0001, float("nan")], [0.0, 1.0]),
+    (flags.Inside01, [0.0, 1.0], [1e-12, 0.9999]),
+]
 
 
-def several(kind, value):
-    """Returns a value as a flag of this type holds it: alone, in a tuple, or with another one."""
-    more = (10**10,) * (typing.get_args(kind) == (int, int))
-    return (value, *more) if typing.get_origin(kind) is tuple else value
+@pytest.mark.parametrize("kind, wrong, right", RANGES)
+def test_a_range_has_its_ends_and_nothing_outside(kind, wrong, right):
+    for value in wrong:
+        line = refusal(flags.check, "--x", (right[0], value), flags.rules(kind))
+        assert line.startswith(f"--x {value}: a number from ")
+    for value in right:
+        flags.check("--x", value, flags.rules(kind))
 
 
-def refused(name, flag, value):
-    """Returns the line by which a script refuses a flag's value on camvid."""
-    args = module_of(name).Args(**{"dataset": "camvid", flag: value})
-    return refusal(flags.fill, args, module_of(name).preset, [])
+VOC_LIST = "--dataset voc --labeled-list l.txt"
+VOC_92 = f"{VOC_LIST} --split 92"
+FAMILY = "--dataset voc or voc_aug or cityscapes or coco and no --split-seed and "
+FAMILY += "--split other than all or list"
+NEEDS = [  # script, flag; flags with which it is idle, what it needs, flags with which it acts
+    ("supervised", "--recipe official", "", "", None),
+    ("supervised", "--data-root d", "", "--dataset other than shapes", "--dataset camvid"),
+    ("supervised", "--split-family cac0", "--dataset voc --split all", FAMILY, VOC_92),
+    ("supervised", "--split-family cac0", f"{VOC_LIST} --total-iters 9", FAMILY, None),
+    ("supervised", "--weights w.pth", "--init last.pt", "no --init", ""),
+    ("cps_fpl", "--batch-size-unlabeled 4", "--unsup-weight 0", "--unsup-weight", ""),
+    ("unimatch", "--threshold 0.8", "--unsup-loss fpl", "--unsup-loss ce", ""),
+    ("u2pl", "--ema-decay 0.9", "--warmup-iters 120", "--warmup-iters below --total-iters", ""),
+    ("esl", "--eta 0.8", "--label topk", "--unsup-weight and --label dynamic", ""),
+]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_number_out_of_its_range_is_refused_and_its_ends_beat_every_preset(name):
-    kinds = fields(name)
-    for flag, words in NUMBERS[name].items():
-        kind, number = kinds[flag], number_of(kinds[flag])
-        low, high = (float(word) for word in words.split(" to "))
-        wrong, right = [low - 1] if number is int else [low - 1, float("nan")], [number(low)]
-        wrong += [0.0] * (number is float and low > 0)
-        if high < float("inf"):
-            wrong += [high + 1] if number is int else [high * 1.0001, 70.0, float("inf")]
-            right.append(number(high))
-        for value in wrong:
-            value = number(value) if value == value else value
-            line = f"--{flag.replace('_', '-')} {value}: a number from {words}"
-            assert refused(name, flag, several(kind, value)) == line
-        for dataset, value in itertools.product(SPLITS, right):
-            given = {"dataset": dataset, "split": SPLITS[dataset][1], flag: several(kind, value)}
-            args = flags.fill(module_of(name).Args(**given), module_of(name).preset, [])
-            assert getattr(args, flag) == given[flag]
-
-
-CITY = {"dataset": "cityscapes"}
-CLAUSES = {  # of NEEDS: its words, flags with which it does not hold, flags with which it does
-    "never": ("", {}, {}),
-    "no init": ("no --init", {"init": "last.pt"}, {}),
-    "no labeled_list": ("no --labeled-list", {"labeled_list": "l.txt"}, {}),
-    "no split_seed": ("no --split-seed", {"split_seed": 1}, {}),
-    "no total_iters": ("no --total-iters", {"total_iters": 7}, {}),
-    "split!=all|list": ("--split other than all or list", {"split": "all"}, {"split": "1/8"}),
-    "split!=all": ("--split other than all", {"split": "all"}, {}),
-    "dataset!=shapes": ("--dataset other than shapes", {"dataset": "shapes"}, CITY),
-    "dataset=cityscapes": ("--dataset cityscapes", {"dataset": "voc_aug"}, CITY),
-    "dataset=voc|voc_aug|cityscapes|coco": (
-        "--dataset voc or voc_aug or cityscapes or coco", {"dataset": "folder"}, CITY),
-    "backbone=resnet18|resnet50|resnet101": (
-        "--backbone resnet18 or resnet50 or resnet101", {"backbone": "timm/resnet18"}, {}),
-    "warmup_iters<total_iters": (
-        "--warmup-iters below --total-iters", {"warmup_iters": 9, "total_iters": 9}, {}),
-    "k_strategy=n-1|n": ("--k-strategy n-1 or n", {"k_strategy": "step"}, {"k_strategy": "n"}),
-    "weight!=none": ("--weight other than none", {"weight": "none"}, {}),
-    "unsup_loss=fpl": ("--unsup-loss fpl", {"unsup_loss": "ce"}, {"unsup_loss": "fpl"}),
-    "unsup_loss=ce": ("--unsup-loss ce", {"unsup_loss": "fpl"}, {}),
-    "unreliable_loss!=none": ("--unreliable-loss other than none", {"unreliable_loss": "none"}, {}),
-    "views=2": ("--views 2", {"views": 1}, {}),
-    "label=dynamic": ("--label dynamic", {"label": "topk"}, {}),
-    "label=topk": ("--label topk", {"label": "dynamic"}, {"label": "topk"}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_flag_that_cannot_act_is_refused_and_is_absent_from_those_that_act(name):
-    Args, preset = module_of(name).Args, module_of(name).preset
-    for flag, need in Args.NEEDS.items():
-        kind, low = fields(name)[flag], NUMBERS[name].get(flag, "").partition(" ")[0]
-        choices = {bool: (True, False), str: ("some.pt",)}.get(kind) or typing.get_args(kind)
-        value = max({*choices} - {getattr(Args, flag)}) if not low else number_of(kind)(float(low))
-        value = several(kind, value)
-        rows, given = [], {"split": "1/8", flag: value}
-        for clause in need.split(", "):  # one that is a flag alone: it is not 0, or it is on
-            usual = ("--" + clause.replace("_", "-"), {clause: 0}, {clause: 1})
-            rows.append(CLAUSES.get(clause, usual))
-            given.update(rows[-1][2])
-        words = "in this script"
-        if need != "never":
-            words = "here: it needs " + " and ".join(row[0] for row in rows)
-            assert flag in flags.acting(flags.fill(Args(**given), preset, [f"--{flag}"]))
-        for own, wrong, _ in rows:
-            args, argv = Args(**given | wrong), [f"--{word}" for word in (flag, *wrong)]
-            line = f"--{flag.replace('_', '-')} {value} does nothing {words}"
-            assert refusal(flags.fill, args, preset, argv) == line
-            acts = flag in flags.acting(flags.fill(args, preset, []))
-            assert acts == own.startswith("no ")  # what another flag replaces is in the log
+@pytest.mark.parametrize("name, flag, idle, needs, active", NEEDS)
+def test_a_flag_that_cannot_act_is_refused_and_is_absent_from_those_that_act(
+    name, flag, idle, needs, active
+):
+    """Which flag needs what: recipes.json."""
+    script, key = module_of(name), flag.split()[0][2:].replace("-", "_")
+    where = f"here: it needs {needs}" if needs else "in this script"
+    line = refusal(resolved, script, f"{flag} {idle}".split())
+    assert line == f"{flag} does nothing {where}"
+    acts = key in flags.acting(resolved(script, idle.split()))
+    assert acts == needs.startswith("no ")  # what another flag replaces is in the log
+    if active is not None:
+        assert key in flags.acting(resolved(script, f"{flag} {active}".split()))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -223,17 +180,15 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
     lines = capsys.readouterr().out.splitlines()
     entries = json.loads((ROOT / "common/papers.json").read_text())
     entries = [entry for entry in entries if entry["script"] == name]
-    assert len(lines) == sum(len(entry["miou"]) for entry in entries) >= 4
+    results = [(entry, *pair) for entry in entries for pair in entry["miou"].items()]
+    assert len(results) >= 4
     Args, preset = module_of(name).Args, module_of(name).preset
     parsed = functools.cache(lambda words: flags.parse(Args, preset, shlex.split(words)))
     seen = set()
-    for line in lines:
-        miou, dataset, split, words, source = re.fullmatch(
-            r" *([\d.]+)  --dataset (\w+) --split (\S+) (.*?)  +(.*)", line
-        ).groups()
-        own = [dataset, words.strip(), source]
-        (entry,) = (e for e in entries if [e["dataset"], e["flags"], e["source"]] == own)
-        assert float(miou) == entry["miou"][split]
+    for line, (entry, split, miou) in zip(lines, results, strict=True):
+        dataset, words, source = entry["dataset"], entry["flags"], entry["source"]
+        expected = f"{miou:.2f} --dataset {dataset} --split {split} {words} {source}"
+        assert line.split() == expected.split()
         args = dataclasses.replace(parsed(f"--dataset {dataset} {words}"), split=split)
         args = flags.fill(args, preset, [])
         found = [getattr(args, column, 14) for column in COLUMNS]  # a patch of DINOv2's
@@ -268,5 +223,3 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
     GOLDEN.write_text(json.dumps({name: golden(name) for name in SCRIPTS}, indent=1) + "\n")
-if GOLDEN.exists():
-    NUMBERS = {name: own["numbers"] for name, own in json.loads(GOLDEN.read_text()).items()}

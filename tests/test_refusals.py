@@ -7,6 +7,7 @@ finished run of every script with the tiny network; its words are the thing and 
 import gc
 import os
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -21,13 +22,12 @@ import torch
 
 import prepare_data
 import trees
-from common import run
+from common import checkpoints, run
 from tiny import SCRIPTS, draw_tree, flags, shrink, train
 from tiny import script as module_of
 
 S, M, CPS, AEL, U2PL, U2PL_AEL, ESL, UNI, V2 = map(module_of, SCRIPTS)
 P = prepare_data
-TORCHRUN = "RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
 
 
 class Case(NamedTuple):
@@ -38,14 +38,6 @@ class Case(NamedTuple):
     flags: str
     words: str  # of the line, split at blanks; "_" may stand for one
     arrange: object = lambda patch: None  # called with monkeypatch, in the working folder
-
-    @property
-    def argv(self):
-        """The whole command line: a script's small run or score, with these flags last."""
-        small = flags("data", "out", iters=2, log=1, evaluate=2, save=2)
-        if "--eval-only" in self.flags:
-            small = ["--device", "cpu"]
-        return (self.script is not prepare_data) * small + self.flags.split()
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +60,6 @@ def place(stock, tmp_path, monkeypatch):
     """A copy of that folder, the current one: home and temporary folder too."""
     shutil.copytree(stock, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
     for name in ("HOME", "TMPDIR", "TORCH_HOME"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -132,8 +122,6 @@ CASES = [
     Case("one value of two", U2PL, "--ranks 3", "--ranks 2_values"),
     Case("range upside down", S, "--scales 2.0 0.5", "--scales_(2.0,_0.5) rising"),
     Case("no code of ESL", ESL, "--recipe official", "no_code_of_ESL leave_--recipe_out"),
-    Case("odd batch for CutMix", M, "--cutmix --batch-size-unlabeled 3",
-         "CutMix even_--batch-size-unlabeled"),
     *(Case(f"{script.__name__} dry run of 8: {words}", script, f"--dry-run --batch-size 8 {words}",
            line, environ(WORLD_SIZE="8"))
       for script, words, line in (
@@ -143,11 +131,9 @@ CASES = [
           (CPS, "--batch-size-unlabeled 4", "4_unlabelled_images 8_processes"),
           (AEL, "--batch-size-unlabeled 8 --pooled 2", "--pooled_2: 1_labelled"))),
     Case("all classes of a label", ESL, "--label topk --top-k 11", "--top-k_11: below_11"),
-    Case("all classes, dry run", ESL, "--label topk --top-k 50 --dry-run", "--top-k_50: below_11"),
-    Case("batch that does not divide", M, "--dry-run --batch-size 6", "6_labelled 4_processes",
-         environ(WORLD_SIZE="4")),
     Case("nothing to paste", AEL, f"--paste-not {' '.join(map(str, range(11)))}",
          "--paste-not 0_to_10 --paste-draws_0"),
+    Case("one image for BN", S, "--batch-size 1", "1_labeled_image plain_BN_needs_two"),
     Case("no CUDA", S, "--device cuda", "--device_cuda no_CUDA leave_--device_out",
          lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False)),
     Case("no TensorBoard", S, "--tensorboard", "--tensorboard pip_install_tensorboard",
@@ -163,17 +149,13 @@ CASES = [
           (M, "--tensorboard --track trackio --compile --decay-on all",
            "--compile,_--tensorboard,_--track,_--decay-on:"),
           (CPS, "--weights none --weights-2 none --evaluate mean", "--weights,_--weights-2:"))),
-    Case("missing data root", S, "--data-root nowhere", "nowhere no_such_folder --data-root"),
     Case("mask a loader reads", S, "--workers 1", f"{MASK} 17 row_0 column_0",
          lambda patch: trees.picture(Path(MASK), "L", 17, (48, 36))),
     Case("list of all images", M, "--labeled-list list.txt", "no_unlabeled --labeled-list",
          put("list.txt", b"".join(b"train%d\n" % i for i in range(8)))),
     Case("run folder that is there", S, "--out own", "own_exists --resume --out"),
-    *(Case(f"resume with other {flag.split()[0]}", script, f"--out {out} --resume {flag}",
-           f"{out}/last.pt {flag.split()[0]}_{words} another_--out")
-      for script, out, flag, words in (
-          (S, "run", "--scales 0.5 1.0", "(0.5,_2.0)_there_and_(0.5,_1.0)_here"),
-          (U2PL, "u2pl", "--bank-sizes 30 20", "(5000,_3000)_there_and_(30,_20)_here"))),
+    Case("resume with other scales", S, f"{RESUME} --scales 0.5 1.0",
+         f"{LAST} --scales_(0.5,_2.0)_there_and_(0.5,_1.0)_here another_--out"),
     Case("resume with other images", S, RESUME, f"{LAST} other_labeled_images --out",
          lambda patch: (os.remove(IMAGE), os.remove(MASK))),
     Case("resume of a best.pt", S, RESUME, f"{LAST} a_best.pt --init_starts_from_it",
@@ -198,23 +180,23 @@ CASES = [
       for use in ("--out {} --resume", "--eval-only --checkpoint {}/last.pt")
       for name, other in zip(SCRIPTS, [*SCRIPTS[1:], "mean_teacher"], strict=True)),
     Case("absent checkpoint", S, "--eval-only --checkpoint no.pt", "no.pt no_such_checkpoint"),
-    *(Case(f"{use.format(out)[:6]} other classes", script, use.format(out),
-           f"{out}/last.pt class_0_is_building_there_and_sky_here",
-           changed(lambda content: content["classes"][0].__setitem__(1, "building"),
-                   f"{out}/last.pt"))
-      for use in ("--out {} --resume", "--eval-only --checkpoint {}/last.pt")
-      for script, out in ((S, "run"), (ESL, "esl"))),
-    Case("another data set's checkpoint", S, f"{SCORE} --dataset shapes --data-root=",
-         f"{LAST} class_0_is_sky_there_and_background_here"),
+    *(Case(f"{use} other classes", S, use, f"{LAST} class_0_is_building_there_and_sky_here",
+           changed(lambda content: content["classes"][0].__setitem__(1, "building")))
+      for use in (RESUME, SCORE)),
     Case("another network's checkpoint", S, f"{SCORE} --aux-weight 0.4",
          f"{LAST} does_not_fit_these_flags head.aux"),
-    Case("absent weights", S, "--weights no.pth", "--weights_no.pth --weights_FILE --weights_none"),
     Case("weights that are a page", S, W, NO_WEIGHTS, put("w.pth", b"<!doctype html>")),
     Case("malicious weights", S, W, NO_WEIGHTS, put("w.pth", {"conv1.weight": Trap()})),
     Case("another shape", S, W, "--weights_w.pth conv1",
          put("w.pth", RESNET18 | {"conv1.weight": torch.zeros(64, 1, 7, 7)})),
+    *(Case(f"weights of stem {other}", S, f"{W} --stem {stem}",
+           f"--weights_w.pth keys_do_not_fit_resnet18 is_it_--stem_{other}?",
+           put("w.pth", {first: torch.zeros(channels, 3, 3, 3)}))
+      for other, stem, first, channels in (
+          ("classic", "deep", "conv1.weight", 64),
+          ("deep", "v1c", "conv1.0.weight", 64),
+          ("v1c", "classic", "stem.0.weight", 32))),
     *(Case(words, V2, words, line) for words, line in (
-        ("--batch-size-unlabeled 3", "an_even_--batch-size-unlabeled"),
         ("--unsup-loss fpl --T 0.8 0.9 --fused on", "--fused_on: one_--T"),
         ("--precise-bn 5", "--precise-bn: there_is_no_BN"),
         ("--backbone resnet18", "--backbone dinov2_vits14"))),
@@ -232,28 +214,30 @@ CASES = [
 
 
 def everything(folder):
-    """Returns all that a folder holds: {path: content of a file, or None}.
-
-    Without a run folder of which there is nothing yet but its lock: it is free for the next start.
-    """
+    """Returns all that a folder holds: {path: content of a file, or None}."""
     found = {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
     out = folder / "out"
-    if [*out.glob("*")] == [out / "lock"]:
+    if [*out.glob("*")] == [out / "lock"]:  # nothing yet but its lock: free for the next start
         del found[out], found[out / "lock"]
     return found
 
 
-def ended(module, argv, monkeypatch, capfd):
-    """Runs a script in this process; returns its exit code and all that it says on stderr."""
+def ended(case, monkeypatch, capfd):
+    """Runs a command line in this process; returns its exit code and all that it says on stderr."""
+    argv = case.flags.split()
+    if "--eval-only" in argv:
+        argv = ["--device", "cpu", *argv]
+    elif case.script is not P:
+        argv = [*flags("data", "out", iters=2, log=1, evaluate=2, save=2), *argv]
     capfd.readouterr()
     gc.freeze()  # what was there before need not be looked through
     with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("default")  # a process of its own would print them
         patch.setattr(run, "os", SimpleNamespace(**vars(os) | {"_exit": sys.exit}))
         patch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds
-        patch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
+        patch.setattr(sys, "argv", [case.script.__file__, *argv])
         with pytest.raises(SystemExit) as stop, run.refusals():
-            prepare_data.main() if module is prepare_data else train(module, argv)
+            P.main() if case.script is P else train(case.script, argv)
         gc.collect()  # ends loader processes that the traceback kept
     gc.unfreeze()
     said = [f"warning: {w.message}\n" for w in warned if w.category is not ResourceWarning]
@@ -262,14 +246,44 @@ def ended(module, argv, monkeypatch, capfd):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.script.__name__}: {case.name}")
 def test_a_mistake_is_refused_in_one_line_and_changes_nothing(case, place, monkeypatch, capfd):
-    if case.script is not prepare_data and "--weights" not in case.flags:
+    if case.script is not P and "--weights" not in case.flags:
         shrink(case.script, monkeypatch)
     case.arrange(monkeypatch)
     before = everything(place)
-    code, text = ended(case.script, case.argv, monkeypatch, capfd)
+    code, text = ended(case, monkeypatch, capfd)
     (line,) = text.splitlines()
     assert code == 2 and line.startswith(f"{Path(case.script.__file__).name}: ")
     words = [word for word in case.words.split() if word not in line]
     assert [word for word in words if word.replace("_", " ") not in line] == [], line
     assert "weights_only" not in line  # nobody is told to trust a malicious file
     assert "│" not in line and everything(place) == before
+
+
+ROADS = ["road", "car"]
+NAMED = [(ROADS, True), (["car", "road"], False), (["class 0", "class 1"], False)]
+
+
+@pytest.mark.parametrize("names, fits", NAMED)
+def test_classes_of_other_names_are_refused_or_their_head_stays_random(names, fits, tmp_path):
+    """At --init; what is refused elsewhere stands above, and classes without a name are not."""
+    there, here = (torch.nn.ModuleDict({"head": torch.nn.Linear(4, 2)}) for _ in range(2))
+    saved = dict(script="supervised.py", args={}, step=3, networks={"student": there.state_dict()})
+    saved["classes"] = [[i, name, [0, 0, 0]] for i, name in enumerate(ROADS)]
+    torch.save(saved, tmp_path / "last.pt")
+    data = SimpleNamespace(classes=names, named=list)
+    said = checkpoints.load_init(tmp_path / "last.pt", {"student": here}, data)
+    assert said.endswith("student from its student" + ", head random" * (not fits))
+    assert torch.equal(here["head"].weight, there["head"].weight) == fits
+    if names != ["car", "road"]:
+        checkpoints.check_classes(saved, data)
+
+
+def test_a_dry_run_says_how_many_images_a_process_has(place, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for words, found in (
+        ("--batch-size-unlabeled 4", [("labelled", "2"), ("unlabelled", "1")]),
+        ("--unsup-weight 0", [("labelled", "2")]),
+    ):
+        train(CPS, [*flags("data", "", batch=8), *words.split(), "--dry-run"])
+        out = capsys.readouterr().out
+        assert re.findall("^(.*labelled) per process +(.*)$", out, re.M) == found

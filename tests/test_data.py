@@ -1,17 +1,27 @@
-"""Images and masks as they come, in every format, lists, splits, the fill of polygons."""
+"""Images and masks as they come, in every format, and from a cache; lists, splits, polygons."""
 
 import hashlib
+import json
 import math
+import os
+import pickle
+import re
+import shlex
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import prepare_data
 from common import shapes
 from common.data import FACTS, SPLITS, Data, Item, counts, read_mask, read_photograph, set_hash
-from common.sources import choose, read_list
+from common.sources import choose, load, read_list
 from formats import GREY, IDS, RGB, TURNED, WIDE, packed, png, saved, tiff
-from trees import NAMES, TRAIN_ID, entry, flags, picture, refusal
+from supervised import Samples, Stream
+from tiny import draw_tree
+from trees import NAMES, TRAIN_ID, entry, flags, folder, listed, own, picture, refusal
 
 
 def reader(**changes):
@@ -95,20 +105,21 @@ def test_a_fill_has_the_pixels_whose_centres_it_holds_and_pictures_are_the_same_
     assert digest.hexdigest() == "c384db40666745f9defe5b493fe9d2869d921dbf"
 
 
-def tables():
-    """Yields data set, flags, the name of a mask, and {a value of it: its class or 255}."""
-    yield "camvid", {}, "k.png", {v: v for v in range(11)} | {11: 255, 255: 255}
-    for name, end, count in (("voc", "k.png", 21), ("cityscapes", "k_labelTrainIds.png", 19)):
-        yield name, {}, end, {v: v for v in range(count)} | {255: 255}
-    ids = {v: TRAIN_ID.get(v, 255) for v in (*range(34), 255)}
-    yield "cityscapes", {}, "k_gtFine_labelIds.png", ids
-    for count, ignored in ((2, 255), (81, 255), (254, 255), (11, 11)):
-        classes = {v: v for v in range(count)} | {ignored: 255}
-        yield "folder", dict(num_classes=count, ignore_index=ignored), "k.png", classes
+TRAIN_IDS = {v: TRAIN_ID.get(v, 255) for v in (*range(34), 255)}
+TABLES = [  # data set, flags, the name of a mask, {a value of it: its class or 255}
+    ("camvid", {}, "k.png", {v: v for v in range(11)} | {11: 255, 255: 255}),
+    ("voc", {}, "k.png", {v: v for v in range(21)} | {255: 255}),
+    ("cityscapes", {}, "k_labelTrainIds.png", {v: v for v in range(19)} | {255: 255}),
+    ("cityscapes", {}, "k_gtFine_labelIds.png", TRAIN_IDS),
+]
+for count, ignored in ((2, 255), (254, 255), (11, 11)):
+    flags_of_folder = dict(num_classes=count, ignore_index=ignored)
+    classes = {v: v for v in range(count)} | {ignored: 255}
+    TABLES.append(("folder", flags_of_folder, "k.png", classes))
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name, changes, end, classes", list(tables()))
+@pytest.mark.parametrize("name, changes, end, classes", TABLES)
 def test_every_value_becomes_its_class_or_255_and_any_other_is_refused_with_its_place(
     tmp_path, name, changes, end, classes
 ):
@@ -131,65 +142,55 @@ def test_every_value_becomes_its_class_or_255_and_any_other_is_refused_with_its_
 
 A, B = NAMES[:2]
 P, M = f"train/{A}.png", f"trainannot/{A}.png"
-FORMS = [  # data set, a list, its keys, the columns of the first; B's do not matter
-    ("camvid", f"{P}\t{M}\ntrain/{B}.png\ttrainannot/{B}.png\n", [A, B], P, M),
-    ("camvid", f"{P} {M}\r\ntrain/{B}.png trainannot/{B}.png\r\n", [A, B], P, M),
-    ("camvid", f"\n\n  {B}  \n   \n\t\n\t{A}\n\n", [B, A], B, None),  # in its order
-    ("camvid", f"{P}\tNone\ntrain/{B}.png\t\n", [A, B], P, None),
-    ("camvid", f"\ufeff{A}\r{B}\r", [A, B], A, None),  # a byte order mark
-    ("camvid", "train/a..b.png x/..c.png", ["a..b"], "train/a..b.png", "x/..c.png"),  # no climbing
-    # lines of the released lists
-    ("voc", "/J/2007_000032.jpg /x/7_9.png", ["2007_000032"], "J/2007_000032.jpg", "x/7_9.png"),
-    ("cityscapes", "a-b_000000_000465.p\t/x", ["a-b_000000_000465"], "a-b_000000_000465.p", "x"),
-    ("folder", "images/val/a b/c.e.JPG\tm/x y.p", ["a b/c.e"], "images/val/a b/c.e.JPG", "m/x y.p"),
+CLIMBS = ("a/../b.png", f"{B}\t../b.png", f"{B} /../b.png", "a/..")
+LISTS = [  # data set, a list; its keys and the columns of the first, or what the line says of it
+    ("camvid", f"{P}\t{M}\ntrain/{B}.png\ttrainannot/{B}.png\n", ([A, B], P, M)),
+    ("camvid", f"{P} {M}\r\ntrain/{B}.png trainannot/{B}.png\r\n", ([A, B], P, M)),
+    ("camvid", f"\n\n  {B}  \n   \n\t\n\t{A}\n\n", ([B, A], B, None)),  # in its order
+    ("camvid", f"{P}\tNone\ntrain/{B}.png\t\n", ([A, B], P, None)),
+    ("camvid", f"\ufeff{A}\r{B}\r", ([A, B], A, None)),  # a byte order mark
+    ("camvid", "train/a..b.png x/..c.png", (["a..b"], "train/a..b.png", "x/..c.png")),
+    ("voc", "/J/2007_000032.jpg /x/7_9.png", (["2007_000032"], "J/2007_000032.jpg", "x/7_9.png")),
+    ("cityscapes", "a-b_000000_000465.p\t/x", (["a-b_000000_000465"], "a-b_000000_000465.p", "x")),
+    ("folder", "images/val/a b/c.JPG\tm/x y.p", (["a b/c"], "images/val/a b/c.JPG", "m/x y.p")),
+    ("camvid", "\n \n\r\n", ": an empty list"),
+    ("camvid", f"{A}\n{B}\n\nx/{A}.png y/{A}.png\n", f":4: twice: x/{A}.png"),
+    ("camvid", "\nwhat/is/this/\n", ":2: no image key: what/is/this/"),
+    ("camvid", f"{A}\n{B}\t\ta\n", f":2: more than two columns: {B}\t\ta"),
+    *(("camvid", f"{A}\n{line}\n", ":2: a path with ..: ") for line in CLIMBS),
+    ("camvid", "a\0b.png", ":1: a NUL: "),
+    ("camvid", "a.jpg,b.png", ":1: columns with , between"),
+    ("voc", "2007_000032; 2008_000008", ":1: columns with ; between"),
+    ("cityscapes", "a_000078_000019|b_000000_000019", ":1: columns with | between"),
+    ("folder", "images/train/a.png;masks/train/a.png", ":1: columns with ; between"),
+    ("camvid", "a".encode("utf-16"), ": not a readable list (UTF-16)"),
 ]  # fmt: skip
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name, text, keys, image, mask", FORMS)
-def test_a_list_is_read_in_every_form_and_in_its_order(tmp_path, name, text, keys, image, mask):
-    (tmp_path / "list.txt").write_bytes(text.encode())
-    rows = read_list(tmp_path / "list.txt", FACTS[name]["key"])
+@pytest.mark.parametrize("name, text, expected", LISTS)
+def test_a_list_is_read_in_every_form_or_refused_by_its_line(tmp_path, name, text, expected):
+    path, pattern = tmp_path / "list.txt", FACTS[name]["key"]
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(expected, str):
+        assert refusal(read_list, path, pattern).startswith(f"{path}{expected}")
+        return
+    keys, image, mask = expected
+    rows = read_list(path, pattern)
     assert list(rows) == keys and rows[keys[0]] == (image, mask)
-
-
-CLIMBS = ("a/../b.png", f"{B}\t../b.png", f"{B} /../b.png", "a/..")
-UNUSABLE = [  # data set, bytes of a list, what the line says after the file's name
-    ("camvid", b"\n \n\r\n", ": an empty list"),
-    ("camvid", f"{A}\n{B}\n\nx/{A}.png y/{A}.png\n".encode(), f":4: twice: x/{A}.png"),
-    ("camvid", b"\nwhat/is/this/\n", ":2: no image key: what/is/this/"),
-    ("camvid", f"{A}\n{B}\t\ta\n".encode(), f":2: more than two columns: {B}\t\ta"),
-    *(("camvid", f"{A}\n{line}\n".encode(), ":2: a path with ..: ") for line in CLIMBS),
-    ("camvid", b"a\0b.png", ":1: a NUL: "),
-    ("camvid", b"a.jpg,b.png", ":1: columns with , between"),
-    ("voc", b"2007_000032; 2008_000008", ":1: columns with ; between"),
-    ("cityscapes", b"a_000078_000019|b_000000_000019", ":1: columns with | between"),
-    ("folder", b"images/train/a.png;masks/train/a.png", ":1: columns with ; between"),
-    ("camvid", "a".encode("utf-16"), ": not a readable list (UTF-16)"),
-    ("camvid", b"\xff\xfe\x00\x81", ": not a readable list ("),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, text, words", UNUSABLE)
-def test_lists_that_cannot_be_used_are_refused_by_file_and_line(tmp_path, name, text, words):
-    path = tmp_path / "list.txt"
-    path.write_bytes(text)
-    assert refusal(read_list, path, FACTS[name]["key"]).startswith(f"{path}{words}")
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("seed", [None, 0, 7])
-def test_a_split_is_every_rth_key_or_a_random_set_as_large_and_nested(seed):
+def test_a_split_is_every_rth_key_or_the_first_of_a_permutation(seed):
     ordered = [f"k{i:04d}" for i in range(367)]
-    before, keys = set(ordered), np.random.default_rng(1).permutation(ordered).tolist()
+    keys = np.random.default_rng(1).permutation(ordered).tolist()
     for r in (2, 4, 8, 16):
         labeled, unlabeled = choose(keys, f"1/{r}", seed)
-        # the seeds of the runs in results/: the first of numpy's permutation
+        # as the seeds of the runs in results/ drew; nested in r
         drawn = np.random.default_rng(seed).permutation(ordered)[: math.ceil(367 / r)]
         assert labeled == (ordered[::r] if seed is None else sorted(drawn.tolist()))
         assert unlabeled == [k for k in ordered if k not in labeled]
-        assert set(labeled) <= before
-        before = set(labeled)
     assert choose(keys, "all", seed) == (ordered, ordered)
     assert "--split-seed -1" in refusal(choose, keys, "1/8", -1)
     for split in ("1/1", "1/6", "2/4", "1/-2", "1/2.0", "", "183"):
@@ -213,10 +214,95 @@ def test_counts_are_those_of_the_papers_and_the_published_sets_those_of_the_proj
     for name, family, split in ((d, f, s) for d in SPLITS for f in SPLITS[d] for s in SPLITS[d][f]):
         one = SPLITS[name][family][split]
         found.append(f"{name} {family} {split} {one['images']} {one.get('set', '')}".strip())
-        # cps's are generated; nobody published a list of COCO's training images
-        assert "url" in one or (name, family) == ("voc_aug", "cps") or "set" not in one
         if family != "parts" and (family[:3], split) != ("cac", "1/4"):  # CAC's: one fewer
             assert counts(name, split)[0] == one["images"]
     # read from the lists of each project
     assert (len(found), entry(found)["set"]) == (65, "3365c239")
     assert set_hash(["c9", "a", "c10", "b"]) == entry(["a", "b", "c10", "c9"])["set"]
+
+
+# ---- the cache of decoded images ----
+
+
+def make(tree, out, **more):
+    prepare_data.Cache(dataset="camvid", data_root=str(tree), out=str(out), **more).run()
+    return str(out)
+
+
+def read_all(data):
+    """Returns the arrays of all images and masks that a run may read."""
+    items = data.labeled + data.unlabeled + data.val + data.test
+    pairs = [data.read(item, item.label is not None) for item in items]
+    return [np.asarray(picture) for pair in pairs for picture in pair if picture is not None]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return draw_tree(tmp_path / "my tree")
+
+
+def test_what_is_read_and_its_samples_are_the_same_bit_for_bit_whatever_is_cached(tree, tmp_path):
+    """Whole, cut by --max-gb, in another process, and after it was deleted."""
+    files = load(flags(tree, split="1/4"))
+    stream = Stream(files.labeled, 4, True, (0.5, 2.0))
+    for gb, number in ((1, 2 * (8 + 2 + 2)), (36 * 48 * (3 + 1 + 3) / 1e9, 3)):
+        cache = make(tree, tmp_path / "cache", max_gb=gb)
+        args = flags(tree, split="1/4", cache=cache)
+        data = load(args)
+        assert len(data.cache.files) == number
+        copies = [data, pickle.loads(pickle.dumps(data))]  # as for a loader that is not forked
+        shutil.rmtree(cache)
+        copies.append(pickle.loads(pickle.dumps(data)))
+        assert copies[1].cache.files and copies[2].cache is None
+        expected = Samples("labeled", stream, files, args)[3]
+        for copy in copies:
+            assert all(map(np.array_equal, read_all(files), read_all(copy)))
+            sample = Samples("labeled", stream, copy, args)[3]
+            assert all(torch.equal(sample[name], expected[name]) for name in expected)
+
+
+def flip(cache):
+    np.memmap(f"{cache}/pixels.bin", np.uint8, "r+")[7] ^= 1
+
+
+def older(cache):
+    index = json.loads((cache / "index.json").read_text())
+    listed(cache / "index.json", json.dumps(index | {"decoders": {"pil": "1.0"}}))
+
+
+MASK = "my tree/trainannot/train0.png"
+WRONG = [  # what happens to a cache or to its files, words of the refusal
+    (flip, "damaged; delete it"),
+    (lambda cache: os.truncate(cache / "pixels.bin", 99), "99 of"),
+    (lambda cache: os.truncate(cache / "pixels.bin", 0), "not a whole cache"),
+    (older, "may differ; delete it"),
+    (lambda cache: picture(cache.parent / MASK, "L", 3, (48, 36)), f"{MASK} has changed"),
+    (shutil.rmtree, "prepare_data.py cache --dataset camvid"),
+]
+
+
+@pytest.mark.parametrize("spoil, words", WRONG)
+def test_a_cache_that_is_not_right_is_refused_with_its_remedy(spoil, words, tree, tmp_path):
+    cache = tmp_path / "cache"
+    args = flags(tree, cache=make(tree, cache))
+    for path in tree.rglob("*.*"):
+        os.utime(path, (0, 0))  # copied since: other times, the same content
+    read_all(load(args))
+    spoil(cache)
+    line = refusal(lambda: read_all(load(args)))
+    assert words in line
+    shutil.rmtree(cache, ignore_errors=True)
+    prepare_data.main(shlex.split(re.search("prepare_data.py (.*) makes", line)[1]))
+    read_all(load(args))
+
+
+def test_making_one_leaves_nothing_behind_where_it_cannot(tree, tmp_path):
+    cache = make(tree, tmp_path / "cache")
+    other = own(folder(tmp_path / "other"), cache=cache)
+    assert "no file of this run" in refusal(load, other)
+    assert "exists" in refusal(make, tree, cache)
+    again = tmp_path / "again"
+    assert "not even the first" in refusal(lambda: make(tree, again, max_gb=1e-6))
+    (tree / "testannot/test1.png").write_bytes(b"no image")
+    assert "test1.png: not readable" in refusal(make, tree, again)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "my tree", "other"]

@@ -120,9 +120,7 @@ for count, ignored in ((2, 255), (254, 255), (11, 11)):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name, changes, end, classes", TABLES)
-def test_every_value_becomes_its_class_or_255_and_any_other_is_refused_with_its_place(
-    tmp_path, name, changes, end, classes
-):
+def test_a_value_becomes_its_class_or_is_refused(tmp_path, name, changes, end, classes):
     data = reader(dataset=name, **changes)
     item = Item("k", picture(tmp_path / "image.png", "RGB", 0, (16, 16)), tmp_path / end)
     known = np.resize(np.array(list(classes), np.uint8), (16, 16))

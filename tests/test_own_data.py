@@ -1,7 +1,4 @@
-"""What users bring: files of other formats, classes of their own in a whole run, weights of timm.
-
-The blocks of docs/formats.md are run as they stand, on files that each format's library writes.
-"""
+"""What users bring: masks of other formats, classes of their own, weights of timm."""
 
 import io
 import json
@@ -22,98 +19,13 @@ from convert import png
 from tiny import ROOT, draw_folder, own_folder, shrink, train
 from trees import listed
 
-PAGE = (ROOT / "docs/formats.md").read_text()
-SECTIONS = dict(re.findall(r"^## (.+)\n((?:(?!^## ).*\n?)*)", PAGE, re.M))
 
-
-def block(section):
-    (text,) = re.findall(r"^```python\n(.*?)^```$", SECTIONS[section], re.M | re.S)
-    return text
-
-
-def drawn(seed, h=18, w=22):
-    """Where the liver is: a shape without any symmetry, another for each seed."""
-    area = np.zeros((h, w), bool)
-    area[2 : 7 + seed % 5, 3 : 9 + seed // 5] = area[2, 9:15] = True
-    area[4, 5] = False
-    return area
-
-
-def nifti(seed):
-    import nibabel
-
-    areas = {f"ct_{k:03}": drawn(seed + k) for k in range(3)}
-    right_front_up = np.zeros((22, 18, 3))
-    for k, area in enumerate(areas.values()):
-        for y, x in np.argwhere(area):  # rows from front to back, columns from right to left
-            right_front_up[21 - x, 17 - y, k] = 1
-    axes = [[2, -1], [0, 1], [1, -1]]  # on disk another order, two of them turned
-    for name, values in (("ct", right_front_up * 400 - 160), ("ct_labels", right_front_up * 6)):
-        image = nibabel.Nifti1Image(values.astype(np.float32), np.diag([2, 2, 5, 1.0]))
-        image = image.as_reoriented(np.array(axes))
-        image.header.set_data_dtype(np.uint8)  # with a slope
-        nibabel.save(image, f"{name}.nii.gz")
-    return areas
-
-
-def dicom_seg(seed):
-    import highdicom as hd
-    import pydicom
-    from pydicom.sr.codedict import codes
-
-    areas = {f"ct_{k:03}": drawn(seed + k) for k in range(3)}
-    areas["ct_001"] &= False  # a frame that the file leaves out
-    slices = []
-    Path("series").mkdir()
-    for k, area in enumerate(areas.values()):
-        one = pydicom.dcmread(pydicom.data.get_testdata_file("CT_small.dcm"))
-        one.SOPInstanceUID = one.file_meta.MediaStorageSOPInstanceUID = hd.UID()
-        one.ImagePositionPatient = [0, 0, 5 * k]
-        one.Rows, one.Columns = area.shape
-        one.PixelData = (area * 400 + 864 + seed).astype("<i2").tobytes()  # 1024 is 0 HU
-        one.save_as(f"series/{one.SOPInstanceUID}.dcm")
-        slices.append(one)
-    kind = hd.seg.SegmentAlgorithmTypeValues.MANUAL
-    liver = hd.seg.SegmentDescription(1, "liver", codes.SCT.Organ, codes.SCT.Liver, kind)
-    pixels = np.stack([*areas.values()]).astype(np.uint8)
-    about = ([liver], hd.UID(), 2, hd.UID(), 1, "maker", "model", "1", "1")
-    hd.seg.Segmentation(slices[::-1], pixels[::-1], "BINARY", *about).save_as("seg.dcm")
-    return areas
-
-
-BLOCKS = [("NIfTI", "nibabel", nifti), ("DICOM-SEG", "highdicom", dicom_seg)]
-
-
-@pytest.mark.parametrize("section, library, write", BLOCKS)
-@pytest.mark.filterwarnings("ignore")
-def test_a_block_makes_images_and_masks_that_check_takes(
-    section, library, write, tmp_path, monkeypatch, capsys
-):
-    pytest.importorskip(library)
-    monkeypatch.chdir(tmp_path)
-    listed(Path("my/classes.csv"), *re.findall("^    (.+,.+,.+)", SECTIONS["First"], re.M)[:4])
-    for seed, part in ((0, "train"), (10, "val")):
-        areas = write(seed)
-        code = block("First") + block(section)
-        exec(code.replace("train", part), {"__name__": "pasted"})
-        for key, area in areas.items():
-            ids = np.asarray(Image.open(f"my/masks/{part}/{key}.png"))
-            picture = np.asarray(Image.open(f"my/images/{part}/{key}.png").convert("L"))
-            assert np.array_equal(ids, area)
-            assert picture[ids == 0].mean() <= 40 and (picture[ids == 1] >= 140).all()
-        for path in [path for path in Path().iterdir() if path.name != "my"]:
-            path.rename(f"{path}.{part}")  # the next part's files are new
-    prepare_data.main("check --dataset folder --data-root my".split())
-    assert "every file can be read" in capsys.readouterr().out
-
-
-def test_the_first_block_takes_several_values_of_a_class_and_none_without_a_row(
-    tmp_path, monkeypatch
-):
+def test_the_block_that_others_of_the_page_begin_with_makes_ids_by_the_table(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = ["0,a,0,0,0,3", "1,b,0,0,0,4", "1,b,0,0,0,5"]
     listed(Path("my/classes.csv"), "id,name,r,g,b,value", *rows)
-    exec(block("First"), space := {})
+    page = (ROOT / "docs/formats.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], space := {})
     grey = np.zeros((1, 3), np.uint8)
     space["put"]("x", grey, np.array([[3, 4, 5]]))
     assert np.asarray(Image.open("my/masks/train/x.png")).tolist() == [[0, 1, 1]]

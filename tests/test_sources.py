@@ -82,39 +82,35 @@ def test_to_score_a_checkpoint_only_what_is_scored_must_be_there(tmp_path):
 
 
 ONE, OTHER = NAMES[:2]
-LEADS = [  # a line of a list that names ONE; whose mask is read
-    ("{out}/train/{ONE}.png\t{out}/trainannot/{ONE}.png", ONE),
-    ("link/train/{ONE}.png\tlink/trainannot/{ONE}.png", ONE),
-    ("train/{ONE}.png\tloop/{ONE}.png", ONE),
-    ("train/{ONE}.png trainannot/{OTHER}.png", OTHER),
-]
-NOWHERE = [  # a line of a list, words of the refusal
-    ("99_0", "tried {root}/99_0, {root}/train/99_0.jpg, {root}/train/99_0.png"),
-    ("val/v1.png\tvalannot/v1.png", "in val or test, {root}/val/v1.png first"),
-]
 
 
 def test_a_list_leads_to_its_files_and_to_none_outside(tmp_path):
     root, out = trees.camvid(tmp_path / "tree"), trees.camvid(tmp_path / "tree and more")
     for link, target in (("other", out), ("link", "other"), ("loop", "loop")):
         os.symlink(target, root / link)
-    known = dict(root=root, out=out, ONE=ONE, OTHER=OTHER)
-    good, some = listed(tmp_path / "good.txt", OTHER), str(tmp_path / "some.txt")
-    labeled = flags(root, labeled_list=some)
-    unlabeled = flags(root, labeled_list=good, unlabeled_list=some)
-    for line, mask in LEADS:
-        listed(tmp_path / "some.txt", line.format(**known))
+    some, good = tmp_path / "some.txt", listed(tmp_path / "good.txt", OTHER)
+    labeled = flags(root, labeled_list=str(some))
+    unlabeled = flags(root, labeled_list=good, unlabeled_list=str(some))
+    for line, mask in (
+        (f"{out}/train/{ONE}.png\t{out}/trainannot/{ONE}.png", ONE),
+        (f"link/train/{ONE}.png\tlink/trainannot/{ONE}.png", ONE),
+        (f"train/{ONE}.png\tloop/{ONE}.png", ONE),
+        (f"train/{ONE}.png trainannot/{OTHER}.png", OTHER),
+    ):
+        listed(some, line)
         item = Item(ONE, root / f"train/{ONE}.png", root / f"trainannot/{mask}.png")
         assert load(labeled).labeled == [item] and ONE not in keys_of(load(labeled).unlabeled)
         assert load(unlabeled).unlabeled == without_mask([item])
-    for line, words in NOWHERE:
-        listed(tmp_path / "some.txt", line.format(**known))
-        for args in (labeled, unlabeled):
-            assert words.format(**known) in refusal(load, args)
+    for line, words in (
+        ("99_0", f"tried {root}/99_0, {root}/train/99_0.jpg, {root}/train/99_0.png"),
+        ("val/v1.png\tvalannot/v1.png", f"in val or test, {root}/val/v1.png first"),
+    ):
+        listed(some, line)
+        assert words in refusal(load, labeled) and words in refusal(load, unlabeled)
     my = folder(tmp_path / "my")
     os.symlink(out, my / "link")
-    listed(tmp_path / "some.txt", f"link/train/{ONE}.png")
-    line = refusal(load, own(my, labeled_list=some))
+    listed(some, f"link/train/{ONE}.png")
+    line = refusal(load, own(my, labeled_list=str(some)))
     assert "no image here; tried nothing: a link leads what its list names out of here" in line
 
 
@@ -149,9 +145,7 @@ PUBLISHED = [  # data set, a family of its splits, a layout
 
 
 @pytest.mark.parametrize("dataset, family, layout", PUBLISHED)
-def test_a_split_is_its_published_list_of_the_published_images(
-    dataset, family, layout, tmp_path, monkeypatch
-):
+def test_a_split_is_its_published_list(dataset, family, layout, tmp_path, monkeypatch):
     root, keys = tmp_path / "tree", KEYS[dataset.removesuffix("_aug")]["train"]
     draw(root, layout)
     trees.publish_parts(monkeypatch, dataset)
@@ -206,7 +200,7 @@ def test_two_folders_are_a_data_set_with_sub_folders_spaces_and_any_suffix(tmp_p
         assert abs(image.getpixel((2, 2))[0] - 10 * (i + 1)) <= 6
 
 
-def test_images_without_a_mask_are_unlabelled_whatever_the_split(tmp_path):
+def test_images_of_a_folder_without_a_mask_are_unlabelled_whatever_the_split(tmp_path):
     names = [f"k{i}" for i in range(10)]
     root, masked = folder(tmp_path, names), names[1::2]
     for name in names[::2]:
@@ -291,15 +285,12 @@ def test_voc_takes_any_ids_when_lists_say_so(tmp_path):
 
 def test_a_folder_that_is_not_right_is_refused_with_what_it_should_hold(tmp_path):
     root = folder(tmp_path, ["a", "one/a"])
-    for changes, words in (
-        *((dict(num_classes=n), f"--num-classes {n}: how") for n in (-1, 0, 1, 255)),
-        *((dict(ignore_index=n), f"--ignore-index {n}: a value") for n in (-1, 256)),
-        (dict(ignore_index=2), "one of the classes 0 to 3"),
-        *(
-            (changes | dict(dataset="cityscapes"), "with --dataset folder alone")
-            for changes in (dict(num_classes=19), dict(num_classes=0, ignore_index=0))
-        ),
-    ):
+    wrong = [(dict(num_classes=n), f"--num-classes {n}: how many") for n in (-1, 0, 1, 255)]
+    wrong += [(dict(ignore_index=n), f"--ignore-index {n}: a value") for n in (-1, 256)]
+    wrong.append((dict(ignore_index=2), "one of the classes 0 to 3"))
+    for values in (dict(num_classes=19), dict(num_classes=0, ignore_index=0)):
+        wrong.append((values | dict(dataset="cityscapes"), "with --dataset folder alone"))
+    for changes, words in wrong:
         assert words in refusal(load, own(root, **changes))
     twin = trees.picture(root / "images/train/one/a.jpg", "RGB", 1)
     assert "another image has the key one/a too" in refusal(load, own(root))

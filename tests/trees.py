@@ -65,10 +65,9 @@ LINES = {  # of the lists of each project
     },
     "coco": {"UniMatch": "train2017/{key}.jpg masks/{key}.png", "PseudoSeg": "train2017/{key}"},
 }
-# Cityscapes' id -> train id, as the data set's own scripts have it; every other id is ignored
-TRAIN_ID = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
-TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(TRAIN_ID)}
-ID = {train_id: label_id for label_id, train_id in TRAIN_ID.items()}
+# Cityscapes' ids in the order of their train ids; every other id is ignored
+ID = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
+TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(ID)}
 
 
 def flags(root="", **changes):

@@ -114,23 +114,6 @@ def test_a_list_leads_to_its_files_and_to_none_outside(tmp_path):
     assert "no image here; tried nothing: a link leads what its list names out of here" in line
 
 
-def test_a_labelled_image_needs_its_mask_and_an_unlabelled_one_never(tmp_path):
-    root = trees.camvid(tmp_path / "camvid")
-    for name in NAMES[1::2]:
-        (root / f"trainannot/{name}.png").unlink()
-    one = dict(labeled_list=listed(tmp_path / "l.txt", *NAMES[::2]))
-    both = one | dict(unlabeled_list=listed(tmp_path / "u.txt", *NAMES[1::2]))
-    for some in (dict(split="1/2"), one, both):
-        data = load(flags(root, **some))
-        assert keys_of(data.unlabeled) == NAMES[1::2]
-        assert data.unlabeled == without_mask(data.unlabeled)
-    for part, name, some in (("train", NAMES[1], {}), ("val", "v1", both)):
-        path = root / f"{part}annot/{name}.png"
-        path.unlink(missing_ok=True)
-        line = refusal(load, flags(root, **some))
-        assert line == f"{root}: {name} has no mask here; tried {path}"
-
-
 def differs(found, true):
     """What the line says of keys that are not the published ones."""
     (n, found), (m, true) = (entry(keys).values() for keys in (found, true))

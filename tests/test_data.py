@@ -37,15 +37,10 @@ def reader(**changes):
     return Data(flags(**changes), [], [], [], [])
 
 
-@pytest.fixture
-def item(tmp_path):
-    """An image of 12x9 pixels and its mask, of class 0."""
-    image, label = tmp_path / "image.png", tmp_path / "mask.png"
-    return Item("k", picture(image, "RGB", 7, (12, 9)), picture(label, "L", 0, (12, 9)))
-
-
 @pytest.mark.smoke
-def test_an_item_is_an_rgb_photograph_and_a_mask_of_its_size_that_is_there(item, monkeypatch):
+def test_an_item_is_an_rgb_photograph_and_a_mask_of_its_size(tmp_path, monkeypatch):
+    item = Item("k", tmp_path / "image.png", tmp_path / "mask.png")
+    picture(item.label, "L", 0, (12, 9))
     picture(item.image, "RGBA", (1, 2, 3, 0), (12, 9))
     image, _ = reader().read(item, True)
     assert image.mode == "RGB" and image.getpixel((4, 4)) == (1, 2, 3)

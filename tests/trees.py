@@ -15,16 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"0001TP_{number:06d}" for number in range(6690, 6840, 30)]  # CamVid's way of naming
 VOC = ["2007_000032", "2008_000008", "2009_003377", "2011_000068"]
 CITY = ["aachen_000000_000019", "bad-honnef_000000_080169", "jena_000078_000019"]
+CITY.append("ulm_000001_000019")
+COCO = [f"{number:012}" for number in (9, 177254, 283213, 581929)]
 KEYS = {
     "voc": {"train": VOC, "val": ["2007_000033", "2011_003276"]},
-    "cityscapes": {
-        "train": [*CITY, "ulm_000001_000019"],
-        "val": ["frankfurt_000001_066574", "lindau_000000_000019"],
-    },
-    "coco": {
-        "train": [f"{number:012}" for number in (9, 177254, 283213, 581929)],
-        "val": ["000000000139", "000000581781"],
-    },
+    "cityscapes": {"train": CITY, "val": ["frankfurt_000001_066574", "lindau_000000_000019"]},
+    "coco": {"train": COCO, "val": ["000000000139", "000000581781"]},
 }
 FINE = ["2008_000008", "2011_000068", *KEYS["voc"]["val"]]  # VOC's own masks; the rest is SBD's
 OFFICIAL = "leftImg8bit/{part}/{city}/{key}_leftImg8bit.png"

@@ -21,7 +21,7 @@ from scipy.io import savemat
 
 import cps_fpl
 import prepare_data
-from common import sources
+from common import shapes, sources
 from common.data import FACTS, SPLITS
 from common.flags import cli
 from tiny import resolved
@@ -487,6 +487,14 @@ IDLE = [  # a command that says nothing of what its flag does or takes
 @pytest.mark.parametrize("line, words", IDLE)
 def test_a_number_out_of_range_and_a_flag_that_does_nothing_are_refused(line, words):
     assert words in refusal(command, line)
+
+
+def test_check_of_generated_pictures_tells_their_counts(capsys, monkeypatch):
+    monkeypatch.setattr(shapes, "COUNTS", dict.fromkeys(shapes.COUNTS, 8))
+    command("check --dataset shapes --split 1/4")
+    parts = ("labeled: 2", "unlabeled: 6", "val: 8", "test: 8")
+    out = capsys.readouterr().out
+    assert [f"{part} images, set" in out for part in parts] == [True] * 4
 
 
 def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(capsys):

@@ -454,6 +454,7 @@ NEXT = [  # flags of check, what its next command has beside them
     ("--dataset voc_aug --split 1/2", "--split-family cps"),
     ("--dataset cityscapes --split 1/2 --split-family u2pl --crop-size 33", ""),
     ("--dataset coco --split 1/32", "--split-family unimatch"),
+    ("--dataset coco --split 1/2 --split-seed 3", ""),
 ]
 
 

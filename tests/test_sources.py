@@ -104,6 +104,7 @@ def test_a_list_leads_to_its_files_and_to_none_outside(tmp_path):
     ):
         listed(some, line)
         assert words in refusal(load, labeled) and words in refusal(load, unlabeled)
+    assert "give both" in refusal(load, flags(root, unlabeled_list=good))
     my = folder(tmp_path / "my")
     os.symlink(out, my / "link")
     listed(some, f"link/train/{ONE}.png")
@@ -130,14 +131,14 @@ def test_a_split_is_its_published_list(dataset, family, layout, tmp_path, monkey
     draw(root, layout)
     trees.publish_parts(monkeypatch, dataset)
     path = trees.publish(monkeypatch, dataset, family, "1/2", keys[:0:-2])
-    halves = {family: keys[1::2]}
+    published = {family: ("1/2", keys[1::2])}
     if dataset == "voc_aug":  # of the generated ones no list lies there
-        monkeypatch.setitem(SPLITS[dataset]["cps"], "1/2", entry(keys[::2]))
-        halves["cps"] = keys[::2]
-    for name, half in halves.items():
-        data = load(flags(root, dataset=dataset, split="1/2", split_family=name))
-        assert keys_of(data.labeled) == half
-        assert keys_of(data.unlabeled) == [key for key in keys if key not in half]
+        monkeypatch.setitem(SPLITS[dataset]["cps"], "1/4", entry(keys[::4]))
+        published["cps"] = ("1/4", keys[::4])
+    for name, (split, chosen) in published.items():
+        data = load(flags(root, dataset=dataset, split=split, split_family=name))
+        assert keys_of(data.labeled) == chosen
+        assert keys_of(data.unlabeled) == [key for key in keys if key not in chosen]
     listed(path, *keys[:2])
     line = refusal(load, flags(root, dataset=dataset, split="1/2", split_family=family))
     assert differs(keys[:2], keys[1::2]) in line

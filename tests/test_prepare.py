@@ -281,6 +281,8 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys, mo
     assert len(files) == 8 + 5 + 7 + 4 and not list(root.glob(".*"))
     data = sources.load(flags(root, dataset="voc", split="1464"))
     assert keys_of(data.labeled) == sorted(TRAIN) and keys_of(data.unlabeled) == REST
+    lists = root / "ImageSets/Segmentation"
+    (lists / "train_aug.txt").rename(lists / "trainaug.txt")  # MMSegmentation's name of it
     monkeypatch.setattr(prepare_data, "archive", lambda *some: pytest.fail("archives asked for"))
     command("voc")
     assert "data/voc: complete; next: python prepare_data.py check" in capsys.readouterr().out

@@ -165,16 +165,16 @@ def draw(root, layout):
     return files
 
 
-def publish(monkeypatch, dataset, family, split, keys, lines=None):
+def publish(monkeypatch, dataset, family, split, keys):
     """Makes keys a published set, and its list lie where fetched lists are kept; returns where."""
     new = entry(keys, url="https://example.org/list.txt")
     monkeypatch.setitem(SPLITS[dataset].setdefault(family, {}), split, new)
     path = Path(f"data/splits/{dataset}/{family}/{split.replace('/', '_')}.txt")
-    listed(path, *(lines or keys))
+    listed(path, *reversed(keys))
     return path
 
 
 def publish_parts(monkeypatch, dataset):
     """Makes the drawn images of a data set the published ones."""
-    for part, keys in KEYS["voc" if "voc" in dataset else dataset].items():
-        publish(monkeypatch, dataset, "parts", part, keys, keys[::-1])
+    for part, keys in KEYS[dataset.removesuffix("_aug")].items():
+        publish(monkeypatch, dataset, "parts", part, keys)

@@ -18,12 +18,12 @@ TURNED[274] = 3
 def png(bits, kind, rows, palette=b""):
     """A PNG of 8x4 pixels; kind 0 grey, 2 RGB, 3 palette, 4 grey and alpha."""
     head = struct.pack(">IIBBBBB", 8, 4, bits, kind, 0, 0, 0)
-    text = b"\x89PNG\r\n\x1a\n"
     data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    text = b"\x89PNG\r\n\x1a\n"
     for name, part in ((b"IHDR", head), (b"PLTE", palette), (b"IDAT", data), (b"IEND", b"")):
-        crc = zlib.crc32(name + part)
-        text += struct.pack(">I", len(part)) + name + part + struct.pack(">I", crc) if (
-            part or name != b"PLTE") else b""  # fmt: skip
+        if part or name == b"IEND":
+            text += struct.pack(">I", len(part)) + name + part
+            text += struct.pack(">I", zlib.crc32(name + part))
     return text
 
 
@@ -41,9 +41,8 @@ def tiff(data, bands=1, bits=8, photo=1, kinds=(0,), alpha=None):
         rows = [(tag, 3, 1, value) for tag, value in (tags | {254: kind}).items()]
         end = len(out) + 2 + 12 * (len(rows) + 1) + 4
         rows.append((258, 3, bands, {1: bits, 2: bits * 65537}.get(bands, end)))
-        out += struct.pack("<H", len(rows)) + b"".join(
-            struct.pack("<HHII", *r) for r in sorted(rows)
-        )
+        entries = [struct.pack("<HHII", *row) for row in sorted(rows)]
+        out += struct.pack("<H", len(rows)) + b"".join(entries)
         out += struct.pack("<I", end + 2 * bands if left else 0) + struct.pack("<H", bits) * bands
     return out
 

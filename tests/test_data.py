@@ -1,78 +1,60 @@
-"""Images and masks as they come, in every format, lists, splits, the fill of polygons.
+"""Images and masks as they come, in every format, and from a cache; lists, splits, polygons.
 
-Refusals name the file. Layouts, published splits: test_sources.py.
+What users bring: classes of their own in a whole run, masks of other formats, weights of timm.
 """
 
 import hashlib
+import io
+import json
 import math
+import os
+import pickle
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import convert
+import predict
+import prepare_data
+import supervised
 from common import shapes
 from common.data import FACTS, SPLITS, Data, Item, counts, read_mask, read_photograph, set_hash
-from common.sources import choose, read_list
+from common.sources import choose, load, read_list
+from common.weights import load_backbone
 from formats import GREY, IDS, RGB, TURNED, WIDE, packed, png, saved, tiff
-from trees import NAMES, TRAIN_ID, entry, flags, picture, refusal
+from supervised import Samples, Stream
+from tiny import ROOT, draw_folder, draw_tree, own_folder, shrink, train
+from trees import NAMES, TRAIN_ID, entry, flags, folder, listed, own, picture, refusal
 
 
 def reader(**changes):
     return Data(flags(**changes), [], [], [], [])
 
 
-@pytest.fixture
-def item(tmp_path):
-    """An image of 12x9 pixels and its mask, of class 0."""
-    image, label = tmp_path / "image.png", tmp_path / "mask.png"
-    return Item("k", picture(image, "RGB", 7, (12, 9)), picture(label, "L", 0, (12, 9)))
-
-
-def cut(share, kind="PNG"):
-    """Returns what saves noise and leaves the first share of the file."""
-
-    def spoil(path):
-        noise = np.random.default_rng(0).integers(0, 11, (90, 120, 3), dtype=np.uint8)
-        Image.fromarray(noise if path.stem == "image" else noise[..., 0]).save(path, kind)
-        whole = path.read_bytes()
-        path.write_bytes(whole[: int(len(whole) * share)])
-
-    return spoil
-
-
-def flat(mode, *size):
-    return lambda path: picture(path, mode, 0, size or (12, 9))
-
-
-SPOILED = [  # the file, what happens to it, words of the line
-    *(("image", cut(n, kind), "not readable as an image") for n in (0.5, 0.0, 0.9)
-      for kind in ("PNG", "JPEG")),
-    ("label", Path.unlink, "no such file"),
-    ("label", cut(0.5), "not readable as an image"),
-    ("label", flat("L", 11, 9), "11x9 pixels, not 12x9 as its image "),
-]  # fmt: skip
-
-
 @pytest.mark.smoke
-@pytest.mark.parametrize("which, spoil, word", SPOILED)
-def test_what_cannot_be_read_is_refused_by_name(item, which, spoil, word):
-    path = getattr(item, which)
-    spoil(path)
-    line = refusal(reader().read, item, True)
-    assert line.startswith(f"{path}: ") and word in line
-    if which == "label":  # who asks for no mask, opens none
-        assert reader().read(item, False)[1] is None
-
-
-def test_a_photograph_is_rgb_whatever_its_mode_and_not_too_large(item, monkeypatch):
+def test_an_item_is_an_rgb_photograph_and_a_mask_of_its_size(tmp_path, monkeypatch):
+    item = Item("k", tmp_path / "image.png", tmp_path / "mask.png")
+    picture(item.label, "L", 0, (12, 9))
     picture(item.image, "RGBA", (1, 2, 3, 0), (12, 9))
     image, _ = reader().read(item, True)
     assert image.mode == "RGB" and image.getpixel((4, 4)) == (1, 2, 3)
+    picture(item.label, "L", 0, (11, 9))
+    line = refusal(reader().read, item, True)
+    assert line.startswith(f"{item.label}: 11x9 pixels, not 12x9 as its image ")
+    item.label.unlink()
+    assert refusal(reader().read, item, True) == f"{item.label}: no such file"
+    assert reader().read(item, False)[1] is None  # who asks for no mask, opens none
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # the image has 108
     assert "not readable as an image" in refusal(reader().read, item, False)
 
 
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 11, (90, 120), dtype=np.uint8))
 FILES = [  # bytes; what is read of them, or words of the refusal; as a mask, then as a photograph
     (png(2, 3, packed(IDS, 2), bytes(range(12))), IDS, None),
     (tiff(IDS.tobytes(), kinds=(0, 1, 4)), IDS, IDS),
@@ -93,6 +75,8 @@ FILES = [  # bytes; what is read of them, or words of the refusal; as a mask, th
     *((tiff(bytes(128), 4, photo=2, alpha=n), "mode RGB", "a TIFF of 4 bands") for n in (0, 2)),
     (tiff(bytes(160), 5, photo=2, kinds=(0,)), "bands, bits or a compression", "bands, bits or"),
     (b"", "fetch it again", "fetch it again"),
+    (saved(NOISE, "PNG")[:4000], "not readable as an image", "not readable as an image"),
+    (saved(NOISE, "JPEG")[:-200], None, "not readable as an image"),
 ]  # fmt: skip
 
 
@@ -103,9 +87,17 @@ def test_a_file_is_read_as_stored_or_refused_with_the_cause(tmp_path, data, mask
     path.write_bytes(data)
     for read, found in ((read_mask, mask), (read_photograph, photograph)):
         if isinstance(found, str):
-            assert found in refusal(read, path)
+            line = refusal(read, path)
+            assert line.startswith(f"{path}: ") and found in line
         elif found is not None:
             assert (np.asarray(read(path)).reshape(4, 8, -1) == found[..., None]).all()
+
+
+def test_a_palette_of_few_colours_keeps_every_index():
+    mask = np.array([[0, 1, 15, 16, 200, 255]], np.uint8)
+    for count in (2, 16, 256):
+        data = io.BytesIO(convert.png(mask, [[i, i, i] for i in range(count)]))
+        assert np.array_equal(np.asarray(Image.open(data)), mask)
 
 
 @pytest.mark.smoke
@@ -118,29 +110,28 @@ def test_a_fill_has_the_pixels_whose_centres_it_holds_and_pictures_are_the_same_
         parts = [[edge[i], edge[i - 1], (x, y)] for i in range(4)]
         assert (sum(shapes.polygon([part], 9, 9).astype(int) for part in parts) == 1).all()
     digest = hashlib.sha1()
-    for key in (key for part in shapes.COUNTS for key in shapes.keys(part)):
+    for key in (key for part in shapes.COUNTS for key in shapes.keys(part)[::-16]):
         for drawn in shapes.draw(key):
             digest.update(drawn.tobytes())
-    assert digest.hexdigest() == "9ae3527a81f34e3516d5b1a34facf18b5d56c833"
+    assert digest.hexdigest() == "c384db40666745f9defe5b493fe9d2869d921dbf"
 
 
-def tables():
-    """Yields data set, flags, the name of a mask, and {a value of it: its class or 255}."""
-    yield "camvid", {}, "k.png", {v: v for v in range(11)} | {11: 255, 255: 255}
-    for name, end, count in (("voc", "k.png", 21), ("cityscapes", "k_labelTrainIds.png", 19)):
-        yield name, {}, end, {v: v for v in range(count)} | {255: 255}
-    ids = {v: TRAIN_ID.get(v, 255) for v in (*range(34), 255)}
-    yield "cityscapes", {}, "k_gtFine_labelIds.png", ids
-    for count, ignored in ((2, 255), (81, 255), (254, 255), (11, 11)):
-        classes = {v: v for v in range(count)} | {ignored: 255}
-        yield "folder", dict(num_classes=count, ignore_index=ignored), "k.png", classes
+TRAIN_IDS = {v: TRAIN_ID.get(v, 255) for v in (*range(34), 255)}
+TABLES = [  # data set, flags, the name of a mask, {a value of it: its class or 255}
+    ("camvid", {}, "k.png", {v: v for v in range(11)} | {11: 255, 255: 255}),
+    ("voc", {}, "k.png", {v: v for v in range(21)} | {255: 255}),
+    ("cityscapes", {}, "k_labelTrainIds.png", {v: v for v in range(19)} | {255: 255}),
+    ("cityscapes", {}, "k_gtFine_labelIds.png", TRAIN_IDS),
+]
+for count, ignored in ((2, 255), (254, 255), (11, 11)):
+    flags_of_folder = dict(num_classes=count, ignore_index=ignored)
+    classes = {v: v for v in range(count)} | {ignored: 255}
+    TABLES.append(("folder", flags_of_folder, "k.png", classes))
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name, changes, end, classes", list(tables()))
-def test_every_value_becomes_its_class_or_255_and_any_other_is_refused_with_its_place(
-    tmp_path, name, changes, end, classes
-):
+@pytest.mark.parametrize("name, changes, end, classes", TABLES)
+def test_a_value_becomes_its_class_or_is_refused(tmp_path, name, changes, end, classes):
     data = reader(dataset=name, **changes)
     item = Item("k", picture(tmp_path / "image.png", "RGB", 0, (16, 16)), tmp_path / end)
     known = np.resize(np.array(list(classes), np.uint8), (16, 16))
@@ -160,62 +151,55 @@ def test_every_value_becomes_its_class_or_255_and_any_other_is_refused_with_its_
 
 A, B = NAMES[:2]
 P, M = f"train/{A}.png", f"trainannot/{A}.png"
-FORMS = [  # data set, a list, its keys, the columns of the first; B's do not matter
-    ("camvid", f"{P}\t{M}\ntrain/{B}.png\ttrainannot/{B}.png\n", [A, B], P, M),
-    ("camvid", f"{P} {M}\r\ntrain/{B}.png trainannot/{B}.png\r\n", [A, B], P, M),
-    ("camvid", f"\n\n  {B}  \n   \n\t\n\t{A}\n\n", [B, A], B, None),  # in its order
-    ("camvid", f"{P}\tNone\ntrain/{B}.png\t\n", [A, B], P, None),
-    ("camvid", f"\ufeff{A}\r{B}\r", [A, B], A, None),  # a byte order mark
-    ("camvid", "train/a..b.png x/..c.png", ["a..b"], "train/a..b.png", "x/..c.png"),  # no climbing
-    # lines of the released lists
-    ("voc", "/J/2007_000032.jpg /x/7_9.png", ["2007_000032"], "J/2007_000032.jpg", "x/7_9.png"),
-    ("cityscapes", "a-b_000000_000465.p\t/x", ["a-b_000000_000465"], "a-b_000000_000465.p", "x"),
-    ("folder", "images/val/a b/c.e.JPG\tm/x y.p", ["a b/c.e"], "images/val/a b/c.e.JPG", "m/x y.p"),
+CLIMBS = ("a/../b.png", f"{B}\t../b.png", f"{B} /../b.png", "a/..")
+LISTS = [  # data set, a list; its keys and the columns of the first, or what the line says of it
+    ("camvid", f"{P}\t{M}\ntrain/{B}.png\ttrainannot/{B}.png\n", ([A, B], P, M)),
+    ("camvid", f"{P} {M}\r\ntrain/{B}.png trainannot/{B}.png\r\n", ([A, B], P, M)),
+    ("camvid", f"\n\n  {B}  \n   \n\t\n\t{A}\n\n", ([B, A], B, None)),  # in its order
+    ("camvid", f"{P}\tNone\ntrain/{B}.png\t\n", ([A, B], P, None)),
+    ("camvid", f"\ufeff{A}\r{B}\r", ([A, B], A, None)),  # a byte order mark
+    ("camvid", "train/a..b.png x/..c.png", (["a..b"], "train/a..b.png", "x/..c.png")),
+    ("voc", "/J/2007_000032.jpg /x/7_9.png", (["2007_000032"], "J/2007_000032.jpg", "x/7_9.png")),
+    ("cityscapes", "a-b_000000_000465.p\t/x", (["a-b_000000_000465"], "a-b_000000_000465.p", "x")),
+    ("folder", "images/val/a b/c.JPG\tm/x y.p", (["a b/c"], "images/val/a b/c.JPG", "m/x y.p")),
+    ("camvid", "\n \n\r\n", ": an empty list"),
+    ("camvid", f"{A}\n{B}\n\nx/{A}.png y/{A}.png\n", f":4: twice: x/{A}.png"),
+    ("camvid", "\nwhat/is/this/\n", ":2: no image key: what/is/this/"),
+    ("camvid", f"{A}\n{B}\t\ta\n", f":2: more than two columns: {B}\t\ta"),
+    *(("camvid", f"{A}\n{line}\n", ":2: a path with ..: ") for line in CLIMBS),
+    ("camvid", "a\0b.png", ":1: a NUL: "),
+    ("camvid", "a.jpg,b.png", ":1: columns with , between"),
+    ("voc", "2007_000032; 2008_000008", ":1: columns with ; between"),
+    ("cityscapes", "a_000078_000019|b_000000_000019", ":1: columns with | between"),
+    ("folder", "images/train/a.png;masks/train/a.png", ":1: columns with ; between"),
+    ("camvid", "a".encode("utf-16"), ": not a readable list (UTF-16)"),
 ]  # fmt: skip
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("name, text, keys, image, mask", FORMS)
-def test_a_list_is_read_in_every_form_and_in_its_order(tmp_path, name, text, keys, image, mask):
-    (tmp_path / "list.txt").write_bytes(text.encode())
-    rows = read_list(tmp_path / "list.txt", FACTS[name]["key"])
+@pytest.mark.parametrize("name, text, expected", LISTS)
+def test_a_list_is_read_in_every_form_or_refused_by_its_line(tmp_path, name, text, expected):
+    path, pattern = tmp_path / "list.txt", FACTS[name]["key"]
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(expected, str):
+        assert refusal(read_list, path, pattern).startswith(f"{path}{expected}")
+        return
+    keys, image, mask = expected
+    rows = read_list(path, pattern)
     assert list(rows) == keys and rows[keys[0]] == (image, mask)
-
-
-CLIMBS = ("a/../b.png", f"{B}\t../b.png", f"{B} /../b.png", "a/..")
-UNUSABLE = [  # data set, bytes of a list, what the line says after the file's name
-    ("camvid", b"\n \n\r\n", ": an empty list"),
-    ("camvid", f"{A}\n{B}\n\nx/{A}.png y/{A}.png\n".encode(), f":4: twice: x/{A}.png"),
-    ("camvid", b"\nwhat/is/this/\n", ":2: no image key: what/is/this/"),
-    ("camvid", f"{A}\n{B}\t\ta\n".encode(), f":2: more than two columns: {B}\t\ta"),
-    *(("camvid", f"{A}\n{line}\n".encode(), ":2: a path with ..: ") for line in CLIMBS),
-    ("camvid", b"a\0b.png", ":1: a NUL: "),
-    ("camvid", b"a.jpg,b.png", ":1: columns with , between"),
-    ("camvid", "a".encode("utf-16"), ": not a readable list (UTF-16)"),
-    ("camvid", b"\xff\xfe\x00\x81", ": not a readable list ("),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name, text, words", UNUSABLE)
-def test_lists_that_cannot_be_used_are_refused_by_file_and_line(tmp_path, name, text, words):
-    path = tmp_path / "list.txt"
-    path.write_bytes(text)
-    assert refusal(read_list, path, FACTS[name]["key"]).startswith(f"{path}{words}")
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("seed", [None, 0, 7])
-def test_a_split_is_every_rth_key_or_a_random_set_as_large_and_nested(seed):
+def test_a_split_is_every_rth_key_or_the_first_of_a_permutation(seed):
     ordered = [f"k{i:04d}" for i in range(367)]
-    before, keys = set(ordered), np.random.default_rng(1).permutation(ordered).tolist()
+    keys = np.random.default_rng(1).permutation(ordered).tolist()
     for r in (2, 4, 8, 16):
         labeled, unlabeled = choose(keys, f"1/{r}", seed)
-        # the seeds of the runs in results/: the first of numpy's permutation
+        # as the seeds of the runs in results/ drew; nested in r
         drawn = np.random.default_rng(seed).permutation(ordered)[: math.ceil(367 / r)]
         assert labeled == (ordered[::r] if seed is None else sorted(drawn.tolist()))
         assert unlabeled == [k for k in ordered if k not in labeled]
-        assert set(labeled) <= before
-        before = set(labeled)
     assert choose(keys, "all", seed) == (ordered, ordered)
     assert "--split-seed -1" in refusal(choose, keys, "1/8", -1)
     for split in ("1/1", "1/6", "2/4", "1/-2", "1/2.0", "", "183"):
@@ -239,10 +223,166 @@ def test_counts_are_those_of_the_papers_and_the_published_sets_those_of_the_proj
     for name, family, split in ((d, f, s) for d in SPLITS for f in SPLITS[d] for s in SPLITS[d][f]):
         one = SPLITS[name][family][split]
         found.append(f"{name} {family} {split} {one['images']} {one.get('set', '')}".strip())
-        # cps's are generated; nobody published a list of COCO's training images
-        assert "url" in one or (name, family) == ("voc_aug", "cps") or "set" not in one
         if family != "parts" and (family[:3], split) != ("cac", "1/4"):  # CAC's: one fewer
             assert counts(name, split)[0] == one["images"]
     # read from the lists of each project
     assert (len(found), entry(found)["set"]) == (65, "3365c239")
     assert set_hash(["c9", "a", "c10", "b"]) == entry(["a", "b", "c10", "c9"])["set"]
+
+
+# ---- the cache of decoded images ----
+
+
+def make(tree, out, **more):
+    prepare_data.Cache(dataset="camvid", data_root=str(tree), out=str(out), **more).run()
+    return str(out)
+
+
+def read_all(data):
+    """Returns the arrays of all images and masks that a run may read."""
+    items = data.labeled + data.unlabeled + data.val + data.test
+    pairs = [data.read(item, item.label is not None) for item in items]
+    return [np.asarray(picture) for pair in pairs for picture in pair if picture is not None]
+
+
+@pytest.fixture
+def tree(tmp_path):
+    return draw_tree(tmp_path / "my tree")
+
+
+def test_what_is_read_and_its_samples_are_the_same_bit_for_bit_whatever_is_cached(tree, tmp_path):
+    """Whole, cut by --max-gb, in another process, and after it was deleted."""
+    files = load(flags(tree, split="1/4"))
+    stream = Stream(files.labeled, 4, True, (0.5, 2.0))
+    for gb, number in ((1, 2 * (8 + 2 + 2)), (36 * 48 * (3 + 1 + 3) / 1e9, 3)):
+        cache = make(tree, tmp_path / "cache", max_gb=gb)
+        args = flags(tree, split="1/4", cache=cache)
+        data = load(args)
+        assert len(data.cache.files) == number
+        copies = [data, pickle.loads(pickle.dumps(data))]  # as for a loader that is not forked
+        shutil.rmtree(cache)
+        copies.append(pickle.loads(pickle.dumps(data)))
+        assert copies[1].cache.files and copies[2].cache is None
+        expected = Samples("labeled", stream, files, args)[3]
+        for copy in copies:
+            assert all(map(np.array_equal, read_all(files), read_all(copy)))
+            sample = Samples("labeled", stream, copy, args)[3]
+            assert all(torch.equal(sample[name], expected[name]) for name in expected)
+
+
+def flip(cache):
+    np.memmap(f"{cache}/pixels.bin", np.uint8, "r+")[7] ^= 1
+
+
+def older(cache):
+    index = json.loads((cache / "index.json").read_text())
+    listed(cache / "index.json", json.dumps(index | {"decoders": {"pil": "1.0"}}))
+
+
+MASK = "my tree/trainannot/train0.png"
+WRONG = [  # what happens to a cache or to its files, words of the refusal
+    (flip, "damaged; delete it"),
+    (lambda cache: os.truncate(cache / "pixels.bin", 99), "99 of"),
+    (lambda cache: os.truncate(cache / "pixels.bin", 0), "not a whole cache"),
+    (older, "may differ; delete it"),
+    (lambda cache: picture(cache.parent / MASK, "L", 3, (48, 36)), f"{MASK} has changed"),
+    (shutil.rmtree, "prepare_data.py cache --dataset camvid"),
+]
+
+
+@pytest.mark.parametrize("spoil, words", WRONG)
+def test_a_cache_that_is_not_right_is_refused_with_its_remedy(spoil, words, tree, tmp_path):
+    cache = tmp_path / "cache"
+    args = flags(tree, cache=make(tree, cache))
+    for path in tree.rglob("*.*"):
+        os.utime(path, (0, 0))  # copied since: other times, the same content
+    read_all(load(args))
+    spoil(cache)
+    line = refusal(lambda: read_all(load(args)))
+    assert words in line
+    shutil.rmtree(cache, ignore_errors=True)
+    prepare_data.main(shlex.split(re.search("prepare_data.py (.*) makes", line)[1]))
+    read_all(load(args))
+
+
+def test_making_one_leaves_nothing_behind_where_it_cannot(tree, tmp_path):
+    cache = make(tree, tmp_path / "cache")
+    other = own(folder(tmp_path / "other"), cache=cache)
+    assert "no file of this run" in refusal(load, other)
+    assert "exists" in refusal(make, tree, cache)
+    again = tmp_path / "again"
+    assert "not even the first" in refusal(lambda: make(tree, again, max_gb=1e-6))
+    (tree / "testannot/test1.png").write_bytes(b"no image")
+    assert "test1.png: not readable" in refusal(make, tree, again)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "my tree", "other"]
+
+
+# ---- a folder of one's own in a whole run; other formats, other weights ----
+
+
+CONSTANT = [  # ids of the masks, 9 is ignored; what the first evaluation says, and of which command
+    ([0, 9, 0], "val's masks hold one class", "convert"),
+    ([0, 1, 2], "one class everywhere", "stats"),
+]
+
+
+@pytest.mark.parametrize("ids, said, command", CONSTANT)
+def test_a_run_names_its_classes_and_says_once_what_a_constant_scores(
+    ids, said, command, tmp_path, monkeypatch, capsys
+):
+    """The names: in log, checkpoint, panels and predictions."""
+    shrink(supervised, monkeypatch)
+    monkeypatch.setattr(supervised, "predict", lambda net, x, *some: torch.zeros_like(x[0]).long())
+    root = draw_folder(tmp_path / "my own", 3)
+    for path in root.glob("masks/*/*.png"):
+        Image.open(path).point([*ids, *[9] * 253]).save(path)
+    names = ["bare ground", "tree", "a, b"]
+    rows = [f'{i},"{name}",{90 * i},7,0' for i, name in enumerate(names)]
+    listed(root / "classes.csv", "id,name,r,g,b", *rows)
+    run = tmp_path / "run"
+    argv = own_folder(root, run, 0, iters=4, evaluate=2, save=4, pictures=4)
+    train(supervised, [*argv, "--ignore-index", "9"])
+    pattern = f"^{said}.*: python prepare_data.py ({command} .*)$"
+    (line,) = re.findall(pattern, capsys.readouterr().out, re.M)
+    if command == "stats":
+        prepare_data.main(shlex.split(line))
+    start, *_, done = map(json.loads, (run / "log.jsonl").read_text().splitlines())
+    assert start["classes"] == names and len(done["last"]["iou"]) == 3
+    source = predict.open_source(str(run))
+    assert source.data.classes == names and source.data.palette.tolist()[2] == [180, 7, 0]
+    predict.main([str(run), "--split", "val", "--out", str(tmp_path / "scored")])
+    assert "bare ground" in (tmp_path / "scored/index.html").read_text()
+    below = np.asarray(Image.open(run / "panels/000004-val.png"))[2 * 176 :]  # of the two images
+    assert all((below == [90 * i, 7, 0]).all(2).any() for i in {*ids} - {9})
+
+
+def test_the_block_that_others_of_the_page_begin_with_makes_ids_by_the_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = ["0,a,0,0,0,3", "1,b,0,0,0,4", "1,b,0,0,0,5"]
+    listed(Path("my/classes.csv"), "id,name,r,g,b,value", *rows)
+    page = (ROOT / "docs/formats.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], space := {})
+    grey = np.zeros((1, 3), np.uint8)
+    space["put"]("x", grey, np.array([[3, 4, 5]]))
+    assert np.asarray(Image.open("my/masks/train/x.png")).tolist() == [[0, 1, 1]]
+    with pytest.raises(KeyError, match="6"):
+        space["put"]("x", grey, np.array([[3, 4, 6]]))
+    assert space["grey"](np.array([-9, 0, 1, 2, 3]), 0, 2).tolist() == [0, 0, 128, 255, 255]
+
+
+STEMS = [("resnet50s", "deep", (64, 64, 128)), ("resnet101c", "v1c", (32, 32, 64))]
+
+
+@pytest.mark.parametrize("name, stem, widths", STEMS)
+def test_timms_networks_have_the_keys_and_features_of_a_stem(tmp_path, name, stem, widths):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model(name).eval()
+    net = supervised.torchvision.models.get_model(name[:-1], weights=None)
+    del net.fc, net.avgpool
+    supervised.deepen_stem(net, widths)
+    x = torch.randn(1, 3, 32, 32)
+    state = theirs.state_dict()
+    for content in (state, {"model": {f"module.{key}": value for key, value in state.items()}}):
+        torch.save(content, tmp_path / "w.pth")
+        load_backbone(net, str(tmp_path / "w.pth"), name[:-1], stem)
+        assert torch.equal(supervised.features(net.eval(), x)[3], theirs.forward_features(x))

@@ -1,13 +1,9 @@
-"""prepare_data.py on drawn miniatures: lists, archives, downloads, VOC with SBD, checks, convert.
-
-Nothing is fetched but from this process.
-"""
+"""prepare_data.py on drawn miniatures: lists, archives, downloads, VOC with SBD, checks, splits."""
 
 import hashlib
 import io
 import json
 import os
-import re
 import shlex
 import shutil
 import tarfile
@@ -25,20 +21,16 @@ from scipy.io import savemat
 
 import cps_fpl
 import prepare_data
-import trees
 from common import shapes, sources
 from common.data import FACTS, SPLITS
-from common.flags import about
-from common.run import report
-from common.sources import load
-from formats import TURNED
+from common.flags import cli
 from tiny import resolved
-from trees import NAMES, camvid, entry, flags, folder, keys_of, listed, own, picture, refusal
+from trees import NAMES, camvid, entry, flags, folder, keys_of, listed, picture, refusal
 
 
 def command(line, *more):
     """Runs a command as its line has it."""
-    prepare_data.main([*line.split(), *map(str, more)])
+    prepare_data.main([*shlex.split(line), *map(str, more)])
 
 
 @pytest.fixture(autouse=True)
@@ -101,58 +93,35 @@ def test_a_download_goes_on_where_it_was_cut_off_and_is_checked(server, ranges):
     assert not Path("b").exists() and "404" in refusal(sources.download, url + "b", Path("c"))
 
 
-def test_only_https_is_fetched_from_and_no_redirect_leads_elsewhere():
+@pytest.mark.parametrize("url", ["ftp://host/a", "file:///etc/a", "data:,x", "http://host/a"])
+def test_only_https_is_fetched_from_and_no_redirect_leads_elsewhere(url):
+    assert "nothing is fetched but by https" in refusal(sources.download, url, Path("c"))
     follow = sources.Redirect().redirect_request
-    for url in ("ftp://host/a", "file:///etc/hostname", "data:,x", "http://host/a"):
-        assert "nothing is fetched but by https" in refusal(sources.download, url, Path("c"))
-        assert "https" in refusal(follow, Request("https://host/a"), None, 302, "", {}, url)
+    assert "https" in refusal(follow, Request("https://host/a"), None, 302, "", {}, url)
 
 
 KEYS = [f"2007_{i:06d}" for i in (7, 3, 40, 5, 1, 22, 13, 9)]
+TRAIN, VAL = ["2007_000001", "2007_000002", "2009_000005"], ["2007_000003", "2008_000009"]
 LISTS, HOST = Path("data/splits/voc_aug"), "https://host"
 
 
-@pytest.fixture
-def small(server, monkeypatch):
-    """Splits of a small voc_aug: u2pl's 1/4 and cac's are fetched, cps's 1/4 every 4th image."""
-    splits = {"parts": {"train": entry(KEYS, url=f"{HOST}/train")}}
-    splits["parts"]["val"] = entry(["2008_000001"], url=f"{HOST}/val")
-    splits["cps"] = {"1/4": entry(sorted(KEYS)[::4])}
-    splits["u2pl"] = {"1/4": entry(KEYS[:2], url=f"{HOST}/u2pl")}
-    splits |= {f"cac{i}": {"1/4": entry(KEYS[i:3], url=f"{HOST}/cac")} for i in (0, 1)}
-    for name in list(SPLITS):
-        monkeypatch.delitem(SPLITS, name)
-    monkeypatch.setitem(SPLITS, "voc_aug", splits)
-    train = "".join(f"/JPEGImages/{k}.jpg /m/{k}.png\r\n" for k in KEYS).encode()
-    bodies = {"train": train, "u2pl": "\n".join(KEYS[:2]).encode(), "val": b"2008_000001"}
-    server.files = {f"{HOST}/{name}": body for name, body in bodies.items()}
-    return server
-
-
 @pytest.mark.smoke
-def test_a_list_is_fetched_once_checked_kept_in_its_order_and_never_mended(small, capsys):
-    """One that cannot be had is refused with the command as it is typed."""
+def test_a_list_is_fetched_once_checked_kept_in_its_order(server, capsys, monkeypatch):
+    monkeypatch.setitem(SPLITS["voc_aug"]["u2pl"], "1/4", entry(KEYS[:2], url=HOST))
+    server.files = {HOST: "\n".join(KEYS[:2]).encode()}
     path = LISTS / "u2pl/1_4.txt"
     for _ in range(2):
         assert sources.fetch_list("voc_aug", "u2pl", "1/4") == path
     assert capsys.readouterr().out == f"{path}: 2 images, set {entry(KEYS[:2])['set']}\n"
-    assert len(small.asked) == 1 and path.read_text() == f"{KEYS[0]}\n{KEYS[1]}\n"
+    assert len(server.asked) == 1 and path.read_text() == f"{KEYS[0]}\n{KEYS[1]}\n"
     path.write_text("a page")
-    line = refusal(command, "splits --family u2pl")
+    line = refusal(sources.fetch_list, "voc_aug", "u2pl", "1/4")
     assert line.startswith(f"{path}: ") and "delete it" in line and path.read_text() == "a page"
-    shutil.rmtree("data")
+    path.unlink()
     for body in (b"2007_000007\n2007_000040\n", b"<html>moved</html>", None):
-        small.files = {f"{HOST}/u2pl": body}
+        server.files = {HOST: body}
         line = refusal(sources.fetch_list, "voc_aug", "u2pl", "1/4")
-        assert "python prepare_data.py splits --family u2pl, with --from DIR" in line
-        assert "/u2pl" in line and ("404" in line or entry(KEYS[:2])["set"] in line)
-    for family, split, word in (
-        ("parts", "train", "cps"),
-        ("cps", "1/4", "cps"),
-        ("cac1", "1/4", "cac"),
-    ):
-        line = refusal(sources.fetch_list, "voc_aug", family, split)
-        assert f"python prepare_data.py splits --family {word}, with --from DIR" in line
+        assert HOST in line and ("404" in line or entry(KEYS[:2])["set"] in line)
     assert not list(Path().rglob("*.txt"))
 
 
@@ -163,13 +132,25 @@ def test_a_list_that_cannot_be_fetched_is_refused_with_the_command_that_fetches_
             continue
         line = refusal(sources.fetch_list, dataset, family, split)
         words = line.partition("; python prepare_data.py ")[2].partition(", with")[0]
-        assert line.startswith(str(sources.LISTS)) and server.asked
+        assert line.startswith(str(sources.LISTS)) and "with --from DIR" in line and server.asked
         server.asked.clear()
         refusal(command, words + f" --dataset {dataset}")
         assert server.asked
 
 
-def test_splits_writes_a_family_and_both_parts_from_the_network_or_a_folder(small, capsys):
+def test_splits_writes_a_family_and_both_parts(server, capsys, monkeypatch):
+    splits = {
+        "parts": {"train": entry(KEYS, url=f"{HOST}/train"), "val": entry(VAL, url=f"{HOST}/val")},
+        "cps": {"1/4": entry(sorted(KEYS)[::4])},  # not fetched: every 4th image
+        "cac0": {"1/4": entry(KEYS[:3], url=HOST)},
+        "cac1": {"1/4": entry(KEYS[1:3], url=HOST)},
+    }
+    for name in list(SPLITS):
+        monkeypatch.delitem(SPLITS, name)
+    monkeypatch.setitem(SPLITS, "voc_aug", splits)
+    lines = [f"/JPEGImages/{key}.jpg /m/{key}.png\r\n" for key in KEYS]
+    server.files = {f"{HOST}/train": "".join(lines).encode()}
+    server.files[f"{HOST}/val"] = "\n".join(VAL).encode()
     command("splits --family cps --dataset voc_aug")
     assert contents(LISTS).keys() == {"cps/1_4.txt", "parts/train.txt", "parts/val.txt"}
     assert (LISTS / "cps/1_4.txt").read_text().split() == sorted(KEYS)[::4]
@@ -187,8 +168,9 @@ def test_splits_writes_a_family_and_both_parts_from_the_network_or_a_folder(smal
     assert (LISTS / "cac1/1_4.txt").read_text().split() == KEYS[1:3]
 
 
-def archive(path, files, *links):
-    """Writes a tar or zip: {name: bytes}, then links: (name, target, kind)."""
+def archive(path, files):
+    """Writes a tar or zip of {name: bytes, or (target, kind) of a link}."""
+    path.parent.mkdir(exist_ok=True)
     if path.suffix == ".zip":
         with zipfile.ZipFile(path, "w") as opened:
             for name, data in files.items():
@@ -197,12 +179,12 @@ def archive(path, files, *links):
     with tarfile.open(path, "w:gz" if path.suffix == ".tgz" else "w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        for name, target, kind in links:
-            info = tarfile.TarInfo(name)
-            info.linkname, info.type = target, kind
-            tar.addfile(info)
+            if isinstance(data, tuple):
+                info.linkname, info.type = data
+                tar.addfile(info)
+            else:
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
     return path
 
 
@@ -214,13 +196,13 @@ LINKS += [("/etc/passwd", tarfile.LNKTYPE), ("../out", tarfile.LNKTYPE), ("", ta
 @pytest.mark.smoke
 @pytest.mark.parametrize("kind", ["tar", "tgz", "zip"])
 def test_what_leads_out_or_is_cut_off_is_refused_by_name(tmp_path, kind):
-    path, to, good = tmp_path / f"a.{kind}", tmp_path / "to", {"good": b"x"}
-    info = zipfile.ZipInfo("l")
-    info.external_attr = 0o120777 << 16
-    bad = [(name, ({name: b"x"},)) for name in OUT]
-    bad += [("l", ({info: "x"},))] if kind == "zip" else [("l", ({}, ("l", *one))) for one in LINKS]
-    for name, (files, *links) in bad:
-        archive(path, good | files, *links)
+    path, to = tmp_path / f"a.{kind}", tmp_path / "to"
+    bad = [(name, name, b"x") for name in OUT]  # its name, its key, its content
+    link = zipfile.ZipInfo("l")
+    link.external_attr = 0o120777 << 16
+    bad += [("l", link, "x")] if kind == "zip" else [("l", "l", one) for one in LINKS]
+    for name, key, content in bad:
+        archive(path, {"good": b"x", key: content})
         for wanted in (".", "^good$"):  # checked though nobody wants it
             line = refusal(list, prepare_data.members(path, to, wanted))
             assert line.startswith(f"{path}: unsafe") and repr(name) in line
@@ -233,25 +215,34 @@ def test_what_leads_out_or_is_cut_off_is_refused_by_name(tmp_path, kind):
         assert line.startswith(f"{path}: damaged or cut off")
 
 
-TRAIN, VAL = ["2007_000001", "2007_000002", "2009_000005"], ["2007_000003", "2008_000009"]
 SBD = ["2007_000001", "2007_000003", "2008_000004", "2010_000006"]  # two of them VOC's too
 REST = SBD[2:]
 CLS, ARCHIVES = "benchmark_RELEASE/dataset/cls", [*prepare_data.ARCHIVES]
 
 
 def mat(array):
-    """SBD's form: a struct GTcls with Boundaries, Segmentation and CategoriesPresent."""
-    file, content = io.BytesIO(), {"Boundaries": np.zeros((20, 1)), "Segmentation": array}
-    savemat(file, {"GTcls": content | {"CategoriesPresent": np.unique(array)}}, do_compression=True)
+    """What is read of SBD's form: a struct GTcls with a Segmentation."""
+    file = io.BytesIO()
+    savemat(file, {"GTcls": {"Segmentation": array}}, do_compression=True)
     return file.getvalue()
+
+
+RNG = np.random.default_rng(3)
+MASKS = {key: RNG.integers(0, 21, (7, 9), np.uint8) for key in SBD}
+
+
+def put(monkeypatch, *files):
+    """Writes VOC's and SBD's archives, {name: bytes}, into `from`; their hashes are right."""
+    known = {}
+    for name, content in zip(ARCHIVES, files, strict=True):
+        path = archive(Path("from").resolve() / name, content)
+        known[name] = (path.as_uri(), hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(prepare_data, "ARCHIVES", known)
 
 
 @pytest.fixture
 def voc(monkeypatch):
-    """Both archives in miniature in the folder `from`, fetched from there by file://.
-
-    files: {name: bytes} of each. masks: SBD's. put() writes the archives; their hashes are right.
-    """
+    """Both archives in miniature, fetched from `from` by file://; returns their files."""
     top = Path("drawn/VOCdevkit/VOC2012")
     for i, key in enumerate(sorted({*TRAIN, *VAL, *SBD, "2011_000099"})):  # in no list: the last
         picture(top / f"JPEGImages/{key}.jpg", "RGB", i, (9, 7))
@@ -260,26 +251,14 @@ def voc(monkeypatch):
     for part, keys in (("train", TRAIN), ("val", VAL), ("trainval", sorted(TRAIN + VAL))):
         listed(top / f"ImageSets/Segmentation/{part}.txt", *keys)
     listed(top / "ImageSets/Main/train.txt", "unread")
-    rng = np.random.default_rng(3)
-    made = SimpleNamespace(masks={key: rng.integers(0, 21, (7, 9), np.uint8) for key in SBD})
-    sbd = {f"{CLS}/{key}.mat": mat(mask) for key, mask in made.masks.items()}
-    made.files = [contents("drawn"), sbd | {"benchmark_RELEASE/dataset/inst/a.mat": b"unread"}]
+    sbd = {f"{CLS}/{key}.mat": mat(mask) for key, mask in MASKS.items()}
+    sbd["benchmark_RELEASE/dataset/inst/a.mat"] = b"unread"
     fine = entry(TRAIN, url=Path(listed(Path("fine"), *TRAIN)).resolve().as_uri())
     parts = {"train": entry([*TRAIN, *REST]), "val": entry(VAL)}
     monkeypatch.setitem(SPLITS, "voc", {"parts": parts, "cps": {"1464": fine}})
     monkeypatch.setattr(sources, "SCHEMES", ("file",))
-    Path("from").mkdir()
-
-    def put():
-        known = {}
-        for name, files in zip(ARCHIVES, made.files, strict=True):
-            path = archive(Path("from").resolve() / name, files)
-            known[name] = (path.as_uri(), hashlib.md5(path.read_bytes()).hexdigest())
-        monkeypatch.setattr(prepare_data, "ARCHIVES", known)
-
-    made.put = put
-    put()
-    return made
+    put(monkeypatch, contents("drawn"), sbd)
+    return contents("drawn"), sbd
 
 
 @pytest.mark.smoke
@@ -289,12 +268,12 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys, mo
     assert out.index("GB") < out.index("complete")  # the disk it takes is said first
     files, root = contents("data/voc"), Path("data/voc")
     for key in (*TRAIN, *VAL):
-        drawn = voc.files[0][f"VOCdevkit/VOC2012/SegmentationClass/{key}.png"]
+        drawn = voc[0][f"VOCdevkit/VOC2012/SegmentationClass/{key}.png"]
         for place in ("SegmentationClass", "SegmentationClassAug"):
             assert files[f"{place}/{key}.png"] == drawn
     for key in REST:
         with Image.open(root / f"SegmentationClassAug/{key}.png") as mask:
-            assert mask.mode == "P" and np.array_equal(np.asarray(mask), voc.masks[key])
+            assert mask.mode == "P" and np.array_equal(np.asarray(mask), MASKS[key])
             assert mask.getpalette()[:63] == sum(FACTS["voc"]["palette"], [])
     text = files["ImageSets/Segmentation/train_aug.txt"].decode()
     assert text == "".join(f"{key}\n" for key in sorted([*TRAIN, *REST]))
@@ -302,6 +281,8 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys, mo
     assert len(files) == 8 + 5 + 7 + 4 and not list(root.glob(".*"))
     data = sources.load(flags(root, dataset="voc", split="1464"))
     assert keys_of(data.labeled) == sorted(TRAIN) and keys_of(data.unlabeled) == REST
+    lists = root / "ImageSets/Segmentation"
+    (lists / "train_aug.txt").rename(lists / "trainaug.txt")  # MMSegmentation's name of it
     monkeypatch.setattr(prepare_data, "archive", lambda *some: pytest.fail("archives asked for"))
     command("voc")
     assert "data/voc: complete; next: python prepare_data.py check" in capsys.readouterr().out
@@ -323,11 +304,14 @@ def test_what_is_there_stays_archives_and_other_files(voc, monkeypatch):
     assert len(contents(root)) == len(before) + 1
 
 
+KILLS = [(os, "replace", n) for n in (1, 2, 3, 4)]  # owner and name of a function, its call
+KILLS += [(Path, "write_bytes", n) for n in (1, 9, 13, 17)]
+KILLS += [(Path, "write_text", 1), (shutil, "rmtree", 1)]
+
+
 def test_a_build_killed_anywhere_is_made_whole_by_the_next(voc, monkeypatch):
     command("voc --from from --root whole")
-    places = [(os, "replace", at) for at in (1, 2, 3, 4)]
-    places += [(Path, "write_bytes", at) for at in (1, 9, 13, 17)]
-    for owner, name, at in (*places, (Path, "write_text", 1), (shutil, "rmtree", 1)):
+    for owner, name, at in KILLS:
         root, real, left = Path(f"{name}{at}"), getattr(owner, name), iter(range(at - 1))
 
         def until_killed(*some, real=real, left=left, **more):
@@ -356,15 +340,14 @@ DAMAGE = [  # archive (0: VOC's), member, its new content (None: gone), a word o
 ]
 
 
-def test_archives_that_are_not_right_leave_nothing_in_place(voc):
-    good = [dict(files) for files in voc.files]
-    for which, name, content, word in DAMAGE:
-        voc.files = [dict(files) for files in good]
-        voc.files[which].pop(name, None)
-        voc.files[which] |= {} if content is None else {name: content}
-        voc.put()
-        assert word in refusal(command, "voc --from from"), name
-        assert not list(Path("data/voc").iterdir())
+@pytest.mark.parametrize("which, name, content, words", DAMAGE)
+def test_wrong_archives_leave_nothing_in_place(voc, monkeypatch, which, name, content, words):
+    voc[which].pop(name, None)
+    if content is not None:
+        voc[which][name] = content
+    put(monkeypatch, *voc)
+    assert words in refusal(command, "voc --from from")
+    assert not list(Path("data/voc").iterdir())
     path = Path("from/benchmark.tgz")
     path.write_bytes(path.read_bytes()[:-20])
     assert "md5" in refusal(command, "voc --from from") and not contents("data")
@@ -394,26 +377,27 @@ def test_cityscapes_says_what_is_missing_and_is_unpacked_from_its_zips(capsys, m
 
 def test_coco_masks_hold_the_smaller_instance_on_top_and_crowds_below():
     ids = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
-    root, (width, height) = Path("data/coco"), (12, 8)
     rows = [  # category, area, crowd, segmentation: boxes, and runs down the columns
         (90, 4.0, 0, [[4, 4, 6, 4, 6, 6, 4, 6]]),
         (1, 40.0, 0, [[1, 1, 9, 1, 9, 7, 1, 7], [10, 0, 12, 0, 12, 2, 10, 2]]),
-        (13, 90.0, 1, {"counts": [2 * 8, 16, 64], "size": [height, width]}),
+        (13, 90.0, 1, {"counts": [2 * 8, 16, 64], "size": [8, 12]}),
     ]
     fields = ("category_id", "area", "iscrowd", "segmentation")
-    rows = [dict(zip(fields, row, strict=True), image_id=7, id=9) for row in rows]
-    good = {"categories": [{"id": i, "name": "x"} for i in reversed(ids)], "annotations": rows}
-    good["images"] = []
-    for name in (123456, 7):
-        file = f"{name:012d}.jpg"
-        picture(root / "train2017" / file, "RGB", 0, (width, height))
-        good["images"].append(dict(id=name, file_name=file, width=width, height=height))
+    root = Path("data/coco")
+    images = [dict(id=i, file_name=f"{i:012d}.jpg", width=12, height=8) for i in (123456, 7)]
+    for image in images:
+        picture(root / "train2017" / image["file_name"], "RGB", 0, (12, 8))
+    content = {
+        "categories": [{"id": i, "name": "x"} for i in reversed(ids)],
+        "annotations": [dict(zip(fields, row, strict=True), image_id=7, id=9) for row in rows],
+        "images": images,
+    }
     train = Path(listed(root / "annotations/instances_train2017.json", "{}"))
-    listed(root / "annotations/instances_val2017.json", json.dumps(good | {"images": []}))
+    listed(root / "annotations/instances_val2017.json", json.dumps(content | {"images": []}))
     assert str(train) in refusal(command, "coco") and not list(root.glob("*.txt"))
-    train.write_text(json.dumps(good))
+    train.write_text(json.dumps(content))
     command("coco")
-    expected = np.zeros((height, width), np.uint8)
+    expected = np.zeros((8, 12), np.uint8)
     expected[:, 2:4] = 12
     expected[1:7, 1:9] = expected[:2, 10:] = 1
     expected[4:6, 4:6] = 80
@@ -453,7 +437,6 @@ def test_every_class_means_every_class_as_few_images_changed_as_that_takes():
 
 
 def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
-    assert "--crop-size" in refusal(command, f"stats {OWN} 4 --crop-size 64")
     mask = Image.fromarray(np.array([[3] * 8] + [[255] * 8] * 2 + [[1] * 8] * 3, np.uint8))
     mask.save(folder(Path("own")) / "masks/train/d.png")
     command(f"stats {OWN} 4")
@@ -464,76 +447,39 @@ def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
     assert rows[1][4:] == ["50.000", "1"]  # val
 
 
-@pytest.mark.parametrize("dataset", ["voc", "cityscapes", "coco", "camvid"])
-def test_check_and_stats_take_the_splits_of_the_scripts(dataset, monkeypatch):
-    asked = get_type_hints(prepare_data.Split)["split_family"]
-    assert asked == get_type_hints(cps_fpl.Args)["split_family"]
-    monkeypatch.setattr(prepare_data, "load", lambda args: args)
-    recipe = cps_fpl.preset(cps_fpl.Args(dataset=dataset))
-    for kind in (prepare_data.Check, prepare_data.Stats):
-        assert kind(dataset=dataset).load().split_family == recipe.get("split_family", "cps")
-        assert kind(dataset=dataset, split_family="cac1").load().split_family == "cac1"
+NEXT = [  # flags of check, what its next command has beside them
+    ("--dataset shapes --split 1/2", ""),
+    ("--dataset camvid --data-root 'my tree'", "--split all"),
+    ("--dataset folder --num-classes 4 --ignore-index 9 --split 1/2 --split-seed 3", ""),
+    ("--dataset voc", "--split all"),
+    ("--dataset voc --labeled-list l.txt --unlabeled-list u.txt", ""),
+    ("--dataset voc_aug --split 1/2", "--split-family cps"),
+    ("--dataset cityscapes --split 1/2 --split-family u2pl --crop-size 33", ""),
+    ("--dataset coco --split 1/32", "--split-family unimatch"),
+    ("--dataset coco --split 1/2 --split-seed 3", ""),
+]
 
 
-NEXT = {  # data set: its layout, flags of check, those that are printed beside data set and root
-    "shapes": (None, "--split 1/2", "--split 1/2"),
-    "camvid": (trees.camvid, "--split 1/2 --crop-size 33", "--split 1/2 --crop-size 33"),
-    "folder": (folder, "--num-classes 4 --ignore-index 9 --split 1/2 --split-seed 3",
-               "--num-classes 4 --ignore-index 9 --split 1/2 --split-seed 3"),
-    "voc": ("voc, official", "--labeled-list l.txt", "--labeled-list l.txt"),
-    "voc_aug": ("voc, CPS", "--split 1/2", "--split 1/2 --split-family cps"),
-    "cityscapes": ("cityscapes, official", "--split 1/2 --split-family u2pl",
-                   "--split 1/2 --split-family u2pl"),
-    "coco": ("coco", "--split 1/32", "--split 1/32 --split-family unimatch"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("dataset", NEXT)
-def test_the_next_command_of_check_trains_on_what_was_checked(dataset, monkeypatch, capsys):
-    monkeypatch.setattr(shapes, "COUNTS", dict.fromkeys(shapes.COUNTS, 8))
-    layout, more, printed = NEXT[dataset]
-    where = f"--dataset {dataset}"
-    if layout:
-        where += " --data-root 'my tree'"
-    if isinstance(layout, str):
-        trees.draw(Path("my tree"), layout)
-        keys = trees.KEYS[dataset.removesuffix("_aug")]["train"]
-        trees.publish_parts(monkeypatch, dataset)
-        for family, some in (("cps", keys[::2]), ("u2pl", keys[:2]), ("unimatch", keys[2:])):
-            for split in ("1/2", "1/32"):
-                trees.publish(monkeypatch, dataset, family, split, some)
-        listed(Path("l.txt"), *keys[1:3])
-    elif layout:
-        layout(Path("my tree"))
-    for flags_, expected in ((more, printed), ("", "--split all")):
-        if dataset == "folder" and not flags_:
-            flags_ = "--num-classes 4"
-            expected = f"{flags_} {expected}"
-        prepare_data.main(shlex.split(f"check {where} {flags_}"))
-        told = capsys.readouterr()
-        assert "note: " not in told.err
-        out = told.out.splitlines()
-        last = f"next: python cps_fpl.py {where} {expected}    # or another script"
-        assert out[-1] == last
-        args = resolved(cps_fpl, [*shlex.split(out[-1], comments=True)[3:], "--dry-run"])
-        about(args, "cps_fpl.py")
-        found = load(args).hashes()
-        for line in filter(re.compile(r"\w+: \d+ images").match, out):
-            name, count, _, _, digest = re.findall(r"\w+", line)[:5]
-            assert found[name] == [int(count), digest]
+@pytest.mark.parametrize("given, added", NEXT)
+def test_the_next_command_of_check_is_of_what_was_checked(given, added):
+    check = cli(prepare_data.Check, shlex.split(given))
+    assert check.in_flags() == f"{given} {added}".strip()
+    args = vars(resolved(cps_fpl, shlex.split(check.in_flags())))
+    own = vars(check) | dict(split_family=check.family(), crop_size=args["crop_size"])
+    own["split"] = "list" if check.labeled_list else check.split
+    assert {name: args[name] for name in own} == own
+    kinds = map(get_type_hints, (prepare_data.Split, cps_fpl.Args))
+    assert len({kind["split_family"] for kind in kinds}) == 1
 
 
 IDLE = [  # a command that says nothing of what its flag does or takes
-    ("check --dataset folder --crop-size -3", "--crop-size -3: a number from 1 to"),
     ("check --dataset folder --crop-size 0", "--crop-size 0: a number from 1 to"),
     ("stats --dataset camvid --split 1/2 --split-seed -1", "--split-seed -1: a number from 0 to"),
     ("check --dataset folder --num-classes -1", "--num-classes -1: a number from 0 to"),
     ("make-split --dataset camvid --out l --labels 0", "--labels 0: a number from 1 to"),
     ("make-split --dataset camvid --out l --labels 1 --seed -1", "--seed -1: a number from 0 to"),
     ("cache --dataset camvid --out c --max-gb 0", "--max-gb 0.0: a number from 1e-12"),
-    ("check --dataset folder --split 1/2 --split-family u2pl", "--split-family u2pl does nothing"),
-    ("stats --dataset voc_aug --split-family cps", "does nothing here: it needs --dataset voc or"),
-    ("check --dataset voc --split-family u2pl --labeled-list l", "and --split other than all"),
+    ("stats --dataset voc_aug --split-family cps", "cityscapes or coco and --split other than all"),
     ("check --dataset voc --split 1/8 --split-family cps --split-seed 0", "and no --split-seed"),
     ("check --dataset camvid --split-seed 1", "--split-seed 1 does nothing here: it needs --split"),
     ("stats --dataset voc --split 1/8 --split-seed 1 --labeled-list l", "and no --labeled-list"),
@@ -546,6 +492,14 @@ def test_a_number_out_of_range_and_a_flag_that_does_nothing_are_refused(line, wo
     assert words in refusal(command, line)
 
 
+def test_check_of_generated_pictures_tells_their_counts(capsys, monkeypatch):
+    monkeypatch.setattr(shapes, "COUNTS", dict.fromkeys(shapes.COUNTS, 8))
+    command("check --dataset shapes --split 1/4")
+    parts = ("labeled: 2", "unlabeled: 6", "val: 8", "test: 8")
+    out = capsys.readouterr().out
+    assert [f"{part} images, set" in out for part in parts] == [True] * 4
+
+
 def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(capsys):
     root = camvid(Path("cam"))
     picture(root / f"trainannot/{NAMES[2]}.png", "L", 11)  # void
@@ -554,46 +508,18 @@ def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(ca
     listed(root / f"trainannot/{NAMES[3]}.png", "bad")  # unlabelled: never opened
     command(f"check {CAM} --split 1/2")
     out = capsys.readouterr().out.splitlines()
+    assert out[-1] == f"next: python cps_fpl.py {CAM} --split 1/2    # or another script"
     start = f"labeled: 3 images, set {entry(NAMES[::2])['set']}, 8x6 to 8x6 pixels"
     assert out[0] == f"{start}, classes 0 to 4, 33.33 % ignored"
     never = [line.split()[2] for line in out if line.startswith("warning")]
     assert never == "1 2 3 5 6 7 8 9 10".split()
     assert out[10] == f"unlabeled: 2 images, set {entry(NAMES[1::2])['set']}, 8x6 to 20x10 pixels"
-    assert refusal(command, f"check {CAM}").startswith("1 bad files, the first 1 named above")
-
-
-def test_what_nothing_reads_and_what_two_sets_share_is_named(capsys):
-    root = folder(Path("own"), ["a", "deep/b", "c"])
-    images, check = root / "images", f"check {OWN} 4"
-    for path in (*images.glob("val/*"), *images.glob("test/*")):  # pictures of their own
-        Image.effect_noise((8, 6), 9).convert("RGB").save(path, exif=TURNED)
-    strays = [images / "train/x.heic", root / "masks/train/a.PNG", root / "masks/val/v.png"]
-    for path in strays:
-        os.symlink("nowhere", path)
-    command(check)
+    # pixels of two sets, in files that differ; no class in val; a mask that is no image
+    Image.open(root / f"train/{NAMES[1]}.png").save(root / "val/v0.png", compress_level=0)
+    for name in ("v0", "v1"):
+        picture(root / f"valannot/{name}.png", "L", 255)
+    assert refusal(command, f"check {CAM}").startswith("3 bad files, the first 3 named above")
     told = capsys.readouterr()
-    lines = [line for line in told.err.splitlines() if line.startswith("note")]
-    for path, line in zip(strays, lines, strict=True):
-        assert str(path.parent) in line and line.endswith(f": 1, {path.name} first")
-    assert "warning: 3 images have an EXIF orientation" in told.out
-    (images / "val/v0.png").write_bytes((images / "train/c.png").read_bytes())
-    assert "1 bad files" in refusal(command, check)
-    assert f"of val, the same as {images}/train/c.png of train" in capsys.readouterr().err
-    for path in (root / "masks/train").rglob("*.png"):
-        Image.new("L", (8, 6), 255).save(path)
-    assert "2 bad files" in refusal(command, check)
-    assert "no pixel of any class in the masks of labeled" in capsys.readouterr().err
-
-
-def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():
-    root = folder(Path("own"))
-    rows = ["id,name,r,g,b", '0,"tree, old",4,5,6', "1,b,1,2,3", "2,c,0,0,0", "3,d,0,0,9"]
-    listed(root / "classes.csv", *rows, "255,void,9,9,9", "3,also d,8,8,8")
-    data = load(own(root, num_classes=0))
-    assert data.classes == ["tree, old", "b", "c", "d"] and data.palette[0].tolist() == [4, 5, 6]
-    scores = dict(iou=[0.5] * 4, miou=0.5, accuracy=0.5, constant=0.1)
-    assert "tree, old" in report(data, {"last": scores}, "val")
-    assert "has 4; leave it out" in refusal(load, own(root, num_classes=5))
-    for row, words in (("4,e,0,0", ":6: "), ("6,e,0,0,0", "id 4"), ("254,e,0,0,0", ":6: id 254")):
-        listed(root / "classes.csv", *rows, row)
-        assert words in refusal(load, own(root, num_classes=0))
+    assert f"{NAMES[3]}.png: not readable" in told.err and "masks of val; all" in told.err
+    assert f"v0.png: an image of val, the same as {root}" in told.err
+    assert "is in no labelled mask" not in told.out

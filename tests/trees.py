@@ -15,16 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"0001TP_{number:06d}" for number in range(6690, 6840, 30)]  # CamVid's way of naming
 VOC = ["2007_000032", "2008_000008", "2009_003377", "2011_000068"]
 CITY = ["aachen_000000_000019", "bad-honnef_000000_080169", "jena_000078_000019"]
+CITY.append("ulm_000001_000019")
+COCO = [f"{number:012}" for number in (9, 177254, 283213, 581929)]
 KEYS = {
     "voc": {"train": VOC, "val": ["2007_000033", "2011_003276"]},
-    "cityscapes": {
-        "train": [*CITY, "ulm_000001_000019"],
-        "val": ["frankfurt_000001_066574", "lindau_000000_000019"],
-    },
-    "coco": {
-        "train": [f"{number:012}" for number in (9, 177254, 283213, 581929)],
-        "val": ["000000000139", "000000581781"],
-    },
+    "cityscapes": {"train": CITY, "val": ["frankfurt_000001_066574", "lindau_000000_000019"]},
+    "coco": {"train": COCO, "val": ["000000000139", "000000581781"]},
 }
 FINE = ["2008_000008", "2011_000068", *KEYS["voc"]["val"]]  # VOC's own masks; the rest is SBD's
 OFFICIAL = "leftImg8bit/{part}/{city}/{key}_leftImg8bit.png"
@@ -65,10 +61,9 @@ LINES = {  # of the lists of each project
     },
     "coco": {"UniMatch": "train2017/{key}.jpg masks/{key}.png", "PseudoSeg": "train2017/{key}"},
 }
-# Cityscapes' id -> train id, as the data set's own scripts have it; every other id is ignored
-TRAIN_ID = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
-TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(TRAIN_ID)}
-ID = {train_id: label_id for label_id, train_id in TRAIN_ID.items()}
+# Cityscapes' ids in the order of their train ids; every other id is ignored
+ID = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
+TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(ID)}
 
 
 def flags(root="", **changes):
@@ -170,16 +165,16 @@ def draw(root, layout):
     return files
 
 
-def publish(monkeypatch, dataset, family, split, keys, lines=None):
+def publish(monkeypatch, dataset, family, split, keys):
     """Makes keys a published set, and its list lie where fetched lists are kept; returns where."""
     new = entry(keys, url="https://example.org/list.txt")
     monkeypatch.setitem(SPLITS[dataset].setdefault(family, {}), split, new)
     path = Path(f"data/splits/{dataset}/{family}/{split.replace('/', '_')}.txt")
-    listed(path, *(lines or keys))
+    listed(path, *reversed(keys))
     return path
 
 
 def publish_parts(monkeypatch, dataset):
     """Makes the drawn images of a data set the published ones."""
-    for part, keys in KEYS["voc" if "voc" in dataset else dataset].items():
-        publish(monkeypatch, dataset, "parts", part, keys, keys[::-1])
+    for part, keys in KEYS[dataset.removesuffix("_aug")].items():
+        publish(monkeypatch, dataset, "parts", part, keys)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 import ael_fpl
 import cps_fpl
@@ -31,13 +32,7 @@ from common import Refusal
 from common.distributed import Group
 from processes import digest
 
-CPU = torch.device("cpu")
-ALONE = Group(0, 1, CPU)
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return tiny.draw_tree(tmp_path_factory.mktemp("steps") / "data")
+ALONE = Group(0, 1, torch.device("cpu"))
 
 
 def result(loss, state=None, maps=None, **parts):
@@ -69,10 +64,6 @@ def blend(mask, first, second):
     return first * ~mask + second * mask
 
 
-def stacked(samples):
-    return {key: torch.stack([one[key] for one in samples]) for key in samples[0]}
-
-
 def same_samples(script, now, args):
     """Which streams a step reads, from whose images and at what scales; no label is opened."""
     labeled = script.Stream(now.images.labeled, args.batch_size, True, args.scales)
@@ -91,8 +82,8 @@ def same_samples(script, now, args):
     for name, stream in streams.items():
         samples = script.Samples(name, stream, now.images, args)
         first = now.number * stream.batch
-        expected = stacked([samples[i] for i in range(first, first + stream.batch)])
-        assert_close(now.batch[name], expected, 0)
+        expected = [samples[i] for i in range(first, first + stream.batch)]
+        assert_close(now.batch[name], default_collate(expected), 0)
 
 
 def several_k(args, mask, *views):
@@ -130,8 +121,7 @@ def mean_teacher_step(now, args):
             now.teacher.train()(both)
     sup = labeled_loss(out, now.label, args)
     logits = out["logits"][len(now.x_l) :]
-    distances = {"ce": mean_teacher.consistency_ce, "mse": mean_teacher.consistency_mse}
-    unsup = distances[args.consistency](logits, prob, inside)
+    unsup = getattr(mean_teacher, f"consistency_{args.consistency}")(logits, prob, inside)
     rampup = mean_teacher.sigmoid_rampup(count, args.rampup_iters)
     loss = sup + args.consistency_weight * rampup * unsup
     conf = prob.amax(1)
@@ -203,7 +193,7 @@ def ael_mixed(now, args):
     stream = ael_fpl.Stream(now.images.unlabeled, B, False, args.scales)
     samples = ael_fpl.Samples("unlabeled.partner", stream, now.images, args)
     numbers = range(now.number * B, now.number * B + B)
-    second = stacked([samples.sample(*pair) for pair in zip(partners, numbers, strict=True)])
+    second = default_collate([*map(samples.sample, partners, numbers)])
     insides = now.inside, second["inside"]
     with torch.no_grad():
         views = now.teacher(torch.cat([now.clean, second["image"]]))["logits"].chunk(2)
@@ -499,6 +489,7 @@ def unimatch_step(now, args):
 def unimatch_v2_step(now, args):
     """A teacher, and two views whose features lose channels by turns."""
     student, n = now.student, len(now.clean)
+    student.backbone.checkpointed = False  # recomputed blocks learn the same
     with torch.no_grad():
         logits_w = now.teacher.eval()(now.clean)["logits"]
     taught = unimatch_v2.lesson(logits_w, now.inside, args)
@@ -506,14 +497,11 @@ def unimatch_v2_step(now, args):
     views = strong_views(unimatch_v2, now, args, taught, shown)
     logits_l = student(now.x_l)["logits"]
     if args.views == 2 and args.complementary_dropout:
-        masks = unimatch_v2.complementary_masks(n, 8, args.kept_whole, CPU)
+        masks = unimatch_v2.complementary_masks(n, 8, args.kept_whole, ALONE.device)
         student.head.masks = masks.flatten(0, 1)
     found = fixmatch(unimatch_v2, now, args, views, taught, logits_w, logits_l)
     student.head.masks = None
     return found
-
-
-LITERAL = {name: globals()[f"{name}_step"] for name in tiny.SCRIPTS}
 
 
 def assert_close(mine, theirs, rel):
@@ -598,7 +586,7 @@ def compared(name, argv, monkeypatch):
             now.teacher.load_state_dict(now.student.state_dict())
         passes.clear()
         torch.manual_seed(zlib.crc32(b"%d %d 0" % (args.seed, number)))  # dropout, all draws
-        literal = LITERAL[name](now, args)
+        literal = globals()[f"{name}_step"](now, args)
         # what was seen, by which network, in which mode and order: bit for bit
         assert len(step.seen) == len(passes)
         for entry, twin in zip(step.seen, passes, strict=True):
@@ -670,7 +658,7 @@ unimatch --unsup-loss fpl --T 0.2 0.3 0.5 --decay-on weights
 unimatch --recipe official --unsup-loss fpl --T 0.3
 unimatch_v2
 unimatch_v2 --views 1 --partner reversed --ema-decay 0.4 --decay-on weights
-unimatch_v2 --unsup-loss fpl --T 0.5 --freeze 1 --no-complementary-dropout
+unimatch_v2 --unsup-loss fpl --T 0.5 --freeze 1 --checkpoint-activations --no-complementary-dropout
 """
 ITERS = {"ael_fpl": 6, "u2pl": 6, "u2pl_ael": 6, "mean_teacher": 4, "esl": 4}
 
@@ -709,25 +697,24 @@ FIRST = {name: [pytest.mark.smoke] for name, _ in CASES}  # the oldest versions 
 @pytest.mark.parametrize(
     "name, row", [pytest.param(*case, marks=FIRST.pop(case[0], [])) for case in CASES]
 )
-def test_every_step_is_the_literal_one(name, row, tree, tmp_path, monkeypatch, capsys):
-    iters = ITERS.get(name, 3)
-    batch = 4 if "ael" in name else 2
-    numbers = dict(iters=iters, log=1, evaluate=2, save=9, pictures=3, batch=batch)
-    argv = tiny.flags(tree, tmp_path / "run", **numbers) + row.split()
+def test_every_step_is_the_literal_one(name, row, tmp_path, monkeypatch, capsys):
+    tree = tiny.draw_tree(tmp_path / "data")
+    numbers = dict(iters=ITERS.get(name, 3), batch=4 if "ael" in name else 2, pictures=3)
+    argv = tiny.flags(tree, tmp_path / "run", log=1, evaluate=2, save=9, **numbers) + row.split()
     argv = tiny.with_acting(name, argv, SHARED.get(name, "") + HAND)
     args, found = compared(name, argv, monkeypatch)
     assert_all_at_work(name, args, found, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["mean_teacher", "u2pl", "esl", "unimatch", "unimatch_v2"])
-def test_every_process_mixes_pairs_of_its_own(name, tree, tmp_path, monkeypatch):
+def test_every_process_mixes_pairs_of_its_own(name, tmp_path, monkeypatch):
     """8 unlabelled images are too few for 8 processes."""
     script = tiny.script(name)
     tiny.shrink(script, monkeypatch)
-    argv = tiny.flags(tree, tmp_path / "run", batch=8)
+    argv = tiny.flags(tiny.draw_tree(tmp_path / "data"), tmp_path / "run", batch=8)
     argv += ["--batch-size-unlabeled", "8"] + ["--cutmix"] * (name == "mean_teacher")
     monkeypatch.setattr(script, "parallel", lambda net, *_: net)
-    monkeypatch.setattr(script.distributed, "setup", lambda _: Group(0, 8, CPU))
+    monkeypatch.setattr(script.distributed, "setup", lambda _: ALONE._replace(world=8))
     with pytest.raises(Refusal, match="an even --batch-size-unlabeled for every process"):
         tiny.train(script, argv)
 

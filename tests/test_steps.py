@@ -81,9 +81,8 @@ def same_samples(script, now, args):
     assert list(now.batch) == list(streams)
     for name, stream in streams.items():
         samples = script.Samples(name, stream, now.images, args)
-        first = now.number * stream.batch
-        expected = [samples[i] for i in range(first, first + stream.batch)]
-        assert_close(now.batch[name], default_collate(expected), 0)
+        numbers = range(now.number * stream.batch, (now.number + 1) * stream.batch)
+        assert_close(now.batch[name], default_collate([samples[i] for i in numbers]), 0)
 
 
 def several_k(args, mask, *views):
@@ -152,7 +151,7 @@ def cps_fpl_step(now, args):
     if args.unsup_weight and not args.cutmix:  # labelled images teach as well
         others = [net(now.clean)["logits"] for net in pair]
         students = teachers = [torch.cat(logits) for logits in zip(labeled, others, strict=True)]
-        inside = torch.cat([now.batch["labeled"]["inside"], now.inside])
+        inside = torch.cat([now.inside_l, now.inside])
         K = [several_k(args, None, (z, inside)) for z in teachers]
     sup = sum(labeled_loss({"logits": logits}, now.label, args) for logits in labeled)
     loss, parts = sup, {"sup": sup}
@@ -163,7 +162,7 @@ def cps_fpl_step(now, args):
     parts |= cps_fpl.label_statistics(labeled, now.label, progress, args)
     prob = labeled[1].detach().softmax(1)
     p, _ = cps_fpl.by_rank(prob)
-    K = cps_fpl.k_maps(labeled[1], now.batch["labeled"]["inside"], progress, args)
+    K = cps_fpl.k_maps(labeled[1], now.inside_l, progress, args)
     maps |= {"pseudo label": prob.argmax(1), "branch 1": labeled[0].argmax(1)}
     maps["K: 1, 2, 3 or more"] = (K - 1) / 2
     maps["weight"] = cps_fpl.adaptive_weight(p, K, args.weight, args.mean_over)
@@ -171,7 +170,7 @@ def cps_fpl_step(now, args):
 
 
 def ael_labeled(now, args):
-    """Adaptive Copy-Paste: the images of a group share their classes. The confidences then."""
+    """Adaptive Copy-Paste: the images of a group share their classes. L_s, and the confidences."""
     bank = now.state["confidence"]
     u = torch.from_numpy(now.rng.random((args.batch_size, args.paste_draws + 1)))
     allowed = torch.tensor([c not in args.paste_not for c in range(len(bank))])
@@ -180,10 +179,12 @@ def ael_labeled(now, args):
     drawn = ael_fpl.draw_classes(prob, torch.stack(groups))
     pasted = u[:, 0] < args.paste_prob
     labeled = ael_fpl.copy_paste(now.batch["labeled"], now.batch["paste"], drawn, pasted)
-    out = now.student(labeled["image"])
+    now.x_l, now.inside_l, now.label = (labeled[key] for key in ("image", "inside", "label"))
+    out = now.student(now.x_l)
     prob = out["logits"].detach().softmax(1)
-    sums = ael_fpl.class_confidence(prob, labeled["label"], args.pooled, args.skip_absent)
-    return labeled, out, ael_fpl.update_confidence(bank, sums, args.bank_momentum)
+    sums = ael_fpl.class_confidence(prob, now.label, args.pooled, args.skip_absent)
+    confidence = ael_fpl.update_confidence(bank, sums, args.bank_momentum)
+    return out, labeled_loss(out, now.label, args), confidence
 
 
 def ael_mixed(now, args):
@@ -192,7 +193,7 @@ def ael_mixed(now, args):
     classes, partners = state["draws"][0].T.tolist()
     stream = ael_fpl.Stream(now.images.unlabeled, B, False, args.scales)
     samples = ael_fpl.Samples("unlabeled.partner", stream, now.images, args)
-    numbers = range(now.number * B, now.number * B + B)
+    numbers = range(now.number * B, (now.number + 1) * B)
     second = default_collate([*map(samples.sample, partners, numbers)])
     insides = now.inside, second["inside"]
     with torch.no_grad():
@@ -220,28 +221,27 @@ def ael_mixed(now, args):
 
 
 def ael_fpl_step(now, args):
-    labeled, out, bank = ael_labeled(now, args)
+    out, sup, bank = ael_labeled(now, args)
     with torch.no_grad():
-        on_labels = now.teacher(labeled["image"])["logits"] if args.consistency_on == "all" else 0
+        on_labels = now.teacher(now.x_l)["logits"] if args.consistency_on == "all" else None
     mixed = ael_mixed(now, args)
     logits = now.student(mixed.image)["logits"]
-    sup = labeled_loss(out, labeled["label"], args)
     rate = ael_fpl.equalization_rate(bank, args.beta)
     K = several_k(args, mixed.mask, *mixed.views)
     given = logits, mixed.logits, mixed.inside, rate, 1, args, K
     whole, parts = ael_fpl.consistency_loss(*given)
     if args.consistency_on == "all":
-        K = several_k(args, None, (on_labels, labeled["inside"]))
-        given = out["logits"], on_labels, labeled["inside"], rate, args.pooled, args, K
+        K = several_k(args, None, (on_labels, now.inside_l))
+        given = out["logits"], on_labels, now.inside_l, rate, args.pooled, args, K
         more, parts_l = ael_fpl.consistency_loss(*given)
         whole = whole + more
         parts["unsup_l"] = parts_l["unsup"]
     loss = sup + args.unsup_weight * whole
-    maps = {"labelled, pasted": labeled["image"], "label": labeled["label"], "mixed": mixed.image}
+    maps = {"labelled, pasted": now.x_l, "label": now.label, "mixed": mixed.image}
     maps |= {"box": mixed.mask[:, 0], "pseudo label": mixed.logits.argmax(1)}
-    kept = torch.rand_like(rate[maps["pseudo label"]]) >= 1 - rate[logits.argmax(1)]  # drawn anew
-    maps["weight"] = mixed.logits.softmax(1).amax(1) ** args.gamma * kept * mixed.inside
-    maps["student"] = logits.argmax(1)
+    conf = mixed.logits.softmax(1).amax(1)
+    kept = torch.rand_like(conf) >= 1 - rate[logits.argmax(1)]  # drawn anew
+    maps |= {"weight": conf**args.gamma * kept * mixed.inside, "student": logits.argmax(1)}
     parts |= {"bank": bank.mean(), "regions": mixed.regions}
     return result(loss, mixed.banks | {"confidence": bank}, maps, sup=sup, **parts)
 
@@ -301,10 +301,8 @@ def u2pl_contrast(now, out, out_t, label, chosen, args):
 
 
 def u2pl_ael_step(now, args):
-    labeled, out_l, confidence = ael_labeled(now, args)
-    x_l, y_l = labeled["image"], labeled["label"]
-    sup = labeled_loss(out_l, y_l, args)
-    maps = {"labelled, pasted": x_l, "label": y_l}
+    out_l, sup, confidence = ael_labeled(now, args)
+    maps = {"labelled, pasted": now.x_l, "label": now.label}
     names = tiny.LINES["u2pl_ael"].split()[2:] + ["unsup_l"] * (args.consistency_on == "all")
     parts = dict.fromkeys(names, 0.0) | {"confidence": confidence.mean()}
     new = now.state | {"confidence": confidence}
@@ -314,7 +312,7 @@ def u2pl_ael_step(now, args):
     if now.number == args.warmup_iters:  # once more: with BN statistics of this step
         now.teacher.load_state_dict(now.student.state_dict())
     with torch.no_grad():
-        features = [now.teacher.train()(x_l)]
+        features = [now.teacher.train()(now.x_l)]
         now.teacher.eval()
         mixed = ael_mixed(now, args)
         features.append(now.teacher.train()(mixed.image))
@@ -335,8 +333,8 @@ def u2pl_ael_step(now, args):
     loss = sup + eta * unsup
     if args.consistency_on == "all":  # truth ignored
         prob_l = features[0]["logits"].softmax(1)
-        label = torch.where(labeled["inside"], prob_l.argmax(1), 255)
-        rest = labeled["inside"], rate, args.pooled, args
+        label = torch.where(now.inside_l, prob_l.argmax(1), 255)
+        rest = now.inside_l, rate, args.pooled, args
         more, _ = u2pl_ael.equalized_cross_entropy(out_l["logits"], label, prob_l.amax(1), *rest)
         loss = loss + args.eta * more
         parts["unsup_l"] = more
@@ -345,7 +343,7 @@ def u2pl_ael_step(now, args):
         rep_s, rep_t = (torch.cat([one["rep"] for one in x]) for x in ((out_l, out_u), features))
         logits = torch.cat([features[0]["logits"], mixed.logits])
         out_t = {"rep": rep_t, "coarse": u2pl.upsample(logits, rep_t.shape[2:])}
-        rest = torch.cat([y_l, y_u]), (H > gamma) & inside, args
+        rest = torch.cat([now.label, y_u]), (H > gamma) & inside, args
         contrast, classes, queues = u2pl_contrast(now, {"rep": rep_s}, out_t, *rest)
         loss = loss + args.contrast_weight * contrast
         parts |= dict(contrast=contrast, classes=classes)
@@ -431,20 +429,17 @@ def strong_views(script, now, args, taught, shown, other=None):
 
 def fixmatch(script, now, args, views, taught, logits_t, logits_l, **perturbed):
     """What strong views, and perturbed features, learn of the logits that teach."""
-    inside = now.inside
 
     def loss_of(z, taught):
-        return (script.pixel_loss(z, taught, args) * taught["inside"]).sum() / taught[
-            "inside"
-        ].sum()
+        return script.pixel_loss(z, taught, args)[taught["inside"]].mean()
 
     def label_map(taught):
-        label, hidden = taught.get("pseudo"), ~taught["inside"]
-        if args.unsup_loss == "ce":
-            return label.masked_fill(hidden | (taught["conf"] < args.threshold), -1)  # white
-        return taught["logits"].argmax(1).masked_fill(hidden, -1)
+        if args.unsup_loss == "fpl":
+            return torch.where(taught["inside"], taught["logits"].argmax(1), -1)  # white
+        sure = taught["inside"] & (taught["conf"] >= args.threshold)
+        return torch.where(sure, taught["pseudo"], -1)
 
-    K = script.k_of(logits_t, inside, args)
+    K = script.k_of(logits_t, now.inside, args)
     maps = {"weak": now.clean, "its pseudo label": label_map(taught)}
     maps |= {"confidence": logits_t.softmax(1).amax(1), "K: 1, 2, 3 or more": (K - 1) / 2}
     z = now.student(torch.cat([view["image"] for view in views]))["logits"].chunk(args.views)
@@ -463,7 +458,7 @@ def fixmatch(script, now, args, views, taught, logits_t, logits_l, **perturbed):
         parts["perturbed"] = loss_of(z, taught)
         loss = sup / 2 + strong / 4 + parts["perturbed"] / 4
         maps["perturbed features"] = z.argmax(1)
-    parts |= script.statistics(logits_t, inside, args, K=K)
+    parts |= script.statistics(logits_t, now.inside, args, K=K)
     parts |= script.statistics(logits_l, now.label < 255, args, now.label)
     return result(loss, {}, maps, **parts)
 
@@ -472,8 +467,8 @@ def unimatch_step(now, args):
     """One network, which says in the same pass what the weak images are."""
     student, n, other = now.student, len(now.clean), None
     if args.partner == "crop":
+        more = now.batch["unlabeled.2"]
         with torch.no_grad():
-            more = now.batch["unlabeled.2"]
             logits = student.eval()(more["image"])["logits"]
         other = more, unimatch.lesson(logits, more["inside"], args)
         student.train()
@@ -579,7 +574,8 @@ def compared(name, argv, monkeypatch):
         same_samples(script, now, args)
         for own in step.batch.values():
             own.update({key: x.long() for key, x in own.items() if key == "label"})
-        now.x_l, now.label = (step.batch["labeled"][key] for key in ("image", "label"))
+        parts = [step.batch["labeled"][key] for key in ("image", "inside", "label")]
+        now.x_l, now.inside_l, now.label = parts
         if "unlabeled" in step.batch:
             now.clean, now.inside = (step.batch["unlabeled"][key] for key in ("image", "inside"))
         if number == getattr(args, "warmup_iters", None):
@@ -637,8 +633,7 @@ cps_fpl --no-cutmix --T 0.2 0.3 0.5
 cps_fpl --recipe official --T 0.2 0.3 0.5 --evaluate mean
 cps_fpl --unsup-weight 0
 ael_fpl --T 0.2 --ema-decay 0.6 --paste-draws 0 --aux-weight 0.4 --decay-on weights
-ael_fpl --unsup-loss ce --skip-absent --beta 0.5 --gamma 1 --threshold 0.12
-ael_fpl --recipe official --unsup-loss ce --pooled 4 --teacher-mode eval
+ael_fpl --unsup-loss ce --skip-absent --beta 0.5 --gamma 1 --threshold 0.12 --teacher-mode eval
 ael_fpl --recipe official --T 0.2 0.3 0.5 --consistency-on all --pooled 1 --ohem-kept 0.2
 ael_fpl --paste-draws 1 --paste-prob 0.5 --paste-power 2 --paste-not 3 4 --paste-scales 0.2 0.4
 u2pl
@@ -646,12 +641,10 @@ u2pl --unreliable-loss none
 u2pl --negatives-from reliable --no-dpa --alpha-0 0.4 --no-bank --ranks 15 20 --no-cutmix
 u2pl --seed 5 --cutmix-prob 1 --aux-weight 0.4 --epochs 5 --eta 2 --ranks 3 11
 u2pl_ael
-u2pl_ael --recipe official --contrast-after 2 --fused off --paste-prob 0.8
-u2pl_ael --no-dpa --gamma 1 --eta 2 --contrast-weight 1 --aux-weight 0.4 --ranks 15 20
+u2pl_ael --recipe official --contrast-after 2 --no-dpa --gamma 1 --eta 2 --aux-weight 0.4
 esl
-esl --label soft --no-contrast
-esl --label topk --top-k 2 --theta 0.5 --unsup-weight 1 --contrast-weight 2 --aux-weight 0.4
-esl --no-cutmix --parts 1 --fused off --seed 5
+esl --label soft --no-contrast --aux-weight 0.4
+esl --label topk --top-k 2 --theta 0.5 --unsup-weight 1 --contrast-weight 2 --no-cutmix --parts 1
 unimatch
 unimatch --views 1 --no-feature-perturbation --recipe official
 unimatch --unsup-loss fpl --T 0.2 0.3 0.5 --decay-on weights
@@ -665,7 +658,7 @@ ITERS = {"ael_fpl": 6, "u2pl": 6, "u2pl_ael": 6, "mean_teacher": 4, "esl": 4}
 
 def assert_all_at_work(name, args, found, said):
     """What a row is there for does occur in its steps, and what is scored and said besides."""
-    parts = [step.parts for step in found.steps]
+    lines = {key: [step.parts[key] for step in found.steps] for key in found.steps[0].parts}
     if name == "cps_fpl":  # [D19]
         scored = [args.evaluate] if args.evaluate in found.networks else [*found.networks]
         bits = [digest({key: step.nets[key] for key in scored}) for step in found.steps]
@@ -674,18 +667,18 @@ def assert_all_at_work(name, args, found, said):
     if "ael" in name:  # it tells images apart
         present = [step.state["present"] for step in found.steps]
         assert sum(int(x.any() and not x.all()) for x in present) >= 5
-        assert any(0 < one["kept"] < 1 for one in parts) and any(one["regions"] for one in parts)
+        assert any(0 < kept < 1 for kept in lines["kept"]) and any(lines["regions"])
     if "u2pl" in name:
         contrast = args.unreliable_loss != "none"
-        assert any(one["classes"] > 1 for one in parts) == contrast
+        assert (max(lines["classes"]) > 1) == contrast
         cut = min(args.ranks[0], 10), min(args.ranks[1], 11)  # so the last rank remains
         line = f"--ranks {args.ranks}: cut to {cut}, as there are 11 classes"
-        lines = [line for line in said.splitlines() if "--ranks" in line]
-        assert lines == [line] * (contrast and cut != args.ranks)
+        cut_here = contrast and cut != args.ranks
+        assert [one for one in said.splitlines() if "--ranks" in one] == [line] * cut_here
     if name == "esl":
-        assert all((one["anchors"] > 0) == (one["contrast"] > 0) == args.contrast for one in parts)
+        assert [x > 0 for x in lines["contrast"]] == [args.contrast] * 4
     if "unimatch" in name:
-        assert all(one["strong"] > 0 and 0 < one["coverage"] <= 1 for one in parts)
+        assert min(lines["strong"]) > 0 and min(lines["coverage"]) > 0
         label = found.steps[2].maps["its pseudo label"]
         assert (label >= 0).any() and ((label < 0).any() or args.unsup_loss == "fpl")
 

@@ -125,33 +125,28 @@ def test_boxes_are_drawn_as_released():
 def test_operations_are_drawn_as_released():
     """Jitter in any order, then grey, then blur, whose kernel fits into the crop."""
     assert unimatch.drawn_operations(told([0.8, 0.2, 0.5], [0] * 4), 9) == []
-    for part, low_or_high in ((0, (0.5, -0.25, 0.1, 3)), (1, (1.5, 0.25, 2.0, 17))):
-        change, hue, deviation, side = low_or_high
+    for part, crop, change, hue, deviation, side in (
+        (0, 20, 0.5, -0.25, 0.1, 3),
+        (1, 20, 1.5, 0.25, 2.0, 17),
+        (1, 8, 1.5, 0.25, 2.0, 15),
+    ):
         rng = told([0.79, 0.19, 0.49], [part] * 5, permutation=[[3, 2, 0, 1]])
-        assert unimatch.drawn_operations(rng, 10) == [
-            ("adjust_hue", hue),
-            ("adjust_saturation", change),
-            ("adjust_brightness", change),
-            ("adjust_contrast", change),
-            ("rgb_to_grayscale", 3),
-            ("gaussian_blur", side, pytest.approx(deviation)),
-        ]
+        names = "saturation", "brightness", "contrast"
+        jitter = [("adjust_hue", hue), *((f"adjust_{name}", change) for name in names)]
+        rest = [("rgb_to_grayscale", 3), ("gaussian_blur", side, pytest.approx(deviation))]
+        assert unimatch.drawn_operations(rng, crop) == jitter + rest
         rng.permutation.assert_called_once_with(4)
 
 
-def test_strong_views_are_torchvisions_of_uint8_and_do_not_depend_on_processes():
-    """Of (seed, name, sample number)."""
-    args = SimpleNamespace(seed=3, batch_size_unlabeled=8, crop_size=40)
+def test_strong_views_are_torchvisions_of_uint8():
+    """Of (seed, name, sample number); here of the second of two processes."""
+    args = SimpleNamespace(seed=3, batch_size_unlabeled=16, crop_size=40)
     weak = torch.randint(0, 256, (8, 3, 40, 40), generator=torch.Generator().manual_seed(0))
     weak = F.avg_pool2d(weak.float(), 5, 1, 2).byte()
-    found, masks = unimatch.strong_views(weak, "view0", 7, args, ALONE)
+    found, masks = unimatch.strong_views(weak, "view0", 7, args, ALONE._replace(rank=1))
     assert found.dtype == torch.uint8 and masks.any() and not masks.all()
-    for rank in (0, 1):
-        own = slice(4 * rank, 4 * rank + 4)
-        part = unimatch.strong_views(weak[own], "view0", 7, args, ALONE._replace(rank=rank))
-        assert torch.equal(part[0], found[own]) and torch.equal(part[1], masks[own])
     for i, image in enumerate(weak):
-        rng = np.random.default_rng([3, unimatch.zlib.crc32(b"view0"), 56 + i])
+        rng = np.random.default_rng([3, unimatch.zlib.crc32(b"view0"), 120 + i])
         for name, *numbers in unimatch.drawn_operations(rng, 40):
             image = getattr(colours, name)(image, *numbers)
         top, left, height, width = unimatch.drawn_box(rng, 40)
@@ -279,9 +274,9 @@ def small(monkeypatch):
 @pytest.mark.smoke
 @pytest.mark.parametrize("h, w", [(37, 37), (57, 57), (37, 20), (20, 31), (1, 1), (9, 70)])
 def test_position_embeddings_are_interpolated_as_published(h, w):
-    """[D27]: by factors with an offset of 0.1, without antialiasing; value and gradient."""
+    """[D27]: by factors with an offset of 0.1, without antialiasing."""
     torch.manual_seed(0)
-    grid = torch.randn(1, 37 * 37, 6, requires_grad=True)
+    grid = torch.randn(1, 37 * 37, 6)
     own, theirs = v2.position_embedding(grid, h, w), grid.unflatten(1, (37, 37)).movedim(3, 1)
     if (h, w) != (37, 37):
         factors = (h + 0.1) / 37, (w + 0.1) / 37
@@ -289,9 +284,6 @@ def test_position_embeddings_are_interpolated_as_published(h, w):
     assert own.shape == theirs.shape == (1, 6, h, w)
     # places are float32 numbers up to 37, in another order of rounding; slopes are of order 1
     assert (own - theirs).abs().max() <= (0 if h == w == 37 else 3e-5)
-    back = torch.randn_like(own)
-    slopes = [torch.autograd.grad((x * back).sum(), grid)[0] for x in (own, theirs)]
-    assert torch.allclose(*slopes, atol=1e-3 * back.abs().max().item())
 
 
 def test_dinov2_is_timms(small, tmp_path):

@@ -237,6 +237,14 @@ def test_networks_have_the_parameters_of_the_released_logs(script, head, backbon
         assert sum(p.numel() for p in part.parameters()) / 1e6 == pytest.approx(expected, abs=0.06)
 
 
+def test_dilations_without_a_multi_grid():
+    args = tiny.resolved(unimatch, "--dataset voc --split 92 --weights none".split())
+    for stride, expected in ((16, [1, 2, 2]), (8, [2, 4, 4])):
+        with torch.device("meta"):
+            backbone = unimatch.make_backbone(unimatch.replace(args, output_stride=stride))
+        assert [block.conv2.dilation[0] for block in backbone.layer4] == expected
+
+
 def test_the_head_decodes_the_last_images_once_more_with_channels_dropped(monkeypatch):
     """A channel of an image is 0 or doubled; clean ones are as without it."""
     features = torch.randn(5, 400, 3, 3)

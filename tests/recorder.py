@@ -1,8 +1,8 @@
 """One recorder for all scripts: runs main and keeps what every step was given and what it did.
 
 As a program (python tests/recorder.py SCRIPT JSON) it makes recorded runs as one of several
-processes: JSON is a list of {"argv", and as they are needed "bare", "stop", "calls"}. Each run
-leaves <out>.rank<k>: the steps of process k, and how its networks were wrapped.
+processes: JSON is a list of what `make` takes. Each run leaves <out>.rank<k>: the steps of process
+k, and how its networks were wrapped.
 """
 
 import copy
@@ -20,19 +20,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
 import tiny  # noqa: E402
-from common import fused, run  # noqa: E402
+from common import run  # noqa: E402
 from processes import digest, in_one_group  # noqa: E402
 
 
 def copied(value):
-    """Returns a copy of tensors and plain values, of lists and dicts of them; None of the rest."""
-    if torch.is_tensor(value):
-        return value.detach().clone()
+    """Returns a copy of a tensor, or of a dict of them."""
     if isinstance(value, dict):
         return {key: copied(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [copied(part) for part in value]
-    return value if isinstance(value, (int, float, str)) else None
+    return value.detach().clone()
 
 
 def listen(networks, heard):
@@ -47,20 +43,19 @@ def listen(networks, heard):
         net.register_forward_hook(saw)
 
 
-def watch(patch, script, argv, calls=()):
+def watch(patch, script, argv):
     """Runs main; returns networks and state as they began, a list of steps, and what was scored.
 
     A step: batch {stream: tensors}, seen (an entry for each forward pass in training), grads (all
     parameters that have one), nets and state (after it), parts, spent, reduced (how often gradients
-    went over all processes), maps (of its panels), calls {function: [(inputs, result)]}.
+    went over all processes), random (a number), maps (of its panels).
     scored: [(digest of the network, modes of its parts while it is scored)].
     """
     found = SimpleNamespace(networks={}, state={}, wrapped=[], steps=[], scored=[])
-    live = SimpleNamespace(networks={}, state={}, scoring=False, done=None)
+    live = SimpleNamespace(networks={}, state={}, scoring=False)
 
     def begin():
-        empty = dict(batch={}, seen=[], grads={}, reduced=[], maps={}, calls={})
-        found.steps.append(SimpleNamespace(**empty))
+        found.steps.append(SimpleNamespace(batch={}, seen=[], grads={}, reduced=[], maps={}))
 
     def heard(entry):
         if live.scoring:
@@ -70,10 +65,8 @@ def watch(patch, script, argv, calls=()):
 
     def restore(whole, self, networks, optimizer, state):
         start = whole(self, networks, optimizer, state)
-        found.networks = copy.deepcopy(networks)
-        found.state = copied(state)
-        live.networks = networks
-        live.state = state
+        found.networks, found.state = copy.deepcopy(networks), copied(state)
+        live.networks, live.state = networks, state
 
         def before(*_):
             for name, net in networks.items():
@@ -110,37 +103,29 @@ def watch(patch, script, argv, calls=()):
         return result
 
     def log_step(whole, self, number, parts, lr, began, spent):
-        live.done = found.steps[-1]
-        live.done.parts = {name: x.item() for name, x in parts.items()}
-        live.done.spent = dict(spent)
-        live.done.state = copied(live.state)
-        live.done.nets = {k: copied(net.state_dict()) for k, net in live.networks.items()}
+        step = found.steps[-1]
+        step.parts = {name: x.item() for name, x in parts.items()}
+        step.spent = dict(spent)
+        step.state = copied(live.state)
+        step.nets = {name: copied(net.state_dict()) for name, net in live.networks.items()}
         with torch.random.fork_rng(devices=[]):
-            live.done.random = torch.rand(1).item()
+            step.random = torch.rand(1).item()
         whole(self, number, parts, lr, began, spent)
         begin()
 
     def panels(whole, self, name, maps):
         if name.endswith("-train"):
-            live.done.maps = copied(maps)
+            found.steps[-2].maps = copied(maps)
         whole(self, name, maps)
 
-    def call(whole, *inputs):
-        given = copied(inputs)
-        result = whole(*inputs)
-        found.steps[-1].calls.setdefault(whole.__name__, []).append((given, copied(result)))
-        return result
+    def around(owner, function):
+        whole = getattr(owner, function.__name__)
+        patch.setattr(owner, function.__name__, lambda *inputs: function(whole, *inputs))
 
-    def around(owner, name, function):
-        whole = getattr(owner, name)
-        patch.setattr(owner, name, lambda *inputs: function(whole, *inputs))
-
-    for name in calls:
-        around(fused if hasattr(fused, name) else script, name, call)
     for function in (parallel, open_stream, evaluate):
-        around(script, function.__name__, function)
+        around(script, function)
     for function in (restore, log_step, panels):
-        around(run.Run, function.__name__, function)
+        around(run.Run, function)
     begin()
     tiny.train(script, argv)
     found.steps.pop()
@@ -159,7 +144,7 @@ def stop_in(patch, stop):
     patch.setattr(run.Run, "log_step", step)
 
 
-def make(script, argv, bare=False, stop=0, calls=()):
+def make(script, argv, bare=False, stop=0):
     """Makes one run of a process group, recorded, or interrupted in step `stop`."""
     with pytest.MonkeyPatch.context() as patch:
         tiny.shrink(script, patch, bare)
@@ -168,10 +153,9 @@ def make(script, argv, bare=False, stop=0, calls=()):
             with pytest.raises(KeyboardInterrupt):
                 tiny.train(script, argv)
             return
-        found = watch(patch, script, argv, calls)
-    steps = [vars(step) for step in found.steps]
+        found = watch(patch, script, argv)
     left = f"{argv[argv.index('--out') + 1]}.rank{torch.distributed.get_rank()}"
-    torch.save({"wrapped": found.wrapped, "steps": steps}, left)
+    torch.save({"wrapped": found.wrapped, "steps": [vars(step) for step in found.steps]}, left)
 
 
 def left_by(out):

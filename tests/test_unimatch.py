@@ -1,9 +1,12 @@
-"""unimatch.py: strong views, boxes, losses against the oracle, the head, a step written out."""
+"""unimatch.py and unimatch_v2.py: losses, what is drawn, networks; several T; unimatch_fpl.py.
 
+Their steps: test_steps.py.
+"""
+
+import hashlib
 import itertools
-import re
-import zlib
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,100 +14,70 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional as colours
 
+import cps_fpl
 import predict
-import recorder
 import tiny
 import unimatch
-from common import Refusal, distributed
-from common.distributed import Group
-from common.flags import fill, parse
+import unimatch_v2 as v2
+from common import Refusal, distributed, weights
+from common.flags import as_fields
 from oracles import fpl as fpl_oracle
 from oracles import unimatch as oracle
+from oracles.fpl import printed
+from results import unimatch_fpl
+from trees import refusal
 
-ALONE = Group(0, 1, torch.device("cpu"))
+ALONE = distributed.Group(0, 1, torch.device("cpu"))
 
+# ---- losses, numbers of the log ----
 
-def flags(**changes):
-    """The flags that the losses read."""
-    values = dict(unsup_loss="ce", threshold=0.3, T=(0.9037,), views=2, feature_perturbation=True)
-    return fpl_oracle.printed(**values | changes)
-
-
-def images(x):
-    """(B, C, H, W) or (B, H, W) as a list of images, each a list of pixels."""
-    return (x.movedim(1, -1) if x.ndim == 4 else x).flatten(1, 2).tolist()
-
-
-def drawn(classes, kind, seed=0, dtype=torch.float64):
-    """Logits of a student and a teacher (3, C, 5, 6), and inside; the last image has nothing."""
-    rng = torch.Generator().manual_seed(seed)
-    z, t = torch.randn(2, 3, classes, 5, 6, generator=rng, dtype=torch.float64)
-    t = {"random": 2 * t, "tied": t.round().clamp(-1, 1), "sure": 1000 * t, "flat": 0 * t}[kind]
-    inside = torch.rand(3, 5, 6, generator=rng) < torch.tensor([0.7, 1.0, 0.0]).view(3, 1, 1)
-    return (2 * z).to(dtype), t.to(dtype), inside
-
-
-# ---- losses ----
-
-RELEASED = dict(k_max=3, strict=False, mean_over="positives_and_next")
-LOSSES = [dict(threshold=tau) for tau in (0.0, 0.3, 0.95)]
-LOSSES += [dict(unsup_loss="fpl", **more) for more in ({}, RELEASED, dict(T=(0.6037,)))]
-LOSSES += [dict(unsup_loss="fpl", weight=kind, fused="on") for kind in ("linear", "none")]
+LOSSES = [dict(unsup_loss="ce", threshold=tau) for tau in (0.0, 0.3, 0.5)]
+LOSSES += [{}, dict(T=0.6037, k_max=3, strict=False, weight="linear"), dict(fused="on")]
 
 
 @pytest.mark.parametrize("changes", LOSSES, ids=str)
-def test_consistency_is_the_oracles_and_sees_what_it_should(changes):
-    """Value and gradient; nothing outside, none to the teacher, in float32 whatever comes in."""
-    args = flags(**changes)
+def test_consistency_is_the_oracles(changes):
+    """Value and gradient, none to the teacher; in float32 where half precision comes in."""
+    args = printed(**changes)
+    rng = torch.Generator().manual_seed(0)
+    inside = torch.rand(3, 5, 6, generator=rng) < torch.tensor([0.7, 1.0, 0.0]).view(3, 1, 1)
 
-    def found(z, t, inside, pixels=17.0):
-        z = z.detach().requires_grad_()
-        loss = unimatch.consistency(z, unimatch.lesson(t, inside, args), pixels, args)
-        return loss, torch.autograd.grad(loss, z)[0]
+    def found(z, t):
+        return unimatch.consistency(z, unimatch.lesson(t, inside, args), 17.0, args)
 
-    kinds = ("random", "tied", "sure", "flat")
-    for classes, kind, dtype in itertools.product((2, 5, 21), kinds, (torch.float64, torch.float)):
-        z, t, inside = drawn(classes, kind, classes, dtype)
-        loss, gradient = found(z, t, inside)
-        value, slopes = oracle.consistency(*map(images, (z, t, inside)), 17.0, args)
-        near = dict(rel=1e-9, abs=3e-9) if dtype == torch.float64 else dict(rel=1e-5, abs=5e-6)
-        assert loss.item() == pytest.approx(value, **near)
-        slopes = [number for image in slopes for slope in image for number in slope]
-        assert gradient.movedim(1, -1).flatten().tolist() == pytest.approx(slopes, **near)
-        outside = ~inside[:, None]
-        again = found(torch.where(outside, -z, z), torch.where(outside, -t, t), inside)
-        assert torch.equal(again[0], loss) and not gradient[outside.expand_as(z)].any()
-    assert found(z, t, inside & False)[0] == 0
-    if args.unsup_loss == "ce":  # a confidence at the threshold counts
-        taught = unimatch.lesson(t, inside, args)
-        taught["conf"] = torch.full_like(taught["conf"], args.threshold)
-        assert (unimatch.pixel_loss(z, taught, args) > 0).all()
-    t.requires_grad_()
-    assert not any(x.requires_grad for x in unimatch.lesson(t, inside, args).values())
-    for low in (torch.bfloat16, torch.float16):
-        z, t = (x.to(low) for x in drawn(19, "random", 1)[:2])
-        loss, _ = found(z, t, inside)
-        assert loss.dtype == torch.float32 and loss == found(z.float(), t.float(), inside)[0]
+    for classes, spread in itertools.product((2, 5, 21), (0, 2, 1000)):
+        z, t = torch.randn(2, 3, classes, 5, 6, generator=rng, dtype=torch.float64)
+        z, t = z.requires_grad_(), (spread * t).requires_grad_()
+        loss = found(z, t)
+        loss.backward()
+        rows = [x.movedim(1, -1).flatten(1, 2).tolist() for x in (z, t)]
+        value, slopes = oracle.consistency(*rows, inside.flatten(1).tolist(), 17.0, args)
+        slopes = torch.tensor(slopes, dtype=torch.float64).flatten()
+        assert loss.item() == pytest.approx(value, rel=1e-9, abs=3e-9) and t.grad is None
+        gradient = z.grad.movedim(1, -1).flatten()
+        assert torch.allclose(gradient, slopes, rtol=1e-9, atol=3e-9)
+        z, t = z.detach().bfloat16(), t.detach().bfloat16()
+        assert found(z, t).dtype == torch.float32 and found(z, t) == found(z.float(), t.float())
 
 
-@pytest.mark.parametrize("kind", ["random", "tied", "flat"])
-def test_several_T_choose_K_by_the_neighbours(kind):
-    for classes, seed in ((3, 0), (11, 1), (11, 2)):
-        _, t, inside = drawn(classes, kind, seed)
-        args = flags(unsup_loss="fpl", T=(0.4437, 0.6437, 0.8937, 0.9837), k_max=4)
-        smooth = F.avg_pool2d(t, 3, 1, 1)  # so that neighbours agree somewhere
-        taught = unimatch.lesson(smooth, inside, args)
-        p = smooth.softmax(1).movedim(1, -1).tolist()
-        rows = zip(p, inside.tolist(), strict=True)
-        assert taught["K"].tolist() == [fpl_oracle.adaptive_positives(*row, args) for row in rows]
-        assert kind != "random" or classes < 5 or taught["K"].unique().numel() > 1
+def test_several_T_choose_K_by_the_neighbours():
+    args = printed(T=(0.4437, 0.6437, 0.8937, 0.9837), k_max=4)
+    rng = torch.Generator().manual_seed(0)
+    for classes, spread in ((3, 2), (11, 2), (11, 0)):
+        t = spread * torch.randn(3, classes, 5, 6, generator=rng, dtype=torch.float64)
+        t = F.avg_pool2d(t, 3, 1, 1)  # so that neighbours agree somewhere
+        inside = torch.rand(3, 5, 6, generator=rng) < torch.tensor([0.7, 1.0, 0.0]).view(3, 1, 1)
+        K = unimatch.adaptive_assignment(t, inside, args)
+        rows = zip(t.softmax(1).movedim(1, -1).tolist(), inside.tolist(), strict=True)
+        assert K.tolist() == [fpl_oracle.adaptive_positives(*row, args) for row in rows]
+        assert len(K.unique()) > 1 or (classes, spread) != (11, 2)
 
 
 def test_statistics():
     """Two pixels, the second one void in the end; T 0.9: K is 1 and 2."""
     prob = torch.tensor([[0.96, 0.03, 0.01], [0.5, 0.3, 0.2]], dtype=torch.float64)
     logits = prob.log().T.repeat_interleave(4, 1).view(1, 3, 1, 8)  # of which every fourth counts
-    inside, args = torch.ones(1, 1, 8, dtype=torch.bool), flags(T=(0.9,))
+    inside, args = torch.ones(1, 1, 8, dtype=torch.bool), printed(T=0.9)
     found = unimatch.statistics(logits, inside, args)
     weight = unimatch.adaptive_weight(prob.T[None, :, None], torch.tensor([[[1, 2]]])).mean()
     assert found == dict(confident=0.5, K=1.5, K_gt_1=0.5, weight=pytest.approx(weight.item()))
@@ -126,67 +99,150 @@ def test_a_mean_is_that_of_the_whole_batch(monkeypatch):
 # ---- what is drawn ----
 
 
-def test_boxes_have_the_released_odds_areas_and_ratios():
-    """Half are none; areas and ratios fill their bounds, 0.73 are taller than wide [D23]."""
-    rng = np.random.default_rng(0)
-    boxes = np.array([unimatch.drawn_box(rng, 1000) for _ in range(4000)])
-    some = boxes[boxes[:, 2] > 0]
-    assert 0.47 < len(some) / 4000 < 0.53 and (some[:, :2] + some[:, 2:] <= 1000).all()
-    areas, ratios = some[:, 2] * some[:, 3] / 1e6, some[:, 2] / some[:, 3]
-    for values, low, high in ((areas, 0.02, 0.4), (ratios, 0.3, 1 / 0.3)):
-        assert 0.98 * low <= values.min() < 1.2 * low and 0.9 * high < values.max() <= 1.02 * high
-    assert 0.7 < (ratios > 1).mean() < 0.76 and 0.19 < areas.mean() < 0.21
-    assert abs(some[:, 0].mean() + some[:, 2].mean() / 2 - 500) < 15  # anywhere, evenly
+def told(random, uniform, **others):
+    """A generator that gives these numbers; uniform: which part of a range."""
+    rng = Mock(**{f"{name}.side_effect": numbers for name, numbers in others.items()})
+    rng.random.side_effect = random
+    parts = iter(uniform)
+    rng.uniform.side_effect = lambda low, high: low + next(parts) * (high - low)
+    return rng
 
 
-def test_operations_have_the_released_odds_ranges_and_orders():
-    rng, seen, orders = np.random.default_rng(0), {}, set()
-    for _ in range(4000):
-        found = unimatch.drawn_operations(rng, 64)
-        orders.add(tuple(name for name, *_ in found if name.startswith("adjust")))
-        rest = [name for name, *_ in found if not name.startswith("adjust")]
-        assert found[len(found) - len(rest) :] == [row for row in found if row[0] in rest]
-        assert rest == sorted(set(rest), reverse=True)  # grey before blur
-        for name, *some in found:
-            seen.setdefault(name, []).append(some[-1])
-            assert name != "gaussian_blur" or some[0] == 2 * int(np.ceil(4 * some[1])) + 1
-    assert len(orders) == 25  # 24, and none
-    ends = {f"adjust_{name}": (0.8, 0.5, 1.5) for name in ("brightness", "contrast", "saturation")}
-    ends |= {"rgb_to_grayscale": (0.2, 3, 3), "gaussian_blur": (0.5, 0.1, 2)}
-    ends["adjust_hue"] = (0.8, -0.25, 0.25)
-    assert seen.keys() == ends.keys()
-    for name, (odds, low, high) in ends.items():
-        assert abs(len(seen[name]) / 4000 - odds) < 0.03, name
-        assert low <= min(seen[name]) < low + 0.01 and high - 0.01 < max(seen[name]) <= high
+def test_boxes_are_drawn_as_released():
+    """[D23]: none at even odds; a box that does not fit has another ratio and place."""
+    assert unimatch.drawn_box(told([0.49], []), 100) == (0, 0, 0, 0)
+    square = 0.7 / (1 / 0.3 - 0.3)
+    for uniform, integers, box in (  # of 200 pixels; of 4,000, 115 high at first
+        ([0, 0, 0, 0], [94, 0, 93, 76, 93, 75], (93, 75, 7, 25)),
+        ([0, 1], [1, 2], (1, 2, 25, 7)),
+        ([1, 1, square], [0, 0, 37, 37], (37, 37, 63, 63)),
+    ):
+        rng = told([0.5], uniform, integers=integers)
+        assert unimatch.drawn_box(rng, 100) == box
+        rng.integers.assert_called_with(100)
 
 
-def test_strong_views_are_torchvisions_of_uint8_and_do_not_depend_on_processes():
-    """Of (seed, name, sample number); blur is the whole Gaussian but for rounding."""
-    args = SimpleNamespace(seed=3, batch_size_unlabeled=8, crop_size=40)
+def test_operations_are_drawn_as_released():
+    """Jitter in any order, then grey, then blur, whose kernel fits into the crop."""
+    assert unimatch.drawn_operations(told([0.8, 0.2, 0.5], [0] * 4), 9) == []
+    for part, crop, change, hue, deviation, side in (
+        (0, 20, 0.5, -0.25, 0.1, 3),
+        (1, 20, 1.5, 0.25, 2.0, 17),
+        (1, 8, 1.5, 0.25, 2.0, 15),
+    ):
+        rng = told([0.79, 0.19, 0.49], [part] * 5, permutation=[[3, 2, 0, 1]])
+        names = "saturation", "brightness", "contrast"
+        jitter = [("adjust_hue", hue), *((f"adjust_{name}", change) for name in names)]
+        rest = [("rgb_to_grayscale", 3), ("gaussian_blur", side, pytest.approx(deviation))]
+        assert unimatch.drawn_operations(rng, crop) == jitter + rest
+        rng.permutation.assert_called_once_with(4)
+
+
+def test_strong_views_are_torchvisions_of_uint8():
+    """Of (seed, name, sample number); here of the second of two processes."""
+    args = SimpleNamespace(seed=3, batch_size_unlabeled=16, crop_size=40)
     weak = torch.randint(0, 256, (8, 3, 40, 40), generator=torch.Generator().manual_seed(0))
     weak = F.avg_pool2d(weak.float(), 5, 1, 2).byte()
-    found, masks = unimatch.strong_views(weak, "view0", 7, args, ALONE)
+    found, masks = unimatch.strong_views(weak, "view0", 7, args, ALONE._replace(rank=1))
     assert found.dtype == torch.uint8 and masks.any() and not masks.all()
-    for rank in (0, 1):
-        own = slice(4 * rank, 4 * rank + 4)
-        part = unimatch.strong_views(weak[own], "view0", 7, args, ALONE._replace(rank=rank))
-        assert torch.equal(part[0], found[own]) and torch.equal(part[1], masks[own])
     for i, image in enumerate(weak):
-        rng = np.random.default_rng([3, unimatch.zlib.crc32(b"view0"), 56 + i])
+        rng = np.random.default_rng([3, unimatch.zlib.crc32(b"view0"), 120 + i])
         for name, *numbers in unimatch.drawn_operations(rng, 40):
             image = getattr(colours, name)(image, *numbers)
         top, left, height, width = unimatch.drawn_box(rng, 40)
         assert torch.equal(image, found[i]) and masks[i].sum() == height * width
         assert masks[i, 0, top : top + height, left : left + width].all()
-    assert not torch.equal(unimatch.strong_views(weak, "view1", 7, args, ALONE)[0], found)
-    for deviation in (0.1, 0.3, 1.0, 2.0):
-        side = 2 * int(np.ceil(4 * deviation)) + 1
-        blurred = unimatch.strong_view(weak[0], [("gaussian_blur", side, deviation)]).int()
-        whole = colours.gaussian_blur(weak[0], [33, 33], [deviation, deviation]).int()
-        assert (blurred - whole).abs().max() <= 1
 
 
-# ---- network ----
+@pytest.mark.smoke
+@pytest.mark.parametrize("images, whole, kept", [(6, 0.5, 3), (5, 0.5, 2), (1, 0.5, 0), (4, 1, 4)])
+def test_dropout_is_complementary_and_leaves_some_images_whole(images, whole, kept):
+    """[D24]: a channel is dropped in one of the views, at even odds."""
+    torch.manual_seed(0)
+    for _ in range(20):
+        first, second = v2.complementary_masks(images, 1000, whole, "cpu")
+        assert first.shape == (images, 1000, 1, 1) and torch.equal(first + second, 0 * first + 2)
+        alike = (first == 1).flatten(1)
+        assert (alike.all(1) | ~alike.any(1)).all() and alike.all(1).sum() == kept
+        dropped = first[~alike.all(1)]
+        assert ((dropped == 0) | (dropped == 2)).all()
+        assert kept == images or 0.4 < (dropped == 2).float().mean() < 0.6
+
+
+# ---- several T, counts of steps, results/unimatch_fpl.py ----
+
+REFUSED = [("--fused on", "twin"), ("--unsup-loss ce", "nothing here"), ("--T 0.9 0.8", "rising")]
+REFUSED = [(name, *row) for name in ("cps_fpl", "ael_fpl", "unimatch") for row in REFUSED]
+REFUSED += [("cps_fpl", f"--k-strategy {kind}", "n-1") for kind in ("n", "step")]
+
+
+@pytest.mark.parametrize("name, words, line", REFUSED)
+def test_several_T_are_refused_where_they_cannot_act(name, words, line):
+    with pytest.raises(Refusal, match=line):
+        tiny.resolved(tiny.script(name), f"--unsup-loss fpl --T 0.2 0.5 {words}".split())
+
+
+def test_an_older_checkpoint_has_one_T_and_predict_shows_K_of_one_alone():
+    saved = {"T": 0.9, "scales": [0.5, 2.0], "lr": 0.1}
+    assert as_fields(cps_fpl.Args, saved) == {"T": (0.9,), "scales": (0.5, 2.0), "lr": 0.1}
+    for T, one in (([0.9], 0.9), (0.9, 0.9), ([0.8, 0.9], None), (None, None)):
+        assert predict.one_T(SimpleNamespace(saved={"args": {"T": T}})) == one
+
+
+@pytest.mark.parametrize("name", ["mean_teacher", "u2pl", "esl", "unimatch", "unimatch_v2"])
+def test_passes_over_the_unlabelled_images_are_counted_in_their_batch(name):
+    words = "--dataset voc --split 92 --batch-size 16 --batch-size-unlabeled".split()
+    steps = [tiny.resolved(tiny.script(name), [*words, size]).total_iters for size in ("16", "32")]
+    assert steps[1] == pytest.approx(steps[0] / 2, rel=0.01)
+
+
+def test_what_fpl_does_there_is_counted_and_drawn(tmp_path, monkeypatch, capsys):
+    """Pixels: sure and right; 0.65, wrong, the truth second; void. T 0.95: K is 1, 2, 2."""
+    prob = torch.tensor([[0.97, 0.02, 0.01], [0.65, 0.25, 0.1], [0.4, 0.3, 0.3]])
+    args = printed(T=0.95)
+    found = unimatch_fpl.counts(prob.log().T[None, :, None], torch.tensor([[[0, 1, 255]]]), args)
+    assert found.tolist() == [[0] * 4] * 2 + [[1, 0, 1, 1]] + [[0] * 4] * 3 + [[1, 1, 1, 0]]
+    tiny.shrink(unimatch, monkeypatch)
+    run, out = tmp_path / "run", tmp_path / "x.png"
+    argv = tiny.flags(tiny.draw_tree(tmp_path / "data"), run, log=1, iters=2, evaluate=2, save=2)
+    tiny.train(unimatch, [*argv, *"--unsup-loss fpl --T 0.2 0.5".split()])
+    rows = (f"log {run}", 0), (f"val {run}/last.pt --images 2", 0)
+    for words, code in (*rows, (f"val {run}/last.pt --images 9", 2), (f"log {out}", 2)):
+        out.unlink(missing_ok=True)
+        assert unimatch_fpl.main([*words.split(), "--out", str(out)]) == code
+        assert out.exists() == (code == 0)
+    text = capsys.readouterr().out
+    assert "below 0.95" in text and "step 2, 2 images of val, T 0.2 0.5" in text
+
+
+# ---- networks ----
+
+MILLIONS = [  # of the released logs: of the network, or of backbone and head
+    (unimatch, unimatch.UniMatchHead, "resnet50 --stem deep", [40.5]),
+    (unimatch, unimatch.UniMatchHead, "resnet101 --stem deep", [59.5]),
+    (v2, v2.DPTHead, "dinov2_vits14", [22.1, 2.7]),
+    (v2, v2.DPTHead, "dinov2_vitb14", [86.6, 10.6]),
+    (v2, v2.DPTHead, "dinov2_vitl14", [304.4, 30]),
+]
+
+
+@pytest.mark.parametrize("script, head, backbone, millions", MILLIONS)
+def test_networks_have_the_parameters_of_the_released_logs(script, head, backbone, millions):
+    """DPT: 10.9 and 31.2 there, with a residual unit that is never called [D6]."""
+    words = f"--dataset voc --split 92 --weights none --backbone {backbone}".split()
+    with torch.device("meta"):
+        net = script.Network(tiny.resolved(script, words), 21, head)
+    parts = [net.backbone, net.head] if script is v2 else [net]
+    for part, expected in zip(parts, millions, strict=True):
+        assert sum(p.numel() for p in part.parameters()) / 1e6 == pytest.approx(expected, abs=0.06)
+
+
+def test_dilations_without_a_multi_grid():
+    args = tiny.resolved(unimatch, "--dataset voc --split 92 --weights none".split())
+    for stride, expected in ((16, [1, 2, 2]), (8, [2, 4, 4])):
+        with torch.device("meta"):
+            backbone = unimatch.make_backbone(unimatch.replace(args, output_stride=stride))
+        assert [block.conv2.dilation[0] for block in backbone.layer4] == expected
 
 
 def test_the_head_decodes_the_last_images_once_more_with_channels_dropped(monkeypatch):
@@ -210,128 +266,135 @@ def test_the_head_decodes_the_last_images_once_more_with_channels_dropped(monkey
     assert torch.allclose(out["perturbed"], tripled, atol=1e-4)
 
 
-@pytest.mark.parametrize("backbone, millions", [("resnet50", 40.5), ("resnet101", 59.5)])
-def test_networks_have_the_parameters_and_dilations_that_the_released_logs_have(backbone, millions):
-    words = f"--dataset voc --split 92 --stem deep --weights none --backbone {backbone}".split()
-    args = fill(parse(unimatch.Args, unimatch.preset, words), unimatch.preset, words)
-    with torch.device("meta"):
-        net = unimatch.Network(args, 21, unimatch.UniMatchHead)
-        eight = unimatch.make_backbone(unimatch.replace(args, output_stride=8))
-    count = sum(p.numel() for p in net.parameters()) / 1e6
-    assert round(count, 1) == millions
-    for backbone, expected in ((net.backbone, [1, 2, 2]), (eight, [2, 4, 4])):
-        assert [block.conv2.dilation[0] for block in backbone.layer4] == expected
-        assert backbone.layer4[0].conv2.stride == (1, 1)
+def flags(**changes):
+    values = dict(backbone="dinov2_vits14", weights="none", freeze=0, amp="none")
+    return SimpleNamespace(**values | dict(checkpoint_activations=False) | changes)
 
 
-# ---- the step ----
+@pytest.fixture
+def small(monkeypatch):
+    """Makes every DINOv2 a small one; returns a function of flags to a backbone."""
+    size = v2.Size(32, 4, 2, (0, 1, 2, 3), (4, 6, 8, 10), 12)
+    monkeypatch.setattr(v2, "SIZES", dict.fromkeys(v2.SIZES, size))
+    return lambda **changes: v2.make_backbone(flags(**changes)).eval()
 
 
-def literal(student, batch, args, number):
-    """A step in one graph and one sum, its maps mixed by multiplication: the loss, its parts."""
-    weak, x_l, y_l = batch["unlabeled"], batch["labeled"]["image"], batch["labeled"]["label"].long()
-    n, partner = len(x_l), None
-    if args.partner == "crop":
-        partner = batch["unlabeled.2"]
-        with torch.no_grad():
-            t_m = student.eval()(partner["image"])["logits"]
-        student.train()
-    student.head.perturbed = len(weak["image"]) * args.feature_perturbation
-    out = student(torch.cat([x_l, weak["image"]]))
-    student.head.perturbed = 0
-    t = out["logits"][n:].detach()
-
-    def taught(z, logits, inside, K):
-        q = logits.softmax(1)
-        if args.unsup_loss == "ce":
-            loss = F.cross_entropy(z, q.argmax(1), reduction="none") * (q.amax(1) >= args.threshold)
-        else:
-            p, order = unimatch.by_rank(q)
-            loss = unimatch.fuzzy_positive_regularization(z, order, K)
-            loss = loss * unimatch.adaptive_weight(p, K, args.weight, args.mean_over)
-        return loss[inside].sum() / inside.sum()
-
-    def K_of(logits, inside):
-        return unimatch.k_of(logits, inside, args)
-
-    K, pairs = K_of(t, weak["inside"]), [i ^ 1 for i in range(len(t))]
-    mixed, lessons = [], []
-    for view in range(args.views):
-        x, mask = unimatch.strong_views(weak["image"], f"view{view}", number, args, ALONE)
-        own = [x, t, weak["inside"], K]
-        other = [part[pairs] for part in own]
-        if partner:
-            x_m, _ = unimatch.strong_views(partner["image"], f"partner{view}", number, args, ALONE)
-            other = [x_m, t_m, partner["inside"], K_of(t_m, partner["inside"])]
-        masks = [mask, mask, mask[:, 0], mask[:, 0]]
-        maps = [a * ~m + b * m for a, b, m in zip(own, other, masks, strict=True)]
-        mixed.append(maps[0])
-        lessons.append(maps[1:])
-    z = student(torch.cat(mixed))["logits"].chunk(args.views)
-    strong = [taught(a, *b) for a, b in zip(z, lessons, strict=True)]
-    sup = F.cross_entropy(out["logits"][:n], y_l, ignore_index=255)
-    strong = sum(strong) / len(strong)
-    perturbed = torch.zeros(())
-    loss = (sup + strong) / 2
-    if args.feature_perturbation:
-        perturbed = taught(out["perturbed"], t, weak["inside"], K)
-        loss = sup / 2 + strong / 4 + perturbed / 4
-    return loss, dict(loss=loss, sup=sup, strong=strong, perturbed=perturbed)
+@pytest.mark.smoke
+@pytest.mark.parametrize("h, w", [(37, 37), (57, 57), (37, 20), (20, 31), (1, 1), (9, 70)])
+def test_position_embeddings_are_interpolated_as_published(h, w):
+    """[D27]: by factors with an offset of 0.1, without antialiasing."""
+    torch.manual_seed(0)
+    grid = torch.randn(1, 37 * 37, 6)
+    own, theirs = v2.position_embedding(grid, h, w), grid.unflatten(1, (37, 37)).movedim(3, 1)
+    if (h, w) != (37, 37):
+        factors = (h + 0.1) / 37, (w + 0.1) / 37
+        theirs = F.interpolate(theirs, scale_factor=factors, mode="bicubic", antialias=False)
+    assert own.shape == theirs.shape == (1, 6, h, w)
+    # places are float32 numbers up to 37, in another order of rounding; slopes are of order 1
+    assert (own - theirs).abs().max() <= (0 if h == w == 37 else 3e-5)
 
 
-STEPS = ["", "--views 1 --no-feature-perturbation", "--recipe official", "--unsup-loss fpl --T 0.3"]
-STEPS += ["--views 1 --unsup-loss fpl --T 0.2 0.3 0.5", "--recipe official --unsup-loss fpl"]
+def test_dinov2_is_timms(small, tmp_path):
+    """From random weights, by timm's key names; but for its position embedding, at 518 too."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    shape = dict(embed_dim=32, depth=4, num_heads=2, num_classes=0)
+    theirs = timm.create_model("vit_small_patch14_dinov2", **shape)
+    for p in theirs.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    state = theirs.state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    own = small(weights=str(tmp_path / "w.pth"))
+    first, patches = state["pos_embed"].split([1, 37 * 37], 1)
+    for size, atol in (((518, 518), 0), ((280, 434), 1e-5)):
+        x, grid = torch.randn(1, 3, *size), [side // 14 for side in size]
+        net = timm.create_model("vit_small_patch14_dinov2", **shape, img_size=size).eval()
+        positions = v2.position_embedding(patches, *grid).flatten(2).transpose(1, 2)
+        net.load_state_dict(state | {"pos_embed": torch.cat([first, positions], 1)})
+        maps = net.forward_intermediates(x, norm=True, intermediates_only=True)
+        for mine, other in zip(v2.features(own, x), maps, strict=True):
+            assert mine.shape == (1, 32, *grid) and torch.allclose(mine, other, atol=atol)
 
 
-@pytest.mark.parametrize("row", STEPS)
-def test_every_step_is_the_literal_one(row, tmp_path, monkeypatch):
-    tree = tiny.draw_tree(tmp_path / "data")
-    argv = tiny.flags(tree, tmp_path / "run", log=1, iters=3, evaluate=9, save=9, pictures=3)
-    argv = tiny.with_acting("unimatch", [*argv, *"--batch-size-unlabeled 4".split(), *row.split()])
-    with monkeypatch.context() as patch:
-        tiny.shrink(unimatch, patch)
-        found = recorder.watch(patch, unimatch, argv)
-    args, passes, net = tiny.resolved(unimatch, argv), [], found.networks["student"]
-    recorder.listen({"student": net}, passes.append)
-    for number, step in enumerate(found.steps):
-        passes.clear()
-        torch.manual_seed(zlib.crc32(b"%d %d 0" % (args.seed, number)))
-        loss, parts = literal(net, step.batch, args, number)
-        for entry, twin in zip(step.seen, passes, strict=True):  # what it saw, in which mode
-            assert torch.equal(entry["image"], twin["image"])
-            assert entry["training"] == twin["training"] and entry["grad"] == twin["grad"]
-        loss.backward()
-        for key, p in net.named_parameters():
-            own = step.grads[f"student.{key}"]
-            assert (own - p.grad).abs().max() <= 5e-5 * p.grad.abs().max(), key
-            p.grad = None
-        assert {k: step.parts[k] for k in parts} == pytest.approx(
-            {k: x.item() for k, x in parts.items()}, rel=1e-5, abs=1e-6
-        )
-        assert step.parts["strong"] > 0 and 0 < step.parts["coverage"] <= 1
-        net.load_state_dict(step.nets["student"])
-    titles = list(found.steps[-1].maps)
-    if args.unsup_loss == "ce":
-        label, conf = (found.steps[-1].maps[title] for title in ("its pseudo label", "confidence"))
-        assert (label[conf < args.threshold] == -1).all() and (label >= 0).any()  # white
-    assert ("perturbed features" in titles) == args.feature_perturbation
-    assert sum(title.startswith("mixed") for title in titles) == args.views
-    assert ("K 1" in titles) == (args.unsup_loss == "fpl")
+SIZES = {(56, 70): (4, 5), (57, 62): (4, 4), (63, 64): (5, 5), (6, 300): (1, 21), (1, 1): (1, 1)}
 
 
-def test_what_cannot_be_is_refused(tmp_path, monkeypatch):
-    tree = tiny.draw_tree(tmp_path / "data")
-    tiny.shrink(unimatch, monkeypatch)
-    for words, line in (
-        ("--batch-size-unlabeled 3", "CutMix mixes pairs: an even --batch-size-unlabeled"),
-        ("--unsup-loss fpl --threshold 0.9", "--threshold 0.9 does nothing here: it needs"),
-        ("--unsup-loss fpl --T 0.9 0.8", "--T (0.9, 0.8): one number or more, rising"),
+@pytest.mark.parametrize("size, grid", SIZES.items())
+def test_features_of_any_size(size, grid, small):
+    """The image becomes one of whole patches, the nearest; half a patch is rounded up [D28]."""
+    net, x = small(), torch.randn(2, 3, *size)
+    resized = F.interpolate(x, [14 * n for n in grid], mode="bilinear", align_corners=True)
+    for mine, expected in zip(v2.features(net, x), net(resized), strict=True):
+        assert mine.shape == (2, 32, *grid) and torch.equal(mine, expected)
+    logits = v2.Network(flags(), 5, v2.DPTHead)(x.byte())["logits"]
+    assert logits.shape == (2, 5, *size) and logits.isfinite().all()
+
+
+def test_dpt_is_the_literal_one(small):
+    """By torch's functions on the module's tensors, for maps of an odd size; its masks."""
+    torch.manual_seed(0)
+    head = v2.DPTHead([32] * 4, 5, flags())
+    stages = [torch.randn(2, 32, 5, 3) for _ in range(4)]
+
+    def conv(x, name, **more):
+        module = head.get_submodule(name)
+        function = F.conv_transpose2d if isinstance(module, torch.nn.ConvTranspose2d) else F.conv2d
+        return function(x, module.weight, module.bias, **more)
+
+    def residual(x, name):
+        y = conv(x.relu(), f"{name}.conv1", padding=1)
+        return x + conv(y.relu(), f"{name}.conv2", padding=1)
+
+    def up(x, *size):
+        return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+    maps = [conv(x, f"project.{i}") for i, x in enumerate(stages)]
+    maps[0] = conv(maps[0], "resize.0", stride=4)
+    maps[1] = conv(maps[1], "resize.1", stride=2)
+    maps[3] = conv(maps[3], "resize.3", stride=2, padding=1)
+    *maps, x = (conv(x, f"narrow.{i}", padding=1) for i, x in enumerate(maps))
+    for i, size in ((3, (5, 3)), (2, (10, 6)), (1, (20, 12)), (0, (40, 24))):
+        if i < 3:
+            x = x + residual(maps[i], f"before.{i}")
+        x = conv(up(residual(x, f"after.{i}"), *size), f"out.{i}")
+    x = up(conv(conv(x, "classify.0", padding=1).relu(), "classify.2"), 71, 43)
+    assert torch.allclose(head(stages, (71, 43))["logits"], x, atol=1e-6)
+    masks = torch.rand(2, 32, 1, 1)
+    expected = head([stage * masks for stage in stages], (9, 9))["logits"]
+    head.masks = masks
+    assert torch.equal(head(stages, (9, 9))["logits"], expected)
+
+
+def test_weights_are_metas_or_timms_and_nothing_else(small, tmp_path, monkeypatch):
+    """With the mask token of pretraining, below a prefix; by address, whose hash is checked."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setattr(weights, "META", tmp_path.as_uri() + "/")
+    state = {key: torch.randn_like(x) for key, x in small().state_dict().items()}
+    meta = state | {"mask_token": torch.zeros(1, 32)}
+    address, file = tmp_path / "dinov2_vits14/dinov2_vits14_pretrain.pth", str(tmp_path / "w.pth")
+    address.parent.mkdir()
+    torch.save(meta, address)
+    line = refusal(v2.make_backbone, flags(weights="auto"))
+    assert "invalid hash" in line and "--weights FILE" in line
+    sha = hashlib.sha256(address.read_bytes()).hexdigest()
+    monkeypatch.setitem(weights.DINOV2, "dinov2_vits14", sha)
+    torch.save({f"backbone.{key}": x for key, x in meta.items()}, file)
+    for name in ("auto", file):
+        found = small(weights=name).state_dict()
+        assert all(torch.equal(x, state[key]) for key, x in found.items())
+    for more, words in (
+        ({"pos_embed": torch.zeros(1, 257, 32)}, "1 keys do not fit dinov2_vits14 (pos_embed"),
+        ({"register_tokens": torch.zeros(1, 4, 32)}, "register tokens: give the file without"),
+        ({"storage_tokens": torch.zeros(1, 4, 32)}, "it is a DINOv3, another network"),
+        ({"rope_embed.periods": torch.zeros(16)}, "it is a DINOv3, another network"),
     ):
-        argv = [*tiny.flags(tree, tmp_path / words[-3:]), *words.split()]
-        with pytest.raises(Refusal, match=f"^{re.escape(line)}[^\n]*$"):
-            tiny.train(unimatch, argv)
+        torch.save(meta | more, file)
+        assert words in refusal(v2.make_backbone, flags(weights=file))
 
 
-def test_predict_shows_K_of_one_T_alone():
-    for T, one in (([0.9], 0.9), (0.9, 0.9), ([0.8, 0.9], None), (None, None)):
-        assert predict.one_T(SimpleNamespace(saved={"args": {"T": T}})) == one
+def test_frozen_blocks(small):
+    """Tensors that learn nothing: 4 before the blocks, 14 of a block, 2 of the last norm."""
+    for frozen, fixed in ((0, 0), (2, 32), (4, 62)):
+        assert sum(not p.requires_grad for p in small(freeze=frozen).parameters()) == fixed
+    line = "--freeze 5: dinov2_vits14 has 4 blocks"
+    assert refusal(v2.make_backbone, flags(freeze=5)) == line

@@ -5,13 +5,14 @@
     python tests/mutants.py run --column new    # goes on where it was stopped
     python tests/mutants.py report
 
-Run by hand: a whole run takes an hour of one core. A mutant changes one operator, constant or
+Run by hand: a whole run takes some hours of one core. A mutant changes one operator, constant or
 argument, or deletes one line, in every script that holds the same text, by which it is known: gone
 if the product has none. Timeout: the limit came before a test failed, which counts as not killed.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
 import csv
 import importlib.util
@@ -21,24 +22,19 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
-
-import pytest
-
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("MUTANTS", f"{tempfile.gettempdir()}/mutants"))  # a folder
-TABLE = HERE / "mutants.tsv"
+TABLE = ROOT / "tests/mutants.tsv"
 FIELDS = "number file function seam occurrence operator before after equivalent".split()
 SEAM = re.compile(r"^ *# (>>>|<<<) method: ([a-z-]+)$", re.M)
 NUMBER = 330
 LIMIT = 60  # seconds for one mutant
-WARM = "torch torchvision numpy PIL tyro tqdm scipy.ndimage".split()  # imported once, before forks
 # what holds texts, pages and results, not the product: a kill there would say nothing of a fault
 NOT_FOR_MUTANTS = ("test_copies.py", "test_pages.py", "test_results.py")
 
@@ -220,7 +216,23 @@ def write_table(rows):
     new.replace(TABLE)
 
 
-# ---- tests, in a fork, on a copy of the checkout ----
+# ---- tests, on a copy of the checkout ----
+
+# of pytest, and what marked files call: a line for each test that ends, and for what it runs
+PLUGIN = """
+import json
+from os import O_APPEND, O_CREAT, O_WRONLY, environ, open, write
+FILE = open({log!r}, O_WRONLY | O_CREAT | O_APPEND)
+KNOWN = set()
+def seen(number):
+    test = environ.get("PYTEST_CURRENT_TEST", "?")
+    if (number, test) not in KNOWN:
+        KNOWN.add((number, test))
+        write(FILE, (json.dumps([number, test]) + "\\n").encode())
+def pytest_runtest_logreport(report):
+    line = [report.nodeid, report.duration, report.failed]
+    write(FILE, (json.dumps(line) + "\\n").encode())
+"""
 
 
 def scratch(name):
@@ -236,70 +248,26 @@ def put(path, text):
     Path(importlib.util.cache_from_source(path)).unlink(missing_ok=True)
 
 
-class Watch:
-    """A pytest plugin: runs tests in their order, or all of files; which fail, seconds of each.
-
-    At its end, with once at the first that fails, it ends this process and what that has started.
-    """
-
-    def __init__(self, chosen, answer, once):
-        self.order = {test: number for number, test in enumerate(chosen)}
-        self.answer, self.once = answer, once
-        self.found = dict(verdict="survived", failed=[], seconds=Counter())
-
-    def pytest_collection_modifyitems(self, items):
-        kept = [i for i in items if {i.nodeid, i.nodeid.partition("::")[0]} & self.order.keys()]
-        items[:] = sorted(kept, key=lambda item: self.order.get(item.nodeid, 0))
-
-    def pytest_runtest_logreport(self, report):
-        self.found["seconds"][report.nodeid] += report.duration
-        if report.failed:
-            self.found["failed"].append(report.nodeid)
-            if self.once:
-                self.end("killed")
-
-    def pytest_sessionfinish(self, exitstatus):
-        if exitstatus in (0, 1, 5):  # 5: no tests
-            self.end("survived")
-
-    def end(self, verdict):
-        self.answer.write_text(json.dumps(self.found | dict(verdict=verdict)))
-        os.killpg(0, signal.SIGKILL)
-
-
-def in_child(folder, chosen, limit=0):
-    """Runs tests or files of them in a fork; returns what Watch found. limit: seconds, of once."""
-    answer = folder.with_suffix(".answer")
-    answer.write_text('{"verdict": "killed", "failed": ["a file of tests, or their process"]}')
-    if pid := os.fork():
-        os.waitpid(pid, 0)
-        return json.loads(answer.read_text())
-    os.setsid()
-    os.chdir(folder)
-    os.environ["PYTHONPATH"] = str(folder)
-    sys.path[:] = [str(folder)] + [p for p in sys.path if p and Path(p).resolve() != HERE]
-    output = os.open(folder.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    watch = Watch(chosen, answer, once=limit > 0)
-    signal.signal(signal.SIGALRM, lambda *_: watch.end("timeout"))
-    signal.alarm(limit)
-    files = sorted({test.partition("::")[0] for test in chosen})
-    pytest.main(["-n", "0", "-p", "no:cacheprovider", "--rootdir", ".", *files], [watch])
-    os._exit(1)
+def run_tests(folder, tests, *flags, limit=None):
+    """Runs tests in a process; returns (its exit code, None at the limit; the lines of PLUGIN)."""
+    log = folder.with_suffix(".log")
+    log.write_text("")
+    put(folder / "mutants_plugin.py", PLUGIN.format(log=str(log)))
+    words = "-m pytest -n 0 -p no:cacheprovider -p mutants_plugin".split()
+    more = dict(cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, start_new_session=True)
+    with open(folder.with_suffix(".out"), "w") as out:
+        command = [sys.executable, *words, *flags, *tests]
+        process = subprocess.Popen(command, stdout=out, stderr=out, **more)
+    code = None
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = process.wait(limit)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+    process.wait()
+    return code, [json.loads(line) for line in log.read_text().splitlines()]
 
 
 # ---- the map ----
-
-SEEN = """from os import O_APPEND, O_CREAT, O_WRONLY, environ, open, write
-FILE = open({log!r}, O_WRONLY | O_CREAT | O_APPEND)
-KNOWN = set()
-def seen(number):
-    test = environ._data.get(b"PYTEST_CURRENT_TEST", b"?")
-    if (number, test) not in KNOWN:
-        KNOWN.add((number, test))
-        write(FILE, b"%d\\t%s\\n" % (number, test))
-"""
 
 
 def marked(text, nodes):
@@ -309,7 +277,7 @@ def marked(text, nodes):
         line = first_line(node) - 1
         indent, elif_, _ = lines[line].partition("elif")
         if not elif_ or indent.strip():  # before an elif stands no statement
-            mark = f"__import__('mutants_seen').seen({number})"
+            mark = f"__import__('mutants_plugin').seen({number})"
             lines.insert(line, " " * node.col_offset + mark)
     return "\n".join(lines)
 
@@ -319,29 +287,32 @@ def make_map():
 
     What is run before the first test of a file (its fixtures) is run for all of them.
     """
-    product, folder, log = Product(), scratch("map"), WORK / "seen.log"
-    log.unlink(missing_ok=True)
-    (folder / "mutants_seen.py").write_text(SEEN.format(log=str(log)))
+    product, folder = Product(), scratch("map")
     names = []
     for name, found in product.statements.items():
         nodes = {len(names) + i: node for i, (node, _, runs) in enumerate(found.values()) if runs}
         names += [json.dumps((name, key)) for key in found]
         put(folder / product.places[name], marked(product.texts[name], nodes))
     files = [path.name for path in (folder / "tests").glob("test_*.py")]
-    facts = in_child(folder, [f"tests/{name}" for name in files if name not in NOT_FOR_MUTANTS])
-    ran = defaultdict(set)
-    for line in log.read_bytes().decode(errors="replace").splitlines():
-        number, _, test = line.partition("\t")
-        test, _, phase = test.rpartition(" ")
-        ran[test.partition("::")[0] if phase == "(setup)" else test].add(int(number))
+    tests = [f"tests/{name}" for name in files if name not in NOT_FOR_MUTANTS]
+    seconds, failed, ran = Counter(), set(), defaultdict(set)
+    for first, second, *rest in run_tests(folder, tests)[1]:
+        if rest:
+            seconds[first] += second
+            failed |= {first} if rest[0] else set()
+            continue
+        test, _, phase = second.rpartition(" ")
+        ran[test.partition("::")[0] if phase == "(setup)" else test].add(first)
     reach = defaultdict(list)
-    for test in facts["seconds"]:
+    for test in seconds:
         for number in ran[test] | ran[test.partition("::")[0]]:
             reach[names[number]].append(test)
-    if facts["failed"]:  # of the marks or of themselves: once more, without marks
-        facts["failed"] = in_child(scratch("map"), facts["failed"])["failed"]
-    (WORK / "tests.json").write_text(json.dumps(facts | dict(reach=reach)))
-    print(f"{len(facts['seconds'])} tests, {len(reach)} statements of {len(names)} run")
+    if failed:  # of the marks or of themselves: once more, without marks
+        again = run_tests(scratch("map"), sorted(failed))[1]
+        failed = {test for test, _, bad in again if bad}
+    facts = dict(seconds=seconds, failed=sorted(failed), reach=reach)
+    (WORK / "tests.json").write_text(json.dumps(facts))
+    print(f"{len(seconds)} tests, {len(reach)} statements of {len(names)} run")
     print("fail without a mutant, left out:", *facts["failed"], sep="\n  ")
 
 
@@ -367,24 +338,26 @@ def choose(facts, product, mutant):
 def judge(product, facts, mutant, folder):
     """Returns (verdict, first failing test) of one mutant."""
     changed = product.mutate(mutant)
-    order = choose(facts, product, mutant)
-    found = dict(verdict="survived" if changed else "gone", failed=[])
+    if not changed:
+        return "gone", ""
     for name, text in changed.items():
         put(folder / product.places[name], text)
-    for part in (order[:10], order[10:80], order[80:]):  # for the first ones few files are read
-        if part and found["verdict"] == "survived":
-            found = in_child(folder, part, LIMIT)
+    order = choose(facts, product, mutant)
+    verdict, failed = "survived", []
+    for part in (order[:20], order[20:]):  # for the first ones few files are read
+        if part and verdict == "survived":
+            code, lines = run_tests(folder, part, "-x", limit=LIMIT)
+            failed = [test for test, _, bad in lines if bad]
+            verdict = {None: "timeout", 0: "survived", 5: "survived"}.get(code, "killed")
     for name in changed:
         put(folder / product.places[name], product.texts[name])
-    return found["verdict"], "".join(found["failed"])
+    return ("killed", failed[0]) if failed else (verdict, "")
 
 
 def run(column):
     """Judges each mutant that has no verdict yet in a column."""
     product, rows, folder = Product(), read_table(), scratch("run")
     facts = json.loads((WORK / "tests.json").read_text())
-    for name in WARM:
-        __import__(name)
     for row in rows:
         if not row.get(column) and not row["equivalent"]:
             verdict, test = judge(product, facts, row, folder)

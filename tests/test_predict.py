@@ -325,9 +325,8 @@ def test_what_is_compared_is_of_the_mask_that_is_scored():
     assert pictures[0] != pictures[1]
     call("run", "a", "--out", "o", "--maps")  # no mask is asked for, none is forgotten
     assert files("o")["compared"] == pictures[1]
-    when = Path("m/f0.png").stat().st_mtime_ns + 10**9
     shutil.copyfile("m/f0.png", "n/f0.png")
-    os.utime("n/f0.png", ns=(when, when))
+    os.utime("n/f0.png", (0, 0))
     call("run", "a", "--masks", "n", "--out", "o")
     assert files("o")["compared"] == pictures[0]
     found = torch.from_numpy(index("o/classes/f0.png")).long()
@@ -343,10 +342,9 @@ def named(folder, *names):
 
 def test_a_part_is_scored_by_the_checkpoints_classes():
     """Those of its names, or of no name; what its flags say of ids holds for its own data set."""
-    checkpoint()
     for folder, classes, void in (("mine", 3, 255), ("nine", 3, 9), ("like camvid", 11, 200)):
         draw_folder(Path(folder), classes, void)
-    draw_tree(Path("camvid"), ids=11)
+    camvid = draw_tree(Path("camvid"), ids=11)
     score = ("--split", "val", "--out")
 
     named("mine", "road", "tree", "car")
@@ -369,12 +367,10 @@ def test_a_part_is_scored_by_the_checkpoints_classes():
     ):
         assert line in refusal(call, "nameless", *score, "o3", *words.split())
 
-    named("like camvid", *predict.load("run")[1])
+    named("like camvid", *FACTS["camvid"]["classes"])
     trained_on("like camvid", "alike", "--ignore-index", "200")
-    for path in (*Path("like camvid/masks/val").iterdir(), *Path("camvid/valannot").iterdir()):
-        Image.new("L", Image.open(path).size, 255).save(path)
+    save(camvid / "valannot/val0.png", np.full((36, 48), 255, np.uint8))
     call("alike", *score, "o4", "--dataset", "camvid", "--data-root", "camvid")
-    call("run", *score, "o5", "--dataset", "folder", "--data-root", "like camvid")
 
 
 def test_val_is_the_published_one(monkeypatch):

@@ -259,11 +259,14 @@ def run_tests(folder, tests, *flags, limit=None):
         command = [sys.executable, *words, *flags, *tests]
         process = subprocess.Popen(command, stdout=out, stderr=out, **more)
     code = None
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    try:
         code = process.wait(limit)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-    process.wait()
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also where this is stopped
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+        process.wait()
     return code, [json.loads(line) for line in log.read_text().splitlines()]
 
 

@@ -232,8 +232,7 @@ def test_it_goes_on_where_it_was_ended(monkeypatch):
     ready = times()
     call("run", "in", "--out", "o")
     assert "1" not in ready and set(times()) == set("0123") and ready.items() <= times().items()
-    line = refusal(call, "run", "in", "--out", "o", "--scales", "0.5")
-    assert "scales " in line and "another --out" in line
+    assert "another --out" in refusal(call, "run", "in", "--out", "o", "--scales", "0.5")
 
 
 def test_classes_are_of_the_image_that_is_asked_for():
@@ -308,8 +307,9 @@ def test_scores_are_those_of_the_confusion_matrix():
         places = [page.index(f"compared/val{i}.jpg") for i in worst]
         assert places == sorted(places) and "http" not in page and "<script" not in page
         assert Path(f"{out}/confusion.png").is_file() and Path(f"{out}/compared/val0.jpg").is_file()
-    call("run", "--split", "val", "--out", "o")  # all is there: read, not made again
-    assert Path("o/index.html").read_text().endswith(page[-100:])
+    os.remove("o/scores.json")
+    call("run", "--split", "val", "--out", "o")  # classes are there: read, not made again
+    assert scored("o") == scored("two")
 
 
 def test_what_is_compared_is_of_the_mask_that_is_scored():
@@ -329,9 +329,7 @@ def test_what_is_compared_is_of_the_mask_that_is_scored():
     os.utime("n/f0.png", (0, 0))
     call("run", "a", "--masks", "n", "--out", "o")
     assert files("o")["compared"] == pictures[0]
-    found = torch.from_numpy(index("o/classes/f0.png")).long()
-    expected = metrics.scores(metrics.confusion_matrix(found, torch.ones_like(found), 11))
-    assert expected.items() <= scored("o").items()
+    assert scored("o") == scored("only m")
 
 
 def named(folder, *names):

@@ -1,10 +1,12 @@
-"""predict.py: every checkpoint to pictures, scores, archives and files that others read."""
+"""predict.py: every checkpoint to pictures, scores, archives and files that others read.
+
+Called again, what is there is of the image and the mask that are asked for, or made anew.
+"""
 
 import csv
-import importlib.util
 import json
+import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,15 +22,23 @@ from common.checkpoints import write_checkpoint
 from common.data import FACTS
 from common.flags import acting, merge
 from results.analysis import mean_logits
-from tiny import SCORED, SCRIPTS, draw_tree, flags, save, script, shrink, train
+from tiny import SCORED, SCRIPTS, draw_folder, draw_tree, own_folder, save, script, shrink, train
+from trees import KEYS, draw, listed, publish, refusal
 
 PARTS = {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
 
 
-def checkpoint(name, folder, monkeypatch, step=600, dataset="camvid", **values):
-    """Writes a last.pt of a tiny network of a script, and returns its folder."""
+@pytest.fixture(autouse=True)
+def small(tmp_path, monkeypatch):
+    """Every test has an empty current folder and tiny networks."""
+    monkeypatch.chdir(tmp_path)
+    for name in SCRIPTS:
+        shrink(script(name), monkeypatch)
+
+
+def checkpoint(name="supervised", step=600, dataset="camvid", **values):
+    """Writes run/last.pt of a script's tiny network with random weights."""
     module = script(name)
-    shrink(module, monkeypatch)
     torch.manual_seed(0)
     args = merge(module.Args(dataset=dataset, weights="none", **values), module.preset)
     head = getattr(module, predict.HEADS[f"{name}.py"])
@@ -37,57 +47,63 @@ def checkpoint(name, folder, monkeypatch, step=600, dataset="camvid", **values):
         net = module.Network(args, len(FACTS[dataset]["classes"]), head)
         networks[part] = net.state_dict()
     content = dict(script=f"{name}.py", args=acting(args), networks=networks, step=step)
-    folder.mkdir()
-    write_checkpoint(folder / "last.pt", content)
-    return folder
+    Path("run").mkdir(exist_ok=True)
+    write_checkpoint(Path("run/last.pt"), content)
 
 
 def photo(path, height=40, width=52, mode="RGB", **more):
-    """Saves a picture of noise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Saves a picture of noise, another for each height."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path, **more)
 
 
-def run(*words):
+def call(*words):
     predict.main([*map(str, words), "--device", "cpu"])
-
-
-def of_ones(x):
-    """A network whose logits are 1 everywhere."""
-    return {"logits": torch.ones(len(x), 11, *x.shape[2:])}
 
 
 def index(path):
     return np.array(Image.open(path))
 
 
+def scored(folder):
+    return json.loads(Path(folder, "scores.json").read_text())
+
+
+def files(folder):
+    """Returns {kind: bytes of its file of the image f0}."""
+    return {path.parent.name: path.read_bytes() for path in Path(folder).glob("*/f0.*")}
+
+
+# ---- the network ----
+
+
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_classes_are_those_of_the_scripts_own_evaluation(name, tmp_path, monkeypatch):
+def test_classes_are_those_of_the_scripts_own_evaluation(name):
     """Whole and in windows, with and without maps, of the network that the script scores."""
-    folder = checkpoint(name, tmp_path / "run", monkeypatch, protocol="whole")
-    photo(tmp_path / "in/a.png")
-    photo(tmp_path / "in/sub/b.png", 20, 30)
-    source = predict.open_source(folder)
+    checkpoint(name, protocol="whole")
+    photo("in/a.png")
+    photo("in/sub/b.png", 20, 30)
+    source = predict.open_source("run")
     assert source.name == SCORED[name]
-    x = torch.from_numpy(index(tmp_path / "in/a.png")).permute(2, 0, 1)
+    x = torch.from_numpy(index("in/a.png")).permute(2, 0, 1)
     for window, protocol in ((0, "whole"), (24, "slide")):
         args = replace(source.args, protocol=protocol, crop_size=window)
         expected = source.script.predict(source.net, x, args, 11).numpy()
         for more in ([], ["--maps"]):
-            out = tmp_path / f"out{window}{len(more)}"
-            run(folder, tmp_path / "in", "--out", out, "--window", window, *more)
+            out = Path(f"out{window}{len(more)}")
+            call("run", "in", "--out", out, "--window", window, *more)
             assert (index(out / "classes/a.png") == expected).all()
             assert index(out / "classes/sub/b.png").shape == (20, 30)
     assert (out / "K/a.png").exists() == (name in ("cps_fpl", "ael_fpl"))
-    net, classes = predict.load(folder / "last.pt")
+    net, classes = predict.load("run/last.pt")
     assert classes[0] == "sky" and net(x[None]).shape == (1, 11, 40, 52)
 
 
-def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1(tmp_path, monkeypatch):
-    folder = checkpoint("cps_fpl", tmp_path / "run", monkeypatch, T=(0.9,), protocol="whole")
-    source = predict.open_source(folder)
+def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1():
+    checkpoint("cps_fpl", T=(0.9,), protocol="whole")
+    source = predict.open_source("run")
     for p in source.net.parameters():
         p.data *= 2  # otherwise all classes are equally likely
     x = torch.randint(0, 256, (3, 40, 52), dtype=torch.uint8)
@@ -101,18 +117,19 @@ def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1(tmp_path, monkeypatc
     flat = torch.full_like(x, 100)  # windows that overlap do not make it surer
     (windows,) = predict.segment(source, flat[None], window=24, maps=True)
     (alone,) = predict.segment(source, flat[None, :, :24, :24], maps=True)
-    windows, alone = windows["confidence"], alone["confidence"]
-    assert abs(int(windows.max()) - int(alone.max())) <= 1
+    assert abs(int(windows["confidence"].max()) - int(alone["confidence"].max())) <= 1
     args = replace(source.args, protocol="slide", crop_size=24)
-    same = SimpleNamespace(script=source.script, args=args, data=source.data, net=of_ones)
-    assert torch.equal(mean_logits(same, x), torch.ones(1, 11, 40, 52))
+    ones = SimpleNamespace(script=source.script, args=args, data=source.data)
+    ones.net = lambda x: {"logits": torch.ones(len(x), 11, *x.shape[2:])}
+    assert torch.equal(mean_logits(ones, x), torch.ones(1, 11, 40, 52))
 
 
-def test_images_of_one_size_go_through_the_network_at_once(tmp_path, monkeypatch):
+def test_images_of_one_size_go_through_the_network_at_once(monkeypatch):
     """--batch-size: the same files, in order, whatever sizes follow one another."""
-    folder = checkpoint("supervised", tmp_path / "run", monkeypatch)
+    checkpoint()
     for i, height in enumerate((30, 30, 30, 40, 30)):
-        photo(tmp_path / f"in/{i}.png", height)
+        photo(f"in/{i}.png", height)
+    call("run", "in", "--out", "o1")
     seen = []
     segment = predict.segment
 
@@ -121,51 +138,20 @@ def test_images_of_one_size_go_through_the_network_at_once(tmp_path, monkeypatch
         return segment(source, images, *more)
 
     monkeypatch.setattr(predict, "segment", counted)
-    for size, expected in ((1, [1] * 5), (2, [2, 1, 1, 1])):
-        seen.clear()
-        run(folder, tmp_path / "in", "--out", tmp_path / f"o{size}", "--batch-size", size)
-        assert seen == expected
+    call("run", "in", "--out", "o2", "--batch-size", 2)
+    assert seen == [2, 1, 1, 1]
     for i in range(5):
-        one, two = (index(tmp_path / f"o{size}/classes/{i}.png") for size in (1, 2))
+        one, two = (index(f"{out}/classes/{i}.png") for out in ("o1", "o2"))
         assert (one == two).mean() > 0.99
 
 
-def test_boundary_iou_is_that_of_single_pixels(tmp_path):
-    """Near: a pixel of another class, or none, within width rows and columns."""
-    rng = np.random.default_rng(0)
-    label = rng.integers(0, 3, (5, 6)).repeat(4, 0).repeat(4, 1)
-    label[:3, :9] = 255
-    pred = np.roll(label, (1, 2), (0, 1)) % 3
-    width = round(0.06 * np.hypot(*label.shape))
-
-    def near(classes, y, x):
-        """Whether a pixel's band reaches another class or the edge."""
-        for v in range(y - width, y + width + 1):
-            for u in range(x - width, x + width + 1):
-                inside = 0 <= v < classes.shape[0] and 0 <= u < classes.shape[1]
-                if not inside or classes[v, u] != classes[y, x]:
-                    return True
-        return False
-
-    found = np.where(label == 255, 255, pred)
-    bands = {c: (set(), set()) for c in range(3)}
-    for y, x in zip(*np.nonzero(label != 255), strict=True):
-        for classes, kind in ((label, 0), (found, 1)):
-            if near(classes, y, x):
-                bands[classes[y, x]][kind].add((y, x))
-    expected = [len(a & b) / len(a | b) for a, b in bands.values()]
-    counts = metrics.boundary_confusion(pred, label, 3, share=0.06)
-    assert metrics.iou_per_class(counts)[:3].tolist() == pytest.approx(expected)
-    assert width == 2 and 0 < min(expected) and max(expected) < 1
-
-
-def test_networks_scales_and_flip(tmp_path, monkeypatch):
-    folder = checkpoint("cps_fpl", tmp_path / "run", monkeypatch, evaluate="branch2")
+def test_networks_scales_and_flip():
+    checkpoint("cps_fpl", evaluate="branch2")
     x = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8)
-    nets = [predict.load(folder, name)[0] for name in ("branch1", None, "mean")]
+    nets = [predict.load("run", name)[0] for name in ("branch1", None, "mean")]
     one, two, mean = [net(x).softmax(1) for net in nets]
     assert torch.allclose(mean, (one + two) / 2, atol=1e-6) and not torch.allclose(one, two)
-    net = predict.open_source(folder).net
+    net = predict.open_source("run").net
     both = predict.Views(net, (1.0,), True)
     expected = (two + net(x.flip(3))["logits"].flip(3).softmax(1)) / 2
     assert torch.allclose(both(x)["logits"].exp(), expected, atol=1e-6)
@@ -173,39 +159,62 @@ def test_networks_scales_and_flip(tmp_path, monkeypatch):
     logits = script("cps_fpl").upsample(net(small)["logits"], (24, 32))
     scaled = predict.Views(net, (0.5, 1.0), False)(x)["logits"].exp()
     assert torch.allclose(scaled, (two + logits.softmax(1)) / 2, atol=1e-6)
-    checkpoint("u2pl", tmp_path / "u", monkeypatch, step=3, warmup_iters=3)
-    assert predict.open_source(tmp_path / "u").name == "student"
+    checkpoint("u2pl", step=3, warmup_iters=3)
+    assert predict.open_source("run").name == "student"
 
 
-def test_images_of_every_kind_and_one_that_cannot_be_read(tmp_path, monkeypatch):
-    folder = checkpoint("supervised", tmp_path / "run", monkeypatch)
-    photos = tmp_path / "in"
+def trained_on(folder, out, *more, classes=0):
+    """Trains a step of supervised.py; classes 0: as many as the folder's table has."""
+    once = dict(iters=1, log=1, evaluate=1, save=1)
+    train(script("supervised"), [*own_folder(folder, out, classes, **once), *more])
+
+
+def test_bn_has_the_statistics_that_the_run_was_scored_with(capsys):
+    """--precise-bn: of the training images, or a note where these are not."""
+    draw_folder(Path("mine"), 3)
+    trained_on("mine", "run", "--precise-bn", "2", classes=3)
+    done = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    call("run/last.pt", "--split", "val", "--out", "scored", "--no-overlays")
+    Path("mine").rename("moved")
+    call("run/last.pt", "--split", "val", "--data-root", "moved", "--out", "again")
+    assert scored("scored")["miou"] == scored("again")["miou"] == done["last"]["miou"]
+    call("run/last.pt", "moved/images/val", "--data-root", "moved", "--out", "o")
+    assert "running statistics" not in capsys.readouterr().err
+    line = refusal(call, "run/last.pt", "moved/images/val", "--out", "o")
+    assert "precise_bn 2 there, 0 here" in line
+    assert "running statistics" in capsys.readouterr().err
+
+
+# ---- images in, files out ----
+
+
+def test_images_of_every_kind_and_one_that_cannot_be_read():
+    checkpoint()
     for name, mode in (("g.png", "L"), ("r.png", "RGBA"), ("c.jpg", "CMYK"), ("p.png", "P")):
-        photo(photos / name, mode=mode)
+        photo(f"in/{name}", mode=mode)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    photo(photos / "turned.jpg", exif=exif)
-    (photos / "list.txt").write_text("g.png\nr.png\n")
-    save(photos / "deep.png", np.zeros((9, 9), np.uint16))
-    (photos / "z.jpg").write_bytes(b"no image")
-    with pytest.raises(Refusal, match=r"2 images were not read, the first: .*deep.png: mode I;16"):
-        run(folder, photos, "--out", tmp_path / "o", "--csv")
-    shapes = {p.stem: index(p).shape for p in (tmp_path / "o/classes").glob("*")}
+    photo("in/turned.jpg", exif=exif)
+    listed(Path("in/list.txt"), "g.png", "r.png")
+    save(Path("in/deep.png"), np.zeros((9, 9), np.uint16))
+    Path("in/z.jpg").write_bytes(b"no image")
+    line = refusal(call, "run", "in", "--out", "o", "--csv")
+    assert line.startswith("2 images were not read, the first: ") and "deep.png: mode I;16" in line
+    shapes = {path.stem: index(path).shape for path in Path("o/classes").glob("*")}
     assert shapes == dict.fromkeys("g r c p turned".split(), (40, 52))
-    rows = list(csv.reader((tmp_path / "o/shares.csv").open()))
-    assert rows[0][:2] == ["image", "sky"] and len(rows) == 6
-    assert sum(map(float, rows[1][1:])) == pytest.approx(1, abs=1e-4)
-    run(folder, photos / "t*.jpg", "--out", tmp_path / "t", "--upright")
-    assert index(tmp_path / "t/classes/turned.png").shape == (52, 40)
-    run(folder, photos / "list.txt", "--out", tmp_path / "l")
-    assert {p.name for p in (tmp_path / "l/classes").iterdir()} == {"g.png", "r.png"}
+    head, first, *more = csv.reader(open("o/shares.csv"))
+    assert head[:2] == ["image", "sky"] and len(more) == 4
+    assert sum(map(float, first[1:])) == pytest.approx(1, abs=1e-4)
+    call("run", "in/t*.jpg", "--out", "t", "--upright")
+    assert index("t/classes/turned.png").shape == (52, 40)
+    call("run", "in/list.txt", "--out", "l")
+    assert {path.name for path in Path("l/classes").iterdir()} == {"g.png", "r.png"}
 
 
-def test_it_goes_on_where_it_was_ended(tmp_path, monkeypatch):
-    folder = checkpoint("supervised", tmp_path / "run", monkeypatch)
+def test_it_goes_on_where_it_was_ended(monkeypatch):
+    checkpoint()
     for i in range(4):
-        photo(tmp_path / f"in/{i}.png", 30 + i)
-    words = (folder, tmp_path / "in", "--out", tmp_path / "o")
+        photo(f"in/{i}.png", 30 + i)
     save_whole = Image.Image.save
 
     def ended(image, path, **more):
@@ -214,176 +223,284 @@ def test_it_goes_on_where_it_was_ended(tmp_path, monkeypatch):
             path.write_bytes(path.read_bytes()[:100])
             raise KeyboardInterrupt
 
+    def times():
+        return {path.stem: path.stat().st_mtime_ns for path in Path("o/overlays").glob("[!.]*")}
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Image.Image, "save", ended)
-        run(*words)
-    ready = {p.stem: p.stat().st_mtime_ns for p in (tmp_path / "o/overlays").glob("[!.]*")}
-    assert "1" not in ready
-    run(*words)
-    after = {p.stem: p.stat().st_mtime_ns for p in (tmp_path / "o/overlays").iterdir()}
-    assert set(after) == set("0123") and ready.items() <= after.items()
-    with pytest.raises(Refusal, match="scales .* another --out"):
-        run(*words, "--scales", "0.5")
+        call("run", "in", "--out", "o")
+    ready = times()
+    call("run", "in", "--out", "o")
+    assert "1" not in ready and set(times()) == set("0123") and ready.items() <= times().items()
+    assert "another --out" in refusal(call, "run", "in", "--out", "o", "--scales", "0.5")
 
 
-def test_scores_are_those_of_the_confusion_matrix(tmp_path, monkeypatch):
-    tree = draw_tree(tmp_path / "tree")
-    folder = checkpoint("supervised", tmp_path / "run", monkeypatch, data_root=str(tree))
-    run(folder, "--split", "val", "--out", tmp_path / "o")
-    run(folder, tree / "val", "--masks", tree / "valannot", "--out", tmp_path / "two")
+def test_classes_are_of_the_image_that_is_asked_for():
+    """Of another folder's of the same name, of an edited one, and after a kill between two."""
+    checkpoint()
+    photo("a/f0.png")
+    photo("b/f0.png", 30)
+    for name in ("a", "b"):
+        call("run", name, "--out", f"only {name}", "--csv")
+    of_a, of_b = files("only a"), files("only b")
+    assert of_a["classes"] != of_b["classes"]
+    call("run", "a", "--out", "o", "--maps")
+    call("run", "b", "--out", "o", "--csv")
+    assert files("o") == of_b  # without the maps, which were of a's
+    assert Path("o/shares.csv").read_text() == Path("only b/shares.csv").read_text()
+    shutil.copyfile("a/f0.png", "b/f0.png")
+    call("run", "b", "--out", "o", "--no-overlays")
+    assert files("o") == {"classes": of_a["classes"]}
+    with open("o/made.jsonl", "a") as file:
+        file.write('\n["f0", ["/')  # a kill
+    for _ in range(2):
+        call("run", "b", "--out", "o")
+        assert files("o") == of_a
+    before = Path("o/classes/f0.png").stat().st_mtime_ns
+    call("run", "b", "--out", "o")
+    assert Path("o/classes/f0.png").stat().st_mtime_ns == before
+    Path("o/made.jsonl").unlink()  # of a version without: nobody knows what they are of
+    Image.new("L", (52, 40)).save("o/classes/f0.png")
+    call("run", "b", "--out", "o")
+    assert files("o") == of_a
+
+
+# ---- scores ----
+
+
+def test_boundary_iou_is_that_of_single_pixels():
+    """Near: a pixel of another class, or none, within width rows and columns."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 3, (5, 6)).repeat(4, 0).repeat(4, 1)
+    label[:3, :9] = 255
+    pred = np.roll(label, (1, 2), (0, 1)) % 3
+    width = round(0.06 * np.hypot(*label.shape))
+    bands = {c: (set(), set()) for c in range(3)}  # places near a boundary: truth's, prediction's
+    for kind, classes in enumerate((label, np.where(label == 255, 255, pred))):
+        around = np.pad(classes, width, constant_values=-1)
+        for y, x in zip(*np.nonzero(label != 255), strict=True):
+            own = classes[y, x]
+            if (around[y : y + 2 * width + 1, x : x + 2 * width + 1] != own).any():
+                bands[own][kind].add((y, x))
+    expected = [len(a & b) / len(a | b) for a, b in bands.values()]
+    counts = metrics.boundary_confusion(pred, label, 3, share=0.06)
+    assert metrics.iou_per_class(counts)[:3].tolist() == pytest.approx(expected)
+    assert width == 2 and 0 < min(expected) and max(expected) < 1
+
+
+def test_scores_are_those_of_the_confusion_matrix():
+    draw_tree(Path("tree"))
+    checkpoint(data_root="tree")
+    call("run", "--split", "val", "--out", "o")
+    call("run", "tree/val", "--masks", "tree/valannot", "--out", "two")
     own = []
-    for i in (0, 1):
-        label = torch.from_numpy(index(tree / f"valannot/val{i}.png"))
-        found = torch.from_numpy(index(tmp_path / f"o/classes/val{i}.png")).long()
+    for name in ("val0", "val1"):
+        label = torch.from_numpy(index(f"tree/valannot/{name}.png"))
+        found = torch.from_numpy(index(f"o/classes/{name}.png")).long()
         own.append(metrics.confusion_matrix(found, label, 11))
     worst = sorted((0, 1), key=lambda i: metrics.scores(own[i])["miou"])
-    for out in (tmp_path / "o", tmp_path / "two"):
-        scores = json.loads((out / "scores.json").read_text())
-        assert {k: scores[k] for k in metrics.scores(sum(own))} == metrics.scores(sum(own))
-        rows = list(csv.reader((out / "confusion.csv").open()))
-        assert [[int(n) for n in row[1:]] for row in rows[1:]] == sum(own).tolist()
-        page = (out / "index.html").read_text()
+    for out in ("o", "two"):
+        assert metrics.scores(sum(own)).items() <= scored(out).items()
+        _, *rows = csv.reader(open(f"{out}/confusion.csv"))
+        assert [[int(count) for count in row[1:]] for row in rows] == sum(own).tolist()
+        page = Path(f"{out}/index.html").read_text()
         places = [page.index(f"compared/val{i}.jpg") for i in worst]
         assert places == sorted(places) and "http" not in page and "<script" not in page
-        assert (out / "confusion.png").is_file() and (out / "compared/val0.jpg").is_file()
-    run(folder, "--split", "val", "--out", tmp_path / "o")  # all is there: read, not made again
-    assert (tmp_path / "o/index.html").read_text().endswith(page[-100:])
-    browser = shutil.which("chromium")
-    if browser:  # opened from the file, without a network
-        seen = seen_by(browser, tmp_path / "o/index.html", tmp_path)
-        red = (seen[..., 0] > 220) & (seen[..., 1] < 80) & (seen[..., 2] < 60)
-        assert red.sum() > 10_000  # errors, of an untrained network
+        assert Path(f"{out}/confusion.png").is_file() and Path(f"{out}/compared/val0.jpg").is_file()
+    os.remove("o/scores.json")
+    call("run", "--split", "val", "--out", "o")  # classes are there: read, not made again
+    assert scored("o") == scored("two")
 
 
-def seen_by(browser, page, folder):
-    """Returns the pixels that a browser shows of a page: (1500, 1200, 3) uint8."""
-    words = "--headless --no-sandbox --disable-gpu --window-size=1200,1500".split()
-    words += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder}/profile"]
-    command = [browser, *words, f"--screenshot={folder}/seen.png", page.as_uri()]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    return np.array(Image.open(folder / "seen.png").convert("RGB"))
+def test_what_is_compared_is_of_the_mask_that_is_scored():
+    checkpoint()
+    photo("a/f0.png")
+    pictures = []
+    for name, value in (("m", 1), ("n", 2)):
+        save(Path(name, "f0.png"), np.full((40, 52), value, np.uint8))
+        call("run", "a", "--masks", name, "--out", f"only {name}")
+        call("run", "a", "--masks", name, "--out", "o")
+        pictures.append(files("o")["compared"])
+        assert pictures[-1] == files(f"only {name}")["compared"]
+    assert pictures[0] != pictures[1]
+    call("run", "a", "--out", "o", "--maps")  # no mask is asked for, none is forgotten
+    assert files("o")["compared"] == pictures[1]
+    shutil.copyfile("m/f0.png", "n/f0.png")
+    os.utime("n/f0.png", (0, 0))
+    call("run", "a", "--masks", "n", "--out", "o")
+    assert files("o")["compared"] == pictures[0]
+    assert scored("o") == scored("only m")
 
 
-@pytest.mark.parametrize("server", ["cityscapes", "voc"])
-def test_archives_are_as_the_servers_take_them(server, tmp_path, monkeypatch):
-    name = {"cityscapes": "berlin_000000_000019", "voc": "2008_000006"}[server]
-    folder = checkpoint("supervised", tmp_path / "run", monkeypatch, dataset=server)
-    photo(tmp_path / f"in/x/{name}.png")
-    run(folder, tmp_path / "in", "--out", tmp_path / "o", "--export", server)
-    classes = index(tmp_path / f"o/classes/x/{name}.png")
-    table = np.arange(256)
-    inside = f"results/VOC2012/Segmentation/comp6_test_cls/{name}.png"
-    archive = tmp_path / "o/voc.tgz"
-    if server == "cityscapes":
-        table = np.array(FACTS[server]["ids"]["_labelIds.png"])
-        inside = f"{name}.png"
-        archive = tmp_path / "o/cityscapes.zip"
-    shutil.unpack_archive(archive, tmp_path / "u")
-    assert [p for p in (tmp_path / "u").rglob("*") if p.is_file()] == [tmp_path / "u" / inside]
-    assert (table[index(tmp_path / "u" / inside)] == classes).all()
+def named(folder, *names):
+    """Gives a folder a table with the names of its classes."""
+    rows = [f"{i},{name},{i},7,0" for i, name in enumerate(names)]
+    listed(Path(folder, "classes.csv"), "id,name,r,g,b", *rows)
 
 
-def test_the_official_tool_of_cityscapes_gives_our_scores_of_an_archive(tmp_path, monkeypatch):
+def test_a_part_is_scored_by_the_checkpoints_classes():
+    """Those of its names, or of no name; what its flags say of ids holds for its own data set."""
+    for folder, classes, void in (("mine", 3, 255), ("nine", 3, 9), ("like camvid", 11, 200)):
+        draw_folder(Path(folder), classes, void)
+    camvid = draw_tree(Path("camvid"), ids=11)
+    score = ("--split", "val", "--out")
+
+    named("mine", "road", "tree", "car")
+    trained_on("mine", "named")
+    for names, line in (
+        (("tree", "road", "car"), "class 0 is road there and tree here"),
+        (("road", "tree"), "2 classes, the checkpoint has 3"),
+    ):
+        named("mine", *names)
+        assert line in refusal(call, "named", *score, "o")
+    Path("mine/classes.csv").unlink()
+    call("named", *score, "o")  # no names, nor their number: the checkpoint's
+    assert len(scored("o")["iou"]) == 3 and "road" in Path("o/index.html").read_text()
+
+    trained_on("nine", "nameless", "--ignore-index", "9", classes=3)
+    call("nameless", *score, "o2")
+    for words, line in (
+        ("--dataset camvid --data-root camvid", "11 classes, the checkpoint has 3"),
+        ("--data-root mine", "value 255"),
+    ):
+        assert line in refusal(call, "nameless", *score, "o3", *words.split())
+
+    named("like camvid", *FACTS["camvid"]["classes"])
+    trained_on("like camvid", "alike", "--ignore-index", "200")
+    save(camvid / "valannot/val0.png", np.full((36, 48), 255, np.uint8))
+    call("alike", *score, "o4", "--dataset", "camvid", "--data-root", "camvid")
+
+
+def test_val_is_the_published_one(monkeypatch):
+    """As with --eval-only: another set of --split val is refused, without labels of one's own."""
+    checkpoint(dataset="voc")
+    publish(monkeypatch, "voc", "parts", "val", KEYS["voc"]["val"])
+    draw(Path("tree"), "voc, official")
+    words = ("run", "--split", "val", "--data-root", "tree", "--out")
+    call(*words, "o")
+    assert len(list(Path("o/classes").iterdir())) == 2
+    listed(Path("tree/ImageSets/Segmentation/val.txt"), KEYS["voc"]["val"][0])
+    with pytest.raises(Refusal, match="val of voc: 1 images, set .* instead of 2, .* --masks"):
+        call(*words, "o2")
+    assert not Path("o2").exists()
+    checkpoint(dataset="voc", split_seed=0)
+    call(*words, "o3")  # a run on images of one's own choice
+    line = refusal(call, *words, "o4", "--dataset", "voc_aug")  # about which it says nothing
+    assert "val of voc_aug: 1 images" in line
+
+
+# ---- to take away ----
+
+ARCHIVES = [  # its name, an image, the file in it
+    ("cityscapes.zip", "berlin_000000_000019_leftImg8bit", "berlin_000000_000019.png"),
+    ("voc.tgz", "2008_000006", "results/VOC2012/Segmentation/comp6_test_cls/2008_000006.png"),
+]
+
+
+@pytest.mark.parametrize("archive, image, inside", ARCHIVES)
+def test_archives_are_as_the_servers_take_them(archive, image, inside):
+    server = Path(archive).stem
+    checkpoint(dataset=server)
+    photo(f"in/x/{image}.png")
+    call("run", "in", "--out", "o", "--export", server)
+    shutil.unpack_archive(f"o/{archive}", "u")
+    assert [path for path in Path("u").rglob("*") if path.is_file()] == [Path("u", inside)]
+    meant = np.array(FACTS[server].get("ids", {}).get("_labelIds.png", range(256)))
+    assert (meant[index(Path("u", inside))] == index(f"o/classes/x/{image}.png")).all()
+
+
+def test_the_official_tool_of_cityscapes_gives_our_scores_of_an_archive():
     module = "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"
     tool = pytest.importorskip(module)
-    folder = checkpoint("supervised", tmp_path / "run", monkeypatch, dataset="cityscapes")
+    checkpoint(dataset="cityscapes")
     name = "berlin_000000_000019"
-    photo(tmp_path / f"in/{name}_leftImg8bit.png")
-    run(folder, tmp_path / "in", "--out", tmp_path / "o", "--export", "cityscapes")
-    shutil.unpack_archive(tmp_path / "o/cityscapes.zip", tmp_path / "u")
+    photo(f"in/{name}.png")
+    call("run", "in", "--out", "o", "--export", "cityscapes")
+    shutil.unpack_archive("o/cityscapes.zip", "u")
     truth = np.random.default_rng(0).integers(0, 34, (5, 4)).repeat(8, 0).repeat(13, 1)
-    save(tmp_path / f"{name}_gtFine_labelIds.png", truth.astype(np.uint8))
+    save(Path(f"{name}_gtFine_labelIds.png"), truth.astype(np.uint8))
     ids = np.array(FACTS["cityscapes"]["ids"]["_labelIds.png"])
-    classes = index(tmp_path / f"o/classes/{name}_leftImg8bit.png").astype(np.int64)
-    pair = [torch.from_numpy(x) for x in (classes, ids[truth])]
+    pair = [torch.from_numpy(x).long() for x in (index(f"o/classes/{name}.png"), ids[truth])]
     ours = metrics.scores(metrics.confusion_matrix(*pair, 19))
     tool.args.quiet, tool.args.evalInstLevelScore, tool.args.JSONOutput = True, False, False
-    pictures = (
-        [str(tmp_path / "u" / f"{name}.png")],
-        [str(tmp_path / f"{name}_gtFine_labelIds.png")],
-    )
-    theirs = tool.evaluateImgLists(*pictures, tool.args)
+    theirs = tool.evaluateImgLists([f"u/{name}.png"], [f"{name}_gtFine_labelIds.png"], tool.args)
     assert theirs["averageScoreClasses"] == pytest.approx(ours["miou"])
 
 
-def test_exports_are_what_the_network_computes(tmp_path, monkeypatch):
+def test_exports_are_what_the_network_computes():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     pytest.importorskip("safetensors")
-    folder = checkpoint("cps_fpl", tmp_path / "run", monkeypatch)
+    checkpoint("cps_fpl")
     x = torch.randint(0, 256, (1, 3, 40, 56), dtype=torch.uint8)
-    files = [tmp_path / name for name in ("n.onnx", "n.pt2", "n.safetensors")]
-    flags = zip(("--onnx", "--program", "--safetensors"), files, strict=True)
-    run(folder, "--network", "branch2", *(word for pair in flags for word in pair))
-    session = onnxruntime.InferenceSession(str(files[0]))
+    words = "--onnx n.onnx --program n.pt2 --safetensors n.safetensors"
+    call("run", "--network", "branch2", *words.split())
+    session = onnxruntime.InferenceSession("n.onnx")
     by_onnx = torch.from_numpy(session.run(["logits"], {"image": x.numpy()})[0])
-    by_torch = torch.export.load(files[1]).module()(x)
-    for logits in (by_onnx, by_torch, predict.load(files[2])[0](x)):
-        assert torch.allclose(logits, predict.load(folder, "branch2")[0](x), atol=1e-4)
-    assert "branch2 of cps_fpl.py, step 600" in (tmp_path / "n.md").read_text()
-    if importlib.util.find_spec("openvino"):
-        import openvino
-
-        core = openvino.Core()
-        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # left alone it may choose bfloat16
-        compiled = core.compile_model(core.read_model(files[0]), "CPU", exact)
-        by_openvino = torch.from_numpy(compiled({"image": x.numpy()})["logits"])
-        assert torch.allclose(by_openvino, by_torch, atol=1e-4)
-    net, _ = predict.load(folder)
-    with pytest.raises(Refusal, match="differ by"):
-        predict.verified(lambda image: 1.01 * net(image), net)
+    by_torch = torch.export.load("n.pt2").module()(x)
+    for logits in (by_onnx, by_torch, predict.load("n.safetensors")[0](x)):
+        assert torch.allclose(logits, predict.load("run", "branch2")[0](x), atol=1e-4)
+    assert "branch2 of cps_fpl.py, step 600" in Path("n.md").read_text()
 
 
-def test_what_cannot_be_done_is_one_line(tmp_path, monkeypatch):
-    folder = checkpoint("supervised", tmp_path / "run", monkeypatch)
+def test_an_export_that_computes_something_else_is_not_written():
+    checkpoint()
+    net, _ = predict.load("run")
+    assert "differ by" in refusal(predict.verified, lambda image: 1.01 * net(image), net)
+
+
+def test_a_model_card_goes_without_half_a_line_and_never_over_another_text():
+    """Also with BN's statistics of --precise-bn, which are in the file."""
+    pytest.importorskip("safetensors")
+    draw_folder(Path("mine"), 3)
+    trained_on("mine", "run", "--precise-bn", "2", classes=3)
+    log = Path("run/log.jsonl").read_text()
+    for kept, told in ((log + '{"kind": "ev', True), (log[:50], False), ("", False)):
+        Path("run/log.jsonl").write_text(kept)
+        call("run", "--safetensors", "n.safetensors")  # again: the card is its own
+        assert ("| mIoU on val |" in Path("n.md").read_text()) == told
+    Path("mine").rename("moved")
+    predict.load("n.safetensors")
+    Path("README.md").write_text("# Mine")
+    line = refusal(call, "run", "--safetensors", "README.safetensors")
+    assert "README.md: no model card of README.safetensors" in line
+    assert Path("README.md").read_text() == "# Mine" and not Path("README.safetensors").exists()
+
+
+# ---- what cannot be done ----
+
+REFUSED = [  # the flags, words of the line
+    ("", "nothing to do"),
+    ("a.png", "--out DIR with images"),
+    ("no.png --out o", "no.png: no such image"),
+    ("b.png b.jpg --out o", "one name, b; rename"),
+    ("a.png --out o --network teacher", "--network takes student"),
+    ("a.png --out o --masks run", "run/a.png: no such mask"),
+    ("a.png --out o --dataset voc", "does nothing here"),
+    ("a.png --out o --scales 0", "--scales 0"),
+    ("a.png --out o --export voc", "is one of camvid"),
+    ("a.png --out o --data-root b", "--data-root b does nothing here"),
+    ("a.png --out run", "holds other files"),
+    ("--split val --out o --dataset voc", "data/voc: no such folder"),
+    ("--onnx n.onnx", "pip install onnx onnxscript onnxruntime"),
+    ("--onnx net", "--onnx net: a file whose name ends in .onnx"),
+    ("--program n.pt", "ends in .pt2"),
+    ("--program n.pt2 --amp bf16", "--amp bf16 does nothing here: it needs --out"),
+    ("--safetensors net.md", "net.md: a file whose name ends in .safetensors"),
+]
+
+
+def test_what_cannot_be_done_is_one_line(monkeypatch):
+    checkpoint(precise_bn=0)
     for name in ("a.png", "b.png", "b.jpg"):
-        photo(tmp_path / name)
+        photo(name)
     monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: None)
-    image = tmp_path / "a.png"
-    out = ("--out", tmp_path / "o")
-    for words, message in (
-        ((folder,), "nothing to do"),
-        ((tmp_path, image, *out), "neither best.pt nor last.pt"),
-        ((folder, image), "--out DIR with images"),
-        ((folder, tmp_path / "no.png", *out), "no.png: no such image"),
-        ((folder, tmp_path / "b.png", tmp_path / "b.jpg", *out), "one name, b; rename"),
-        ((folder, image, *out, "--network", "teacher"), "--network takes student"),
-        ((folder, image, *out, "--masks", folder), "run/a.png: no such mask"),
-        ((folder, image, *out, "--dataset", "voc"), "does nothing here"),
-        ((folder, image, *out, "--scales", "0"), "--scales 0"),
-        ((folder, "--split", "val", *out, "--dataset", "voc"), "data/voc: no such folder"),
-        ((folder, image, *out, "--export", "voc"), "is one of camvid"),
-        ((folder, image, "--out", folder), "holds other files"),
-        ((folder, "--onnx", tmp_path / "n.onnx"), "pip install onnx onnxscript onnxruntime"),
-    ):
-        with pytest.raises(Refusal, match=message):
-            run(*words)
-
-
-def test_bn_has_the_statistics_that_the_run_was_scored_with(tmp_path, monkeypatch, capsys):
-    """--precise-bn: of the training images, or a note where these are not."""
-    monkeypatch.chdir(tmp_path)
-    draw_tree(Path("tree"))
-    supervised = script("supervised")
-    shrink(supervised, monkeypatch)
-    argv = flags(Path("tree"), tmp_path / "run", iters=2, log=2, evaluate=2, save=2)
-    train(supervised, [*argv, "--precise-bn", "2"])
-    scored = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])["last"]
-    run(tmp_path / "run/last.pt", "--split", "test", "--out", "scored", "--no-overlays")
-    assert json.loads(Path("scored/scores.json").read_text())["miou"] == scored["miou"]
-    assert "running statistics" not in capsys.readouterr().err
-    Path("tree").rename("moved")
-    words = (tmp_path / "run/last.pt", "--split", "test", "--data-root", "moved", "--out", "again")
-    more = []
-    if importlib.util.find_spec("safetensors"):
-        more = ["--safetensors", "n.safetensors"]
-    run(*words, *more)
-    assert json.loads(Path("again/scores.json").read_text())["miou"] == scored["miou"]
-    if more:
-        predict.load("n.safetensors")  # the statistics are in it
-    photo(Path("in/a.png"))
-    run(words[0], "in", "--data-root", "moved", "--out", "a")
-    assert "running statistics" not in capsys.readouterr().err
-    with pytest.raises(Refusal, match="precise_bn 2 there, 0 here"):
-        run(words[0], "in", "--out", "a")
-    assert "running statistics" in capsys.readouterr().err
+    for words, line in REFUSED:
+        assert line in refusal(call, "run", *words.split())
+    assert "neither best.pt nor last.pt" in refusal(call, ".", "a.png", "--out", "o")
+    for content in (b"", b'{"amp": "no', b"[1]", b"\xff"):
+        Path("o").mkdir(exist_ok=True)
+        Path("o/predict.json").write_bytes(content)
+        line = refusal(call, "run", "a.png", "--out", "o")
+        assert "o/predict.json: damaged, " in line and "give a new --out" in line
+    assert not list(Path().glob("n*"))

@@ -1,8 +1,9 @@
-"""results/: FPL's analysis against one pixel at a time, tables of comparisons, the commands."""
+"""results/: FPL's analysis against one pixel at a time, comparisons, tables of runs, commands."""
 
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,23 +12,20 @@ import torch
 from PIL import Image
 
 import cps_fpl
+import tiny
 from common import Refusal
 from common.flags import plain
+from common.metrics import confusion_matrix, scores
 from oracles.fpl import order, regularization
 from oracles.supervised import VOID, likeliest, nll
-from results import analysis, compare, ranks
-from tiny import draw_tree, resolved, shrink
+from results import analysis, commands, compare, differences, ranks, run_table
+from trees import listed
 
 
-def refusal(capsys, command, *argv):
-    """Returns the one line that a command is refused with."""
-    try:
-        assert command.main([str(word) for word in argv]) == 2  # analysis.py prints it itself
-        line = capsys.readouterr().err.strip()
-    except Refusal as error:
-        line = str(error)
-    assert line and "\n" not in line
-    return line
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test has a current folder of its own."""
+    monkeypatch.chdir(tmp_path)
 
 
 # ---- FPL Sec. 3.4 and supplement Sec. 3: gradients, scores ----
@@ -44,8 +42,7 @@ def cosine(one, two):
 
 def scalar(z, p, K, truth):
     """Oracle of all of them at one pixel: {name: list or number}; Eq. (12) from the gradients."""
-    rank = order(p)
-    Y, top = rank[:K], likeliest(p)
+    Y, top = order(p)[:K], likeliest(p)
     known = truth != VOID
     fuzzy, vanilla = regularization(z, Y)[1], nll(z, top)[1]
     ideal = nll(z, truth)[1] if known else [0.0] * len(z)
@@ -58,17 +55,6 @@ def scalar(z, p, K, truth):
     return found | {"|G^f|": norm(fuzzy), "|G^v|": norm(vanilla), "|G^ide|": norm(ideal)}
 
 
-def computed(z, prob_t, K, label):
-    """What results/analysis.py has of the same names."""
-    return analysis.measures(z, prob_t, K, label) | {
-        "fuzzy": analysis.fuzzy_gradient(z, prob_t, K),
-        "vanilla": analysis.vanilla_gradient(z, prob_t),
-        "ideal": analysis.ideal_gradient(z, label),
-        "sum": analysis.gradient_sum(z, prob_t, K),
-        "case": analysis.case(prob_t, K, label),
-    }
-
-
 @pytest.mark.smoke
 @pytest.mark.parametrize("classes, dtype", [(2, 64), (3, 64), (8, 64), (5, 16)])
 def test_gradients_scores_and_cases_are_the_papers(classes, dtype):
@@ -76,14 +62,20 @@ def test_gradients_scores_and_cases_are_the_papers(classes, dtype):
     rng = torch.Generator().manual_seed(classes)
     z, t = (2 * torch.randn(2, classes, 6, 7, generator=rng).double() for _ in range(2))
     z = z if dtype == 64 else z.bfloat16()
+    prob_t = t.softmax(1)
     K = torch.randint(1, classes + 1, (2, 6, 7), generator=rng)
     label = torch.randint(0, classes + 1, (2, 6, 7), generator=rng)
     label[label == classes] = VOID
-    found = computed(z, t.softmax(1), K, label)
+    found = analysis.measures(z, prob_t, K, label)
+    found["fuzzy"] = analysis.fuzzy_gradient(z, prob_t, K)
+    found["vanilla"] = analysis.vanilla_gradient(z, prob_t)
+    found["ideal"] = analysis.ideal_gradient(z, label)
+    found["sum"] = analysis.gradient_sum(z, prob_t, K)
+    found["case"] = analysis.case(prob_t, K, label)
     close = dict(rel=1e-9, abs=1e-12) if dtype == 64 else dict(rel=1e-4, abs=1e-6)
     assert set(found["case"].flatten().tolist()) == {0, 1, 2, 3}
     for i, y, x in np.ndindex(*label.shape):
-        pixel = z[i, :, y, x].tolist(), t.softmax(1)[i, :, y, x].tolist()
+        pixel = z[i, :, y, x].tolist(), prob_t[i, :, y, x].tolist()
         expected = scalar(*pixel, K[i, y, x].item(), label[i, y, x].item())
         for name, value in expected.items():
             got = found[name][i, :, y, x] if isinstance(value, list) else found[name][i, y, x]
@@ -117,58 +109,54 @@ def test_the_bound_on_the_mass_of_the_negatives_holds_and_is_reached(C, n, K, T)
 # ---- python results/analysis.py, results/ranks.py ----
 
 
-def draw_log(path, lines, end=""):
-    """Writes a log of these lines; returns its path."""
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + end)
-    return str(path)
+def draw_log(name, *lines, end=""):
+    return listed(Path(name), *map(json.dumps, lines), end)
 
 
-def log_of_k(path, values, name="K_gt_1", **flags):
-    """Writes a log in the format of common/run.py, its last line half written."""
-    lines = [{"kind": "start", "script": "cps_fpl.py", "args": {"out": str(path), **flags}}]
-    lines += [{"kind": "train", "step": 20 * i, name: v} for i, v in enumerate(values, 1)]
-    return draw_log(path, lines, '{"kind": "train", "st')
+def log_of_k(name, values, key="K_gt_1", **flags):
+    """Writes a log of shares, its last line half written."""
+    lines = [{"kind": "train", "step": 20 * i, key: v} for i, v in enumerate(values, 1)]
+    start = {"kind": "start", "script": "cps_fpl.py", "args": {"out": name, **flags}}
+    return draw_log(name, start, *lines, end='{"kind": "train", "st')
 
 
-def test_k_draws_the_share_and_prints_three_tenths(tmp_path, capsys):
+def test_k_draws_the_share_and_prints_three_tenths(capsys):
     pytest.importorskip("matplotlib")
     falls = [0.9, 0.8, *[0.5] * 7, 0.4, 0.2, *[0.3] * 7, 0.1, 0.0]  # twenty lines: tenths of two
-    one = log_of_k(tmp_path / "one.jsonl", falls, T=0.9, seed=0)
-    two = log_of_k(tmp_path / "two.jsonl", [0.25, 0.5, 1.0], T=0.95, seed=0)
-    out = tmp_path / "k.png"
-    assert analysis.main(["k", one, two, "--out", str(out)]) == 0
+    logs = log_of_k("a.jsonl", falls, T=0.9), log_of_k("b.jsonl", [0.25, 0.5, 1.0], T=0.95)
+    assert analysis.main(["k", *logs, "--out", "k.png"]) == 0
     _, *lines = capsys.readouterr().out.splitlines()
     numbers = [re.findall(r"([\d.]+) %", line) for line in lines]
     assert numbers == [["85.00", "30.00", "5.00"], ["25.00", "50.00", "100.00"]]
     assert "step 400 " in lines[0] and lines[0].endswith("  T 0.9")
-    with Image.open(out) as picture:
+    with Image.open("k.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
-def test_scores_of_a_checkpoint(tmp_path, monkeypatch, capsys):
+def test_scores_of_a_checkpoint(monkeypatch, capsys):
     """Shares and means by case, of an untrained cps_fpl.py with spread logits."""
-    monkeypatch.chdir(tmp_path)
-    shrink(cps_fpl, monkeypatch)
-    tree = draw_tree(tmp_path / "tree", train=4, val=3, test=0)
-    argv = ["--dataset", "camvid", "--data-root", str(tree), "--split", "1/2"]
-    args, networks = resolved(cps_fpl, argv), {}
+    tiny.shrink(cps_fpl, monkeypatch)
+    tiny.draw_tree(Path("tree"), train=4, val=3, test=0)
+    argv = "--dataset camvid --data-root tree --split 1/2".split()
+    args, networks = tiny.resolved(cps_fpl, argv), {}
     for seed, name in enumerate(("branch1", "branch2")):
         torch.manual_seed(seed)
         networks[name] = cps_fpl.Network(args, 11, cps_fpl.CPSHead).state_dict()
         networks[name]["head.classify.1.weight"] *= 40
     content = {"script": "cps_fpl.py", "step": 600, "args": plain(args), "networks": networks}
     torch.save(content, "last.pt")
-    words = "scores last.pt --images 2 --device cpu --T 0.8"
-    assert analysis.main([*words.split(), "--precise-bn", "0"]) == 0
+    words = "scores last.pt --images 2 --device cpu --T 0.8".split()
+    assert analysis.main([*words, "--precise-bn", "0"]) == 0
     running = capsys.readouterr().out
-    assert analysis.main(words.split()) == 0  # BN as evaluation has it
-    head, names, *lines = capsys.readouterr().out.splitlines()
+    assert analysis.main(words) == 0  # BN as evaluation has it
+    printed = capsys.readouterr().out
+    head, names, *lines = printed.splitlines()
     assert head == "step 600, 2 images of val, branch 2 teaches branch 1, T 0.8"
+    assert names.split()[:3] == ["case", "pixels", "K"] and printed != running
     number, share, _, sure, vanilla, fuzzy, *_ = zip(*map(str.split, lines), strict=True)
-    assert "\n".join([head, names, *lines, ""]) != running
     assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
     assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
-    assert sure[1] == "0.0000" and names.split()[:3] == ["case", "pixels", "K"]
+    assert sure[1] == "0.0000"
 
 
 def test_counts_of_ranks_equal_a_loop_over_pixels():
@@ -190,22 +178,18 @@ def test_counts_of_ranks_equal_a_loop_over_pixels():
 
 # ---- python results/compare.py ----
 
-SEVEN = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]  # IoU of shapes' seven classes
 
-
-def log_of_scores(path, iou, dataset="shapes", drop="", seed=0, lists=None, **start):
-    """Writes a log with the scores iou (0 to 1) in a run's format; returns its path as text."""
-    args = {"dataset": dataset, "seed": seed, "total_iters": 600}
-    known = {"labeled": [20, "aaaa"], "val": [64, "bbbb"], "test": [64, "cccc"], **(lists or {})}
+def log_of_scores(name, iou=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), dataset="shapes", seed=0, **more):
+    """Writes the log of a run on seven classes; more: what its first line has beside the usual."""
+    start = dict(kind="start", args={"dataset": dataset, "seed": seed, "total_iters": 600})
+    start["lists"] = {"labeled": [20, "aaaa"], "val": [64, "bbbb"], "test": [64, "cccc"]}
     last = {"miou": sum(v or 0 for v in iou) / len(iou), "iou": iou}
-    lines = [{"kind": "start", "args": args, "lists": known, **start}]
-    lines += [{"kind": "done", "step": 600, "on": "test", "last": last}]
-    return draw_log(path, [line for line in lines if line["kind"] != drop])
+    return draw_log(name, start | more, dict(kind="done", step=600, on="test", last=last))
 
 
 def printed(capsys, *argv):
     """Runs the comparison; returns (rows of cells without the dashes, the lines below)."""
-    compare.main([str(word) for word in argv])
+    compare.main(argv)
     table, below = capsys.readouterr().out.split("\n\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     assert set("".join(rows.pop(1))) == {"-", ":"}
@@ -228,11 +212,10 @@ def test_mious_are_over_the_classes_that_both_have(a, b, mious, last, text):
     assert rows[len(a) - len(absent) :] == [(name, *["absent"] * 3) for name in absent]
 
 
-def test_a_comparison_of_two_logs_as_rows_and_as_columns(tmp_path, capsys):
-    (tmp_path / "a").mkdir()
-    a = log_of_scores(tmp_path / "a/log.jsonl", [0.9, 0.2, 0.3, 0.4, None, 0.6, 0.7])
-    b = log_of_scores(tmp_path / "b.jsonl", [0.8, 0.3, 0.3, 0.4, None, 0.6, 0.71])
-    rows, below = printed(capsys, Path(a).parent, b, "--rows")  # a folder, named after it
+def test_a_comparison_of_two_logs_as_rows_and_as_columns(capsys):
+    a = log_of_scores("a/log.jsonl", [0.9, 0.2, 0.3, 0.4, None, 0.6, 0.7])
+    b = log_of_scores("b.jsonl", [0.8, 0.3, 0.3, 0.4, None, 0.6, 0.71])
+    rows, below = printed(capsys, "a", b, "--rows")  # a folder, named after it
     columns, same = printed(capsys, a, b)
     assert [list(row) for row in zip(*columns, strict=True)] == rows and below == same
     assert [row[:-1] for row in columns] == [
@@ -245,48 +228,137 @@ def test_a_comparison_of_two_logs_as_rows_and_as_columns(tmp_path, capsys):
         "last step, test, 64 images, set cccc; one seed each",
         "2 of 6 classes rise, 1 fall; on average +3.33 in the 3 hardest, -3.00 in 3 others",
     ]
-
-
-# ---- refusals and warnings of all three ----
-
-
-def test_other_labels_seeds_and_steps_are_warned_of_and_flags_that_differ_named(tmp_path, capsys):
-    a = log_of_scores(tmp_path / "a.jsonl", SEVEN)
-    b = log_of_scores(tmp_path / "b.jsonl", SEVEN, seed=1, lists={"labeled": [20, "ee"]})
-    words = "warning: labelled 20 images, set aaaa against 20 images, set ee; seed 0 against 1"
-    *_, warning, flag = printed(capsys, a, b)[1]
-    assert warning.startswith(words) and flag == "--seed: 0 against 1"
-
-
-@pytest.fixture
-def broken(tmp_path, monkeypatch):
-    """The current folder, with logs of which each is wrong in its own way."""
-    monkeypatch.chdir(tmp_path)
-    log_of_k(Path("mean.jsonl"), [0.5], name="consistency")
-    log_of_scores(Path("a.jsonl"), SEVEN)
-    log_of_scores(Path("unfinished.jsonl"), SEVEN, drop="done")
-    log_of_scores(Path("seven.jsonl"), SEVEN, dataset="folder")
-    log_of_scores(Path("set.jsonl"), SEVEN, lists={"test": [64, "dd"]})
-    log_of_scores(Path("named.jsonl"), SEVEN, classes=list("abcdefg"))
-    log_of_scores(Path("swapped.jsonl"), SEVEN, classes=list("bacdefg"))
-    Path("list.jsonl").write_bytes(b"[1]\n2\n")
+    *_, warning, flag = printed(capsys, a, log_of_scores("c.jsonl", seed=1))[1]
+    assert warning.startswith("warning: seed 0 against 1:") and flag == "--seed: 0 against 1"
 
 
 REFUSED = [  # command, its words, words of the line
     (analysis, "k mean.jsonl --out k.png", "mean.jsonl: no log of cps_fpl.py"),
-    (analysis, "", "k|scores"),
     (analysis, "scores absent.pt", "no such checkpoint"),
-    (ranks, "", "CHECKPOINT"),
     (compare, "a.jsonl unfinished.jsonl", "unfinished.jsonl: no line of kind done"),
     (compare, "no.jsonl a.jsonl", "no.jsonl: not the log of a finished run (No such file"),
     (compare, "a.jsonl list.jsonl", "list.jsonl: "),
     (compare, "a.jsonl seven.jsonl", "a.jsonl, seven.jsonl: data set shapes against folder"),
     (compare, "named.jsonl swapped.jsonl", "classes a, b, c, d, e, f, g against b, a, c, d"),
-    (compare, "a.jsonl set.jsonl", "scored on test, 64 images, set cccc against test, 64 images"),
+    (compare, "a.jsonl set.jsonl", "scored on test, 64 images, set cccc against test, 9 images"),
 ]
 
 
-@pytest.mark.parametrize("command, words, line", REFUSED)
-def test_what_cannot_be_read_or_compared_is_refused(command, words, line, broken, capsys):
-    assert line in refusal(capsys, command, *words.split())
+def test_what_cannot_be_read_or_compared_is_refused_in_one_line(capsys):
+    log_of_k("mean.jsonl", [0.5], key="consistency")
+    log_of_scores("a.jsonl")
+    log_of_scores("seven.jsonl", dataset="folder")
+    log_of_scores("set.jsonl", lists={"labeled": [20, "aaaa"], "test": [9, "cccc"]})
+    log_of_scores("named.jsonl", classes=list("abcdefg"))
+    log_of_scores("swapped.jsonl", classes=list("bacdefg"))
+    listed(Path("unfinished.jsonl"), Path("a.jsonl").read_text().splitlines()[0])
+    listed(Path("list.jsonl"), "[1]", "2")
+    for command, words, expected in REFUSED:
+        try:
+            assert command.main(words.split()) == 2  # analysis.py prints it itself
+            line = capsys.readouterr().err.strip()
+        except Refusal as error:
+            line = str(error)
+        assert expected in line and "\n" not in line
     assert not Path("k.png").exists()
+
+
+# ---- python results/run_table.py, results/differences.py ----
+
+
+@pytest.fixture
+def finish(tmp_path, monkeypatch):
+    """Returns a function that writes a finished run, with the counts of its images."""
+    monkeypatch.setattr(run_table, "LOGS", tmp_path)
+
+    def write(name, seed, hit, seconds=60):
+        truth = np.full((9, 2), 100, np.int32)
+        counts = dict(hit=truth * hit // 100, truth=truth, predicted=truth)
+        np.savez_compressed(run_table.counts_path(name, seed), **counts)
+        score = {"miou": hit / (200 - hit)}
+        train = {"kind": "train", "time": {"elapsed_s": seconds}}
+        lines = [train, {"kind": "done", "last": score, "best": score}]
+        listed(run_table.log_path(name, seed), *map(json.dumps, lines))
+
+    return write
+
+
+def test_sums_over_images_give_the_mean_iou_of_the_confusion_matrix():
+    pred, label = torch.randint(4, (2, 50, 60), generator=torch.Generator().manual_seed(0))
+    matrix = confusion_matrix(pred, label + (label == 3) * 252, 4)  # class 3 is never labelled
+    sums = (m.numpy() for m in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
+    assert run_table.miou(*sums) == pytest.approx(100 * scores(matrix)["miou"])
+
+
+def test_half_the_size_is_the_mean_of_four_pixels_and_one_pixel_of_a_mask():
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 8
+    tiny.save(Path("all/val/a.png"), image)
+    tiny.save(Path("all/valannot/a.png"), image[..., 0])
+    run_table.halved("all", "half")
+    mean = image.reshape(1, 2, 2, 2, 3).mean((1, 3))
+    np.testing.assert_array_equal(np.array(Image.open("half/val/a.png"))[0], mean[0])
+    mask = np.array(Image.open("half/valannot/a.png"))[0]
+    assert mask[0] in image[:, :2, 0] and mask[1] in image[:, 2:, 0]
+
+
+def test_what_is_missing_comes_by_seed_then_by_cost(finish):
+    rows = ("fpl-cps", "labels")
+    assert run_table.missing(rows, (0, 1)) == [(n, s) for s in (0, 1) for n in reversed(rows)]
+    finish("labels", 0, 50, seconds=1800)
+    assert run_table.missing(rows, (0,)) == [("fpl-cps", 0)]
+    assert run_table.estimate("fpl-cps") == 6 * 1800  # by the cost of a step
+    assert run_table.overview(rows, (0, 1))[-1] == "3 runs left, 6.5 hours of one core"
+
+
+def test_a_claim_holds_where_all_of_the_interval_is_above_zero(finish):
+    pairs = ((60, 50), (70, 65), (66, 60))
+    for seed, (better, worse) in enumerate(pairs):
+        finish("cps", seed, better)
+        finish("labels", seed, worse)
+    seeds, gaps, interval = differences.difference("cps", "labels", draws=200)
+    expected = [100 * (a / (200 - a) - b / (200 - b)) for a, b in pairs]
+    assert gaps == pytest.approx(expected)
+    assert 0 < interval[0] < sum(gaps) / 3 < interval[1]
+    assert differences.verdict(seeds, interval) == "holds"
+    back = differences.difference("labels", "cps", draws=200)
+    assert differences.verdict(back[0], back[2]) == "does not hold"
+    assert differences.verdict([0], interval) == "not yet told"
+    assert "| CPS is above labels alone | FPL Table 1 | +" in differences.table()
+
+
+# ---- python results/commands.py ----
+
+NEEDED = {  # a script, and a word of its flags or source: the rows that keep its number away
+    ("cps_fpl", "FPL Table 1, FPL+CPS w/ cutmix"): "D9 D5 D18 D11",
+    ("cps_fpl", "FPL Table 2, CPS w/o cutmix"): "D9 D5",
+    ("ael_fpl", "FPL Table 1, AEL (rerun)"): "D9 D5 D32",
+    ("ael_fpl", "U2PL Table 3, AEL (rerun)"): "D9 D5",
+    ("ael_fpl", "FPL Table 2, FPL+AEL"): "D9 D5 D5 D28",
+    ("u2pl_ael", "U2PL Table 3, U2PL (w/ AEL)"): "D9 D5 D16 D35",
+    ("unimatch", "UniMatch logs, last"): "D9",
+    ("esl", "ESL Table of Cityscapes, R101"): "",
+}
+
+
+def test_every_entry_has_its_command_steps_hours_and_the_rows_that_say_why(capsys):
+    seen = {}
+    for entry, _ in commands.entries():
+        found = [reason.split(":")[0] for reason in commands.reasons(entry)]
+        seen[entry["script"], entry["source"]] = " ".join(found)
+        page = (tiny.ROOT / f"docs/{entry['script']}.md").read_text()
+        assert all(f"| {row} |" in page for row in found)
+    assert NEEDED.items() <= seen.items()
+    commands.main(commands.Options(scripts=("u2pl_ael",), gpus=4))
+    out = capsys.readouterr().out
+    assert " 74.90  U2PL Table 3, U2PL (w/ AEL), 1/16" in out
+    # 34,800 steps of 24 crops of 769 x 769 at 0.4 megapixels a second
+    assert "34,800 steps, about 343 GPU-hours" in out
+    lines = re.findall(r"torchrun --nproc_per_node 4 (\S+).py (.*)", out)
+    assert len(lines) == 4
+    for name, words in lines:
+        assert tiny.resolved(tiny.script(name), shlex.split(words)).total_iters >= 18_600
+    for name, count in (("esl", 4), ("cps_fpl", 8), ("mean_teacher", 8)):  # esl: 8 in pairs
+        args = tiny.resolved(tiny.script(name), "--dataset voc --split 92".split())
+        assert commands.processes(name, args, 8) == count
+    with pytest.raises(Refusal, match="--scripts fixmatch: only ael_fpl, cps_fpl, "):
+        commands.main(commands.Options(scripts=("fixmatch",)))

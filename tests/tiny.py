@@ -82,16 +82,21 @@ def draw_folder(root, classes, void=255, first=0):
 
 def tiny_modules(module, bare=False):
     """Returns stand-ins for make_backbone and the heads; bare: without BN and dropout."""
-    if hasattr(module, "SIZES"):  # a DINOv2 and a DPT of their own, with neither
-        small = module.Size(8, 4, 2, (0, 1, 2, 3), (4, 4, 8, 8), 8)
+    if hasattr(module, "SIZES"):  # its own DINOv2 and DPT without attention and residual units
 
-        class Lively(module.DPTHead):
+        class Block(nn.Linear):
+            def __init__(self, width, heads):
+                super().__init__(width, width)
+
+        class Head(module.DPTHead):
             def __init__(self, *given):
                 super().__init__(*given)
+                self.before = self.after = nn.ModuleList(nn.Identity() for _ in range(4))
                 for p in self.parameters():
                     p.data *= 2  # keeps the signal alive
 
-        return {"SIZES": dict.fromkeys(module.SIZES, small), "DPTHead": Lively}
+        small = module.Size(8, 4, 2, (0, 1, 2, 3), (4, 4, 8, 8), 8)
+        return {"SIZES": dict.fromkeys(module.SIZES, small), "Block": Block, "DPTHead": Head}
 
     def block(inputs, outputs, stride):
         conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)

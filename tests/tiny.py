@@ -1,7 +1,9 @@
 """A tiny data set and a tiny network: what tests of whole runs train on, in milliseconds a step."""
 
+import contextlib
 import importlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -233,3 +235,37 @@ def train(module, argv):
         flags_of.about(args, module.__file__)
     else:
         module.main(args)
+
+
+def run(name, argv):
+    """Makes a run of a script with the tiny network."""
+    module = script(name)
+    with patch.multiple(module, **tiny_modules(module)):
+        train(module, argv)
+
+
+# ---- the parsers of flags ----
+
+
+def made_once(make):
+    """Returns make with a memory: tyro makes its parser of sixty flags anew for each parse.
+
+    That is a third of a run of the tiny network, and every test of a run parses twice.
+    """
+    known = {}
+
+    def recall(kind, *given, **more):
+        key = (kind, repr(given), repr(more))
+        if key not in known:
+            known[key] = make(kind, *given, **more)
+        return known[key]
+
+    return recall
+
+
+with contextlib.suppress(ImportError, AttributeError):  # another tyro: slower, nothing else
+    from tyro._parsers import ParserSpecification as Specification
+
+    Specification.from_callable_or_type = staticmethod(
+        made_once(Specification.from_callable_or_type)
+    )

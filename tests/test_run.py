@@ -49,24 +49,11 @@ def small(name, tree, out, *words, **numbers):
     return tiny.with_acting(name, [*tiny.flags(tree, out, **numbers), *words])
 
 
-def train(name, argv, patch):
-    with patch.context() as own:
-        tiny.shrink(tiny.script(name), own)
-        tiny.train(tiny.script(name), argv)
-
-
-def watched(name, argv, patch):
+def watched(name, argv):
     """Makes a run of the tiny script; returns what recorder.py saw of it."""
-    with patch.context() as own:
-        tiny.shrink(tiny.script(name), own)
-        return recorder.watch(own, tiny.script(name), argv)
-
-
-def stopped(name, argv, patch, step):
-    """Makes a run that is interrupted in a step, before anything of it is logged."""
-    with patch.context() as own, pytest.raises(KeyboardInterrupt):
-        recorder.stop_in(own, step)
-        train(name, argv, own)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shrink(tiny.script(name), patch)
+        return recorder.watch(patch, tiny.script(name), argv)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +66,7 @@ def finished(tree, tmp_path_factory):
         words = ["--lr", "0.1", "--seed", "1"]
         numbers = dict(iters=8, evaluate=3, save=8, pictures=4)
         argv = small(name, tree, folder / name, *words, **numbers)
-        found = watched(name, argv, pytest.MonkeyPatch())
+        found = watched(name, argv)
         found.out = folder / name
         found.log = log(found.out)
         found.args = tiny.resolved(tiny.script(name), argv)
@@ -139,9 +126,7 @@ def test_a_run_leaves_its_log_checkpoints_and_pictures(name, finished):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
-def test_one_network_is_scored_in_eval_mode_and_eval_only_repeats_it(
-    name, finished, monkeypatch, capsys
-):
+def test_one_network_is_scored_in_eval_mode_and_eval_only_repeats_it(name, finished, capsys):
     found, script = finished(name), tiny.script(name)
     done, evals = found.log[-1], [line for line in found.log if line["kind"] == "eval"]
     best = max(evals, key=lambda line: line["miou"])
@@ -159,7 +144,7 @@ def test_one_network_is_scored_in_eval_mode_and_eval_only_repeats_it(
     for file, on, line in (("last", "test", done["last"]), ("best", "val", best)):
         capsys.readouterr()
         argv = ["--eval-only", "--checkpoint", str(found.out / f"{file}.pt"), "--eval-on", on]
-        train(name, argv, monkeypatch)
+        tiny.run(name, argv)
         printed = capsys.readouterr().out
         assert re.search(r"^mIoU +([\d.]+)$", printed, re.M)[1] == f"{100 * line['miou']:.2f}"
         step = 8 if file == "last" else best["step"]
@@ -176,7 +161,7 @@ def test_the_first_line_of_the_log_says_what_ran_on_what(tree, tmp_path, monkeyp
     argv = small("mean_teacher", tree, tmp_path / "run", "--lr", "0.003", *board, iters=4)
     monkeypatch.setattr(sys, "argv", ["mean_teacher.py", *argv])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    train("mean_teacher", argv, monkeypatch)
+    tiny.run("mean_teacher", argv)
     text = capsys.readouterr()
     assert f"--eval-only --checkpoint {tmp_path}/run/best.pt" in text.out
     assert re.findall(r"^step (./4)  loss .* ETA \d+:\d\d:\d\d$", text.out, re.M) == ["2/4", "4/4"]
@@ -207,7 +192,7 @@ RESUMED += [("unimatch", "--partner crop --unsup-loss fpl --T 0.2 0.4")]
 
 @pytest.mark.parametrize("name, words", RESUMED)
 def test_a_run_stopped_three_times_and_resumed_equals_the_whole_one(
-    name, words, tree, finished, tmp_path, monkeypatch
+    name, words, tree, finished, tmp_path
 ):
     """Nothing saved yet; long after a save and between two lines; right after a save.
 
@@ -215,22 +200,22 @@ def test_a_run_stopped_three_times_and_resumed_equals_the_whole_one(
     """
     numbers, whole, out = dict(iters=7, log=2, evaluate=2, save=3), tmp_path / "a", tmp_path / "b"
     words = words.format(finished("supervised").out / "best.pt").split()
-    train(name, small(name, tree, whole, *words, **numbers), monkeypatch)
+    tiny.run(name, small(name, tree, whole, *words, **numbers))
     argv = small(name, tree, out, "--resume", *words, **numbers)
     half, texts = '{"kind": "train", "st', []
     for step, saved in ((3, None), (6, 3), (7, 6)):
-        stopped(name, argv, monkeypatch, step)
+        recorder.stopped(name, argv, step)
         assert not saved or torch.load(out / "last.pt", weights_only=True)["step"] == saved
         (out / "last.tmp").write_bytes(b"half")  # a kill may leave it
         texts.append((out / "log.jsonl").read_text() + half)
         (out / "log.jsonl").write_text(texts[-1])
-    train(name, argv, monkeypatch)
+    tiny.run(name, argv)
     assert differences(whole, out) == []
     assert (out / "log-2.jsonl").read_text() == texts[0]
     two_lines = "".join(texts[1].splitlines(True)[-3:])  # of step 4, and the half one
     assert (out / "lost.jsonl").read_text() == two_lines + half
     shutil.copytree(out, tmp_path / "before")  # finished: nothing changes
-    train(name, argv, monkeypatch)
+    tiny.run(name, argv)
     assert differences(tmp_path / "before", out) == []
 
 
@@ -238,25 +223,25 @@ def test_a_folder_is_never_overwritten_and_resume_takes_the_newest(tree, tmp_pat
     monkeypatch.chdir(tmp_path)
     argv = small("supervised", tree, "", iters=4, log=4, save=1)  # saved before the first line
     name = Path("runs/supervised-camvid-1_4-s0")
-    train("supervised", argv + ["--resume"], monkeypatch)  # nothing to go on with: the first name
+    tiny.run("supervised", argv + ["--resume"])  # nothing to go on with: the first name
     first = snapshot(name)
-    train("supervised", argv, monkeypatch)
-    stopped("supervised", argv, monkeypatch, 3)
-    train("supervised", argv + ["--resume"], monkeypatch)
+    tiny.run("supervised", argv)
+    recorder.stopped("supervised", argv, 3)
+    tiny.run("supervised", argv + ["--resume"])
     names = sorted(path.name for path in Path("runs").iterdir())
     assert names == [name.name + end for end in ("", "-2", "-3")]
     assert differences(name, Path(f"{name}-3")) == [] and snapshot(name) == first
     with pytest.raises(Refusal, match="exists: --resume goes on there"):
-        train("supervised", argv + ["--out", str(name), "--seed", "1"], monkeypatch)
+        tiny.run("supervised", argv + ["--out", str(name), "--seed", "1"])
     assert snapshot(name) == first
 
 
 @pytest.mark.parametrize("name, words", [("supervised", ""), ("cps_fpl", "--unsup-weight 0")])
-def test_labels_alone_need_no_unlabelled_image(name, words, tmp_path, monkeypatch):
+def test_labels_alone_need_no_unlabelled_image(name, words, tmp_path):
     root = tiny.draw_tree(tmp_path / "data")
     spoil(root, "train/train{}.jpg")
     argv = small(name, root, tmp_path / "run", *words.split(), iters=6, pictures=3)
-    train(name, argv, monkeypatch)
+    tiny.run(name, argv)
     if name == "cps_fpl":  # the lines then have what there is
         line = next(line for line in log(tmp_path / "run") if line["kind"] == "train")
         assert list(line)[3:-1] == ["loss", "sup", "pseudo_acc", "coverage"]
@@ -324,18 +309,16 @@ HEADS = dict.fromkeys(("u2pl", "u2pl_ael", "esl"), "features") | {"cps_fpl": "CP
 
 
 @pytest.mark.parametrize("reader", [name for name in tiny.SCRIPTS if name != "unimatch_v2"])
-def test_a_run_starts_from_the_networks_of_any_other(
-    reader, finished, tree, tmp_path, monkeypatch, capsys
-):
+def test_a_run_starts_from_the_networks_of_any_other(reader, finished, tree, tmp_path, capsys):
     """Each from the one of its name, or the first; a head that does not fit stays random."""
     argv = small(reader, tree, tmp_path / "zero", iters=1)
-    own = watched(reader, argv, monkeypatch).networks
+    own = watched(reader, argv).networks
     for writer in ("supervised", "cps_fpl", "esl"):  # one of each kind of head, and of names
         fits = HEADS.get(writer) == HEADS.get(reader)
         path = finished(writer).out / "best.pt"
         saved = torch.load(path, weights_only=True)
         argv = small(reader, tree, tmp_path / writer, "--init", str(path), iters=1)
-        mine = watched(reader, argv, monkeypatch).networks
+        mine = watched(reader, argv).networks
         words, taken = [], set()
         for name in NETWORKS[reader]:
             source = name if name in NETWORKS[writer] else NETWORKS[writer][0]
@@ -354,7 +337,7 @@ def test_a_run_starts_from_the_networks_of_any_other(
 
 @pytest.mark.parametrize("name", tiny.SCRIPTS)
 def test_a_folder_of_ones_own_trains_from_a_checkpoint_of_other_classes(
-    name, finished, tmp_path, monkeypatch, capsys
+    name, finished, tmp_path, capsys
 ):
     """9 is ignored, 1 to 5 occur of 6 classes; there is no test part."""
     root = tiny.draw_folder(tmp_path / "folder", 6, void=9, first=1)
@@ -363,7 +346,7 @@ def test_a_folder_of_ones_own_trains_from_a_checkpoint_of_other_classes(
     argv = tiny.own_folder(root, tmp_path / "run", 6, iters=2, **more)
     argv = [word for word in argv if word not in ("--weights", "none")]  # --init has them
     argv += ["--ignore-index", "9", "--protocol", "slide", "--init", str(init)]
-    train(name, tiny.with_acting(name, argv), monkeypatch)
+    tiny.run(name, tiny.with_acting(name, argv))
     text = capsys.readouterr()
     assert "head random" in text.out and "\r" not in text.err
     saved = torch.load(tmp_path / "run/last.pt", weights_only=True)["networks"]

@@ -19,6 +19,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from PIL import Image
 
 import convert
 import prepare_data
@@ -361,14 +362,16 @@ def test_what_a_killed_conversion_left_goes_and_a_living_ones_stays(tmp_path):
     assert not old.exists() and new.exists() and other.exists()
 
 
-@pytest.mark.parametrize("words, told", [("", 1), ("--crop-size 37", 1), ("--crop-size 36", 0)])
+@pytest.mark.parametrize("words, told", [("", 1), ("--crop-size 65", 1), ("--crop-size 64", 0)])
 def test_check_tells_a_crop_larger_than_most_images(words, told, tmp_path, capsys):
-    root = tiny.draw_folder(tmp_path, 2)  # of 42x36 pixels
+    root = tiny.draw_folder(tmp_path, 2)
+    for path in root.glob("*/*/*.png"):
+        Image.open(path).resize((73, 64), Image.Resampling.NEAREST).save(path)
     flags = f"check --dataset folder --data-root {root} --num-classes 2 {words}".split()
     prepare_data.main(flags)
     text = capsys.readouterr().out
-    assert text.count("warning: 10 of 10 images are smaller than a crop of") == told
-    assert text.count("train with --crop-size 33\n") == told
+    assert text.count("warning: 8 of 8 images are smaller than a crop of") == told
+    assert text.count("train with --crop-size 49\n") == told
 
 
 @pytest.mark.parametrize("parts, every, words", [

@@ -144,6 +144,13 @@ def stop_in(patch, stop):
     patch.setattr(run.Run, "log_step", step)
 
 
+def stopped(name, argv, step):
+    """Makes a run of the tiny script that is interrupted in a step."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_in(patch, step)
+        tiny.run(name, argv)
+
+
 def make(script, argv, bare=False, stop=0):
     """Makes one run of a process group, recorded, or interrupted in step `stop`."""
     with pytest.MonkeyPatch.context() as patch:

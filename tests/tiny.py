@@ -1,7 +1,9 @@
 """A tiny data set and a tiny network: what tests of whole runs train on, in milliseconds a step."""
 
+import contextlib
 import importlib
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -82,16 +84,21 @@ def draw_folder(root, classes, void=255, first=0):
 
 def tiny_modules(module, bare=False):
     """Returns stand-ins for make_backbone and the heads; bare: without BN and dropout."""
-    if hasattr(module, "SIZES"):  # a DINOv2 and a DPT of their own, with neither
-        small = module.Size(8, 4, 2, (0, 1, 2, 3), (4, 4, 8, 8), 8)
+    if hasattr(module, "SIZES"):  # its own DINOv2 and DPT without attention and residual units
 
-        class Lively(module.DPTHead):
+        class Block(nn.Linear):
+            def __init__(self, width, heads):
+                super().__init__(width, width)
+
+        class Head(module.DPTHead):
             def __init__(self, *given):
                 super().__init__(*given)
+                self.before = self.after = nn.ModuleList(nn.Identity() for _ in range(4))
                 for p in self.parameters():
                     p.data *= 2  # keeps the signal alive
 
-        return {"SIZES": dict.fromkeys(module.SIZES, small), "DPTHead": Lively}
+        small = module.Size(8, 4, 2, (0, 1, 2, 3), (4, 4, 8, 8), 8)
+        return {"SIZES": dict.fromkeys(module.SIZES, small), "Block": Block, "DPTHead": Head}
 
     def block(inputs, outputs, stride):
         conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
@@ -228,3 +235,37 @@ def train(module, argv):
         flags_of.about(args, module.__file__)
     else:
         module.main(args)
+
+
+def run(name, argv):
+    """Makes a run of a script with the tiny network."""
+    module = script(name)
+    with patch.multiple(module, **tiny_modules(module)):
+        train(module, argv)
+
+
+# ---- the parsers of flags ----
+
+
+def made_once(make):
+    """Returns make with a memory: tyro makes its parser of sixty flags anew for each parse.
+
+    That is a third of a run of the tiny network, and every test of a run parses twice.
+    """
+    known = {}
+
+    def recall(kind, *given, **more):
+        key = (kind, repr(given), repr(more))
+        if key not in known:
+            known[key] = make(kind, *given, **more)
+        return known[key]
+
+    return recall
+
+
+with contextlib.suppress(ImportError, AttributeError):  # another tyro: slower, nothing else
+    from tyro._parsers import ParserSpecification as Specification
+
+    Specification.from_callable_or_type = staticmethod(
+        made_once(Specification.from_callable_or_type)
+    )

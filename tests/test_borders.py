@@ -1,8 +1,7 @@
-"""Losses, weights and schedules at their borders, by hand; what is drawn, pasted, pooled and kept
-between steps, against oracles/ for given numbers.
+"""Losses, weights and schedules at their borders, what is drawn, pasted, pooled and kept between
+steps: worked out by hand.
 """
 
-import itertools
 import math
 import zlib
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 import ael_fpl
 import cps_fpl
@@ -20,15 +18,12 @@ import esl
 import mean_teacher
 import supervised
 import u2pl
-from common import Refusal, fused
+from common import Refusal
 from common.distributed import Group
-from oracles import ael as ael_oracle
 from oracles import fpl as fpl_oracle
-from oracles import mean_teacher as mt_oracle
 from oracles import u2pl as u2pl_oracle
 
 BELOW_1 = 1 - 2.0**-53  # the largest float64 of a generator's [0, 1)
-some_classes = pytest.mark.parametrize("classes", [2, 81])
 
 
 def normal(*shape, seed=0, spread=1.0):
@@ -42,10 +37,6 @@ def uniform(*shape, seed=0):
     u.view(-1)[0] = 0.0
     u.view(-1)[-1] = BELOW_1
     return u
-
-
-def whole(classes, *shape, seed=0):
-    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
 
 
 DYADIC = (0.125, 0.5, 0.125, 0.25)  # all sums are exact, in any type
@@ -78,8 +69,10 @@ def test_ohem_keeps_a_share_of_the_pixels_of_a_crop():
     # all are easy, of different losses, so that none tie with the last one
     logits = normal(2, 4, 16, 16) / 5 + 4 * F.one_hot(label, 4).movedim(3, 1)
     for share, crop, count in (
-        *((50_000 / 769**2, 16, 22), (50_000 / 769**2, 32, 87)),  # U2PL's released code
-        *((50_000 / 800**2, 16, 20), (50_000 / 800**2, 40, 125), (1e-6, 16, 1)),  # CPS's
+        (50_000 / 769**2, 16, 22),  # U2PL's released code
+        (50_000 / 769**2, 32, 87),
+        (50_000 / 800**2, 40, 125),  # CPS's
+        (1e-6, 16, 1),
     ):
         args = SimpleNamespace(aux_weight=0.4, ohem_kept=share, crop_size=crop)
         loss = supervised.supervised_loss({"logits": logits.requires_grad_()}, label, args)
@@ -89,17 +82,15 @@ def test_ohem_keeps_a_share_of_the_pixels_of_a_crop():
 
 
 def test_schedules():
-    for step, length in itertools.product(range(31), (1, 20)):
-        expected = math.exp(-5 * (1 - min(step / length, 1)) ** 2)  # T&V App. B
-        assert mean_teacher.sigmoid_rampup(step, length) == pytest.approx(expected, rel=1e-14)
-    assert mean_teacher.sigmoid_rampup(10**6, 20) == mean_teacher.sigmoid_rampup(0, 0) == 1.0
-    # [D12]: n / (n + 1), at most the limit; the first update copies the student
-    for count, decay in ((0, 0.0), (1, 0.5), (3, 0.75), (97, 97 / 98), (100, 0.99), (10**6, 0.99)):
-        assert mean_teacher.ema_decay(count, 0.99) == pytest.approx(decay, rel=1e-15)
-    # U2PL Eq. (7), in stairs: an epoch is 12.5 steps
+    """T&V App. B; [D12], the first update copies the student; U2PL Eq. (7), in stairs."""
+    for step, expected in ((0, math.exp(-5)), (10, math.exp(-5 / 4)), (20, 1), (30, 1)):
+        assert mean_teacher.sigmoid_rampup(step, 20) == pytest.approx(expected)
+    assert mean_teacher.sigmoid_rampup(0, 0) == 1
+    for count, decay in ((0, 0.0), (1, 0.5), (3, 0.75), (97, 97 / 98), (100, 0.99)):
+        assert mean_teacher.ema_decay(count, 0.99) == pytest.approx(decay)
     args = SimpleNamespace(alpha_0=0.2, epochs=80, total_iters=1000, dpa=True)
-    for step, left in ((0, 80), (12, 80), (13, 79), (24, 79), (25, 78), (500, 40), (999, 1)):
-        assert u2pl.unreliable_share(step, args) == pytest.approx(0.2 * left / 80, rel=1e-12)
+    for step, left in ((0, 80), (12, 80), (13, 79), (25, 78), (500, 40), (999, 1)):
+        assert u2pl.unreliable_share(step, args) == pytest.approx(0.2 * left / 80)
     args.dpa = False
     assert u2pl.unreliable_share(999, args) == 0.2
 
@@ -135,64 +126,57 @@ def test_a_class_is_negative_below_the_threshold_not_at_it():
         assert loss == pytest.approx(fpl_oracle.negative(z, q)[0], rel=1e-6)
 
 
-def test_where_the_loss_of_fpl_is_exactly_0_the_balance_is_1():
-    """[D16]. No class is negative, logits of any size; the teacher is flat; nothing is inside."""
-    nets = [normal(2, 4, 6, 5, seed=seed, spread=2.0) for seed in range(4)]
-    flat = [torch.zeros(2, 4, 6, 5, dtype=torch.float64)] * 2  # 1/4: no rounding
-    inside = normal(2, 6, 5, seed=4) > -1
-    for scale, teachers, mask, changes in (
-        (1, nets[2:], inside, dict(k_strategy="n", T=1 - 1e-12)),
-        (1e4, nets[2:], inside, dict(k_strategy="n", T=1 - 1e-12)),
-        (1, flat, inside, dict()),
-        (1, nets[2:], inside & False, dict()),
-    ):
-        students = [(scale * z).requires_grad_() for z in nets[:2]]
-        args = fpl_oracle.printed(balance=True, **changes)
-        value, parts = cps_fpl.cross_loss(students, teachers, mask, 0.0, args)
-        assert value.item() == parts["unsup"].item() == 0 and parts["balance"].item() == 1
-        assert not any(g.any() for g in torch.autograd.grad(value, students))
-
-
 def test_statistics_are_of_every_fourth_pixel_of_both_networks():
-    logits = [normal(2, 5, 13, 10, seed=seed, spread=0.5) for seed in (1, 2)]
-    label = torch.randint(5, (2, 13, 10), generator=torch.Generator().manual_seed(3))
-    mask = normal(2, 13, 10, seed=3) > 0
-    args = fpl_oracle.printed()
-    prob = torch.cat([z.softmax(1)[..., ::4, ::4] for z in logits])
-    truth = torch.cat([label, label])[:, None, ::4, ::4]
-    above = (prob > prob.gather(1, truth)).sum(1)  # classes likelier than the true one
-    p, _ = cps_fpl.by_rank(prob)
-    K = cps_fpl.k_values(p, 0.5, args)
-    of_teachers = {"K": K, "K_gt_1": K > 1, "weight": cps_fpl.adaptive_weight(p, K)}
-    of_labels = {"pseudo_acc": above == 0, "coverage": above < K}
-    for statistics, given, nothing, expected in (
-        (cps_fpl.teacher_statistics, mask, mask & False, of_teachers),
-        (cps_fpl.label_statistics, label.where(mask, 255), torch.full_like(label, 255), of_labels),
+    """With T = 0.9 K is 1 and 2; columns in between are of a class that is nowhere else."""
+    sure, unsure, between = [0.96, 0.03, 0.01], [0.3, 0.5, 0.2], [0.01, 0.01, 0.98]
+
+    def logits(first, second):
+        row = torch.tensor([first, between, between, between, second])
+        return row.T.log()[None, :, None]
+
+    networks = [logits(sure, unsure), logits(sure, sure)]
+    args = fpl_oracle.printed(T=0.9)
+    weights = [fpl_oracle.weight(sure, 1, "concave"), fpl_oracle.weight(unsure, 2, "concave")]
+    void = torch.full((1, 1, 5), 255)
+    for which, K, K_gt_1, truth, right, covered in (
+        ([0], 1, 0, 0, 1, 1),
+        ([4], 1.5, 0.5, 0, 0.5, 1),  # the unsure pixel's second class
+        ([4], 1.5, 0.5, 2, 0, 0),
+        ([0, 4], 1.25, 0.25, 0, 0.75, 1),
+        ([1], 0, 0, 2, 0, 0),
     ):
-        found = statistics(logits, given, 0.5, args)
-        assert list(found) == list(expected)
-        for name, x in expected.items():
-            inside = x[torch.cat([mask, mask])[:, ::4, ::4]]
-            assert found[name].item() == pytest.approx(inside.double().mean().item(), rel=1e-5)
-        assert not any(statistics(logits, nothing, 0.0, args).values())
+        label = void.clone()
+        label[..., which] = truth
+        found = cps_fpl.teacher_statistics(networks, label != 255, 0.0, args)
+        weight = (2 - K) * weights[0] + (K - 1) * weights[1] if K else 0
+        assert found == pytest.approx(dict(K=K, K_gt_1=K_gt_1, weight=weight))
+        found = cps_fpl.label_statistics(networks, label, 0.0, args)
+        assert found == dict(pseudo_acc=right, coverage=covered)
 
 
-def test_the_average_is_of_probabilities_not_of_logits():
-    """Also of certain networks, of which windows are summed: the surer one decides."""
+def test_a_k_that_is_given_takes_the_place_of_alg_1():
+    """With several T. Of network 1 it is 2, of network 2 it is 3; the other one learns with it."""
+    z, t = normal(2, 2, 2, 5, 6, 6, spread=2.0)
+    inside = normal(2, 6, 6) > -1
+    K = [torch.full((2, 6, 6), k) for k in (2, 3)]
+    args = fpl_oracle.printed(T=(0.4, 0.8), gamma=0.0)
+    fixed = [fpl_oracle.printed(k_strategy=f"fixed{k}") for k in (2, 3)]
+    expected = [cps_fpl.taught_loss(z[1 - i], t[i], inside, 0.0, fixed[i])[0] for i in (0, 1)]
+    value, _ = cps_fpl.cross_loss(list(z), list(t), inside, 0.0, args, K)
+    assert value.item() == pytest.approx(sum(expected).item())
+    assert cps_fpl.teacher_statistics(list(t), inside, 0.0, args, K)["K"] == 2.5
+    rest = inside, torch.ones(5), 2, args, K[0]
+    value, parts = ael_fpl.consistency_loss(z[1], t[0], *rest)
+    assert value.item() == pytest.approx(expected[0].item()) and parts["K_gt_1"] == 1
 
-    def average(*logits):
-        networks = [nn.Identity() for _ in logits]
-        for net, z in zip(networks, logits, strict=True):
-            net.register_forward_hook(lambda *_, z=z: {"logits": z})
-        return cps_fpl.Average(networks)(torch.zeros(1))["logits"]
 
-    logits = [normal(1, 11, 1, 1, seed=seed, spread=9.0) for seed in (1, 2, 3)]
-    expected = sum(z.softmax(1) for z in logits) / 3
-    assert torch.allclose(average(*logits).exp(), expected, rtol=1e-9)
+def test_the_average_of_certain_networks_is_finite_and_the_surer_one_decides():
     z = torch.full((1, 4, 1, 2), -1e4)
     z[0, 1, 0, 0] = 1e4
     z[0, 2, 0, 1] = 2e4
-    assert average(z, z).isfinite().all() and average(z, z).sum(3).argmax(1) == 2
+    average = cps_fpl.Average([torch.nn.Identity(), torch.nn.Identity()])
+    log_p = average({"logits": z})["logits"]
+    assert log_p.isfinite().all() and log_p.sum(3).argmax(1) == 2
 
 
 def test_a_teacher_at_the_threshold_is_certain():
@@ -203,18 +187,6 @@ def test_a_teacher_at_the_threshold_is_certain():
         maps = pixel(0.3, -0.2), pixel(0.0, 0.0), inside
         value, parts = ael_fpl.consistency_loss(*maps, torch.ones(2), 1, args)
         assert value.item() == pytest.approx(expected, rel=1e-6) and parts["kept"] == 1
-
-
-def test_a_balance_that_is_only_logged_is_of_every_fourth_pixel_each_way():
-    students, teachers = torch.randn(2, 2, 1, 5, 9, 10)
-    inside = torch.rand(1, 9, 10) < 0.7
-    pseudo = teachers.argmax(2).masked_fill(~inside, 255).flip(0)[..., ::4, ::4]
-    pairs = zip(students[..., ::4, ::4], pseudo, strict=True)
-    ce = sum(cps_fpl.cross_entropy(z, label) for z, label in pairs)
-    for kind in ("fpl", "soft", "negative"):
-        args = fpl_oracle.printed(unsup_loss=kind)
-        value, logged = cps_fpl.cross_loss(list(students), list(teachers), inside, 0.0, args)
-        assert logged["balance"].item() == pytest.approx((ce / value).item(), rel=1e-5)
 
 
 class Scripted:
@@ -241,24 +213,32 @@ class Scripted:
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    "draw, oracle, count, sizes",
-    [
-        (ael_fpl.half_area_box, ael_oracle.half_area_box, 3, (6, 32, 129, 769)),
-        (mean_teacher.cutmix_box, mt_oracle.box, 3, (6, 16, 128, 513)),
-        (cps_fpl.toggled_mask, fpl_oracle.toggled_mask, 12, (16, 57, 64)),
+    "draw, size, shares, box",
+    [  # top, left, height and width
+        (ael_fpl.half_area_box, 6, (0, 0, 0), (0, 0, 6, 3)),
+        (ael_fpl.half_area_box, 6, (BELOW_1, BELOW_1, BELOW_1), (3, 0, 3, 6)),
+        (ael_fpl.half_area_box, 129, (0.5, 0.25, 0.75), (9, 29, 91, 91)),
+        (ael_fpl.half_area_box, 768, (0.3, 0.6, BELOW_1), (87, 295, 624, 473)),
+        (mean_teacher.cutmix_box, 6, (0, 0, 0), (0, 0, 4, 4)),
+        (mean_teacher.cutmix_box, 6, (BELOW_1, BELOW_1, BELOW_1), (2, 1, 4, 5)),
+        (mean_teacher.cutmix_box, 129, (0.5, 0.25, 0.75), (11, 24, 86, 97)),
+        (mean_teacher.cutmix_box, 513, (0.5, BELOW_1, 0), (171, 0, 342, 385)),
     ],
 )
-def test_boxes(draw, oracle, count, sizes):
-    """Half of a crop (AEL; [D13]); CPS's three boxes [D17]."""
-    for size in sizes:
-        shares = np.random.default_rng(size).random((100, count)).tolist()
-        shares += [list(3 * s)[:count] for s in itertools.product((0.0, 0.5, BELOW_1), repeat=4)]
-        for numbers in shares:
-            script = Scripted(numbers)
-            found = draw(script, size)
-            assert not script.shares
-            expected = oracle(numbers, size)
-            assert found == expected if count == 3 else found[0].tolist() == expected
+def test_boxes_of_half_a_crop(draw, size, shares, box):
+    """AEL: the height is log-uniform; else the width is uniform, above half the side [D13]."""
+    assert draw(Scripted(shares), size) == box
+
+
+@pytest.mark.smoke
+def test_three_boxes_toggle_what_they_cover():
+    """[D17]: a share of the area from 1/4 to 1/2, log-uniform height, place; a third is a box's."""
+    shares = [0, 0, 0, 0, BELOW_1, BELOW_1, BELOW_1, BELOW_1, 0.5, 0.5, 0.25, 0.0]
+    script = Scripted(shares)
+    expected = torch.zeros(1, 100, 100, dtype=torch.bool)
+    for top, left, height, width in ((0, 0, 58, 14), (71, 42, 29, 58), (16, 0, 35, 35)):
+        expected[:, top : top + height, left : left + width] ^= True
+    assert torch.equal(cps_fpl.toggled_mask(script, 100), expected) and not script.shares
 
 
 def test_a_component_must_be_larger_than_the_area_and_may_touch_at_corners():
@@ -282,58 +262,50 @@ def test_a_component_must_be_larger_than_the_area_and_may_touch_at_corners():
 
 
 def test_pixels_of_drawn_classes_cover_the_chosen_images():
-    base, source = (
-        {
-            "image": whole(256, 4, 3, 6, 5, seed=seed),
-            "label": whole(7, 4, 6, 5, seed=seed),
-            "inside": normal(4, 6, 5, seed=seed) > 0,
-        }
-        for seed in (1, 2)
-    )
-    source["label"][normal(4, 6, 5) > 1] = 255
-    drawn, chosen = torch.tensor([[0, 3], [1, 2], [5, 5], [6, 4]]), torch.arange(4) != 1
-    found = ael_fpl.copy_paste(base, source, drawn, chosen)
-    for (b, y, x), key in itertools.product(np.ndindex(4, 6, 5), base):
-        over = b != 1 and source["label"][b, y, x].item() in drawn[b].tolist()
-        expected = (source if over else base)[key]
-        assert torch.equal(found[key][b, ..., y, x], expected[b, ..., y, x])
+    label = torch.tensor([[[0, 1], [2, 255]]]).repeat(3, 1, 1)
+    yes = torch.ones(3, 2, 2, dtype=torch.bool)
+    base = {"image": torch.zeros(3, 1, 2, 2), "label": 0 * label + 9, "inside": ~yes}
+    source = {"image": torch.ones(3, 1, 2, 2), "label": label, "inside": yes}
+    drawn = torch.tensor([[0, 2], [1, 1], [0, 2]])
+    found = ael_fpl.copy_paste(base, source, drawn, torch.tensor([True, True, False]))
+    expected = [[[0, 9], [2, 9]], [[9, 1], [9, 9]], [[9, 9], [9, 9]]]
+    assert found["label"].tolist() == expected
+    assert torch.equal(found["inside"], found["label"] < 9)
+    assert torch.equal(found["image"][:, 0], found["inside"].float())
 
 
-@some_classes
-def test_the_confidence_of_a_class_and_its_moving_mean(classes):
-    """Eq. (4), [D21], [D22]; Eq. (7)."""
-    for seed, skip in np.ndindex(3, 2):
-        prob = normal(4, classes, 6, 5, seed=seed).softmax(1)
-        label = whole(classes, 4, 6, 5, seed=seed)
-        label[uniform(4, 6, 5) < 0.2] = 255
-        label[label == seed] = 255  # absent
-        lists = prob.movedim(1, -1).flatten(1, 2).tolist(), label.flatten(1).tolist()
-        for pooled in (1, 2, 4):
-            found = ael_fpl.class_confidence(prob, label, pooled, skip)
-            sums, counts = ael_oracle.class_confidence(*lists, pooled, skip)
-            assert found[0].tolist() == pytest.approx(sums, rel=1e-9, abs=1e-12)
-            assert found[1].tolist() == counts
-            bank = uniform(classes, seed=seed)
-            new = ael_fpl.update_confidence(bank, found, 0.97).tolist()
-            for old, moved, total, count in zip(bank.tolist(), new, sums, counts, strict=True):
-                expected = 0.97 * old + 0.03 * total / count if count else old
-                assert moved == pytest.approx(expected, rel=1e-9 if count else 0)
+def test_the_confidence_of_a_class_and_its_moving_mean():
+    """Eq. (4), [D21], [D22]; Eq. (7). No pixel is of class 2."""
+    p = torch.tensor([[0.2, 0.4, 0.6], [0.1, 0.3, 0.5], [0.9, 0.9, 0.9], [0.8, 0.6, 0.4]]).double()
+    prob = torch.stack([p, 1 - p, 0 * p], 1)[:, :, None]
+    label = torch.tensor([[0, 0, 1], [0, 255, 255], [1, 1, 255], [1, 255, 255]])[:, None]
+    for pooled, sums, counts in (
+        (1, (0.3 + 0.1, 0.4 + 0.1 + 0.2, 0), (2, 3, 0)),
+        (2, (0.7 / 3, 0.4 + 0.4 / 3, 0), (1, 2, 0)),
+        (4, (0.7 / 3, 0.8 / 4, 0), (1, 1, 0)),
+    ):
+        for skip_absent, groups in ((True, counts), (False, (4 / pooled,) * 3)):
+            found = ael_fpl.class_confidence(prob, label, pooled, skip_absent)
+            assert found[0].tolist() == pytest.approx(sums) and found[1].tolist() == list(groups)
+            new = ael_fpl.update_confidence(torch.full((3,), 0.5).double(), found, 0.9).tolist()
+            pairs = zip(sums, groups, strict=True)
+            assert new == pytest.approx([0.45 + 0.1 * a / n if n else 0.5 for a, n in pairs])
 
 
-@some_classes
-def test_sampling_probabilities_and_rates_of_classes(classes):
+def test_sampling_probabilities_and_rates_of_classes():
     """Eq. (9), and Sec. 3.3; a bank that a rounding has put above 1 counts as 1."""
-    bank = uniform(classes)
-    bank[-1] = 1.0
-    allowed = torch.arange(classes) % 3 != 1
-    for power, mask in itertools.product((0.0, 0.5, 1.0, 2.0), (None, allowed)):
-        found = ael_fpl.sampling_probability(bank, mask, power)
-        hits = [True] * classes if mask is None else mask.tolist()
-        expected = ael_oracle.sampling_probability(bank.tolist(), hits, power)
-        assert found.tolist() == pytest.approx(expected, rel=1e-12, abs=0)
-        rate = ael_oracle.equalization_rate(bank.tolist(), power)
-        assert ael_fpl.equalization_rate(bank, power).tolist() == pytest.approx(rate, rel=1e-12)
-    assert ael_fpl.sampling_probability(torch.tensor([0.5, 1 + 1e-6]), None, 0.5).isfinite().all()
+    gap = torch.tensor([1.0, 2.0, 4.0, 1.0], dtype=torch.float64).log()
+    p = ael_fpl.sampling_probability(1 - gap)
+    assert p.tolist() == pytest.approx([1 / 8, 2 / 8, 4 / 8, 1 / 8])
+    p = ael_fpl.sampling_probability(1 - gap, torch.tensor([True, False, True, True]))
+    assert p.tolist() == pytest.approx([1 / 6, 0, 4 / 6, 1 / 6])
+    for power in (0.0, 0.5, 2.0):
+        p = ael_fpl.sampling_probability(1 - gap, None, power)
+        assert p.tolist() == pytest.approx((gap**power).softmax(0).tolist())
+    bank = torch.tensor([0.5, 0.75, 1, 1 + 1e-6])
+    assert ael_fpl.sampling_probability(bank, None, 0.5).isfinite().all()
+    assert ael_fpl.equalization_rate(bank).tolist() == [1, 0.5, 0, 0]
+    assert ael_fpl.equalization_rate(bank, 2.0).tolist() == [1, 0.25, 0, 0]
     assert not ael_fpl.equalization_rate(torch.ones(5), 0.5).any()  # no NaN
 
 
@@ -347,34 +319,36 @@ def test_draws_at_the_steps_of_the_running_sum(scale, dtype):
     assert ael_fpl.draw_classes(p, u.view(2, 3)[:, 3:]).shape == (2, 0)
 
 
-@some_classes
-def test_partners_are_a_class_by_eq_9_and_an_image_that_shows_it(classes):
-    for seed, count in enumerate((1, 2, 7, 40)):
-        present = uniform(classes, count, seed=seed) < 0.4
-        present[0] = False  # nowhere: any image
-        bank, shares = uniform(classes, seed=seed), uniform(60, seed=seed).tolist()
-        script = Scripted(shares)
-        found = ael_fpl.draw_partners(bank, present, 30, script)
-        expected = ael_oracle.draw_partners(bank.tolist(), present.tolist(), 30, shares)
-        assert found.tolist() == expected and not script.shares
+def test_partners_are_a_class_by_eq_9_and_an_image_that_shows_it():
+    """Classes are drawn with 1/4, 1/2 and 1/4; nothing shows class 0: any image."""
+    bank = 1 - torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64).log()
+    present = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [1, 0, 1, 1]]).bool()
+    script = Scripted([0.2, 0.3, 0.7, 0.8, 0.6, 0.4, 0.5, BELOW_1])
+    found = ael_fpl.draw_partners(bank, present, 4, script)
+    assert found.tolist() == [[0, 2], [1, 1], [1, 3], [2, 3]]
     with pytest.raises(Refusal, match="no unlabelled images"):
         ael_fpl.draw_partners(bank, present[:, :0], 4, Scripted([]))
 
 
 def test_candidates_have_more_entropy_than_gamma_or_less_than_the_lower_limit():
-    """Eq. (6), (8), (11), (15), Table 4; gamma is numpy's percentile of what is inside [D20]."""
+    """Eq. (5), (6), (8), (11), (15), Table 4; gamma is numpy's percentile of what is inside [D20].
+
+    Where an entropy is equal to a limit it is neither.
+    """
+    prob = normal(2, 5, 9, 7, spread=3.0).softmax(1)
+    prob[0] = torch.eye(5)[0].view(5, 1, 1)  # 0 log 0 is 0
+    expected = [u2pl_oracle.entropy(p) for p in u2pl.as_rows(prob).tolist()]
+    assert u2pl.entropy(prob).flatten().tolist() == pytest.approx(expected)
     H = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
     inside = torch.tensor([[[True, True, True, False]]])
-    limits = H[0, 0, 1], H[0, 0, 1]  # neither where it is equal
     for which, expected in {"unreliable": [2], "reliable": [0], "all": [0, 1, 2]}.items():
-        found = u2pl.candidates(H, inside, *limits, which)
+        found = u2pl.candidates(H, inside, H[0, 0, 1], H[0, 0, 1], which)
         assert found.flatten().nonzero().flatten().tolist() == expected
     label = u2pl.reliable_labels(torch.tensor([[[3, 4, 5, 6]]]), H, H[0, 0, 2])
     assert label.tolist() == [[[3, 4, 255, 255]]]
     assert u2pl.unsup_weight(label, inside, 2.5) == 3.75
     assert u2pl.unsup_weight(label.fill_(255), inside, 2.5) == 7.5  # no label: as of one
-    nothing = u2pl.quantiles(H, inside & False, 0.8, 0.2)
-    assert nothing.tolist() == [math.inf] * 2  # and lets nothing through
+    assert u2pl.quantiles(H, inside & False, 0.8).tolist() == [math.inf]  # lets nothing through
     shares = 0.0, 0.2, 0.5, 0.8, 1.0
     H = normal(2, 9, 7).abs()
     inside = normal(2, 9, 7, seed=1) > 0
@@ -384,27 +358,6 @@ def test_candidates_have_more_entropy_than_gamma_or_less_than_the_lower_limit():
     half = torch.tensor([[0.5, 0.5], [0.25, 0.75]])  # an anchor has more than delta_p
     found = u2pl.anchor_masks(half, torch.tensor([0, 1]), 0.5)
     assert found.tolist() == [[False, False], [False, True]]
-
-
-def test_features_wait_in_rings():
-    """Alg. 1: a new feature takes the place of the oldest; any number, rings of any size."""
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        K, sizes = int(rng.integers(1, 8)), rng.integers(1, 10, 3).tolist()
-        offered = torch.from_numpy(rng.random((3, 6 * K, 2), np.float32))
-        offered[..., 1] = (offered[..., 1] < 0.6).float()
-        bank, pushed = torch.zeros(sum(sizes) + 1, 1), torch.zeros(3, dtype=torch.int64)
-        twins = bank.clone(), pushed.clone()
-        for turn in offered.split(K, 1):
-            u2pl.push_features(bank, pushed, torch.tensor(sizes), turn)
-            fused.push_features(*twins, torch.tensor(sizes), turn)
-            assert torch.equal(bank, twins[0]) and torch.equal(pushed, twins[1])
-        expected = []
-        for row, size in zip(offered, sizes, strict=True):
-            ring = u2pl_oracle.ring(row[row[:, 1] > 0, 0].tolist(), size)
-            expected += ring + [0] * (size - len(ring))
-        assert bank.flatten().tolist() == expected + [0]
-        assert torch.equal(pushed, (offered[..., 1] > 0).sum(1))
 
 
 @pytest.mark.parametrize("m, M", [(1, 5), (2, 9), (8, 128), (33, 513), (129, 513), (5, 5), (9, 4)])

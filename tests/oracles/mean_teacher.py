@@ -1,4 +1,4 @@
-"""Mean Teacher (T&V, arXiv 1703.01780) and the boxes of CutMix, one number at a time."""
+"""Mean Teacher (T&V, arXiv 1703.01780), one number at a time."""
 
 import math
 
@@ -22,13 +22,3 @@ def squared_distance(z, q):
 def consistency_mse(images, probs, inside):
     """T&V Sec. 2: || f(x, theta') - f(x, theta) ||^2."""
     return mean_over(images, probs, inside, squared_distance)
-
-
-def box(shares, size):
-    """Half the area of a crop [D13]: a width above size / 2, then the height, then its place."""
-    narrowest = size // 2 + 1
-    width = narrowest + int(shares[0] * (size - narrowest))
-    height = round(size * size / 2 / width)
-    top = int(shares[1] * (size - height + 1))
-    left = int(shares[2] * (size - width + 1))
-    return top, left, height, width

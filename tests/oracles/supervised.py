@@ -1,7 +1,8 @@
 """Supervised losses, one number at a time: U2PL Eq. (2) and the OHEM of its released code.
 
 Here and in its siblings a pixel is a list of C floats, an image a list of pixels and a label a list
-of classes for each image, 255 where there is none. A loss returns its value and its gradient.
+of classes for each image, 255 where there is none. A loss returns its value and its gradient: a
+list of C slopes for each pixel of all images.
 """
 
 import math
@@ -35,18 +36,18 @@ def scaled(vector, factor):
     return [factor * v for v in vector]
 
 
+def weighted_mean(terms):
+    """The sum of weight * loss over the sum of weights; terms: weight and loss of each pixel."""
+    share = 1 / (math.fsum(w for w, _ in terms) or 1.0)
+    value = share * math.fsum(w * loss for w, (loss, _) in terms)
+    return value, [scaled(slope, share * w) for w, (_, slope) in terms]
+
+
 def mean_over(images, others, inside, loss):
     """The mean of loss(pixel, other) over the pixels inside of all images together; 0 over none."""
-    count = max(sum(map(sum, inside)), 1)
-    total = 0.0
-    gradient = []
-    for image, other, mask in zip(images, others, inside, strict=True):
-        gradient.append([])
-        for z, y, hit in zip(image, other, mask, strict=True):
-            value, slope = loss(z, y) if hit else (0.0, [0.0] * len(z))
-            total += value / count
-            gradient[-1].append(scaled(slope, 1 / count))
-    return total, gradient
+    pixels = zip(*(sum(maps, []) for maps in (images, others, inside)), strict=True)
+    nothing = 0.0, [0.0] * len(images[0][0])
+    return weighted_mean([(hit, loss(z, y) if hit else nothing) for z, y, hit in pixels])
 
 
 def cross_entropy(images, labels):
@@ -56,16 +57,16 @@ def cross_entropy(images, labels):
 
 def ohem_cross_entropy(images, labels, threshold, min_kept):
     """U2PL's loss_helper [D1]: chosen and averaged in each image, then over the images."""
+    share = 1 / len(images)
     total = 0.0
     gradient = []
     for image, label in zip(images, labels, strict=True):
-        losses = {i: nll(image[i], k) for i, k in enumerate(label) if k != VOID}
+        pairs = zip(image, label, strict=True)
+        p = [math.inf if k == VOID else math.exp(-nll(z, k)[0]) for z, k in pairs]
         # the probability up to which a pixel is hard; too few labelled pixels: all of them
-        ranked = sorted(math.exp(-v) for v, _ in losses.values()) + [1.0] * max(min_kept, 1)
+        ranked = sorted(min(v, 1.0) for v in p) + [1.0] * min_kept
         limit = max(threshold, ranked[max(min_kept, 1) - 1])
-        hard = {i: loss for i, loss in losses.items() if math.exp(-loss[0]) <= limit}
-        share = 1 / max(len(hard), 1) / len(images)
-        total += share * math.fsum(value for value, _ in hard.values())
-        none = [0.0] * len(image[0])
-        gradient.append([scaled(hard.get(i, (0, none))[1], share) for i in range(len(image))])
+        value, slopes = mean_over([image], [label], [[v <= limit for v in p]], nll)
+        total += share * value
+        gradient += [scaled(slope, share) for slope in slopes]
     return total, gradient

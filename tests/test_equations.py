@@ -38,12 +38,12 @@ NEAR = {torch.float32: dict(rel=1e-5, abs=5e-6), torch.float64: dict(rel=1e-9, a
 
 
 class Case(NamedTuple):
-    """What functions take: four images, or two for each of two networks."""
+    """What functions take: four images, or two of each of two networks, in turns."""
 
     z: torch.Tensor  # (4, C, H, W), the student's logits
     t: torch.Tensor  # the teacher's
     prob: torch.Tensor  # its softmax, or what takes its place
-    inside: torch.Tensor  # (4, H, W) bool, the same for both halves
+    inside: torch.Tensor  # (4, H, W) bool, the same for both networks
     label: torch.Tensor  # (4, H, W), a quarter void, and all that is outside
     rate: torch.Tensor  # (C,) multiples of 1 / 1024, so that 1 - rate is exact; a 1, and a 0
 
@@ -59,7 +59,7 @@ def draw_case(classes, kind="random", mask="some", seed=0, dtype=torch.float64):
     inside = torch.rand(2, height, width, generator=rng) < {"some": 0.7, "nothing": 0}.get(mask, 1)
     if mask == "padded":  # one image of each network has nothing
         inside[1] = False
-    inside = torch.cat([inside, inside])
+    inside = inside.repeat_interleave(2, 0)
     label = torch.randint(classes, inside.shape, generator=rng)
     label[(torch.rand(inside.shape, generator=rng) < 0.25) | ~inside] = 255
     rate = torch.randint(1, 1024, (classes,), generator=rng).to(dtype) / 1024
@@ -114,14 +114,15 @@ def loss(function, oracle, names, *rest):
 
 
 def cross_loss(progress=0.0, **changes):
-    """A row of CPS: the first two images are network 1's, the others network 2's."""
+    """A row of CPS."""
     args = fpl_oracle.printed(**changes)
 
     def product(case):
-        return cps_fpl.cross_loss(case.z.chunk(2), case.t.chunk(2), case.inside[:2], progress, args)
+        students, teachers = ([x[::2], x[1::2]] for x in (case.z, case.t))
+        return cps_fpl.cross_loss(students, teachers, case.inside[::2], progress, args)
 
     def expected(case):
-        maps = case.z, case.t, case.inside[:2]
+        maps = case.z, case.t, case.inside
         return fpl_oracle.cross_loss(*maps, progress, case.width, args)
 
     # cross-entropy is computed in float32, and so is the balance
@@ -145,18 +146,27 @@ def consistency_loss(pooled, **changes):
 
 
 def equalized(pooled, divide_by, gamma=2.0):
-    """A row of AEL's Eq. (12) with given labels."""
-    args = SimpleNamespace(divide_by=divide_by, gamma=gamma)
+    """A row of AEL's Eq. (12) with labels of the teacher where it is sure, as consistency_loss.
+
+    Elsewhere the weight remains, or a pixel counts as one that is not inside.
+    """
+    changes = dict(unsup_loss="ce", threshold=0.4, divide_by=divide_by, gamma=gamma)
+    args = fpl_oracle.printed(**changes)
 
     def product(case):
-        conf = u2pl.upcast(case.prob.detach()).amax(1)
-        maps = case.z, case.label, conf, case.inside, case.rate
+        prob = u2pl.upcast(case.prob.detach())
+        conf = prob.amax(1)
+        label = prob.argmax(1).masked_fill(conf < args.threshold, 255)
+        maps = case.z, label, conf, case.inside, case.rate
         return u2pl_ael.equalized_cross_entropy(*maps, pooled, args)[0], {}
 
     def expected(case):
-        conf = [[max(p) for p in image] for image in case.prob]
-        maps = case.z, case.label, conf, case.inside, case.rate, case.u
-        return *ael_oracle.equalized_cross_entropy(*maps, pooled, args), {}
+        inside = case.inside
+        if divide_by == "reliable":
+            pairs = [zip(*pair, strict=True) for pair in zip(inside, case.prob, strict=True)]
+            inside = [[hit and max(p) >= args.threshold for hit, p in pair] for pair in pairs]
+        maps = case.z, case.t, inside, case.rate, case.u
+        return *ael_oracle.consistency(*maps, pooled, case.width, args)[:2], {}
 
     return Row(named("equalized_cross_entropy", pooled, divide_by, gamma), product, expected)
 
@@ -286,7 +296,7 @@ ROWS = [
     loss(mean_teacher.consistency_mse, mt_oracle.consistency_mse, "z prob inside"),
     *(cross_loss(unsup_loss=name) for name in ("fpl", "ce", "soft", "negative")),
     cross_loss(**RELEASED),
-    consistency_loss(1, unsup_loss="ce", threshold=0.6),
+    consistency_loss(1, unsup_loss="ce", threshold=0.5),  # which two equal classes reach
     cross_loss(fused="on"),
     consistency_loss(2),
     consistency_loss(4, **RELEASED, threshold=0.5),
@@ -307,17 +317,15 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     *(cross_loss(T=T, strict=s) for T in (0.5037, 0.9537) for s in (True, False)),
     *(cross_loss(0.5, T=0.8537, k_strategy=name, k_max=3, fused="on") for name in STRATEGIES),
     *(cross_loss(weight=kind, mean_over=over) for kind in WEIGHTS for over in OVER),
-    *(cross_loss(weight=w, mean_over=OVER[w == "linear"], fused="on") for w in WEIGHTS),
     *(contrast(kind, 0.1, fused, N=n) for kind in ("contrastive", "binary") for n in (4, 600)),
     part_contrast(1.0, fused),
     *(contrast("contrastive", tau) for tau in (10, 0.01)),
     *(part_contrast(share) for share in (0.0, 0.5, 1.0)),
     *(consistency_loss(p, **c) for p in (1, 2) for c in (dict(balance=True), RELEASED)),
     consistency_loss(2, fused="on"),
-    *(consistency_loss(p, unsup_loss="ce", gamma=g) for p, g in ((2, 0.5), (4, 0.0))),
-    *(equalized(p, over, p / 2) for p in (1, 4) for over in ("reliable", "all")),
-    consistency_loss(1, **RELEASED, weight="linear", T=0.6537, gamma=0.0),
+    consistency_loss(4, unsup_loss="ce", gamma=0.0),
     consistency_loss(2, weight="convex", k_max=2, strict=False, threshold=0.6, gamma=1.0),
+    *(equalized(p, over, p / 2) for p in (1, 4) for over in ("reliable", "all")),
     soft_label("hard"),
     *(soft_label("dynamic", eta) for eta in (0.5, 0.8, 0.999)),
     *(soft_label("topk", top_k=k) for k in (1, 3, 90)),

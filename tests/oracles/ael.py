@@ -3,7 +3,7 @@
 import math
 
 from oracles.fpl import every_fourth, pixel_loss, positives
-from oracles.supervised import VOID, likeliest, nll, scaled, softmax, weighted_mean
+from oracles.supervised import likeliest, nll, scaled, softmax, weighted_mean
 
 
 def pixel_weight(conf_t, z, rate, u, gamma):
@@ -11,51 +11,21 @@ def pixel_weight(conf_t, z, rate, u, gamma):
     return conf_t**gamma if u >= 1 - rate[likeliest(z)] else 0.0
 
 
-def group_means(groups, factors):
-    """Eq. (12): each group's mean by its own weights, and of these the mean, times a factor each.
-
-    groups: weight and loss of each pixel.
-    """
-    total = 0.0
-    gradient = []
-    for terms, factor in zip(groups, factors, strict=True):
-        value, slopes = weighted_mean(terms)
-        total += factor * value / len(groups)
-        gradient += [scaled(slope, factor / len(groups)) for slope in slopes]
-    return total, gradient
-
-
-def in_groups(pooled, *maps):
-    """Lists of the pixels of `pooled` images: of each pixel what the maps have there."""
-    images = [list(zip(*image, strict=True)) for image in zip(*maps, strict=True)]
-    return [sum(images[i : i + pooled], []) for i in range(0, len(images), pooled)]
-
-
-def equalized_cross_entropy(students, labels, confs, inside, rate, chances, pooled, flags):
-    """Eq. (12) with given labels, 255: none; such a pixel has weight if flags.divide_by is all."""
-    groups = []
-    for group in in_groups(pooled, students, labels, confs, inside, chances):
-        groups.append([])
-        for z, label, conf, hit, u in group:
-            known = label != VOID
-            weight = pixel_weight(conf, z, rate, u, flags.gamma)
-            weight *= hit and (known or flags.divide_by == "all")
-            groups[-1].append((weight, nll(z, label) if known else (0.0, [0.0] * len(z))))
-    return group_means(groups, [1.0] * len(groups))
-
-
 def consistency(students, teachers, inside, rate, chances, pooled, width, flags):
-    """Eq. (12), by groups of `pooled` images. Returns value, gradient, parts.
+    """Eq. (12): each group of `pooled` images by its own weights, then the mean over the groups.
 
-    width: pixels in a row, K_gt_1 is read at every fourth each way.
+    Returns value, gradient, parts. width: pixels in a row, K_gt_1 is read at every fourth each way.
     """
     places = [every_fourth(image, width) for image in students]
+    maps = zip(students, teachers, inside, chances, places, strict=True)
+    images = [list(zip(*image, strict=True)) for image in maps]
     parts = {name: [] for name in ("unsup", "balance", "kept", "conf_t", "K_gt_1")}
-    groups = []
-    for group in in_groups(pooled, students, teachers, inside, chances, places):
+    total = 0.0
+    gradient = []
+    for first in range(0, len(images), pooled):
         terms = []
         ce_sum = plain = 0.0
-        for z, t, hit, u, fourth in group:
+        for z, t, hit, u, fourth in sum(images[first : first + pooled], []):
             q = softmax(t)
             loss, slope = pixel_loss(z, q, flags)
             weight = hit * pixel_weight(max(q), z, rate, u, flags.gamma)
@@ -68,9 +38,10 @@ def consistency(students, teachers, inside, rate, chances, pooled, width, flags)
                 parts["conf_t"].append(max(q))
             if hit and fourth:
                 parts["K_gt_1"].append(positives(q, flags) > 1)
-        parts["unsup"].append(weighted_mean(terms)[0])
+        value, slopes = weighted_mean(terms)
+        parts["unsup"].append(value)
         parts["balance"].append(ce_sum / plain if plain > 0 else 1.0)  # [D16]
-        groups.append(terms)
-    factors = parts["balance"] if flags.balance else [1.0] * len(groups)
-    means = {name: math.fsum(values) / max(len(values), 1) for name, values in parts.items()}
-    return *group_means(groups, factors), means
+        share = pooled / len(images) * (parts["balance"][-1] if flags.balance else 1.0)
+        total += share * value
+        gradient += [scaled(slope, share) for slope in slopes]
+    return total, gradient, {k: math.fsum(v) / max(len(v), 1) for k, v in parts.items()}

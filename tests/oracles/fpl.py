@@ -145,35 +145,31 @@ def every_fourth(image, width):
 
 
 def cross_loss(students, teachers, inside, progress, width, flags):
-    """CPS's L12 + L21, of images of network 1, then as many of network 2; each learns crosswise.
+    """CPS's L12 + L21, of images of network 1 and 2 in turns: each learns from the other's.
 
     The balance [D16]: cross-entropy's value for FPL's, of each image alone; where it is only
     logged, of every fourth pixel each way. Returns value, gradient, parts.
     """
-    B = len(inside)
     balanced = flags.balance and flags.unsup_loss == "fpl"
-    groups = [[i, B + i] for i in range(B)] if balanced else [range(2 * B)]
+    size = 2 if balanced else len(students)
     sampled = inside
     if not flags.balance and flags.unsup_loss != "ce":
         fourth = every_fourth(inside[0], width)
         sampled = [[a and b for a, b in zip(mask, fourth, strict=True)] for mask in inside]
-    gradient = [None] * 2 * B
-    value = 0.0
+    others = [teachers[i ^ 1] for i in range(len(teachers))]
     parts = {"unsup": 0.0, "balance": 0.0}
-    for group in groups:
-        maps = [students[i] for i in group], [teachers[i - B] for i in group]
-        of_group, of_sampled = ([x[i % B] for i in group] for x in (inside, sampled))
+    total = 0.0
+    gradient = []
+    for group in (slice(i, i + size) for i in range(0, len(students), size)):
+        maps = students[group], others[group]
         learn = lambda z, t: pixel_loss(z, softmax(t), flags, progress)  # noqa: E731
-        unsup, slopes = mean_over(*maps, of_group, learn)
-        ce, _ = mean_over(*maps, of_sampled, lambda z, t: nll(z, likeliest(t)))
-        balance = ce / unsup if unsup > 0 else 1.0
-        share = 2 / len(groups)  # the means of both networks are added up
-        factor = share * balance if balanced else share
-        value += factor * unsup
-        parts["unsup"] += share * unsup
-        parts["balance"] += balance / len(groups)
-        for i in group:
-            count = len(students[i])
-            gradient[i] = [scaled(slope, factor) for slope in slopes[:count]]
-            slopes = slopes[count:]
-    return value, sum(gradient, []), parts
+        value, slopes = mean_over(*maps, inside[group], learn)
+        ce, _ = mean_over(*maps, sampled[group], lambda z, t: nll(z, likeliest(t)))
+        balance = ce / value if value > 0 else 1.0
+        share = size / len(students)
+        factor = 2 * share * (balance if balanced else 1.0)  # L12 and L21 are added up
+        parts["unsup"] += 2 * share * value
+        parts["balance"] += share * balance
+        total += factor * value
+        gradient += [scaled(slope, factor) for slope in slopes]
+    return total, gradient, parts

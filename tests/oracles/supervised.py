@@ -17,8 +17,8 @@ def log_sum_exp(values):
 
 
 def softmax(z):
-    total = log_sum_exp(z)
-    return [math.exp(v - total) for v in z]
+    powers = [math.exp(v - max(z)) for v in z]
+    return [power / math.fsum(powers) for power in powers]
 
 
 def likeliest(p):

@@ -26,12 +26,6 @@ def negatives(probs, labels, c, r_l, r_h):
     return found
 
 
-def drawn(mask, u):
-    """Pixels of a mask, with replacement."""
-    inside = [i for i, hit in enumerate(mask) if hit]
-    return [inside[int(v * len(inside))] for v in u] if inside else []
-
-
 def one_of_each_part(inside, count, u):
     """`count` of n pixels, none twice [D25]: one of each part of a circle that u[0] turns."""
     n = len(inside)
@@ -89,11 +83,15 @@ def unreliable_loss(rep_s, rep_t, masks, queues, u, v, kind, tau):
     """
     losses = []
     each = contrastive if kind == "contrastive" else binary
-    counted = [c for c, mask in enumerate(masks) if any(mask) and queues[c]]
-    for c in counted:
-        center = unit(mean([x for x, hit in zip(rep_t, masks[c], strict=True) if hit]))
-        anchors = drawn(masks[c], u[c])
-        for m, pixel in enumerate(anchors):
-            negatives = [queues[c][int(x * len(queues[c]))] for x in v[c][m]]
-            losses.append(each(unit(rep_s[pixel]), center, negatives, tau) / len(anchors))
-    return math.fsum(losses) / max(len(counted), 1), len(counted)
+    for c, (mask, queue) in enumerate(zip(masks, queues, strict=True)):
+        inside = [i for i, hit in enumerate(mask) if hit]
+        if not inside or not queue:
+            continue
+        center = unit(mean([rep_t[i] for i in inside]))
+        of_class = []
+        for x, row in zip(u[c], v[c], strict=True):
+            anchor = unit(rep_s[inside[int(x * len(inside))]])
+            negatives = [queue[int(y * len(queue))] for y in row]
+            of_class.append(each(anchor, center, negatives, tau))
+        losses.append(math.fsum(of_class) / len(of_class))
+    return math.fsum(losses) / max(len(losses), 1), len(losses)

@@ -5,8 +5,7 @@ u: the numbers in [0, 1) from which all is drawn. Part k of class c is number c 
 
 import math
 
-from oracles.fpl import order
-from oracles.supervised import VOID, log_sum_exp, mean_over, softmax
+from oracles.supervised import VOID, likeliest, log_sum_exp, mean_over, softmax
 from oracles.u2pl import contrastive, dot, mean, one_of_each_part, unit
 
 
@@ -14,18 +13,15 @@ def soft_label(p, kind, eta, top_k):
     """Eq. (3)-(5): the classes with p >= delta, the p of rank C*, their sum made 1."""
     if kind == "soft":
         return list(p)
-    ranked = order(p)
     if kind == "hard":
-        return [float(c == ranked[0]) for c in range(len(p))]
-    if kind == "topk":
-        count = min(top_k, len(p))
-    else:  # Eq. (4): the fewest likeliest classes whose sum reaches eta
+        return [float(c == likeliest(p)) for c in range(len(p))]
+    ranked = sorted(p, reverse=True)
+    count = min(top_k, len(p))
+    if kind == "dynamic":  # Eq. (4): the fewest likeliest classes whose sum reaches eta
         count = 1
-        total = p[ranked[0]]
-        while total < eta and count < len(p):
-            total += p[ranked[count]]
+        while math.fsum(ranked[:count]) < eta and count < len(p):
             count += 1
-    delta = p[ranked[count - 1]]
+    delta = ranked[count - 1]
     kept = [v if v >= delta else 0.0 for v in p]  # all that equal delta [D10]
     return [v / math.fsum(kept) for v in kept]
 

@@ -23,7 +23,6 @@ from common import fused
 from oracles import ael as ael_oracle
 from oracles import esl as esl_oracle
 from oracles import fpl as fpl_oracle
-from oracles import mean_teacher as mt_oracle
 from oracles import supervised as supervised_oracle
 from oracles import u2pl as u2pl_oracle
 
@@ -292,8 +291,8 @@ BOTH_OHEM = supervised.ohem_cross_entropy, supervised_oracle.ohem_cross_entropy
 OHEM = [(0.7, 3), (0.05, 0), (0.2, 7), (0.1, 1000), (1.0, 1)]  # threshold, pixels at least
 ROWS = [
     loss(supervised.cross_entropy, supervised_oracle.cross_entropy, "z label"),
-    loss(mean_teacher.consistency_ce, mt_oracle.consistency_ce, "z prob inside"),
-    loss(mean_teacher.consistency_mse, mt_oracle.consistency_mse, "z prob inside"),
+    loss(mean_teacher.consistency_ce, supervised_oracle.consistency_ce, "z prob inside"),
+    loss(mean_teacher.consistency_mse, supervised_oracle.consistency_mse, "z prob inside"),
     *(cross_loss(unsup_loss=name) for name in ("fpl", "ce", "soft", "negative")),
     cross_loss(**RELEASED),
     consistency_loss(1, unsup_loss="ce", threshold=0.5),  # which two equal classes reach

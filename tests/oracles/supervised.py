@@ -1,4 +1,5 @@
-"""Supervised losses, one number at a time: U2PL Eq. (2) and the OHEM of its released code.
+"""Losses of labels, one number at a time: U2PL Eq. (2), the OHEM of its released code, and those
+of Mean Teacher (T&V, arXiv 1703.01780).
 
 Here and in its siblings a pixel is a list of C floats, an image a list of pixels and a label a list
 of classes for each image, 255 where there is none. A loss returns its value and its gradient: a
@@ -70,3 +71,22 @@ def ohem_cross_entropy(images, labels, threshold, min_kept):
         total += share * value
         gradient += [scaled(slope, share) for slope in slopes]
     return total, gradient
+
+
+def consistency_ce(images, probs, inside):
+    """U2PL Eq. (3), (6) without their filter [D10]: the label is the teacher's likeliest class."""
+    return mean_over(images, probs, inside, lambda z, q: nll(z, likeliest(q)))
+
+
+def squared_distance(z, q):
+    """|| p - q ||^2 of a pixel, summed over classes [D11]; d p^i / d z^c = p^i ([i = c] - p^c)."""
+    p = softmax(z)
+    gaps = [a - b for a, b in zip(p, q, strict=True)]
+    along = math.fsum(a * g for a, g in zip(p, gaps, strict=True))
+    slope = [2 * a * (g - along) for a, g in zip(p, gaps, strict=True)]
+    return math.fsum(g * g for g in gaps), slope
+
+
+def consistency_mse(images, probs, inside):
+    """T&V Sec. 2: || f(x, theta') - f(x, theta) ||^2."""
+    return mean_over(images, probs, inside, squared_distance)

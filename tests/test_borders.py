@@ -18,10 +18,9 @@ import esl
 import mean_teacher
 import supervised
 import u2pl
-from common import Refusal
+from common import Refusal, fused
 from common.distributed import Group
 from oracles import fpl as fpl_oracle
-from oracles import u2pl as u2pl_oracle
 
 BELOW_1 = 1 - 2.0**-53  # the largest float64 of a generator's [0, 1)
 
@@ -306,9 +305,9 @@ def test_candidates_have_more_entropy_than_gamma_or_less_than_the_lower_limit():
 
     gamma is numpy's percentile of what is inside [D20].
     """
-    prob = torch.cat([torch.eye(5)[:1], torch.rand(6, 5).softmax(1)])  # 0 log 0 is 0
-    expected = [u2pl_oracle.entropy(p) for p in prob.tolist()]
-    assert u2pl.entropy(prob.T[None]).flatten().tolist() == pytest.approx(expected)
+    prob = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.2, 0.3, 0.5]])
+    expected = [0.0, math.log(2), -0.2 * math.log(0.2) - 0.3 * math.log(0.3) - 0.5 * math.log(0.5)]
+    assert u2pl.entropy(prob.T[None, :, None]).flatten().tolist() == pytest.approx(expected)
     H = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
     inside = torch.tensor([[[True, True, True, False]]])
     for which, expected in {"unreliable": [2], "reliable": [0], "all": [0, 1, 2]}.items():
@@ -325,9 +324,159 @@ def test_candidates_have_more_entropy_than_gamma_or_less_than_the_lower_limit():
     found = u2pl.quantiles(H.masked_fill(~inside, torch.nan), inside, *shares)
     expected = np.percentile(H[inside].numpy(), [100 * q for q in shares])
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-9)
-    half = torch.tensor([[0.5, 0.5], [0.25, 0.75]])  # an anchor has more than delta_p
-    found = u2pl.anchor_masks(half, torch.tensor([0, 1]), 0.5)
-    assert found.tolist() == [[False, False], [False, True]]
+
+
+def test_anchors_and_negatives():
+    """U2PL Eq. (9) to (16), pixel by pixel; of 60 the first half is labelled."""
+    prob = normal(60, 6).round().softmax(1)  # of equal classes the lowest is the likelier one
+    label = torch.randint(7, (60,), generator=torch.Generator().manual_seed(0))
+    label[label == 6] = 255
+    candidate = normal(30, seed=1) > 0
+    delta_p = prob.median()  # an anchor has more
+    A_c = u2pl.anchor_masks(prob, label, delta_p)
+    N_c = u2pl.negative_masks(u2pl.class_ranks(prob), label, candidate, 2, 5)
+    for c, i in np.ndindex(6, 60):
+        rank = sorted(range(6), key=lambda k: -prob[i, k].item()).index(c)
+        negative = label[i].item() not in (c, 255) and rank < 2
+        if i >= 30:
+            negative = candidate[i - 30] and 2 <= rank < 5
+        assert N_c[c, i] == negative
+        assert A_c[c, i] == (label[i] == c and prob[i, c] > delta_p)
+
+
+@pytest.mark.parametrize("of", [u2pl, fused])
+def test_pixels_are_drawn_one_of_each_arc(of):
+    """U2PL [D25]: of ten in a circle that begins at 2, arcs of 3, 3 and 4; or all of two."""
+    u = torch.tensor([0.25, 0.0, 0.5, BELOW_1], dtype=torch.float64)
+    assert u2pl.draw(torch.arange(10), 3, u).tolist() == [2, 6, 1]
+    rep = normal(10, 4)
+    drawn = [[2, 6, 1], [3, 7], []]
+    masks = torch.zeros(3, 10, dtype=torch.bool)
+    masks[0] = masks[1, 3] = masks[1, 7] = True
+    for found, pixels in zip(of.draw_features(rep, masks, u.expand(3, 4)), drawn, strict=True):
+        assert found[:, -1].tolist() == [1] * len(pixels) + [0] * (3 - len(pixels))
+        assert torch.allclose(found[: len(pixels), :-1], F.normalize(rep[pixels], dim=1))
+
+
+@pytest.mark.parametrize("of", [u2pl, fused])
+def test_features_wait_in_rings(of):
+    """U2PL Alg. 1: a new one takes the oldest one's place. 9 is none; a ring of 2 is offered 3."""
+    bank, pushed, sizes = torch.zeros(6, 1), torch.zeros(2, dtype=torch.int64), [3, 2]
+    for values in ([[1, 9, 2], [4, 5, 6]], [[3, 7, 9], [9, 9, 8]]):
+        offered = torch.tensor(values, dtype=torch.float32)
+        offered = torch.stack([offered, (offered < 9).float()], 2)
+        of.push_features(bank, pushed, torch.tensor(sizes), offered)
+    assert bank.flatten().tolist() == [7, 2, 3, 6, 8, 0] and pushed.tolist() == [4, 4]
+
+
+def contrastive(z, positive, negatives, tau):
+    """U2PL Eq. (4), ESL Eq. (10): -log of the positive's share of all keys, by cosines."""
+    scores = torch.stack([F.cosine_similarity(z, key, 0) for key in (positive, *negatives)])
+    return -(scores / tau).log_softmax(0)[0]
+
+
+def same_contrast(loss_of, rep_s, expected):
+    """Value and gradient; in half precision as in float32, however long the features are."""
+    value = loss_of(rep_s)
+    found, wanted = (torch.autograd.grad(x, rep_s)[0] for x in (value, expected))
+    assert value.item() == pytest.approx(expected.item()) and torch.allclose(found, wanted)
+    low = 1e4 * rep_s.detach().bfloat16()
+    assert loss_of(low).dtype == torch.float32 and torch.equal(loss_of(low), loss_of(low.float()))
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("of", [u2pl, fused])
+@pytest.mark.parametrize("kind, N", [("contrastive", 2), ("contrastive", 600), ("binary", 2)])
+def test_contrast_with_unreliable_pixels(of, kind, N):
+    """U2PL Eq. (4), (A1), (12): the mean over the classes with an anchor and a key [D26]."""
+    rep_s, rep_t = (normal(12, 5, seed=seed).requires_grad_() for seed in (0, 1))
+    masks = torch.zeros(4, 12, dtype=torch.bool)
+    masks[0, :5] = masks[1, 6] = masks[3, 7:] = True
+    sizes, pushed = torch.tensor([3, 2, 2, 4]), torch.tensor([5, 0, 2, 3])
+    bank = F.normalize(normal(12, 5, seed=2), dim=1)
+    M = 3
+    u = torch.rand(4, M + M * N, dtype=torch.float64)
+    u[:, M - 1] = u[:, -1] = BELOW_1
+    args = SimpleNamespace(anchors=M, negatives=N, unreliable_loss=kind, tau=0.3)
+    losses = []
+    for c, keys in ((0, bank[:3]), (3, bank[7:10])):  # class 1 has no key, class 2 no anchor
+        own = masks[c].nonzero()[:, 0]
+        center = rep_t[own].mean(0)
+        for m in range(M):
+            z = rep_s[own[int(u[c, m] * len(own))]]
+            drawn = keys[(3 * u[c, M + m * N :][:N]).long()]
+            for negatives in [drawn] if kind == "contrastive" else drawn[:, None]:
+                losses.append(contrastive(z, center, negatives, 0.3))
+
+    def loss_of(x, masks=masks):
+        t, keys = (y.to(u2pl.upcast(x).dtype) for y in (rep_t, bank))
+        return of.unreliable_loss(x, t, masks, keys, pushed, sizes, u, args)
+
+    same_contrast(lambda x: loss_of(x)[0], rep_s, sum(losses) / len(losses))
+    value, counted = loss_of(rep_s)
+    assert counted.tolist() == [True, False, False, True]
+    assert torch.autograd.grad(value, rep_t, allow_unused=True) == (None,)
+    nothing, counted = loss_of(rep_s, masks & False)
+    assert nothing == 0 and not counted.any() and not torch.autograd.grad(nothing, rep_s)[0].any()
+
+
+def test_parts_and_prototypes():
+    """ESL Eq. (7), (8), (12), pixel by pixel; class 0 has no prototype yet: its first part."""
+    E, P = normal(2, 4, 3, 5).float(), normal(3, 2, 4, seed=1).float()
+    P[0] = 0.0
+    label = torch.randint(4, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    label[label > 1] = 255  # nothing is of class 2
+    ids = esl.part_ids(E, P, label)
+    for b, y, x in np.ndindex(2, 3, 5):
+        expected = 6
+        if label[b, y, x] != 255:
+            cosines = F.cosine_similarity(P[label[b, y, x]], E[b, :, y, x][None])
+            expected = 2 * label[b, y, x] + cosines.argmax()
+        assert ids[b, y, x] == expected
+    sums = esl.part_sums(E, ids, 6)
+    new = esl.update_prototypes(P, sums.sum(0), 0.9).flatten(0, 1)
+    for r in range(6):
+        for b in range(2):
+            own = E[b][:, ids[b] == r]
+            expected = torch.cat([own.sum(1), torch.tensor([own.shape[1]])])
+            assert torch.allclose(sums[b, r], expected, atol=1e-6)
+        features, old = E.movedim(1, -1)[ids == r], P.flatten(0, 1)[r]
+        expected = 0.9 * old + 0.1 * features.mean(0) if len(features) else old
+        assert torch.allclose(new[r], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", [esl, fused])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_contrast_with_parts(of, share):
+    """ESL Eq. (9), (10): the mean over a class's anchors, then over all classes [D19], [D20]."""
+    rep_s, bank = normal(30, 5).requires_grad_(), F.normalize(normal(19, 5, seed=1), dim=1)
+    ids = torch.randint(7, (30,), generator=torch.Generator().manual_seed(0))  # 6: no candidate
+    pushed = torch.tensor([5, 0, 1, 2, 0, 0])  # no key of class 2
+    rows = [3 * part + i for part in range(6) for i in range(min(pushed[part], 3))]
+    args = SimpleNamespace(parts=2, queue=3, anchors=4, negatives=5, anchor_share=share, sigma=0.3)
+    u, v = torch.rand(3, 5, dtype=torch.float64), torch.rand(3, 4, 6, dtype=torch.float64)
+    total, number = 0 * rep_s.sum(), 0
+    for c in range(3):
+        own = (ids // 2 == c).nonzero()[:, 0]
+        count = min(math.ceil(share * len(own)), 4)
+        losses = []
+        for i, chances in zip(esl.draw(own, count, u[c]), v[c], strict=False):
+            positives = [row for row in rows if row // 3 == ids[i]]
+            negatives = [row for row in rows if row // 3 != ids[i]]
+            if positives:
+                key = bank[positives[int(chances[0] * len(positives))]]
+                drawn = [bank[negatives[int(x * len(negatives))]] for x in chances[1:]]
+                losses.append(contrastive(rep_s[i], key, drawn, 0.3))
+        total = total + sum(losses) / max(len(losses), 1) / 3
+        number += len(losses)
+
+    def loss_of(x, pushed=pushed):
+        return of.part_contrast(x, ids, bank.to(esl.upcast(x).dtype), pushed, u, v, args)
+
+    same_contrast(lambda x: loss_of(x)[0], rep_s, total)
+    assert loss_of(rep_s)[1] == number
+    # without a negative there is no anchor
+    assert [x.item() for x in loss_of(rep_s, pushed * (pushed > 2))] == [0, 0]
 
 
 @pytest.mark.parametrize("m, M", [(1, 5), (2, 9), (8, 128), (33, 513), (129, 513), (5, 5), (9, 4)])
@@ -346,17 +495,16 @@ def test_pixels_of_a_smaller_map(m, M):
 
 
 def test_soft_labels_at_their_borders():
-    def label(p, kind, eta=0.95, top_k=5):
-        args = SimpleNamespace(label=kind, eta=eta, top_k=top_k)
-        return esl.soft_label(torch.tensor(p).view(1, -1, 1, 1), args).flatten().tolist()
-
-    assert label([0.5, 0.25, 0.25], "dynamic", 0.75) == [0.5, 0.25, 0.25]  # C* is 2; ties are kept
-    assert label([0.5, 0.25, 0.25], "dynamic", 0.5) == [1, 0, 0]  # sum >= eta
-    assert label([0.5, 0.25, 0.25], "topk", top_k=2) == [0.5, 0.25, 0.25]
-    for kind, target in (("dynamic", [0.25] * 4), ("topk", [0.25] * 4), ("hard", [1, 0, 0, 0])):
-        assert label([0.25] * 4, kind, 0.3, 1) == target
-    for kind in ("dynamic", "topk", "soft"):
-        assert all(map(math.isnan, label([math.nan] * 3, kind)))
+    """A sum that reaches eta is enough. What is not a number is one in the label too."""
+    for p, kind, expected in (
+        ([0.5, 0.25, 0.25], "dynamic", [1, 0, 0]),
+        ([math.nan] * 3, "dynamic", [math.nan] * 3),
+        ([math.nan] * 3, "topk", [math.nan] * 3),
+        ([math.nan] * 3, "soft", [math.nan] * 3),
+    ):
+        args = SimpleNamespace(label=kind, eta=0.5, top_k=2)
+        found = esl.soft_label(torch.tensor(p).view(1, 3, 1, 1), args).flatten().tolist()
+        assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_kmeans_by_hand():

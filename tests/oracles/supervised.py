@@ -1,5 +1,5 @@
-"""Losses of labels, one number at a time: U2PL Eq. (2), the OHEM of its released code, and those
-of Mean Teacher (T&V, arXiv 1703.01780).
+"""Losses of labels, one number at a time: U2PL Eq. (2), the OHEM of its released code, those of
+Mean Teacher (T&V, arXiv 1703.01780), and ESL's with its labels.
 
 Here and in its siblings a pixel is a list of C floats, an image a list of pixels and a label a list
 of classes for each image, 255 where there is none. A loss returns its value and its gradient: a
@@ -90,3 +90,31 @@ def squared_distance(z, q):
 def consistency_mse(images, probs, inside):
     """T&V Sec. 2: || f(x, theta') - f(x, theta) ||^2."""
     return mean_over(images, probs, inside, squared_distance)
+
+
+def soft_label(p, kind, eta, top_k):
+    """ESL Eq. (3)-(5): the classes with p >= delta, the p of rank C*, their sum made 1."""
+    if kind == "soft":
+        return list(p)
+    if kind == "hard":
+        return [float(c == likeliest(p)) for c in range(len(p))]
+    ranked = sorted(p, reverse=True)
+    count = min(top_k, len(p))
+    if kind == "dynamic":  # the fewest likeliest classes whose sum reaches eta
+        count = 1
+        while math.fsum(ranked[:count]) < eta and count < len(p):
+            count += 1
+    delta = ranked[count - 1]
+    kept = [v if v >= delta else 0.0 for v in p]  # all that equal delta [D10]
+    return [v / math.fsum(kept) for v in kept]
+
+
+def soft_cross_entropy(images, targets, inside):
+    """ESL Eq. (6): the mean of -sum_c y*_c log p_c over the pixels inside."""
+
+    def of_pixel(z, y):
+        total = log_sum_exp(z)
+        slope = [math.fsum(y) * p - a for p, a in zip(softmax(z), y, strict=True)]
+        return math.fsum(a * (total - v) for a, v in zip(y, z, strict=True)), slope
+
+    return mean_over(images, targets, inside, of_pixel)

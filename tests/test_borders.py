@@ -1,5 +1,5 @@
-"""Losses, weights and schedules at their borders, what is drawn, pasted, pooled and kept between
-steps: worked out by hand.
+"""Losses, weights and schedules at their borders, contrasts, and what is drawn, pasted, pooled and
+kept between steps: worked out by hand, or pixel by pixel.
 """
 
 import math

@@ -1,7 +1,7 @@
 """common/fused.py: each twin computes what the definition in its script does, with --fused off.
 
-Against the oracles, with every flag: rows of test_equations.py; rings: test_borders.py. Here: which
-is taken, and FPL's layouts, types and borders.
+Against the oracles, with every flag: rows of test_equations.py; U2PL's and ESL's: test_borders.py.
+Here: which is taken, and FPL's layouts, types and borders.
 """
 
 import itertools

@@ -15,11 +15,11 @@ import tiny
 from benchmarks.runs import differences, flat, log
 from common import Refusal, run
 
-FLAGS = {
+FLAGS = {  # a method at work from the first step on
     "mean_teacher": "--warmup-iters 0",
-    "u2pl": "--warmup-iters 0 --anchors 5 --negatives 6 --keys 7 --bank-sizes 20 12",
-    "u2pl_ael": f"{tiny.MORE['u2pl_ael']} --warmup-iters 0 --delta-p 0.3",
-    "esl": "--anchors 5 --negatives 6 --queue 7 --zeta 0.2",
+    "u2pl": f"{tiny.OF_U2PL} --warmup-iters 0",
+    "u2pl_ael": f"{tiny.OF_U2PL} --warmup-iters 0",
+    "esl": tiny.MORE["esl"],
 }
 RUNS = [(name, "") for name in tiny.SCRIPTS] + [
     ("mean_teacher", "--consistency mse --cutmix"),

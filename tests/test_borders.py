@@ -362,7 +362,7 @@ def test_pixels_are_drawn_one_of_each_arc(of):
 def test_features_wait_in_rings(of):
     """U2PL Alg. 1: a new one takes the oldest one's place. 9 is none; a ring of 2 is offered 3."""
     bank, pushed, sizes = torch.zeros(6, 2), torch.zeros(2, dtype=torch.int64), [3, 2]
-    for values in ([[1, 9, 2], [4, 5, 6]], [[3, 7, 9], [9, 9, 8]]):
+    for values in ([[1, 9, 2], [4, 5, 6]], [[3, 7, 9], [9, 8, 9]]):
         offered = torch.tensor(values, dtype=torch.float32)
         offered = torch.stack([offered, -offered, (offered < 9).float()], 2)
         of.push_features(bank, pushed, torch.tensor(sizes), offered)

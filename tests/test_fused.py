@@ -1,7 +1,7 @@
 """common/fused.py: each twin computes what the definition in its script does, with --fused off.
 
-Against the oracles, with every flag: rows of test_equations.py; rings: test_borders.py. Here: which
-is taken, and FPL's layouts, types and borders.
+Against the oracles, with every flag: rows of test_equations.py; U2PL's and ESL's: test_borders.py.
+Here: which is taken, and FPL's layouts, types and borders.
 """
 
 import itertools
@@ -15,6 +15,7 @@ import cps_fpl
 import esl
 import u2pl
 from common import fused
+from oracles.fpl import printed
 
 TYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -55,82 +56,71 @@ def test_fused_says_which_is_taken():
             assert fused.pick(definition, SimpleNamespace(fused=choice), device) is expected
 
 
-def options(**changes):
-    printed = dict(T=(0.9,), k_strategy="n-1", k_max=0, strict=True)
-    return SimpleNamespace(**printed | dict(weight="concave", mean_over="positives") | changes)
-
-
-def teachers(C, dtype=torch.float32, layout=torch.channels_last):
+def teachers(C, dtype):
     """Logits (4, C, 11, 9): of a confident, a diffuse and a flat teacher, and one of many ties."""
     torch.manual_seed(C)
     t = torch.randn(4, C, 11, 9) * torch.tensor([1, 1.5, 0.1, 0])[:, None, None, None]
     t[0] += 8 * torch.eye(C)[torch.randint(C, (11, 9))].movedim(2, 0)
     t[3] = torch.randint(-1, 2, (C, 11, 9))
     t[3, :, 0] = 0  # all are equal
-    return t.to(dtype).contiguous(memory_format=layout)
+    return t.to(dtype)
 
 
-@pytest.mark.parametrize("C", [2, 19, 150])
-@pytest.mark.parametrize("dtype", TYPES)
-def test_the_same_loss_gradient_and_pseudo_label(C, dtype, monkeypatch):
-    """In parts of 32 pixels and of all, in either layout."""
-    for chunk, layout in ((32, torch.contiguous_format), (8192, torch.channels_last)):
-        monkeypatch.setattr(fused, "CHUNK", chunk)
-        t = teachers(C, dtype, layout)
-        z = (3 * torch.randn(t.shape)).to(dtype).contiguous(memory_format=layout)
-        for k_max in (0, 3):
-            assert_same(cps_fpl.fpl_loss, z, t, 0.0, options(k_max=k_max))
-        assert_same(ael_fpl.fuzzy_positive_loss, z, t, 0.9)
+def take(kernel, patch):
+    """Lets a kernel for GPUs compute the twin, in Triton's interpreter, or the code for CPUs."""
+    if kernel == "gpu":
+        module = pytest.importorskip("common.fpl_triton")
+        patch.setattr(fused, "kernels", lambda *logits: module)
 
 
-def positives_of(loss_of, t, args):
-    """Returns which classes are positive, (B, C, H, W): their logits' gradient is negative."""
-    z = torch.zeros_like(t).requires_grad_()
-    return torch.autograd.grad(loss_of(z, t, 0.0, args)[0].sum(), z)[0] < 0
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+RULES = [
+    dict(k_max=3),
+    dict(k_strategy="n", weight="linear", strict=False, mean_over="positives_and_next"),
+    dict(k_strategy="fixed2", weight="convex"),
+    dict(k_strategy="step", weight="none"),
+]
+CASES = [("cpu", C, dtype) for C in (2, 19, 150) for dtype in TYPES]
+CASES += [("gpu", 2, torch.bfloat16), ("gpu", 11, torch.float32)]
+
+
+@pytest.mark.parametrize("kernel, C, dtype", CASES)
+def test_the_same_loss_gradient_and_pseudo_label(kernel, C, dtype, monkeypatch):
+    """Each weight and rule for K, in parts of 32 pixels, of which the last is smaller."""
+    take(kernel, monkeypatch)
+    monkeypatch.setattr(fused, "CHUNK", 32)
+    for layout, rule in itertools.product(LAYOUTS, RULES if kernel == "cpu" else RULES[1:]):
+        t = teachers(C, dtype)[..., : 9 if kernel == "cpu" else 2]
+        z = (3 * torch.randn(t.shape)).to(dtype)
+        z, t = (x.contiguous(memory_format=layout) for x in (z, t))
+        assert_same(cps_fpl.fpl_loss, z, t, 0.0, printed(**rule))
+    assert_same(ael_fpl.fuzzy_positive_loss, z, t, 0.9)
 
 
 @pytest.mark.parametrize("dtype", TYPES[:2])
-def test_the_same_classes_are_positive_in_ties_and_where_a_sum_is_T(dtype):
-    """Eighths: sums without rounding. The lowest classes of a tie are the positive ones."""
+def test_the_same_classes_are_positive_where_a_sum_is_T(dtype):
+    """Eighths: sums without rounding. A sum of equal numbers: the last bit decides."""
     table = [[4, 2, 1, 1], [1, 1, 2, 4], [2, 2, 2, 2], [1, 4, 1, 2], [2, 4, 2, 0], [0, 8, 0, 0]]
     t = (torch.tensor(table).double() / 8).log().to(dtype).T[None, :, :, None]
-    p, _ = cps_fpl.by_rank(t.float().softmax(1))
     for T, strict, k_max in itertools.product((0.5, 0.75, 0.875), (True, False), (0, 1, 2)):
-        args = options(T=(T,), strict=strict, k_max=k_max, weight="none")
-        definition = positives_of(cps_fpl.fpl_loss, t, args)
-        assert torch.equal(definition, positives_of(fused.fpl_loss, t, args))
-        assert torch.equal(definition.sum(1), cps_fpl.k_values(p, 0.0, args))
-    flat = torch.zeros(1, 20, 1, 1)  # T is a sum of equal numbers: the last bit decides
+        args = printed(T=(T,), strict=strict, k_max=k_max, weight="none")
+        assert_same(cps_fpl.fpl_loss, torch.zeros_like(t), t, 0.0, args)
+    flat = torch.zeros(1, 20, 1, 1)
     for T in (0.25, 0.45, 0.7, 0.9):
-        assert_same(cps_fpl.fpl_loss, flat, flat, 0.0, options(T=(T,), weight="none"))
+        assert_same(cps_fpl.fpl_loss, flat, flat, 0.0, printed(T=(T,), weight="none"))
 
 
-def test_what_is_not_finite_is_seen_and_a_network_of_comparators_sorts():
-    clean = torch.zeros(1, 5, 2, 2)
+@pytest.mark.parametrize("kernel", ["cpu", "gpu"])
+def test_what_is_not_finite_is_seen(kernel, monkeypatch):
+    take(kernel, monkeypatch)
+    clean = torch.zeros(2, 5, 2, 2)
     spoilt = clean.clone()
-    spoilt[0, 1, 0, 0] = torch.nan
+    spoilt[1, 1, 0, 0] = torch.nan
     for logits in ((spoilt, clean), (clean, spoilt)):
-        loss, _ = fused.fpl_loss(*logits, 0.0, options())
-        assert loss.isnan().flatten().tolist() == [True, False, False, False]
+        loss, _ = fused.fpl_loss(*logits, 0.0, printed())
+        assert loss.isnan().nonzero().tolist() == [[1, 0, 0]]
+
+
+def test_a_network_of_comparators_sorts():
     p = torch.randn(33, 50)
     assert torch.equal(fused.ranked(p, 4), p.sort(0, descending=True)[0][:4])
-
-
-@pytest.mark.parametrize(("C", "dtype"), [(2, torch.bfloat16), (11, torch.float32)])
-def test_the_kernel_for_gpus_is_the_same_in_tritons_interpreter(C, dtype, monkeypatch):
-    """Each weight and rule for K, ties among the teachers, both layouts; NaN is seen."""
-    kernel = pytest.importorskip("common.fpl_triton")
-    monkeypatch.setattr(fused, "kernels", lambda *logits: kernel)
-    strategies = ("n-1", "n", "fixed2", "step")
-    kinds = ("concave", "linear", "convex", "none")
-    layouts = (torch.contiguous_format, torch.channels_last) * 2
-    for layout, strategy, kind in zip(layouts, strategies, kinds, strict=True):
-        t = teachers(C, dtype, layout)[..., :2]
-        t = t.contiguous(memory_format=layout)
-        z = (3 * torch.randn(t.shape)).to(dtype).contiguous(memory_format=layout)
-        rules = dict(k_strategy=strategy, weight=kind, strict=kind != "linear")
-        rules |= dict(mean_over="positives_and_next") if kind == "linear" else {}
-        assert_same(cps_fpl.fpl_loss, z, t, 0.0, options(**rules))
-    t[1, 1, 0, 0] = torch.nan
-    for pair in ((z, t), (t, z)):
-        assert fused.fpl_loss(*pair, 0.0, options())[0].isnan().nonzero().tolist() == [[1, 0, 0]]

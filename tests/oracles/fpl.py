@@ -1,19 +1,18 @@
 """FPL (its Eq., Alg. and supplement), A-FPL's T and CPS, one pixel and one number at a time."""
 
 import math
+from collections import Counter
+from itertools import product
 from types import SimpleNamespace
 
 from oracles.supervised import likeliest, log_sum_exp, mean_over, nll, scaled, softmax
 
 
 def printed(**changes):
-    """The flags that FPL's and AEL's losses read, as printed in the papers, with changes.
-
-    T: a number or several.
-    """
+    """The flags that FPL's and AEL's losses read, as printed in the papers, with changes."""
     values = dict(T=0.9037, k_max=0, strict=True, weight="concave", mean_over="positives")
     values |= dict(k_strategy="n-1", unsup_loss="fpl", balance=False, threshold=0.0, gamma=2.0)
-    values |= dict(fused="off", chosen={}) | changes
+    values |= dict(fused="off") | changes
     if isinstance(values["T"], float):
         values["T"] = (values["T"],)
     return SimpleNamespace(**values)
@@ -36,12 +35,7 @@ def cumulative_classes(p, T, strict=True):
 
 
 def positives(p, flags, progress=0.0):
-    """K: Alg. 1's max(n - 1, 1), or another strategy of supplement Table 5; k_max caps it [D13].
-
-    With several T it is what `choose` has found for this pixel.
-    """
-    if len(flags.T) > 1:
-        return flags.chosen[tuple(p)]
+    """K: Alg. 1's max(n - 1, 1), or another strategy of supplement Table 5; k_max caps it [D13]."""
     if flags.k_strategy in ("n", "n-1"):
         n = cumulative_classes(p, flags.T[0], flags.strict)
         K = n if flags.k_strategy == "n" else max(n - 1, 1)
@@ -55,36 +49,25 @@ def positives(p, flags, progress=0.0):
 def adaptive_positives(p, inside, flags):
     """A-FPL: K of every pixel of an image, p[y][x] a list of C, by the T that fits best."""
     H, W, C = len(p), len(p[0]), len(p[0][0])
-    chosen = [[None] * W for _ in range(H)]
+    best = [[(math.inf, 0)] * W for _ in range(H)]
     for T in flags.T:
         own = SimpleNamespace(**vars(flags) | {"T": (T,)})
-        K = [[positives(pixel, own) for pixel in row] for row in p]
-        for y in range(H):
-            for x in range(W):
-                count = [0] * C
-                for i in range(max(y - 2, 0), min(y + 3, H)):
-                    for j in range(max(x - 2, 0), min(x + 3, W)):
-                        if (i, j) != (y, x) and inside[i][j]:
-                            for c in order(p[i][j])[: K[i][j]]:
-                                count[c] += 1
-                total = max(sum(count), 1)
-                around = [c / total + 1e-6 for c in count]
-                Y = order(p[y][x])[: K[y][x]]
-                own = [(c in Y) / K[y][x] + 1e-6 for c in range(C)]
-                pairs = zip(around, own, strict=True)
-                distance = math.fsum(q * math.log(q / d) for q, d in pairs)
-                best = chosen[y][x]
-                if best is None or distance < best[0] - 1e-9:
-                    chosen[y][x] = (distance, K[y][x])
-    return [[K for _, K in row] for row in chosen]
-
-
-def choose(teachers, inside, flags):
-    """Fills flags.chosen with the K of every pixel of images, t[y][x] a list of C logits."""
-    for image, mask in zip(teachers, inside, strict=True):
-        p = [[softmax(t) for t in row] for row in image]
-        for row, Ks in zip(p, adaptive_positives(p, mask, flags), strict=True):
-            flags.chosen |= {tuple(q): K for q, K in zip(row, Ks, strict=True)}
+        Y = [[order(pixel)[: positives(pixel, own)] for pixel in row] for row in p]
+        for y, x in product(range(H), range(W)):
+            square = product(
+                range(max(y - 2, 0), min(y + 3, H)), range(max(x - 2, 0), min(x + 3, W))
+            )
+            others = [Y[i][j] for i, j in square if (i, j) != (y, x) and inside[i][j]]
+            count = Counter(sum(others, []))
+            total = max(sum(count.values()), 1)
+            distance = 0.0
+            for c in range(C):
+                q = count[c] / total + 1e-6
+                d = (c in Y[y][x]) / len(Y[y][x]) + 1e-6
+                distance += q * math.log(q / d)
+            if distance < best[y][x][0] - 1e-9:
+                best[y][x] = (distance, len(Y[y][x]))
+    return [[K for _, K in row] for row in best]
 
 
 def regularization(z, Y):
@@ -156,49 +139,37 @@ def pixel_loss(z, q, flags, progress=0.0):
     return w * value, scaled(slope, w)  # Eq. (7) times Eq. (11)
 
 
-def cross_loss(students, teachers, inside, progress, flags):
-    """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns value, gradients, parts.
+def every_fourth(image, width):
+    """Which pixels of an image are in every fourth row and column."""
+    return [i // width % 4 == i % width % 4 == 0 for i in range(len(image))]
 
-    students, teachers: images of both networks. The balance [D16]: cross-entropy's value for FPL's,
-    of each image alone.
+
+def cross_loss(students, teachers, inside, progress, width, flags):
+    """CPS's L12 + L21, of images of network 1 and 2 in turns: each learns from the other's.
+
+    The balance [D16]: cross-entropy's value for FPL's, of each image alone; where it is only
+    logged, of every fourth pixel each way. Returns value, gradient, parts.
     """
-    if len(inside) > 1 and flags.balance and flags.unsup_loss == "fpl":
-        alone = []
-        for i in range(len(inside)):
-            nets = [[net[i : i + 1] for net in nets] for nets in (students, teachers)]
-            alone.append(cross_loss(*nets, inside[i : i + 1], progress, flags))
-        values, slopes, parts = zip(*alone, strict=True)
-        share = 1 / len(inside)
-        both = [[[scaled(g, share) for g in one[net][0]] for one in slopes] for net in (0, 1)]
-        parts = {name: math.fsum(part[name] for part in parts) * share for name in parts[0]}
-        return math.fsum(values) * share, both, parts
-    unsup = 0.0
-    ce = 0.0
-    gradients = []
-    for own, other in ((0, 1), (1, 0)):
-        maps = students[own], teachers[other], inside
-        value, slopes = mean_over(*maps, lambda z, t: pixel_loss(z, softmax(t), flags, progress))
-        unsup += value
-        ce += mean_over(*maps, lambda z, t: nll(z, likeliest(t)))[0]
-        gradients.append(slopes)
-    balance = ce / unsup if unsup > 0 else 1.0
-    factor = balance if flags.balance and flags.unsup_loss == "fpl" else 1.0
-    gradients = [[[scaled(g, factor) for g in image] for image in net] for net in gradients]
-    return factor * unsup, gradients, {"unsup": unsup, "balance": balance}
-
-
-def toggled_mask(shares, size):
-    """CPS's CutMix: three boxes of a third of a random area, each turns what it covers."""
-    mask = [[False] * size for _ in range(size)]
-    for k in range(3):
-        share, form, vertical, horizontal = shares[4 * k : 4 * k + 4]
-        area = 0.25 + 0.25 * share
-        tall = math.exp(form * math.log(area))  # log-uniform from area to 1
-        height = round(tall * math.sqrt(1 / 3) * size)
-        width = round(area / tall * math.sqrt(1 / 3) * size)
-        top = round((size - height) * vertical)
-        left = round((size - width) * horizontal)
-        for y in range(top, top + height):
-            for x in range(left, left + width):
-                mask[y][x] = not mask[y][x]
-    return mask
+    balanced = flags.balance and flags.unsup_loss == "fpl"
+    size = 2 if balanced else len(students)
+    sampled = inside
+    if not flags.balance and flags.unsup_loss != "ce":
+        fourth = every_fourth(inside[0], width)
+        sampled = [[a and b for a, b in zip(mask, fourth, strict=True)] for mask in inside]
+    others = [teachers[i ^ 1] for i in range(len(teachers))]
+    parts = {"unsup": 0.0, "balance": 0.0}
+    total = 0.0
+    gradient = []
+    for group in (slice(i, i + size) for i in range(0, len(students), size)):
+        maps = students[group], others[group]
+        learn = lambda z, t: pixel_loss(z, softmax(t), flags, progress)  # noqa: E731
+        value, slopes = mean_over(*maps, inside[group], learn)
+        ce, _ = mean_over(*maps, sampled[group], lambda z, t: nll(z, likeliest(t)))
+        balance = ce / value if value > 0 else 1.0
+        share = size / len(students)
+        factor = 2 * share * (balance if balanced else 1.0)  # L12 and L21 are added up
+        parts["unsup"] += 2 * share * value
+        parts["balance"] += share * balance
+        total += factor * value
+        gradient += [scaled(slope, factor) for slope in slopes]
+    return total, gradient, parts

@@ -1,7 +1,7 @@
 """FixMatch and UniMatch, one pixel and one number at a time."""
 
 from oracles import fpl
-from oracles.supervised import likeliest, nll, scaled, softmax
+from oracles.supervised import likeliest, mean_over, nll, scaled, softmax
 
 
 def pixel_loss(z, t, flags):
@@ -15,13 +15,7 @@ def pixel_loss(z, t, flags):
 
 
 def consistency(students, teachers, inside, pixels, flags):
-    """The sum over pixels inside, confident or not, over `pixels`; its gradient."""
-    total = 0.0
-    gradient = []
-    for image, other, mask in zip(students, teachers, inside, strict=True):
-        gradient.append([])
-        for z, t, hit in zip(image, other, mask, strict=True):
-            value, slope = pixel_loss(z, t, flags) if hit else (0.0, [0.0] * len(z))
-            total += value / pixels
-            gradient[-1].append(scaled(slope, 1 / pixels))
-    return total, gradient
+    """The sum over pixels inside, confident or not, over `pixels`; its gradient in one list."""
+    value, slopes = mean_over(students, teachers, inside, lambda z, t: pixel_loss(z, t, flags))
+    share = sum(map(sum, inside)) / pixels
+    return share * value, [[scaled(slope, share) for slope in slopes]]

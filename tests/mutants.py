@@ -225,10 +225,10 @@ from os import O_APPEND, O_CREAT, O_WRONLY, environ, open, write
 FILE = open({log!r}, O_WRONLY | O_CREAT | O_APPEND)
 KNOWN = set()
 def seen(number):
-    test = environ.get("PYTEST_CURRENT_TEST", "?")
+    test = environ._data.get(b"PYTEST_CURRENT_TEST", b"?")  # not decoded: this is called often
     if (number, test) not in KNOWN:
         KNOWN.add((number, test))
-        write(FILE, (json.dumps([number, test]) + "\\n").encode())
+        write(FILE, (json.dumps([number, test.decode()]) + "\\n").encode())
 def pytest_runtest_logreport(report):
     line = [report.nodeid, report.duration, report.failed]
     write(FILE, (json.dumps(line) + "\\n").encode())

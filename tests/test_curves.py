@@ -1,22 +1,24 @@
-"""What a run leaves to look at: its name, confusion, trackers; curves, tables, the notebook."""
+"""What a run leaves to look at: its name, trackers, curves, tables, the papers' figures."""
 
 import json
-import shlex
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import cps_fpl
-import prepare_data
 import supervised
 from common import Refusal, metrics
+from common.data import FACTS
 from common.flags import run_name
-from results import curves, logs, table
-from tiny import ROOT, draw_folder, draw_tree, flags, resolved, shrink, train
+from results import analysis, curves, figures, logs, table
+from tiny import ROOT, draw_tree, flags, resolved, shrink, train, with_acting
 from tiny import script as module_of
 from trees import listed, refusal
 
@@ -61,14 +63,9 @@ def test_a_tracker_gets_scores_per_class_and_panels_and_the_log_the_confusion(
     assert found["done/best/iou/sky"] == done["best"]["iou"][0] and found["train/loss"] > 0
     assert found["panels/val"] == str(out / "panels/000008-val.png") and "panels/train" in found
     assert f"curves.py {out}" in capsys.readouterr().out
-    data = supervised.load(resolved(supervised, argv))
-    assert start["classes"] == list(data.classes)
-    images = supervised.Images(data, data.test)
-    truth = torch.cat([images[i][1].flatten() for i in range(len(data.test))])
+    assert start["classes"] == list(FACTS["camvid"]["classes"])
     for which in ("last", "best"):
-        confusion = torch.tensor(done[which]["confusion"])
-        assert confusion.sum(1).tolist() == [(truth == c).sum() for c in range(11)]  # rows: truth
-        assert metrics.scores(confusion) == done[which]
+        assert metrics.scores(torch.tensor(done[which]["confusion"])) == done[which]
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(Refusal, match=f"--track {name}: not installed; pip install {name}"):
         train(supervised, [*argv, "--out", str(tmp_path / "other")])
@@ -133,14 +130,112 @@ def test_a_run_that_cannot_be_shown_is_refused_by_name(runs, monkeypatch):
     assert "pip install matplotlib" in refusal(curves.main, ["a"])
 
 
-def test_check_ends_with_the_command_that_trains(tmp_path, capsys):
-    root = str(draw_folder(tmp_path / "my own", 4))
-    words = ["check", "--dataset", "folder", "--num-classes", "4", "--data-root", root]
-    prepare_data.main(words)
-    said, *argv = shlex.split(capsys.readouterr().out.splitlines()[-1], comments=True)
-    args = resolved(cps_fpl, argv[2:])
-    assert (said, *argv[:2]) == ("next:", "python", "cps_fpl.py")
-    assert (args.dataset, args.num_classes, args.data_root) == ("folder", 4, root)
+# ---- the papers' figures ----
+
+
+def test_weights_boundaries_and_stages_by_hand():
+    rest, weights = figures.weight_curves(points=39)
+    for x, concave, linear, convex in zip(rest, *weights.values(), strict=True):
+        gap = 0.475 - x  # T / K - max over the negatives
+        expected = [np.log1p(50 * gap) / np.log1p(50 * 0.475), gap / 0.475, gap / (0.475 + 4 * x)]
+        assert [concave, linear, convex] == pytest.approx(expected, abs=1e-12)
+    label = torch.randint(0, 2, (1, 9, 12), generator=torch.Generator().manual_seed(3)) * 255
+    label[:, :, 4:] = 1
+    for y, x in np.ndindex(9, 12):
+        around = label[0, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4]
+        assert figures.at_boundary(label)[0, y, x] == (len(around.unique()) > 1)
+    steps = dict.fromkeys((7, 48, 60, 100, 120))
+    for total, expected in ((120, [7, 60, 120]), (1000, [100, 120]), (8, [7])):
+        run = figures.Run("", "", {"total_iters": total}, None, steps)
+        assert figures.stages(run) == expected
+
+
+def test_points_of_two_groups_stay_together_in_the_plane():
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1], 20)
+    x = np.eye(6)[labels] + 0.05 * rng.standard_normal((40, 6))
+    assert figures.purity(x, labels) == 1
+    assert 0.3 < figures.purity(rng.standard_normal((40, 6)), labels) < 0.7  # 19 of 39
+    points = figures.tsne(x)
+    gaps = np.linalg.norm(points[:, None] - points, axis=2)
+    same = labels[:, None] == labels
+    assert points.shape == (40, 2) and gaps[same].max() < gaps[~same].min()
+    P = figures.similarities(((x[:, None] - x) ** 2).sum(2), 5)
+    assert np.allclose(P, P.T) and P.sum() == pytest.approx(1, abs=1e-6)
+
+
+SCRIPTS = ("cps_fpl", "u2pl", "esl", "supervised")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folders of tiny runs of SCRIPTS, with checkpoints of steps 4 and 8, the working one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        tree = draw_tree(Path("tree").absolute())
+        for name in SCRIPTS:
+            shrink(module_of(name), patch)
+            train(module_of(name), with_acting(name, flags(tree, name)))
+        yield list(SCRIPTS)
+
+
+def test_every_figure_is_drawn_of_whole_runs_and_says_what_it_lacks_of_less(trained, capsys):
+    pytest.importorskip("matplotlib")
+    figures.main([*trained, "--out", "drawn", "--images", "2", "--shown", "1"])
+    text = capsys.readouterr().out
+    pictures = sorted(path.stem for path in Path("drawn").iterdir())
+    assert pictures == sorted(figures.FIGURES) and text.count("  the paper: ") == len(pictures)
+    for name in pictures:
+        with Image.open(f"drawn/{name}.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 22)) > 8, name
+    # the same as evaluation, and as results/analysis.py, on the same images
+    for name in trained:
+        lines = [json.loads(line) for line in open(f"{name}/log.jsonl")]
+        miou = [e["miou"] for e in lines if e["kind"] == "eval"][-1]
+        assert re.search(rf": {name} \({name}.py\), step 8: mIoU {100 * miou:.2f} %", text), name
+    assert analysis.main(["scores", "cps_fpl/last.pt", "--images", "2", "--device", "cpu"]) == 0
+    for row in capsys.readouterr().out.splitlines()[2:]:
+        case, share, _, _, vanilla, fuzzy, *_ = row.split()
+        found = re.search(rf"case {case}: (\S+) % of pixels, R\^v (\S+), R\^f (\S+)\n", text)
+        expected = [float(share), float(vanilla), float(fuzzy)]
+        assert [*map(float, found.groups())] == pytest.approx(expected, abs=6e-3, nan_ok=True)
+    figures.main(["cps_fpl/log.jsonl", "--out", "fewer"])
+    text = capsys.readouterr().out
+    assert {path.stem for path in Path("fewer").iterdir()} == {"fpl_4a", "fpl_4b"}
+    assert "fpl_s3: not drawn: FPL supplement Fig. 3" in text
+    assert text.count("needs a checkpoint of a run of cps_fpl.py\n") == 8
+    with pytest.raises(Refusal, match="tree: no log of a run"):
+        figures.main(["tree"])
+
+
+def test_means_by_case_of_spread_logits(trained, capsys):
+    """Of a checkpoint of cps_fpl.py: shares, scores of Eq. (13) to (15)."""
+    saved = torch.load("cps_fpl/last.pt")
+    for state in saved["networks"].values():
+        state["head.classify.1.weight"] *= 40
+    torch.save(saved, "spread.pt")
+    words = "scores spread.pt --images 2 --device cpu --T 0.8".split()
+    assert analysis.main(words) == 0
+    printed = capsys.readouterr().out
+    head, names, *lines = printed.splitlines()
+    assert head == "step 8, 2 images of val, branch 2 teaches branch 1, T 0.8"
+    assert names.split()[:3] == ["case", "pixels", "K"]
+    number, share, _, sure, vanilla, fuzzy, *_ = zip(*map(str.split, lines), strict=True)
+    assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
+    assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])
+    assert sure[1] == "0.0000"
+    assert analysis.main([*words, "--precise-bn", "2"]) == 0  # BN as evaluation has it
+    assert capsys.readouterr().out != printed
+
+
+def test_keep_holds_what_a_run_wrote_by_a_second_name(trained):
+    figures.main(["esl", "--keep"])  # it has ended: one look
+    assert os.path.samefile("esl/last.pt", "esl/kept/000008.pt")
+    os.remove("esl/last.pt")
+    assert list(figures.read_run("esl").checkpoints) == [4, 8]
+    assert figures.read_run("esl/kept/000008.pt").last == 8
+
+
+# ---- the notebook ----
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):

@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -124,22 +125,15 @@ def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1():
     assert torch.equal(mean_logits(ones, x), torch.ones(1, 11, 40, 52))
 
 
-def test_images_of_one_size_go_through_the_network_at_once(monkeypatch):
+def test_images_of_one_size_go_through_the_network_at_once():
     """--batch-size: the same files, in order, whatever sizes follow one another."""
     checkpoint()
     for i, height in enumerate((30, 30, 30, 40, 30)):
         photo(f"in/{i}.png", height)
     call("run", "in", "--out", "o1")
-    seen = []
-    segment = predict.segment
-
-    def counted(source, images, *more):
-        seen.append(len(images))
-        return segment(source, images, *more)
-
-    monkeypatch.setattr(predict, "segment", counted)
-    call("run", "in", "--out", "o2", "--batch-size", 2)
-    assert seen == [2, 1, 1, 1]
+    with patch.object(predict, "segment", wraps=predict.segment) as segment:
+        call("run", "in", "--out", "o2", "--batch-size", 2)
+    assert [len(given.args[1]) for given in segment.call_args_list] == [2, 1, 1, 1]
     for i in range(5):
         one, two = (index(f"{out}/classes/{i}.png") for out in ("o1", "o2"))
         assert (one == two).mean() > 0.99
@@ -211,7 +205,7 @@ def test_images_of_every_kind_and_one_that_cannot_be_read():
     assert {path.name for path in Path("l/classes").iterdir()} == {"g.png", "r.png"}
 
 
-def test_it_goes_on_where_it_was_ended(monkeypatch):
+def test_it_goes_on_where_it_was_ended():
     checkpoint()
     for i in range(4):
         photo(f"in/{i}.png", 30 + i)
@@ -219,15 +213,13 @@ def test_it_goes_on_where_it_was_ended(monkeypatch):
 
     def ended(image, path, **more):
         save_whole(image, path, **more)
-        if path.name == ".part-1.jpg":  # a whole class map, half an overlay
-            path.write_bytes(path.read_bytes()[:100])
+        if path.name == ".part-1.jpg":  # a whole class map, an overlay without its name
             raise KeyboardInterrupt
 
     def times():
         return {path.stem: path.stat().st_mtime_ns for path in Path("o/overlays").glob("[!.]*")}
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Image.Image, "save", ended)
+    with patch.object(Image.Image, "save", ended), pytest.raises(KeyboardInterrupt):
         call("run", "in", "--out", "o")
     ready = times()
     call("run", "in", "--out", "o")
@@ -235,34 +227,48 @@ def test_it_goes_on_where_it_was_ended(monkeypatch):
     assert "another --out" in refusal(call, "run", "in", "--out", "o", "--scales", "0.5")
 
 
-def test_classes_are_of_the_image_that_is_asked_for():
+def made(*words):
+    """Calls into one folder and into a new one; returns the files, which are the same in both."""
+    new = f"new{len(list(Path().glob('new*')))}"
+    for out in ("o", new):
+        call("run", *words, "--out", out)
+    for path in Path(new).glob("s*"):  # shares.csv, scores.json
+        assert path.read_text() == Path("o", path.name).read_text()
+    assert files("o") == files(new)
+    return files(new)
+
+
+def test_files_are_of_the_image_that_is_asked_for():
     """Of another folder's of the same name, of an edited one, and after a kill between two."""
     checkpoint()
     photo("a/f0.png")
     photo("b/f0.png", 30)
-    for name in ("a", "b"):
-        call("run", name, "--out", f"only {name}", "--csv")
-    of_a, of_b = files("only a"), files("only b")
-    assert of_a["classes"] != of_b["classes"]
-    call("run", "a", "--out", "o", "--maps")
-    call("run", "b", "--out", "o", "--csv")
-    assert files("o") == of_b  # without the maps, which were of a's
-    assert Path("o/shares.csv").read_text() == Path("only b/shares.csv").read_text()
+    of_a = made("a", "--maps")
+    of_b = made("b", "--csv")
+    assert of_a["classes"] != of_b["classes"] and "K" not in of_b
     shutil.copyfile("a/f0.png", "b/f0.png")
-    call("run", "b", "--out", "o", "--no-overlays")
-    assert files("o") == {"classes": of_a["classes"]}
+    assert made("b", "--no-overlays") == {"classes": of_a["classes"]}
     with open("o/made.jsonl", "a") as file:
         file.write('\n["f0", ["/')  # a kill
     for _ in range(2):
-        call("run", "b", "--out", "o")
-        assert files("o") == of_a
-    before = Path("o/classes/f0.png").stat().st_mtime_ns
-    call("run", "b", "--out", "o")
-    assert Path("o/classes/f0.png").stat().st_mtime_ns == before
+        made("b")
     Path("o/made.jsonl").unlink()  # of a version without: nobody knows what they are of
     Image.new("L", (52, 40)).save("o/classes/f0.png")
-    call("run", "b", "--out", "o")
-    assert files("o") == of_a
+    made("b")
+
+
+def test_what_is_compared_is_of_the_mask_that_is_scored():
+    checkpoint()
+    photo("a/f0.png")
+    for name, value in (("m", 1), ("n", 2)):
+        save(Path(name, "f0.png"), np.full((40, 52), value, np.uint8))
+    one, two = (made("a", "--masks", name)["compared"] for name in "mn")
+    assert one != two
+    call("run", "a", "--out", "o")  # no mask is asked for, none is forgotten
+    assert files("o")["compared"] == two
+    shutil.copyfile("m/f0.png", "n/f0.png")
+    os.utime("n/f0.png", (0, 0))
+    assert made("a", "--masks", "n")["compared"] == one
 
 
 # ---- scores ----
@@ -275,14 +281,13 @@ def test_boundary_iou_is_that_of_single_pixels():
     label[:3, :9] = 255
     pred = np.roll(label, (1, 2), (0, 1)) % 3
     width = round(0.06 * np.hypot(*label.shape))
-    bands = {c: (set(), set()) for c in range(3)}  # places near a boundary: truth's, prediction's
-    for kind, classes in enumerate((label, np.where(label == 255, 255, pred))):
+    bands = []  # of each class, the places near its boundary: the truth's, the prediction's
+    for classes in (label, np.where(label == 255, 255, pred)):
         around = np.pad(classes, width, constant_values=-1)
-        for y, x in zip(*np.nonzero(label != 255), strict=True):
-            own = classes[y, x]
-            if (around[y : y + 2 * width + 1, x : x + 2 * width + 1] != own).any():
-                bands[own][kind].add((y, x))
-    expected = [len(a & b) / len(a | b) for a, b in bands.values()]
+        around = np.lib.stride_tricks.sliding_window_view(around, (2 * width + 1,) * 2)
+        near = (around != classes[..., None, None]).any((2, 3))
+        bands.append([near & (classes == c) for c in range(3)])
+    expected = [(a & b).sum() / (a | b).sum() for a, b in zip(*bands, strict=True)]
     counts = metrics.boundary_confusion(pred, label, 3, share=0.06)
     assert metrics.iou_per_class(counts)[:3].tolist() == pytest.approx(expected)
     assert width == 2 and 0 < min(expected) and max(expected) < 1
@@ -310,26 +315,6 @@ def test_scores_are_those_of_the_confusion_matrix():
     os.remove("o/scores.json")
     call("run", "--split", "val", "--out", "o")  # classes are there: read, not made again
     assert scored("o") == scored("two")
-
-
-def test_what_is_compared_is_of_the_mask_that_is_scored():
-    checkpoint()
-    photo("a/f0.png")
-    pictures = []
-    for name, value in (("m", 1), ("n", 2)):
-        save(Path(name, "f0.png"), np.full((40, 52), value, np.uint8))
-        call("run", "a", "--masks", name, "--out", f"only {name}")
-        call("run", "a", "--masks", name, "--out", "o")
-        pictures.append(files("o")["compared"])
-        assert pictures[-1] == files(f"only {name}")["compared"]
-    assert pictures[0] != pictures[1]
-    call("run", "a", "--out", "o", "--maps")  # no mask is asked for, none is forgotten
-    assert files("o")["compared"] == pictures[1]
-    shutil.copyfile("m/f0.png", "n/f0.png")
-    os.utime("n/f0.png", (0, 0))
-    call("run", "a", "--masks", "n", "--out", "o")
-    assert files("o")["compared"] == pictures[0]
-    assert scored("o") == scored("only m")
 
 
 def named(folder, *names):

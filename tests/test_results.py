@@ -11,15 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-import cps_fpl
 import tiny
 from common import Refusal
-from common.flags import plain
 from common.metrics import confusion_matrix, scores
 from oracles.fpl import order, regularization
 from oracles.supervised import VOID, likeliest, nll
 from results import analysis, commands, compare, differences, ranks, run_table
-from trees import listed
+from trees import listed, refusal
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +29,9 @@ def own_folder(tmp_path, monkeypatch):
 # ---- FPL Sec. 3.4 and supplement Sec. 3: gradients, scores ----
 
 
-def norm(grad):
-    return math.sqrt(math.fsum(g * g for g in grad))
-
-
 def cosine(one, two):
-    dot = math.fsum(a * b for a, b in zip(one, two, strict=True))
-    return dot / (norm(one) * norm(two)) if norm(one) and norm(two) else 0.0
+    lengths = math.hypot(*one) * math.hypot(*two)
+    return math.fsum(a * b for a, b in zip(one, two, strict=True)) / lengths if lengths else 0.0
 
 
 def scalar(z, p, K, truth):
@@ -52,7 +46,8 @@ def scalar(z, p, K, truth):
     found["R^f"] = fuzzy[truth] / math.fsum(fuzzy[i] for i in Y) if known and K < len(z) else 0.0
     found["R^v"] = vanilla[truth] / vanilla[top] if known else 0.0
     found["sim(f,ide)"], found["sim(v,ide)"] = cosine(fuzzy, ideal), cosine(vanilla, ideal)
-    return found | {"|G^f|": norm(fuzzy), "|G^v|": norm(vanilla), "|G^ide|": norm(ideal)}
+    found |= {"|G^f|": math.hypot(*fuzzy), "|G^v|": math.hypot(*vanilla)}
+    return found | {"|G^ide|": math.hypot(*ideal)}
 
 
 @pytest.mark.smoke
@@ -113,9 +108,9 @@ def draw_log(name, *lines, end=""):
     return listed(Path(name), *map(json.dumps, lines), end)
 
 
-def log_of_k(name, values, key="K_gt_1", **flags):
+def log_of_k(name, values, **flags):
     """Writes a log of shares, its last line half written."""
-    lines = [{"kind": "train", "step": 20 * i, key: v} for i, v in enumerate(values, 1)]
+    lines = [{"kind": "train", "step": 20 * i, "K_gt_1": v} for i, v in enumerate(values, 1)]
     start = {"kind": "start", "script": "cps_fpl.py", "args": {"out": name, **flags}}
     return draw_log(name, start, *lines, end='{"kind": "train", "st')
 
@@ -131,32 +126,6 @@ def test_k_draws_the_share_and_prints_three_tenths(capsys):
     assert "step 400 " in lines[0] and lines[0].endswith("  T 0.9")
     with Image.open("k.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
-
-
-def test_scores_of_a_checkpoint(monkeypatch, capsys):
-    """Shares and means by case, of an untrained cps_fpl.py with spread logits."""
-    tiny.shrink(cps_fpl, monkeypatch)
-    tiny.draw_tree(Path("tree"), train=4, val=3, test=0)
-    argv = "--dataset camvid --data-root tree --split 1/2".split()
-    args, networks = tiny.resolved(cps_fpl, argv), {}
-    for seed, name in enumerate(("branch1", "branch2")):
-        torch.manual_seed(seed)
-        networks[name] = cps_fpl.Network(args, 11, cps_fpl.CPSHead).state_dict()
-        networks[name]["head.classify.1.weight"] *= 40
-    content = {"script": "cps_fpl.py", "step": 600, "args": plain(args), "networks": networks}
-    torch.save(content, "last.pt")
-    words = "scores last.pt --images 2 --device cpu --T 0.8".split()
-    assert analysis.main([*words, "--precise-bn", "0"]) == 0
-    running = capsys.readouterr().out
-    assert analysis.main(words) == 0  # BN as evaluation has it
-    printed = capsys.readouterr().out
-    head, names, *lines = printed.splitlines()
-    assert head == "step 600, 2 images of val, branch 2 teaches branch 1, T 0.8"
-    assert names.split()[:3] == ["case", "pixels", "K"] and printed != running
-    number, share, _, sure, vanilla, fuzzy, *_ = zip(*map(str.split, lines), strict=True)
-    assert number == ("1", "2", "3") and sum(map(float, share)) == pytest.approx(100, abs=0.02)
-    assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
-    assert sure[1] == "0.0000"
 
 
 def test_counts_of_ranks_equal_a_loop_over_pixels():
@@ -232,34 +201,33 @@ def test_a_comparison_of_two_logs_as_rows_and_as_columns(capsys):
     assert warning.startswith("warning: seed 0 against 1:") and flag == "--seed: 0 against 1"
 
 
-REFUSED = [  # command, its words, words of the line
-    (analysis, "k mean.jsonl --out k.png", "mean.jsonl: no log of cps_fpl.py"),
-    (analysis, "scores absent.pt", "no such checkpoint"),
-    (compare, "a.jsonl unfinished.jsonl", "unfinished.jsonl: no line of kind done"),
-    (compare, "no.jsonl a.jsonl", "no.jsonl: not the log of a finished run (No such file"),
-    (compare, "a.jsonl list.jsonl", "list.jsonl: "),
-    (compare, "a.jsonl seven.jsonl", "a.jsonl, seven.jsonl: data set shapes against folder"),
-    (compare, "named.jsonl swapped.jsonl", "classes a, b, c, d, e, f, g against b, a, c, d"),
-    (compare, "a.jsonl set.jsonl", "scored on test, 64 images, set cccc against test, 9 images"),
+UNLIKE = [  # what a second run has otherwise, words of the line
+    (dict(dataset="folder"), "a.jsonl, b.jsonl: data set shapes against folder"),
+    (dict(classes=[*"bacdefg"]), "classes a, b, c, d, e, f, g against b, a, c, d, e, f, g"),
+    (dict(lists={"labeled": [20, "aaaa"], "test": [9, "cccc"]}), "set cccc against test, 9 images"),
+]
+NO_LOGS = [  # a file's lines, words of the line
+    (['{"kind": "start"}'], "b.jsonl: no line of kind done"),
+    (["[1]", "2"], "b.jsonl: not the log of a finished run (TypeError"),
 ]
 
 
 def test_what_cannot_be_read_or_compared_is_refused_in_one_line(capsys):
-    log_of_k("mean.jsonl", [0.5], key="consistency")
-    log_of_scores("a.jsonl")
-    log_of_scores("seven.jsonl", dataset="folder")
-    log_of_scores("set.jsonl", lists={"labeled": [20, "aaaa"], "test": [9, "cccc"]})
-    log_of_scores("named.jsonl", classes=list("abcdefg"))
-    log_of_scores("swapped.jsonl", classes=list("bacdefg"))
-    listed(Path("unfinished.jsonl"), Path("a.jsonl").read_text().splitlines()[0])
-    listed(Path("list.jsonl"), "[1]", "2")
-    for command, words, expected in REFUSED:
-        try:
-            assert command.main(words.split()) == 2  # analysis.py prints it itself
-            line = capsys.readouterr().err.strip()
-        except Refusal as error:
-            line = str(error)
-        assert expected in line and "\n" not in line
+    classes = [*"abcdefg"]
+    a = log_of_scores("a.jsonl", classes=classes)
+    assert "no.jsonl: not the log of a finished run (No" in refusal(compare.main, ["no.jsonl", a])
+    for changes, line in UNLIKE:
+        b = log_of_scores("b.jsonl", **dict(classes=classes) | changes)
+        assert line in refusal(compare.main, [a, b])
+    for lines, line in NO_LOGS:
+        assert line in refusal(compare.main, [a, listed(Path("b.jsonl"), *lines)])
+    draw_log("mean.jsonl", {"kind": "train", "step": 20}, end="{")
+    for words, line in (
+        ("k mean.jsonl --out k.png", "mean.jsonl: no log of cps_fpl.py on unlabelled images (Key"),
+        ("scores absent.pt", "absent.pt: no such checkpoint"),
+    ):
+        assert analysis.main(words.split()) == 2
+        assert capsys.readouterr().err.startswith(f"analysis.py: {line}")
     assert not Path("k.png").exists()
 
 
@@ -275,7 +243,8 @@ def finish(tmp_path, monkeypatch):
         truth = np.full((9, 2), 100, np.int32)
         counts = dict(hit=truth * hit // 100, truth=truth, predicted=truth)
         np.savez_compressed(run_table.counts_path(name, seed), **counts)
-        score = {"miou": hit / (200 - hit)}
+        iou = hit / (200 - hit)
+        score = {"miou": iou, "iou": [iou, *[0.5] * 10]}
         train = {"kind": "train", "time": {"elapsed_s": seconds}}
         lines = [train, {"kind": "done", "last": score, "best": score}]
         listed(run_table.log_path(name, seed), *map(json.dumps, lines))
@@ -323,7 +292,9 @@ def test_a_claim_holds_where_all_of_the_interval_is_above_zero(finish):
     back = differences.difference("labels", "cps", draws=200)
     assert differences.verdict(back[0], back[2]) == "does not hold"
     assert differences.verdict([0], interval) == "not yet told"
-    assert "| CPS is above labels alone | FPL Table 1 | +" in differences.table()
+    table = differences.table()
+    assert "| CPS is above labels alone | FPL Table 1 | +" in table
+    assert f"| labels | 41.4 | {' | '.join(['50.0'] * 10)} |\n" in table  # its mean over seeds
 
 
 # ---- python results/commands.py ----

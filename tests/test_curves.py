@@ -1,24 +1,34 @@
-"""What a run leaves to look at: its name, confusion, trackers; curves, tables, the notebook."""
+"""What is made of runs: names, trackers, curves, tables, comparisons, the papers' figures."""
 
 import json
-import shlex
+import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import cps_fpl
-import prepare_data
 import supervised
 from common import Refusal, metrics
+from common.data import FACTS
 from common.flags import run_name
-from results import curves, logs, table
-from tiny import ROOT, draw_folder, draw_tree, flags, resolved, shrink, train
+from results import analysis, compare, curves, differences, figures, logs, run_table, table
+from tiny import ROOT, draw_tree, flags, resolved, save, shrink, train, with_acting
 from tiny import script as module_of
 from trees import listed, refusal
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Every test has a current folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
 
 LONG = " ".join(str(1 + i / 1000) for i in range(60))
 LONG_NAME = f"{'shapes-1_16-scales' + LONG.replace(' ', '_'):.119}-ae2b2023-s0"
@@ -41,62 +51,59 @@ def test_a_run_is_named_by_the_flags_given_that_differ_from_its_recipe(name, wor
 
 
 @pytest.mark.parametrize("name", ["trackio", "wandb"])
-def test_a_tracker_gets_scores_per_class_and_panels_and_the_log_the_confusion(
-    name, tmp_path, monkeypatch, capsys
-):
+def test_a_tracker_gets_scores_per_class_and_panels(name, monkeypatch, capsys):
     """A module of the same face stands in."""
-    calls, out = [], tmp_path / "run"
-    stub = SimpleNamespace(__spec__=SimpleNamespace(origin="here"), Image=str)
-    stub.init = lambda **words: calls.append((0, words))
-    stub.log = lambda found, step: calls.append((step, found))
-    stub.finish = lambda: calls.append((9, {"finished": True}))
+    stub = Mock(__spec__=SimpleNamespace(origin="here"), Image=str)
     monkeypatch.setitem(sys.modules, name, stub)
     shrink(supervised, monkeypatch)
-    argv = [*flags(draw_tree(tmp_path / "data"), out, pictures=4), "--track", name]
+    argv = [*flags(draw_tree(Path("data")), "run", pictures=4), "--track", name]
     train(supervised, argv)
-    assert [step for step, _ in calls] == sorted(step for step, _ in calls)
-    found = {key: value for _, values in calls for key, value in values.items()}
-    start, *_, done = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    assert (found["name"], found["project"], found["finished"]) == ("run", "camvid", True)
+    steps = [logged.kwargs["step"] for logged in stub.log.call_args_list]
+    assert steps == sorted(steps)
+    assert [word for word, *_ in stub.method_calls] == ["init", *["log"] * len(steps), "finish"]
+    found = dict(stub.init.call_args.kwargs)
+    for logged in stub.log.call_args_list:
+        found |= logged.args[0]
+    start, *_, done = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+    assert (found["name"], found["project"]) == ("run", "camvid")
     assert found["done/best/iou/sky"] == done["best"]["iou"][0] and found["train/loss"] > 0
-    assert found["panels/val"] == str(out / "panels/000008-val.png") and "panels/train" in found
-    assert f"curves.py {out}" in capsys.readouterr().out
-    data = supervised.load(resolved(supervised, argv))
-    assert start["classes"] == list(data.classes)
-    images = supervised.Images(data, data.test)
-    truth = torch.cat([images[i][1].flatten() for i in range(len(data.test))])
+    assert found["panels/val"] == "run/panels/000008-val.png" and "panels/train" in found
+    assert "curves.py run" in capsys.readouterr().out
+    assert start["classes"] == list(FACTS["camvid"]["classes"])
     for which in ("last", "best"):
-        confusion = torch.tensor(done[which]["confusion"])
-        assert confusion.sum(1).tolist() == [(truth == c).sum() for c in range(11)]  # rows: truth
-        assert metrics.scores(confusion) == done[which]
+        assert metrics.scores(torch.tensor(done[which]["confusion"])) == done[which]
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(Refusal, match=f"--track {name}: not installed; pip install {name}"):
-        train(supervised, [*argv, "--out", str(tmp_path / "other")])
+        train(supervised, [*argv, "--out", "other"])
 
 
-def write_log(folder, seed, losses, miou, **more):
+def write_log(path, *lines, end="", first=None, **args):
+    """Writes the log of a run of cps_fpl.py; first: what its first line has beside the usual."""
+    usual = dict(dataset="camvid", lr=0.01, seed=0, total_iters=3, unsup_loss="ce")
+    start = dict(kind="start", script="cps_fpl.py", args=usual | args, argv=["--lr", "1"])
+    start |= dict(lists={"labeled": [4, "aa"], "test": [9, "bb"]}, sha256="c")
+    return listed(Path(path), *map(json.dumps, [start | (first or {}), *lines]), end)
+
+
+def log_of_losses(folder, losses, miou, **args):
     """Writes a log of a step for each loss; miou None: the run is under way."""
-    args = {"dataset": "camvid", "lr": 0.01, "seed": seed, "total_iters": 3, "unsup_loss": "ce"}
-    lists = {"labeled": [4, "aa"], "test": [9, "bb"]}
-    start = dict(kind="start", script="cps_fpl.py", args=args | more, argv=["--lr", "1"])
-    lines = [start | {"lists": lists, "sha256": "c"}]
-    for step, loss in enumerate(losses, 1):
-        lines.append(dict(kind="train", step=step, loss=loss, time={"elapsed_s": 60.0 * step}))
+    lines = [
+        dict(kind="train", step=step, loss=loss, time={"elapsed_s": 60.0 * step})
+        for step, loss in enumerate(losses, 1)
+    ]
     lines.append(dict(kind="eval", step=len(losses), miou=0.5, iou=[0.5] * 11))
     scores = dict(miou=miou, confusion=[[1] * 11] * 11)
     if miou:
         lines.append(dict(kind="done", step=3, on="test", best_step=2, last=scores, best=scores))
-    cut = "" if miou else '{"kind'
-    listed(Path(folder, "log.jsonl"), *map(json.dumps, lines), cut)
+    write_log(f"{folder}/log.jsonl", *lines, end="" if miou else '{"kind', **args)
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_log("b", 1, [2, 4, 6], 0.3)
-    write_log("a", 0, [1, 2, 2], 0.2)
-    write_log("lr", 0, [3, 3, 3], 0.4, lr=0.1, balance=True)
-    write_log("open", 2, [5, 5], None)
+def runs():
+    log_of_losses("b", [2, 4, 6], 0.3, seed=1)
+    log_of_losses("a", [1, 2, 2], 0.2)
+    log_of_losses("lr", [3, 3, 3], 0.4, lr=0.1, balance=True)
+    log_of_losses("open", [5, 5], None, seed=2)
     return ["b", "a", "lr", "open"]
 
 
@@ -133,14 +140,269 @@ def test_a_run_that_cannot_be_shown_is_refused_by_name(runs, monkeypatch):
     assert "pip install matplotlib" in refusal(curves.main, ["a"])
 
 
-def test_check_ends_with_the_command_that_trains(tmp_path, capsys):
-    root = str(draw_folder(tmp_path / "my own", 4))
-    words = ["check", "--dataset", "folder", "--num-classes", "4", "--data-root", root]
-    prepare_data.main(words)
-    said, *argv = shlex.split(capsys.readouterr().out.splitlines()[-1], comments=True)
-    args = resolved(cps_fpl, argv[2:])
-    assert (said, *argv[:2]) == ("next:", "python", "cps_fpl.py")
-    assert (args.dataset, args.num_classes, args.data_root) == ("folder", 4, root)
+# ---- python results/compare.py, results/analysis.py ----
+
+
+def log_of_k(name, values, **args):
+    """Writes a log of shares, its last line half written."""
+    lines = [{"kind": "train", "step": 20 * i, "K_gt_1": v} for i, v in enumerate(values, 1)]
+    return write_log(name, *lines, end='{"kind": "train", "st', out=name, **args)
+
+
+def test_k_draws_the_share_and_prints_three_tenths(capsys):
+    pytest.importorskip("matplotlib")
+    falls = [0.9, 0.8, *[0.5] * 7, 0.4, 0.2, *[0.3] * 7, 0.1, 0.0]  # twenty lines: tenths of two
+    logs = log_of_k("a.jsonl", falls, T=0.9), log_of_k("b.jsonl", [0.25, 0.5, 1.0], T=0.95)
+    assert analysis.main(["k", *logs, "--out", "k.png"]) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    numbers = [re.findall(r"([\d.]+) %", line) for line in lines]
+    assert numbers == [["85.00", "30.00", "5.00"], ["25.00", "50.00", "100.00"]]
+    assert "step 400 " in lines[0] and lines[0].endswith("  T 0.9")
+    with Image.open("k.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def log_of_scores(name, iou=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7), first=None, **args):
+    """Writes the log of a run on seven classes."""
+    last = {"miou": sum(v or 0 for v in iou) / len(iou), "iou": iou}
+    done = dict(kind="done", step=3, on="test", last=last)
+    return write_log(name, done, first=first, **dict(dataset="shapes") | args)
+
+
+PAIRS = [  # IoU of two runs, their mIoU as logged; the printed mIoU; what rises and falls
+    # each lacks another one: the numbers of absent classes are equal, the classes are not
+    ([None, 1.0, 8.0], [1.0, None, 9.0], (4.5, 5.0), "8.00 9.00 +1.00", "1 of 1"),
+    # 0.0033 and 0.0067: the improvement is that between the printed 0.00 and 0.01
+    ([0.0, 0.0, 0.01, 1.0], [0.0, 0.0, 0.02, None], (1.0, 1.0), "0.00 0.01 +0.01", "1 of 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("a, b, mious, last, text", PAIRS)
+def test_mious_are_over_the_classes_that_both_have(a, b, mious, last, text):
+    _, *rows, miou = compare.cells("AB", "wxyz"[: len(a)], a, b, mious)
+    assert miou == ("mIoU", *last.split()) and compare.summary(a, b).startswith(text)
+    absent = [name for name, *pair in zip("wxyz", a, b, strict=False) if None in pair]
+    assert rows[len(a) - len(absent) :] == [(name, *["absent"] * 3) for name in absent]
+
+
+COMPARED = """\
+|       Class |   disc |  ring | square | triangle |  star | background | diamond |  mIoU |
+| ----------: | -----: | ----: | -----: | -------: | ----: | ---------: | ------: | ----: |
+|           a |  20.00 | 30.00 |  40.00 |    60.00 | 70.00 |      90.00 |  absent | 44.29 |
+|           b |  30.00 | 30.00 |  40.00 |    60.00 | 71.00 |      80.00 |  absent | 44.43 |
+| Improvement | +10.00 | +0.00 |  +0.00 |    +0.00 | +1.00 |     -10.00 |  absent | +0.14 |
+
+last step, test, 9 images, set bb; one seed each
+2 of 6 classes rise, 1 fall; on average +3.33 in the 3 hardest, -3.00 in 3 others
+"""
+
+
+def test_a_comparison_of_two_logs_as_columns_and_as_rows(capsys):
+    a = log_of_scores("a/log.jsonl", [0.9, 0.2, 0.3, 0.4, None, 0.6, 0.7])
+    b = log_of_scores("b.jsonl", [0.8, 0.3, 0.3, 0.4, None, 0.6, 0.71])
+    compare.main(["a", b])  # a folder, named after it
+    assert capsys.readouterr().out == COMPARED
+    compare.main([a, b, "--rows"])
+    rows, below = capsys.readouterr().out.split("\n\n")
+    assert "|       star |  70.00 |  71.00 |       +1.00 |\n" in rows and below in COMPARED
+    compare.main([a, log_of_scores("c.jsonl", seed=1)])
+    *_, warning, flag = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: seed 0 against 1:") and flag == "--seed: 0 against 1"
+
+
+UNLIKE = [  # what a second run has otherwise, words of the line
+    (dict(dataset="folder"), "a.jsonl, b.jsonl: data set shapes against folder"),
+    (dict(first={"classes": [*"bacdefg"]}), "triangle, star against b, a, c, d"),
+    (dict(first={"lists": {"labeled": [4, "aa"], "test": [8, "bb"]}}), "9 images, set bb against"),
+]
+NO_LOGS = [  # a file's lines, words of the line
+    (['{"kind": "start"}'], "b.jsonl: no line of kind done"),
+    (["[1]", "2"], "b.jsonl: not the log of a finished run (TypeError"),
+]
+
+
+def test_what_cannot_be_read_or_compared_is_refused_in_one_line(capsys):
+    a = log_of_scores("a.jsonl")
+    assert "no.jsonl: not the log of a finished run (No" in refusal(compare.main, ["no.jsonl", a])
+    for changes, line in UNLIKE:
+        assert line in refusal(compare.main, [a, log_of_scores("b.jsonl", **changes)])
+    for lines, line in NO_LOGS:
+        assert line in refusal(compare.main, [a, listed(Path("b.jsonl"), *lines)])
+    write_log("mean.jsonl", {"kind": "train", "step": 20}, end="{")
+    for words, line in (
+        ("k mean.jsonl --out k.png", "mean.jsonl: no log of cps_fpl.py on unlabelled images (Key"),
+        ("scores absent.pt", "absent.pt: no such checkpoint"),
+    ):
+        assert analysis.main(words.split()) == 2
+        assert capsys.readouterr().err.startswith(f"analysis.py: {line}")
+    assert not Path("k.png").exists()
+
+
+# ---- python results/run_table.py, results/differences.py ----
+
+
+@pytest.fixture
+def finish(tmp_path, monkeypatch):
+    """Returns a function that writes a finished run, with the counts of its images."""
+    monkeypatch.setattr(run_table, "LOGS", tmp_path)
+
+    def write(name, seed, hit):
+        truth = np.full((9, 2), 100, np.int32)
+        counts = dict(hit=truth * hit // 100, truth=truth, predicted=truth)
+        np.savez_compressed(run_table.counts_path(name, seed), **counts)
+        iou = hit / (200 - hit)
+        score = {"miou": iou, "iou": [iou, *[0.5] * 10]}
+        train = {"kind": "train", "time": {"elapsed_s": 60}}
+        lines = [train, {"kind": "done", "last": score, "best": score}]
+        listed(run_table.log_path(name, seed), *map(json.dumps, lines))
+
+    return write
+
+
+def test_sums_over_images_give_the_mean_iou_of_the_confusion_matrix():
+    pred, label = torch.randint(4, (2, 50, 60), generator=torch.Generator().manual_seed(0))
+    label[label == 3] = 255  # a class that is never labelled
+    matrix = metrics.confusion_matrix(pred, label, 4)
+    sums = (m.numpy() for m in (matrix.diag(), matrix.sum(1), matrix.sum(0)))
+    assert run_table.miou(*sums) == pytest.approx(100 * metrics.scores(matrix)["miou"])
+
+
+def test_half_the_size_is_the_mean_of_four_pixels_and_one_pixel_of_a_mask():
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 8
+    save(Path("all/val/a.png"), image)
+    save(Path("all/valannot/a.png"), image[..., 0])
+    run_table.halved("all", "half")
+    mean = image.reshape(1, 2, 2, 2, 3).mean((1, 3))
+    np.testing.assert_array_equal(np.array(Image.open("half/val/a.png"))[0], mean[0])
+    mask = np.array(Image.open("half/valannot/a.png"))[0]
+    assert mask[0] in image[:, :2, 0] and mask[1] in image[:, 2:, 0]
+
+
+def test_what_is_missing_is_told_and_a_claim_holds_where_the_interval_is_above_zero(finish):
+    assert run_table.estimate("cps") == 6 * 600  # by the cost of a step, 1 s without a run
+    pairs = ((60, 50), (70, 65), (66, 60))
+    for seed, (better, worse) in enumerate(pairs):
+        finish("cps", seed, better)
+        finish("labels", seed, worse)
+    rows = ("fpl-cps", "esl", "labels")  # by seed, then by cost
+    missing = [("esl", 0), ("fpl-cps", 0), ("esl", 1), ("fpl-cps", 1)]
+    assert run_table.missing(rows, (0, 1)) == missing
+    assert run_table.estimate("labels") == 60 and run_table.estimate("fpl-cps") == 6 * 35
+    assert run_table.overview(rows, (0, 1))[-1] == "4 runs left, 0.2 hours of one core"
+    seeds, gaps, interval = differences.difference("cps", "labels", draws=200)
+    expected = [100 * (a / (200 - a) - b / (200 - b)) for a, b in pairs]
+    assert gaps == pytest.approx(expected)
+    assert 0 < interval[0] < sum(gaps) / 3 < interval[1]
+    assert differences.verdict(seeds, interval) == "holds"
+    back = differences.difference("labels", "cps", draws=200)
+    assert differences.verdict(back[0], back[2]) == "does not hold"
+    assert differences.verdict([0], interval) == "not yet told"
+    table = differences.table()
+    assert "| CPS is above labels alone | FPL Table 1 | +" in table
+    assert f"| labels | 41.4 | {' | '.join(['50.0'] * 10)} |\n" in table  # its mean over seeds
+
+
+# ---- the papers' figures ----
+
+
+def test_weights_boundaries_and_stages_by_hand():
+    rest, weights = figures.weight_curves(points=39)
+    for x, concave, linear, convex in zip(rest, *weights.values(), strict=True):
+        gap = 0.475 - x  # T / K - max over the negatives
+        expected = [np.log1p(50 * gap) / np.log1p(50 * 0.475), gap / 0.475, gap / (0.475 + 4 * x)]
+        assert [concave, linear, convex] == pytest.approx(expected, abs=1e-12)
+    label = torch.randint(0, 2, (1, 9, 12), generator=torch.Generator().manual_seed(3)) * 255
+    label[:, :, 4:] = 1
+    for y, x in np.ndindex(9, 12):
+        around = label[0, max(y - 3, 0) : y + 4, max(x - 3, 0) : x + 4]
+        assert figures.at_boundary(label)[0, y, x] == (len(around.unique()) > 1)
+    steps = dict.fromkeys((7, 48, 60, 100, 120))
+    for total, expected in ((120, [7, 60, 120]), (1000, [100, 120]), (8, [7])):
+        run = figures.Run("", "", {"total_iters": total}, None, steps)
+        assert figures.stages(run) == expected
+
+
+def test_points_of_two_groups_stay_together_in_the_plane():
+    rng, labels = np.random.default_rng(0), np.repeat([0, 1], 20)
+    x = np.eye(6)[labels] + 0.05 * rng.standard_normal((40, 6))
+    assert figures.purity(x, labels) == 1
+    assert 0.3 < figures.purity(rng.standard_normal((40, 6)), labels) < 0.7  # 19 of 39
+    points = figures.tsne(x)
+    gaps = np.linalg.norm(points[:, None] - points, axis=2)
+    same = labels[:, None] == labels
+    assert points.shape == (40, 2) and gaps[same].max() < gaps[~same].min()
+    P = figures.similarities(((x[:, None] - x) ** 2).sum(2), 5)
+    assert np.allclose(P, P.T) and P.sum() == pytest.approx(1, abs=1e-6)
+
+
+SCRIPTS = ("cps_fpl", "u2pl", "esl", "supervised")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of tiny runs of SCRIPTS with checkpoints of steps 4 and 8; cps_fpl's is surer."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        tree = draw_tree(folder / "tree")
+        for name in SCRIPTS:
+            shrink(module_of(name), patch)
+            train(module_of(name), with_acting(name, flags(tree, name)))
+        saved = torch.load("cps_fpl/last.pt")
+        for state in saved["networks"].values():
+            state["head.classify.1.weight"] *= 40
+        torch.save(saved, "cps_fpl/last.pt")
+        yield folder
+
+
+def test_every_figure_is_drawn_and_says_what_the_logs_and_scores_do(trained, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(trained)
+    figures.main([*SCRIPTS, "--out", "drawn", "--images", "2", "--shown", "1"])
+    text = capsys.readouterr().out
+    pictures = sorted(path.stem for path in Path("drawn").iterdir())
+    assert pictures == sorted(figures.FIGURES) and text.count("  the paper: ") == len(pictures)
+    for name in pictures:
+        with Image.open(f"drawn/{name}.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 22)) > 8, name
+    for name in SCRIPTS[1:]:
+        miou = 100 * logs.read(name).evals[-1]["miou"]
+        assert re.search(rf": {name} \({name}.py\), step 8: mIoU {miou:.2f} %", text), name
+    words = "scores cps_fpl/last.pt --images 2 --device cpu".split()
+    assert analysis.main(words) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "step 8, 2 images of val, branch 2 teaches branch 1, T 0.9"
+    number, share, _, sure, vanilla, fuzzy, *_ = zip(*map(str.split, lines), strict=True)
+    assert sum(map(float, share)) == pytest.approx(100, abs=0.02) and sure[1] == "0.0000"
+    assert vanilla[0] == "1.0000" and float(vanilla[2]) < 0 < float(fuzzy[1])  # Eq. (13) to (15)
+    said = re.findall(r"case (\d): (\S+) % of pixels, R\^v (\S+), R\^f (\S+)\n", text)
+    for found, expected in zip(said, zip(number, share, vanilla, fuzzy, strict=True), strict=True):
+        assert [*map(float, found)] == pytest.approx([*map(float, expected)], abs=6e-3)
+    assert analysis.main([*words, "--precise-bn", "2"]) == 0  # BN as evaluation has it
+    assert capsys.readouterr().out.splitlines()[2:] != lines
+
+
+def test_a_figure_that_cannot_be_drawn_says_what_it_lacks(trained, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(trained)
+    figures.main(["cps_fpl/log.jsonl", "--out", "fewer"])
+    text = capsys.readouterr().out
+    assert {path.stem for path in Path("fewer").iterdir()} == {"fpl_4a", "fpl_4b"}
+    assert "fpl_s3: not drawn: FPL supplement Fig. 3" in text
+    assert text.count("needs a checkpoint of a run of cps_fpl.py\n") == 8
+    assert "tree: no log of a run" in refusal(figures.main, ["tree"])
+
+
+def test_keep_holds_what_a_run_wrote_by_a_second_name(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    figures.main(["esl", "--keep"])  # it has ended: one look
+    assert os.path.samefile("esl/last.pt", "esl/kept/000008.pt")
+    os.remove("esl/last.pt")
+    assert list(figures.read_run("esl").checkpoints) == [4, 8]
+    assert figures.read_run("esl/kept/000008.pt").last == 8
+
+
+# ---- the notebook ----
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):

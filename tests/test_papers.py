@@ -6,6 +6,7 @@ import shlex
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 import ael_fpl

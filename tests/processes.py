@@ -1,6 +1,6 @@
 """Scripts started as processes of their own, killed, and their run folders compared.
 
-As a program (python tests/processes.py WORDS) it is torchrun with two children of
+As a program of Forked (processes.py WORDS) it is torchrun with two children of
 benchmarks/faults.py of these WORDS: it starts both again when one dies.
 """
 
@@ -18,21 +18,16 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[1]
-PATHS = ROOT, Path(__file__).resolve().parent
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path += [str(folder) for folder in PATHS if str(folder) not in sys.path]
-
-import tiny  # noqa: E402
-from benchmarks.runs import bits, flat, kill  # noqa: E402
+from benchmarks.runs import bits, flat, kill
+from tiny import ROOT, SCRIPTS
 
 
 @functools.cache
 def forks():
     """Makes processes by forking one that has imported all: each begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*tiny.SCRIPTS, "processes"])
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, PATHS))):
+    context.set_forkserver_preload([*SCRIPTS, "processes"])
+    with patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
         forkserver.ensure_running()
     return context
 
@@ -83,15 +78,11 @@ class Forked:
             kill(self)
             raise TimeoutError(self.output.read_text())
 
-    def text(self):
-        """Waits; returns what all of them printed."""
-        self.wait()
-        return self.output.read_text()
-
 
 def finish(process, code=0):
     """Waits for a started process; returns its output, or fails with it if it ends otherwise."""
-    text = process.text()
+    process.wait()
+    text = process.output.read_text()
     assert process.returncode == code, text
     return text
 
@@ -103,7 +94,7 @@ def reach(process, folder, step):
     while not path.exists() or not re.search(rf'"train", "step": {step}\b', path.read_text()):
         if process.poll() is not None or time.time() > until:
             kill(process)
-            raise AssertionError(process.text())
+            raise AssertionError(process.output.read_text())
         time.sleep(0.005)
 
 

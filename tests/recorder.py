@@ -1,26 +1,22 @@
 """One recorder for all scripts: runs main and keeps what every step was given and what it did.
 
-As a program (python tests/recorder.py SCRIPT JSON) it makes recorded runs as one of several
+As a program of processes.Forked (recorder.py SCRIPT JSON) it makes recorded runs as one of several
 processes: JSON is a list of what `make` takes. Each run leaves <out>.rank<k>: steps of process k.
 """
 
 import copy
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(path) for path in (TESTS.parent, TESTS) if str(path) not in sys.path]
+import pytest
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-
-import tiny  # noqa: E402
-from common import distributed, run  # noqa: E402
-from processes import digest  # noqa: E402
+import tiny
+from common import distributed, run
+from processes import digest
 
 
 def copied(value):

@@ -30,6 +30,7 @@ from benchmarks import faults
 from benchmarks.runs import bits, differences, running
 from common import Refusal, run, sources
 from common.distributed import Group
+from common.run import step_of
 from processes import Forked, finish, reach
 from recorder import stopped
 
@@ -42,22 +43,14 @@ def tree(tmp_path_factory):
     return tiny.draw_tree(tmp_path_factory.mktemp("faults") / "tree")
 
 
-def small(tree, out, *words, **more):
+def small(tree, out, **more):
     numbers = dict(iters=12, log=1, evaluate=5, save=3, batch=4)
-    return [*tiny.flags(tree, out, **numbers | more), "--resume", *words]
+    return [*tiny.flags(tree, out, **numbers | more), "--resume"]
 
 
-def words_of(argv, fault=None):
-    """What a child of benchmarks/faults.py is told: supervised.py with one of its faults."""
-    return json.dumps(["supervised", argv, fault])
-
-
-def start(argv, count=1, fault=None, folder=processes.ROOT):
-    return Forked([faults.__file__, "--child", words_of(argv, fault)], count, folder)
-
-
-def step_of(path):
-    return torch.load(path, weights_only=True)["step"]
+def start(argv, count=1, fault=None, folder=processes.ROOT, program=(faults.__file__, "--child")):
+    """Starts supervised.py with one of the faults of benchmarks/faults.py."""
+    return Forked([*program, json.dumps(["supervised", argv, fault])], count, folder)
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +64,8 @@ def whole(tree, tmp_path_factory):
 
 def test_a_worker_killed_under_torchrun_is_started_again(tree, tmp_path, whole):
     out, go = tmp_path / "run", tmp_path / "go"
-    argv = [word for word in small(tree, out, workers=1) if word != "--resume"]  # restarts resume
-    process = Forked([processes.__file__, words_of(argv, ("held", 8, str(go)))])
+    argv = small(tree, out, workers=1)[:-1]  # without --resume
+    process = start(argv, fault=("held", 8, str(go)), program=[processes.__file__])
     reach(process, out, 5)
     os.kill(faults.tree_of(process.pid)[2], signal.SIGKILL)
     go.touch()
@@ -145,6 +138,13 @@ def test_ctrl_c_ends_at_once(tree, tmp_path):
     assert text.endswith(f"stopped; {GOES_ON}") and "Traceback" not in text
 
 
+def test_ctrl_c_ends_prepare_data_with_130(monkeypatch, capsys):
+    monkeypatch.setattr(prepare_data, "cli", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(SystemExit, match="130"):
+        prepare_data.main([])
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 def flip(path):
     """Changes one bit in a tensor of a checkpoint."""
     content = bytearray(path.read_bytes())
@@ -157,13 +157,8 @@ DAMAGES = [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:2
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=["a bit", "gone", "cut"])
-def test_a_damaged_newest_checkpoint_is_named_and_the_older_used(
-    damage, tree, tmp_path, capsys, whole
-):
-    """It never becomes the older one: a kill in the next save would leave nothing.
-
-    Gone is what a kill between the two renames of a save leaves.
-    """
+def test_a_damaged_checkpoint_is_named_and_the_older_used(damage, tree, tmp_path, capsys, whole):
+    """Gone: a kill between two renames of a save. Damaged, it never becomes the older one."""
     out = tmp_path / "run"
     paths = [out / "last.pt", out / "previous.pt"]
     for _ in range(2):
@@ -206,7 +201,7 @@ def replace(path):
 
 
 @pytest.mark.parametrize("change", [Path.unlink, replace])
-def test_a_log_that_is_another_under_a_run_is_refused(change, tree, tmp_path, monkeypatch):
+def test_a_foreign_log_is_refused(change, tree, tmp_path, monkeypatch):
     """One that is another in a resume: test_refusals.py."""
     log_step, argv = run.Run.log_step, small(tree, tmp_path)
 
@@ -298,13 +293,12 @@ def test_a_checkpoint_that_cannot_be_written(tree, tmp_path, whole):
 @pytest.mark.parametrize("world, device, loaders", [(1, "cpu", 2), (2, "cpu", 0), (2, "cuda", 2)])
 def test_no_loader_is_forked_for_an_evaluation_beside_gloo(world, device, loaders, monkeypatch):
     """docs/reliability.md: such a child may wait for ever."""
-    asked = []
-    monkeypatch.setattr(supervised, "DataLoader", lambda *_, **how: asked.append(how) or [])
+    loader = Mock(side_effect=InterruptedError)
+    monkeypatch.setattr(supervised, "DataLoader", loader)
     group = Group(0, world, SimpleNamespace(type=device))
-    with pytest.raises(AttributeError):  # of a data set that is none
-        args = SimpleNamespace(workers=2)
-        supervised.evaluate(torch.nn.Identity(), SimpleNamespace(), range(8), args, group)
-    assert asked[0]["num_workers"] == loaders
+    with pytest.raises(InterruptedError):
+        supervised.evaluate(torch.nn.Identity(), Mock(), range(8), Mock(workers=2), group)
+    assert loader.call_args.kwargs["num_workers"] == loaders
 
 
 def test_answers_that_no_server_should_give(tmp_path, monkeypatch):
@@ -334,8 +328,7 @@ def test_check_tells_a_crop_larger_than_most_images(words, told, tmp_path, capsy
     root = tiny.draw_folder(tmp_path, 2)
     for path in root.glob("*/*/*.png"):
         Image.open(path).resize((73, 64), Image.Resampling.NEAREST).save(path)
-    flags = f"check --dataset folder --data-root {root} --num-classes 2 {words}".split()
-    prepare_data.main(flags)
+    prepare_data.main(f"check --dataset folder --data-root {root} --num-classes 2 {words}".split())
     text = capsys.readouterr().out
     assert text.count("warning: 8 of 8 images are smaller than a crop of") == told
     assert text.count("train with --crop-size 49\n") == told
@@ -347,9 +340,6 @@ def test_check_tells_a_crop_larger_than_most_images(words, told, tmp_path, capsy
     ("contents", 24, "refused in one line, "),
 ])  # fmt: skip
 def test_some_of_the_faults_of_files(parts, every, words):
-    """Equal runs, whole lines of the log kept, one line for each content that does not fit.
-
-    Operations: half of last.pt, of best.pt and of a line are written.
-    """
+    """Operations: half of last.pt, of best.pt and of a line are written."""
     flags = ["--files", "--parts", parts, "--every", every, "--scripts", "supervised"]
     assert words in finish(Forked([faults.__file__, *flags]))

@@ -5,12 +5,13 @@ import json
 import os
 from collections import Counter
 from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from benchmarks import gpu, gpu_checks, page, steps
-from common import Refusal, distributed
+from common import Refusal, distributed, run
 from common.distributed import Group
 from tiny import draw_tree, tiny_modules
 
@@ -20,12 +21,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
 from benchmarks import fake_cuda  # noqa: E402
 from benchmarks.fake_cuda import GPU, MPS  # noqa: E402
 
-MODES = [
-    (name, mode)
-    for name, modes in steps.MODES.items()
-    for mode in modes
-    if mode != "FixMatch"  # a view less, no more
-]
+MODES = [(name, mode) for name, modes in steps.MODES.items() for mode in modes]
+MODES = [case for case in MODES if case[1] != "FixMatch"]  # a view less, no more
 FIRST = {name: dict([next(iter(modes.items()))]) for name, modes in steps.MODES.items()}
 FEW = {name: FIRST[name] for name in ("cps_fpl", "ael_fpl", "esl", "unimatch")}
 # one copy to the host in each step: AEL's boxes are drawn there from what its teacher sees
@@ -83,7 +80,6 @@ def test_under_autocast_no_two_types_meet(name, monkeypatch):
 
 
 def test_a_process_without_a_gpu_is_refused(monkeypatch):
-    """Two GPUs, and a third process."""
     chosen, nothing = [], lambda *what, **how: None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -93,15 +89,13 @@ def test_a_process_without_a_gpu_is_refused(monkeypatch):
     group = dict(MASTER_ADDR="localhost", MASTER_PORT="1", WORLD_SIZE="3")
     refusal = pytest.raises(Refusal, match="no GPU for process 2, this machine has 2")
     for local in (0, 1, 2):
-        process = dict(RANK=str(local), LOCAL_RANK=str(local))
-        monkeypatch.setattr(os, "environ", group | process)
+        monkeypatch.setattr(os, "environ", group | dict(RANK=str(local), LOCAL_RANK=str(local)))
         with refusal if local == 2 else nullcontext():
             assert distributed.setup("auto") == Group(local, 3, torch.device("cuda", local))
     assert chosen == [0, 1]
 
 
 def test_mps_is_accepted_where_torch_has_it(monkeypatch):
-    assert not torch.backends.mps.is_available()
     with pytest.raises(Refusal, match="--device mps: torch sees no MPS device here"):
         distributed.setup("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
@@ -111,11 +105,18 @@ def test_mps_is_accepted_where_torch_has_it(monkeypatch):
         distributed.setup("mps")
 
 
-@pytest.mark.parametrize("name", ["supervised", *IN_FLOAT64])
-def test_mps_gets_no_float64_which_it_does_not_have(name):
-    refusal = pytest.raises(Refusal, match="--device mps: .* in float64, which MPS does not have")
-    with refusal if name in IN_FLOAT64 else nullcontext():
-        assert seen(name, "", device=MPS).wide == []
+@pytest.mark.parametrize("name", IN_FLOAT64)
+def test_what_mps_cannot_run_is_named(name):
+    with pytest.raises(Refusal, match="--device mps: .* in float64, which MPS does not have"):
+        seen(name, "", device=MPS)
+
+
+def test_the_sums_of_the_log_are_float32_on_mps():
+    one = Mock(signalled=False, begin=9, meter=torch.zeros(0), bad_step=torch.tensor(run.NEVER))
+    one.group = Group(0, 1, torch.device("mps"))
+    one.due.return_value = False
+    run.Run.log_step(one, 1, {"loss": torch.tensor(0.5)}, 0.1, 0.0, {})
+    assert one.meter.dtype == torch.float32 and one.meter.tolist() == [1, 0.5]
 
 
 LONG = ("processes", "repeats", "camvid")  # start processes, as test_faults.py does
@@ -128,18 +129,18 @@ PARTS = [
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_runs_on_a_cpu(part, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "MODES", FEW)
-    camvid, rows = str(draw_tree(tmp_path / "camvid")), tmp_path / "rows"
-    options = gpu.Options(str(tmp_path / "out.json"), camvid=camvid, device="cpu", tiny=True)
-    options.part, options.rows, options.seconds = "part", str(rows), 600
+    camvid, rows = draw_tree(tmp_path / "camvid"), tmp_path / "rows"
+    options = gpu.Options(str(tmp_path / "out.json"), device="cpu", tiny=True, seconds=600)
+    options.part, options.rows, options.camvid = "part", str(rows), str(camvid)
     report = gpu.Report(options)
     getattr(importlib.import_module(part.module), part.function)(options, report)
-    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
-    assert rows and all(row.get("ok") is not False for row in rows), rows
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert found and all(row.get("ok") is not False for row in found), found
     if part.name in ("steps", "waits"):
-        assert {row["name"].split(".py")[0] for row in rows} == set(FEW)
+        assert {row["name"].split(".py")[0] for row in found} == set(FEW)
     wrong, right = ({"loss": torch.tensor(x)} for x in (1.001, 1.0))
     gpu_checks.judge(report, "loss", wrong, right, right, gpu_checks.FLOOR)
-    assert '"ok": false' in (tmp_path / "rows").read_text().splitlines()[-1]
+    assert '"ok": false' in rows.read_text().splitlines()[-1]
 
 
 def test_the_pages_are_what_page_py_writes():

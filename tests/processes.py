@@ -1,7 +1,7 @@
 """Scripts started as processes of their own, killed, and their run folders compared.
 
-As a program (python tests/processes.py WORDS) it is torchrun with two children of
-benchmarks/faults.py of these WORDS.
+As a program of Forked (processes.py WORDS) it is torchrun with two children of
+benchmarks/faults.py of these WORDS: it starts both again when one dies.
 """
 
 import functools
@@ -11,7 +11,6 @@ import os
 import re
 import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,24 +18,16 @@ from multiprocessing import forkserver
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[1]
-PATHS = ROOT, Path(__file__).resolve().parent
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path += [str(folder) for folder in PATHS if str(folder) not in sys.path]
-
-import torch.distributed as dist  # noqa: E402
-
-import tiny  # noqa: E402
-from benchmarks.runs import bits, flat, kill  # noqa: E402
-from common import distributed  # noqa: E402
+from benchmarks.runs import bits, flat, kill
+from tiny import ROOT, SCRIPTS
 
 
 @functools.cache
 def forks():
     """Makes processes by forking one that has imported all: each begins at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*tiny.SCRIPTS, "processes"])
-    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, PATHS))):
+    context.set_forkserver_preload([*SCRIPTS, "processes"])
+    with patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
         forkserver.ensure_running()
     return context
 
@@ -62,11 +53,11 @@ class Forked:
         self.processes = []
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        several = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         for rank in range(processes):
-            own = several | {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
-            variables = os.environ | {name: str(x) for name, x in own.items()}
-            given = [str(word) for word in argv], str(folder), variables, str(self.output)
+            own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes)
+            own |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            own = {name: str(x) for name, x in own.items() if processes > 1}
+            given = [str(word) for word in argv], str(folder), os.environ | own, str(self.output)
             self.processes.append(forks().Process(target=grow, args=given))
             self.processes[-1].start()
         self.pids = [process.pid for process in self.processes]
@@ -75,29 +66,24 @@ class Forked:
     def poll(self):
         """The first code that is not 0, 0 if all are, None while one is at work."""
         codes = [process.exitcode for process in self.processes]
-        wrong = [code for code in codes if code]
-        self.returncode = None if None in codes else (wrong or [0])[0]
+        if None not in codes:
+            self.returncode = next(filter(None, codes), 0)
         return self.returncode
 
-    def wait(self, timeout=300):
-        until = time.time() + timeout
-        while self.poll() is None:
-            if time.time() > until:
-                kill(self)
-                raise subprocess.TimeoutExpired(str(self.pids), timeout)
+    def wait(self):
+        until = time.time() + 300  # a busy machine
+        while self.poll() is None and time.time() < until:
             time.sleep(0.005)
-        return self.returncode
-
-    def text(self):
-        """Waits; returns what all of them printed."""
-        self.wait()
-        return self.output.read_text()
+        if self.returncode is None:
+            kill(self)
+            raise TimeoutError(self.output.read_text())
 
 
-def finish(process):
-    """Waits for a started process; returns its output, or fails with it if it did not end well."""
-    text = process.text()
-    assert process.returncode == 0, text
+def finish(process, code=0):
+    """Waits for a started process; returns its output, or fails with it if it ends otherwise."""
+    process.wait()
+    text = process.output.read_text()
+    assert process.returncode == code, text
     return text
 
 
@@ -108,7 +94,7 @@ def reach(process, folder, step):
     while not path.exists() or not re.search(rf'"train", "step": {step}\b', path.read_text()):
         if process.poll() is not None or time.time() > until:
             kill(process)
-            raise AssertionError(process.text())
+            raise AssertionError(process.output.read_text())
         time.sleep(0.005)
 
 
@@ -124,27 +110,11 @@ def digest(networks):
     return hashlib.sha256(b"".join(bits(state[key]) for key in sorted(state))).hexdigest()
 
 
-def in_one_group(script, calls):
-    """Makes calls, each a run of the script's main, with one process group for all of them."""
-    group = distributed.setup("cpu")
-    script.distributed.setup = lambda device: group
-    script.distributed.teardown = lambda: None
-    for call in calls:
-        call()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def torchrun(words):
-    """Has two processes make a run; starts both again when one dies."""
-    own = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="tiny", max_restarts=3)
-    own |= dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1)
-    elastic_launch(LaunchConfig(**own, start_method="fork"), faults.child)(words)
-
-
 if __name__ == "__main__":
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from benchmarks import faults
 
-    torchrun(sys.argv[1])
+    own = dict(min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="tiny", max_restarts=3)
+    own |= dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", monitor_interval=0.1)
+    elastic_launch(LaunchConfig(**own, start_method="fork"), faults.child)(sys.argv[1])

@@ -1,27 +1,22 @@
 """One recorder for all scripts: runs main and keeps what every step was given and what it did.
 
-As a program (python tests/recorder.py SCRIPT JSON) it makes recorded runs as one of several
-processes: JSON is a list of what `make` takes. Each run leaves <out>.rank<k>: the steps of process
-k, and how its networks were wrapped.
+As a program of processes.Forked (recorder.py SCRIPT JSON) it makes recorded runs as one of several
+processes: JSON is a list of what `make` takes. Each run leaves <out>.rank<k>: steps of process k.
 """
 
 import copy
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(path) for path in (TESTS.parent, TESTS) if str(path) not in sys.path]
+import pytest
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-
-import tiny  # noqa: E402
-from common import run  # noqa: E402
-from processes import digest, in_one_group  # noqa: E402
+import tiny
+from common import distributed, run
+from processes import digest
 
 
 def copied(value):
@@ -51,7 +46,7 @@ def watch(patch, script, argv):
     went over all processes), random (a number), maps (of its panels).
     scored: [(digest of the network, modes of its parts while it is scored)].
     """
-    found = SimpleNamespace(networks={}, state={}, wrapped=[], steps=[], scored=[])
+    found = SimpleNamespace(networks={}, state={}, steps=[], scored=[])
     live = SimpleNamespace(networks={}, state={}, scoring=False)
 
     def begin():
@@ -80,7 +75,6 @@ def watch(patch, script, argv):
 
     def parallel(whole, net, args, group):
         made = whole(net, args, group)
-        found.wrapped.append(type(made).__name__)
 
         def count(state, bucket):
             found.steps[-1].reduced.append(bucket.index())
@@ -132,47 +126,49 @@ def watch(patch, script, argv):
     return found
 
 
-def stop_in(patch, stop):
-    """Lets a run be interrupted in a step, before anything of it is logged."""
+def watched(name, argv, bare=False):
+    """Makes a run of the tiny script; returns what `watch` saw of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.shrink(tiny.script(name), patch, bare)
+        return watch(patch, tiny.script(name), argv)
+
+
+def stopped(name, argv, stop):
+    """Makes a run of the tiny script that is interrupted in a step, before that is logged."""
     whole = run.Run.log_step
 
-    def step(self, number, *rest):
+    def log_step(self, number, *rest):
         if number == stop:
             raise KeyboardInterrupt
         whole(self, number, *rest)
 
-    patch.setattr(run.Run, "log_step", step)
-
-
-def stopped(name, argv, step):
-    """Makes a run of the tiny script that is interrupted in a step."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        stop_in(patch, step)
+        patch.setattr(run.Run, "log_step", log_step)
         tiny.run(name, argv)
 
 
-def make(script, argv, bare=False, stop=0):
+def make(name, argv, bare=False, stop=0):
     """Makes one run of a process group, recorded, or interrupted in step `stop`."""
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.shrink(script, patch, bare)
-        if stop:
-            stop_in(patch, stop)
-            with pytest.raises(KeyboardInterrupt):
-                tiny.train(script, argv)
-            return
-        found = watch(patch, script, argv)
-    left = f"{argv[argv.index('--out') + 1]}.rank{torch.distributed.get_rank()}"
-    torch.save({"wrapped": found.wrapped, "steps": [vars(step) for step in found.steps]}, left)
+    if stop:
+        stopped(name, argv, stop)
+        return
+    found = watched(name, argv, bare)
+    out = tiny.resolved(tiny.script(name), argv).out
+    steps = [vars(step) for step in found.steps]
+    torch.save(steps, f"{out}.rank{torch.distributed.get_rank()}")
 
 
 def left_by(out):
-    """Returns how the networks of a run were wrapped, and the steps of its two processes."""
+    """Returns the steps of a run's two processes."""
     saved = [torch.load(f"{out}.rank{rank}", weights_only=True) for rank in (0, 1)]
-    steps = [[SimpleNamespace(**step) for step in one["steps"]] for one in saved]
-    return [one["wrapped"] for one in saved], steps
+    return [[SimpleNamespace(**step) for step in steps] for steps in saved]
 
 
 if __name__ == "__main__":
     name, jobs = sys.argv[1:]
-    script = tiny.script(name)
-    in_one_group(script, [lambda job=job: make(script, **job) for job in json.loads(jobs)])
+    script, group = tiny.script(name), distributed.setup("cpu")
+    script.distributed.setup = lambda device: group  # one for all of them
+    script.distributed.teardown = lambda: None
+    for job in json.loads(jobs):
+        make(name, **job)
+    torch.distributed.destroy_process_group()

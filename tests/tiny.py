@@ -23,9 +23,9 @@ MORE = {  # flags that make a run of a few steps do all that a long one does
     "unimatch": "--threshold 0.13",
     "unimatch_v2": "--threshold 0.3",
 }
-# the network that is scored; else:
-SCORED = {"supervised": "student", "unimatch": "student", "cps_fpl": "branch1"}
-SCORED |= {name: "teacher" for name in SCRIPTS if name not in SCORED}
+# the network that is scored
+SCORED = dict.fromkeys(SCRIPTS, "teacher") | {"supervised": "student", "unimatch": "student"}
+SCORED["cps_fpl"] = "branch1"
 LINES = {  # what a line of the log has, in this order
     "supervised": "loss",
     "mean_teacher": "loss sup unsup conf",
@@ -44,6 +44,8 @@ STATE = {  # what a checkpoint holds beside the networks
     "u2pl_ael": "confidence present draws bank pushed",
     "esl": "prototypes bank pushed",
 }
+
+HEADS = "CPSHead UniMatchHead U2PLHead ESLHead DeepLabV3Plus".split()
 
 
 def script(name):
@@ -119,73 +121,45 @@ def tiny_modules(module, bare=False):
             p.data *= 3  # keeps the signal alive
         return net
 
+    kind = next(name for name in HEADS if hasattr(module, name))
+    features = kind in ("U2PLHead", "ESLHead")
+    has_aux = features or kind == "DeepLabV3Plus"
+    dropout = 0.1 if has_aux and not bare else 0.0
+
     class Head(nn.Module):
-        dropout = 0.0 if bare else 0.1
-        has_aux = True
+        width = 8
+        with_features = False  # esl.py asks for them by this, unimatch.py for its perturbed images
+        perturbed = 0
 
         def __init__(self, channels, num_classes, args):
             super().__init__()
-            self.classify = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, num_classes, 1))
-            aux = self.has_aux and args.aux_weight
-            self.aux = nn.Conv2d(8, num_classes, 1) if aux else None
-
-        def forward(self, stages, size):
-            out = {"logits": module.upsample(self.classify(stages[3]).float(), size)}
-            if self.aux is not None:
-                out["aux"] = module.upsample(self.aux(stages[2]).float(), size)
-            return out
-
-    class HeadOfCPS(Head):  # its tensors are others than those of the other heads
-        dropout = 0.0
-        has_aux = False
-
-        def __init__(self, channels, num_classes, args):
-            super().__init__(channels, num_classes, args)
-            self.register_buffer("other", torch.zeros(1))
-
-    class HeadWithFeatures(Head):
-        with_features = False
-
-        def __init__(self, channels, num_classes, args):
-            super().__init__(channels, num_classes, args)
-            self.represent = nn.Sequential(nn.Dropout2d(self.dropout), nn.Conv2d(8, 6, 1))
-
-        def forward(self, stages, size):
-            fused = stages[0] + module.upsample(stages[3], stages[0].shape[2:])
-            coarse = self.classify(fused).float()
-            out = {"logits": module.upsample(coarse, size), "coarse": coarse}
-            if self.aux is not None:
-                out["aux"] = module.upsample(self.aux(stages[2]).float(), size)
-            if self.training or self.with_features:
-                out["rep"] = self.represent(fused)
-            return out
-
-    class HeadWithParts(HeadWithFeatures):
-        width = 8
-
-        def forward(self, stages, size):
-            out = super().forward(stages, size)
-            return out | ({"encoder": stages[3]} if "rep" in out else {})
-
-    class HeadOfUniMatch(Head):
-        perturbed = 0
-        dropout = 0.0
-        has_aux = False
+            self.classify = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(8, num_classes, 1))
+            self.aux = nn.Conv2d(8, num_classes, 1) if has_aux and args.aux_weight else None
+            if features:
+                self.represent = nn.Sequential(nn.Dropout2d(dropout), nn.Conv2d(8, 6, 1))
+            if kind == "CPSHead":  # its tensors are others than those of the other heads
+                self.register_buffer("other", torch.zeros(1))
 
         def forward(self, stages, size):
             n, high = self.perturbed, stages[3]
+            if features:
+                high = stages[0] + module.upsample(high, stages[0].shape[2:])
             if n:
                 high = torch.cat([high, module.feature_perturbation(high[-n:])])
-            logits = module.upsample(self.classify(high).float(), size)
-            return {"logits": logits[:-n], "perturbed": logits[-n:]} if n else {"logits": logits}
+            coarse = self.classify(high).float()
+            logits = module.upsample(coarse, size)
+            if n:
+                return {"logits": logits[:-n], "perturbed": logits[-n:]}
+            out = {"logits": logits}
+            if self.aux is not None:
+                out["aux"] = module.upsample(self.aux(stages[2]).float(), size)
+            if features:
+                out["coarse"] = coarse
+                if self.training or self.with_features:
+                    out |= {"rep": self.represent(high), "encoder": stages[3]}
+            return out
 
-    parts = {"make_backbone": make_backbone, "DeepLabV3Plus": Head, "CPSHead": HeadOfCPS}
-    parts |= {
-        "UniMatchHead": HeadOfUniMatch,
-        "U2PLHead": HeadWithFeatures,
-        "ESLHead": HeadWithParts,
-    }
-    return {name: part for name, part in parts.items() if hasattr(module, name)}
+    return {"make_backbone": make_backbone, kind: Head}
 
 
 def shrink(module, monkeypatch, bare=False):
@@ -196,13 +170,10 @@ def shrink(module, monkeypatch, bare=False):
 
 def flags(tree, out, iters=8, log=2, evaluate=4, save=4, pictures=0, workers=0, batch=2):
     """Returns the flags of a small run on a drawn tree: two of eight images labelled at 1/4."""
-    numbers = dict(total_iters=iters, log_every=log, eval_every=evaluate, save_every=save)
-    numbers |= dict(pictures_every=pictures, workers=workers, batch_size=batch, crop_size=32)
-    numbers["precise_bn"] = 0
-    words = ["--data-root", str(tree), "--out", str(out), *"--dataset camvid --split 1/4".split()]
-    for name, value in numbers.items():
-        words += ["--" + name.replace("_", "-"), str(value)]
-    return words + ["--device", "cpu"]
+    words = f"""--dataset camvid --split 1/4 --crop-size 32 --precise-bn 0 --device cpu
+        --total-iters {iters} --log-every {log} --eval-every {evaluate} --save-every {save}
+        --pictures-every {pictures} --workers {workers} --batch-size {batch}"""
+    return ["--data-root", str(tree), "--out", str(out), *words.split()]
 
 
 def own_folder(root, out, classes, network="--backbone resnet18 --output-stride 16", **numbers):
@@ -244,28 +215,16 @@ def run(name, argv):
         train(module, argv)
 
 
-# ---- the parsers of flags ----
-
-
-def made_once(make):
-    """Returns make with a memory: tyro makes its parser of sixty flags anew for each parse.
-
-    That is a third of a run of the tiny network, and every test of a run parses twice.
-    """
-    known = {}
-
-    def recall(kind, *given, **more):
-        key = (kind, repr(given), repr(more))
-        if key not in known:
-            known[key] = make(kind, *given, **more)
-        return known[key]
-
-    return recall
-
-
 with contextlib.suppress(ImportError, AttributeError):  # another tyro: slower, nothing else
     from tyro._parsers import ParserSpecification as Specification
 
-    Specification.from_callable_or_type = staticmethod(
-        made_once(Specification.from_callable_or_type)
-    )
+    make, made = Specification.from_callable_or_type, {}
+
+    def recall(kind, *given, **more):
+        """Makes a parser of sixty flags once: else that is a third of a run of the tiny network."""
+        key = (kind, repr(given), repr(more))
+        if key not in made:
+            made[key] = make(kind, *given, **more)
+        return made[key]
+
+    Specification.from_callable_or_type = staticmethod(recall)

@@ -117,11 +117,10 @@ TABLES = [  # data set, flags, the name of a mask, {a value of it: its class or 
     ("voc", {}, "k.png", {v: v for v in range(21)} | {255: 255}),
     ("cityscapes", {}, "k_labelTrainIds.png", {v: v for v in range(19)} | {255: 255}),
     ("cityscapes", {}, "k_gtFine_labelIds.png", TRAIN_IDS),
+    ("folder", dict(num_classes=2), "k.png", {0: 0, 1: 1, 255: 255}),
+    ("folder", dict(num_classes=254), "k.png", {v: v for v in range(254)} | {255: 255}),
+    ("folder", dict(num_classes=3, ignore_index=3), "k.png", {0: 0, 1: 1, 2: 2, 3: 255}),
 ]
-for count, ignored in ((2, 255), (254, 255), (11, 11)):
-    flags_of_folder = dict(num_classes=count, ignore_index=ignored)
-    classes = {v: v for v in range(count)} | {ignored: 255}
-    TABLES.append(("folder", flags_of_folder, "k.png", classes))
 
 
 @pytest.mark.smoke

@@ -131,34 +131,26 @@ def test_a_list_that_cannot_be_fetched_is_refused_with_the_command_that_fetches_
         assert server.asked
 
 
-def test_splits_writes_a_family_and_both_parts(server, capsys, monkeypatch):
+def test_splits_finds_a_family_and_both_parts_by_their_sets(capsys, monkeypatch):
     splits = {
-        "parts": {"train": entry(KEYS, url=f"{HOST}/train"), "val": entry(VAL, url=f"{HOST}/val")},
-        "cps": {"1/4": entry(sorted(KEYS)[::4])},  # not fetched: every 4th image
+        "parts": {"train": entry(KEYS, url=HOST), "val": entry(VAL, url=HOST)},
+        "cps": {"1/4": entry(sorted(KEYS)[::4])},  # in no list: every 4th image
         "cac0": {"1/4": entry(KEYS[:3], url=HOST)},
         "cac1": {"1/4": entry(KEYS[1:3], url=HOST)},
     }
     for name in list(SPLITS):
         monkeypatch.delitem(SPLITS, name)
     monkeypatch.setitem(SPLITS, "voc_aug", splits)
-    lines = [f"/JPEGImages/{key}.jpg /m/{key}.png\r\n" for key in KEYS]
-    server.files = {f"{HOST}/train": "".join(lines).encode()}
-    server.files[f"{HOST}/val"] = "\n".join(VAL).encode()
-    command("splits --family cps --dataset voc_aug")
-    assert contents(LISTS).keys() == {"cps/1_4.txt", "parts/train.txt", "parts/val.txt"}
-    assert (LISTS / "cps/1_4.txt").read_text().split() == sorted(KEYS)[::4]
-    assert "all lists of cps are there" in capsys.readouterr().out
-    # lists are found by their sets, whatever they are called
-    shutil.rmtree("data")
     rows = [f"images/{k}.jpg\tmasks/{k}.png" for k in reversed(KEYS)]
-    listed("lists/deep/x.txt", "\ufeff" + rows[0], *rows[1:])
-    listed("lists/notes.txt", "notes")
-    listed("lists/cac.txt", *KEYS[1:3])
-    assert "2 lists" in refusal(command, "splits --family cac --from lists")
-    lost = capsys.readouterr().err
-    assert "cac0/1_4.txt" in lost and "val.txt" in lost
-    assert (LISTS / "parts/train.txt").read_text().split() == KEYS[::-1]
-    assert (LISTS / "cac1/1_4.txt").read_text().split() == KEYS[1:3]
+    for name, lines in (("deep/x", rows), ("a", VAL), ("b", ["notes"]), ("c", KEYS[1:3])):
+        listed(f"lists/{name}.txt", *lines)
+    command("splits --family cps --dataset voc_aug --from lists")
+    assert "all lists of cps are there" in capsys.readouterr().out
+    assert "1 lists" in refusal(command, "splits --family cac --from lists")
+    assert "cac0/1_4.txt" in capsys.readouterr().err
+    found = {name: text.decode().split() for name, text in contents(LISTS).items()}
+    parts = {"parts/train.txt": KEYS[::-1], "parts/val.txt": VAL}
+    assert found == parts | {"cps/1_4.txt": sorted(KEYS)[::4], "cac1/1_4.txt": KEYS[1:3]}
 
 
 def archive(path, files):

@@ -103,12 +103,6 @@ def test_a_list_leads_to_its_files_and_to_none_outside():
     assert "no image here; tried nothing: a link leads what its list names out of here" in line
 
 
-def differs(found, true):
-    """What the line says of keys that are not the published ones."""
-    (n, found), (m, true) = (entry(keys).values() for keys in (found, true))
-    return f"{n} images, set {found}, instead of {m}, set {true}"
-
-
 def test_a_split_is_its_published_list(monkeypatch):
     keys = KEYS["voc"]["train"]
     draw(TREE, "voc, CPS")
@@ -123,17 +117,20 @@ def test_a_split_is_its_published_list(monkeypatch):
     assert keys_of(given("1/2"))[:2] == [keys[1::2], keys[::2]]
     assert keys_of(given("1/4", "cps"))[:2] == [keys[:1], keys[1:]]
     listed(path, *keys[:2])
-    assert differs(keys[:2], keys[1::2]) in refusal(load, given("1/2"))
+    sets = [entry(some)["set"] for some in (keys[:2], keys[1::2], keys[:1] + keys[2:], keys)]
+    differ = "2 images, set {}, instead of 2, set {}; ".format(*sets[:2])
+    assert differ in refusal(load, given("1/2"))
     # a list of one's own must be the set that its split names in its family
     one = listed("l.txt", *keys[1::2])
     for split in ("1/2", "list", ""):
         assert keys_of(given(split, labeled_list=one))[:2] == [keys[1::2], keys[::2]]
-    for split, what in (("1/4", entry(keys[:2])["set"]), ("1/20", "not 1;")):
+    for split, what in (("1/4", sets[0]), ("1/20", "not 1;")):
         line = refusal(load, given(split, labeled_list=one))
         assert f"l.txt with --split {split}: 2 images" in line and what in line
     for file in [*TREE.rglob(f"*{keys[1]}*")]:
         file.unlink()
-    assert differs([keys[0], *keys[2:]], keys) in refusal(load, given("all"))
+    differ = "3 images, set {}, instead of 4, set {}; ".format(*sets[2:])
+    assert differ in refusal(load, given("all"))
     # a seed, though it is zero, draws from what is there
     assert len(load(given("1/3", split_seed=0)).labeled) == 1
 

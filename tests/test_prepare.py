@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import tarfile
@@ -271,16 +272,15 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys, mo
 
 def test_what_is_there_stays_archives_and_other_files(voc, server):
     server.files.clear()  # archives that are there are not fetched
-    shutil.copytree("from", "one")
+    root = shutil.copytree("from", "one")
     command("voc --root one")
-    root = Path("one")
-    listed(root / "JPEGImages/mine.jpg", "mine")
-    other = Path(listed(root / f"SegmentationClass/{TRAIN[0]}.png", "mine too"))
-    (root / "ImageSets/Segmentation/train_aug.txt").unlink()
+    listed("one/JPEGImages/mine.jpg", "mine")
+    other = listed(f"one/SegmentationClass/{TRAIN[0]}.png", "mine too")
+    os.remove("one/ImageSets/Segmentation/train_aug.txt")
     before = contents(root)
     assert refusal(command, "voc --root one").startswith(f"{other}: another file than")
     assert contents(root) == before
-    other.unlink()
+    os.remove(other)
     command("voc --root one")
     assert len(contents(root)) == len(before) + 1
 
@@ -346,10 +346,10 @@ def test_cityscapes_says_what_is_missing_and_is_unpacked_from_its_zips(capsys, m
     command("cityscapes")
     assert "train: 4 of 4 images; masks: 4 labelIds\n" in capsys.readouterr().out
     assert contents(root) == whole and not list(root.glob(".*"))
-    for name in ("jena*_labelIds.png", "lindau*_leftImg8bit.png"):
+    for name in ("jena*_labelIds.png", "lindau*_leftImg8bit.png", "frankfurt*_leftImg8bit.png"):
         os.remove(next(root.rglob(name)))
     line = refusal(command, "cityscapes")
-    assert "train: 1 images without a mask, jena_000078_000019 first; val: 1 of 2 images" in line
+    assert "train: 1 images without a mask, jena_000078_000019 first; val: 0 of 2 images" in line
 
 
 def test_coco_masks_hold_the_smaller_instance_on_top_and_crowds_below():
@@ -392,10 +392,9 @@ def test_a_drawn_list_is_that_of_the_same_split_and_seed(capsys):
     command(f"make-split {CAM} --share 1/2 --seed 5 --out lists/5.txt")
     keys = keys_of(flags(root, labeled_list="lists/5.txt"))[0]
     assert keys == sources.choose(NAMES, "1/2", 5)[0] and len(keys) == 3
-    first, second = capsys.readouterr().out.splitlines()[:2]
-    assert first == f"lists/5.txt: 3 of 5 images, set {entry(keys)['set']}"
-    words = f"next: python cps_fpl.py {CAM} --labeled-list lists/5.txt"
-    assert second == f"{words}    # or another script"
+    said = capsys.readouterr().out
+    assert said.startswith(f"lists/5.txt: 3 of 5 images, set {entry(keys)['set']}\n")
+    assert f"next: python cps_fpl.py {CAM} --labeled-list lists/5.txt  " in said
     for words in ("", "--labels 2 --share 1/2", "--share half", "--labels 6"):
         assert "--labels" in refusal(command, f"make-split {CAM} --out l.txt {words}")
     assert not Path("l.txt").exists()
@@ -428,7 +427,6 @@ NEXT = [  # flags of check, what its next command has beside them
     ("--dataset camvid --data-root 'my tree'", "--split all"),
     ("--dataset folder --num-classes 4 --ignore-index 9 --split 1/2 --split-seed 3", ""),
     ("--dataset voc --labeled-list l.txt --unlabeled-list u.txt", ""),
-    ("--dataset voc_aug --split 1/2", "--split-family cps"),
     ("--dataset cityscapes --split 1/2 --split-family u2pl --crop-size 33", ""),
     ("--dataset coco --split 1/32", "--split-family unimatch"),
     ("--dataset coco --split 1/2 --split-seed 3", ""),
@@ -470,9 +468,8 @@ def test_a_number_out_of_range_and_a_flag_that_does_nothing_are_refused(line, wo
 def test_check_of_generated_pictures_tells_their_counts(capsys, monkeypatch):
     monkeypatch.setattr(shapes, "COUNTS", dict.fromkeys(shapes.COUNTS, 8))
     command("check --dataset shapes --split 1/4")
-    parts = ("labeled: 2", "unlabeled: 6", "val: 8", "test: 8")
-    out = capsys.readouterr().out
-    assert [f"{part} images, set" in out for part in parts] == [True] * 4
+    counts = re.findall("^(.*) images, set", capsys.readouterr().out, re.M)
+    assert counts == ["labeled: 2", "unlabeled: 6", "val: 8", "test: 8"]
 
 
 def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(capsys):

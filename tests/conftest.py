@@ -5,4 +5,13 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import pytest  # noqa: E402
+
 import tiny  # noqa: E402, F401  # parsers of flags are made once from here on
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The current folder is an empty one, where fetched lists would be kept; none is fetched."""
+    monkeypatch.setattr("urllib.request.build_opener", None)
+    monkeypatch.chdir(tmp_path)

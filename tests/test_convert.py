@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import shlex
 import shutil
 from pathlib import Path
 
@@ -11,52 +10,33 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import convert
-import prepare_data
 from common.run import report
 from common.sources import load
 from convert import read_table
 from formats import GREY, IDS, RGB, TURNED, packed, png, saved
 from processes import snapshot
-from trees import folder, listed, own, picture, refusal
+from trees import command, folder, listed, own, picture, refusal
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test has a current folder of its own."""
-    monkeypatch.chdir(tmp_path)
-
-
-def command(line):
-    """Runs a command as its line has it."""
-    prepare_data.main(shlex.split(line))
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def ids(path):
     return np.asarray(Image.open(path))
 
 
-def test_what_nothing_reads_and_what_two_sets_share_is_named(capsys):
+def test_what_nothing_reads_is_named(capsys):
     images = folder(Path("own"), ["a", "deep/b", "c"]) / "images"
-    for path in (*images.glob("val/*"), *images.glob("test/*")):  # pictures of their own
-        Image.effect_noise((8, 6), 9).convert("RGB").save(path, exif=TURNED)
-    check = "check --dataset folder --num-classes 4 --data-root own"
+    for path in (*images.glob("val/*"), *images.glob("test/*")):
+        Image.open(path).save(path, exif=TURNED)
     strays = [images / "train/x.heic", Path("own/masks/train/a.PNG"), Path("own/masks/val/v.png")]
     for path in strays:
         os.symlink("nowhere", path)
-    command(check)
+    command(check := "check --dataset folder --num-classes 4 --data-root own")
     told = capsys.readouterr()
     lines = [line for line in told.err.splitlines() if line.startswith("note")]
     for path, line in zip(strays, lines, strict=True):
         assert str(path.parent) in line and line.endswith(f": 1, {path.name} first")
     assert "warning: 3 images have an EXIF orientation" in told.out
-    (images / "val/v0.png").write_bytes((images / "train/c.png").read_bytes())
-    assert "1 bad files" in refusal(command, check)
-    assert f"of val, the same as {images}/train/c.png of train" in capsys.readouterr().err
-    for path in Path("own/masks/train").rglob("*.png"):
-        Image.new("L", (8, 6), 255).save(path)
-    refusal(command, check)
-    assert "no pixel of any class in the masks of labeled" in capsys.readouterr().err
     for path in images.glob("val/*"):
         path.rename(path.with_suffix(".heic"))
     assert "no photograph by its suffix: " in refusal(command, check)
@@ -105,20 +85,13 @@ def test_values_and_colours_become_ids_with_a_table(data, expected):
     assert "#070707 at row 0, column 0 has no row" in refusal(command, line)
 
 
-def test_a_conversion_that_was_cut_off_goes_on_with_the_ids_of_the_first_call(monkeypatch):
+def test_a_conversion_that_was_cut_off_goes_on_with_the_ids_of_the_first_call():
     for i, name in enumerate("abcd"):
         picture(Path(f"from/{name}.png"), "L", 60 * i)
-    line = "convert --from from --out 'my own'"
-    real = convert.write
-
-    def full(path, data):
-        if path.name == "c.png":
-            raise OSError("no space")
-        real(path, data)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(convert, "write", full)
-        assert "no space" in refusal(command, line)
+    line, full = "convert --from from --out 'my own'", Path("my own/masks/train/c.png")
+    full.mkdir(parents=True)  # it cannot be written
+    assert "directory" in refusal(command, line)
+    full.rmdir()
     os.remove("from/a.png")  # without it the ids of a table made anew would be others
     command(line)
     for i, name in enumerate("abcd"):
@@ -128,7 +101,7 @@ def test_a_conversion_that_was_cut_off_goes_on_with_the_ids_of_the_first_call(mo
 def test_a_conversion_in_place_is_refused():
     """Half of it would be read as masks to convert."""
     folder(Path("own"))
-    listed(Path("own/masks/train/x/a.json"))
+    listed("own/masks/train/x/a.json")
     os.symlink("own", "link")
     before = snapshot(Path("own"))
     for source in ("own", "own/masks", "own/masks/train", "link/masks/train", "own/masks/train/x"):
@@ -158,7 +131,7 @@ def coco():
     bare = dict(category_id=3, area=9, segmentation=[])
     shapes = [shape | dict(image_id=7, id=i, iscrowd=1) for i, shape in enumerate((pen, big, bare))]
     names = [{"id": 5, "name": "pen"}, {"id": 3, "name": "big"}]
-    images = [dict(id=7, file_name="x/a.jpg", **SIZE), dict(id=8, file_name="b.jpg", **SIZE)]
+    images = [dict(id=7, file_name="x\\a.jpg", **SIZE), dict(id=8, file_name="b.jpg", **SIZE)]
     return json.dumps(dict(categories=names, annotations=shapes, images=images))
 
 
@@ -195,7 +168,7 @@ EXPORTS = {"c.json": coco(), "l.json": labelme(), "s.json": label_studio(), "x.x
 def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(name, capsys):
     folder(Path("own"), ["a", "b"])
     shutil.rmtree("own/masks/train")
-    listed(Path(name), EXPORTS[name])
+    listed(name, EXPORTS[name])
     line = f"convert --from {name} --out own"
     command(line)
     assert os.listdir("own/masks/train") == ["a.png"]
@@ -203,39 +176,39 @@ def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(name, capsy
     assert load(own("own", num_classes=0)).classes == ["background", "big", "pen"]
     lost = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lost: 1 ")]
     assert len(lost) == 2 - (name == "l.json")  # what has no area; the image without a shape
-    listed(Path("own/classes.csv"), "id,name,r,g,b", "0,big,0,0,0", "1,x,0,0,0")
+    listed("own/classes.csv", "id,name,r,g,b", "0,big,0,0,0", "1,x,0,0,0")
     assert "no row named 'pen'" in refusal(command, line)
-    listed(Path(name), EXPORTS[name][: len(EXPORTS[name]) // 2])
+    listed(name, EXPORTS[name][: len(EXPORTS[name]) // 2])
     assert "not" in refusal(command, line)
 
 
 def many(count):
-    """COCO's JSON of so many categories, each with an object in a.jpg."""
-    names = [dict(id=i, name=f"c{i}") for i in range(count)]
-    one = dict(image_id=7, area=1, segmentation=[sum(SQUARE, [])])
-    rows = [one | dict(id=i, category_id=i) for i in range(count)]
-    images = [dict(id=7, file_name="x\\a.jpg", **SIZE)]
-    return json.dumps(dict(categories=names, annotations=rows, images=images))
+    """CVAT's XML of one image with a shape of each of so many classes."""
+    image, end = (
+        '<annotations><image name="x\\a.jpg" width="12" height="8">',
+        "</image></annotations>",
+    )
+    shapes = [f'<polygon label="c{i}" points="1,1;5,1;5,4;1,4"/>' for i in range(count)]
+    return "\n".join([image, *shapes, end])
 
 
 def test_as_many_classes_as_ids_are_converted():
-    listed(Path("c.json"), many(253))
-    command("convert --from c.json --out own")
+    command(f"convert --from {listed('x.xml', many(253))} --out own")
     known = {row.name: row.id for row in read_table("own/classes.csv")}
     assert len(known) == 254 and max(known.values()) == 253
     assert np.unique(ids("own/masks/train/x/a.png")).tolist() == [0, known["c252"]]
 
 
-C, T, MASKS = "c.json", "--classes t.txt", "from"
+C, X, T, MASKS = "c.json", "x.xml", "--classes t.txt", "from"
 MISTAKES = [  # what is converted, its content, more flags, words of the refusal
-    (C, many(254), "", "255 classes, and ids run from 0 to 253"),
-    (C, many(2), T, "t.txt: 255 classes, and ids run from 0"),
+    (X, many(254), "", "255 classes, and ids run from 0 to 253"),
+    (X, many(2), T, "t.txt: 255 classes, and ids run from 0"),
     (C, coco().replace('"counts"', '"runs"'), "", "a: not as its tool has it (KeyError('counts'))"),
     (C, coco().replace('"pen"', "null"), "", "c.json: not as its tool writes it (Attr"),
-    ("x.xml", CVAT.replace('label="big" ', ""), "", "x.xml: not as its tool writes it (Attr"),
+    (X, CVAT.replace('label="big" ', ""), "", "x.xml: not as its tool writes it (Attr"),
     (C, coco(), "--strip _mask", "--strip is for a folder of masks alone"),
     (C, coco(), "--part test", "own/images/test: 2 images that are not among the photographs; 1"),
-    (C, many(0), "", "1 images without a shape, which stay unlabelled without --empty"),
+    (X, many(0), "", "1 images without a shape, which stay unlabelled without --empty"),
     (MASKS, None, "--empty", "--empty for an export"),
     (MASKS, None, "--strip k", "no mask for any photograph of own/images/train: see --part"),
     (MASKS, coco(), "", "info.json: not as its tool writes it (KeyError('imageWidth')); a folder"),
@@ -246,11 +219,11 @@ MISTAKES = [  # what is converted, its content, more flags, words of the refusal
 def test_what_cannot_be_converted_is_one_line_and_no_mask(name, text, more, words):
     folder(Path("own"), ["a", "b"])
     before = snapshot(Path("own/masks"))
-    listed(Path("t.txt"), *(f"{i} 0 0 c{i}" for i in range(255)))
+    listed("t.txt", *(f"{i} 0 0 c{i}" for i in range(255)))
     if name == MASKS:
         picture(Path("from/mask.png"), "L", 1)
-        listed(Path("from/notes.txt"))
+        listed("from/notes.txt")
     if text:
-        listed(Path("from/info.json" if name == MASKS else name), text)
+        listed("from/info.json" if name == MASKS else name, text)
     assert words in refusal(command, f"convert --from {name} --out own {more}")
     assert before == snapshot(Path("own/masks"))

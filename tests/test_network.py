@@ -81,7 +81,7 @@ def as_openmmlab(state):
 LOADED = [  # what is done to a state dict with its classifier, backbone, stem
     (lambda s: {k: v for k, v in s.items() if "num_batches" not in k}, "resnet18", "classic"),
     (lambda state: {"state_dict": state, "meta": {"epoch": 100}}, "resnet50", "classic"),
-    (dict, "resnet18", "deep"),
+    (lambda s: {"model": {f"module.{k}": v for k, v in s.items()}}, "resnet18", "deep"),
     (as_openmmlab, "resnet18", "v1c"),
 ]
 

@@ -2,20 +2,22 @@
 
 import hashlib
 import random
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+import prepare_data
 from common import Refusal
 from common.data import SPLITS
+from common.sources import load
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"0001TP_{number:06d}" for number in range(6690, 6840, 30)]  # CamVid's way of naming
 VOC = ["2007_000032", "2008_000008", "2009_003377", "2011_000068"]
-CITY = ["aachen_000000_000019", "bad-honnef_000000_080169", "jena_000078_000019"]
-CITY.append("ulm_000001_000019")
+CITY = "aachen_000000_000019 bad-honnef_000000_080169 jena_000078_000019 ulm_000001_000019".split()
 COCO = [f"{number:012}" for number in (9, 177254, 283213, 581929)]
 KEYS = {
     "voc": {"train": VOC, "val": ["2007_000033", "2011_003276"]},
@@ -80,8 +82,10 @@ def own(root, **changes):
     return flags(root, **dict(dataset="folder", num_classes=4) | changes)
 
 
-def keys_of(items):
-    return [item.key for item in items]
+def keys_of(args):
+    """Returns the keys of the images that flags lead to: labelled, unlabelled, of val."""
+    data = load(args)
+    return [[item.key for item in items] for items in (data.labeled, data.unlabeled, data.val)]
 
 
 def refusal(function, *arguments):
@@ -95,6 +99,7 @@ def refusal(function, *arguments):
 
 def listed(path, *lines):
     """Writes a list; returns its path as a flag has it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines))
     return str(path)
@@ -158,8 +163,8 @@ def draw(root, layout):
             picture(root / path, "P" if "SegmentationClass/" in path else "L", value)
             files[path] = n + 6 * i
     sets = root / image.split("JPEGImages")[0] / "ImageSets/Segmentation"
-    for part, file in zip(KEYS[name], lists, strict=False):
-        listed(sets / f"{file}.txt", *KEYS[name][part])
+    for keys, file in zip(KEYS[name].values(), lists, strict=False):
+        listed(sets / f"{file}.txt", *keys)
     if lists:
         listed(sets / "train.txt", KEYS["voc"]["train"][1])  # VOC's own: not the 10,582
     return files
@@ -169,12 +174,16 @@ def publish(monkeypatch, dataset, family, split, keys):
     """Makes keys a published set, and its list lie where fetched lists are kept; returns where."""
     new = entry(keys, url="https://example.org/list.txt")
     monkeypatch.setitem(SPLITS[dataset].setdefault(family, {}), split, new)
-    path = Path(f"data/splits/{dataset}/{family}/{split.replace('/', '_')}.txt")
-    listed(path, *reversed(keys))
-    return path
+    name = split.replace("/", "_")
+    return listed(f"data/splits/{dataset}/{family}/{name}.txt", *reversed(keys))
 
 
 def publish_parts(monkeypatch, dataset):
     """Makes the drawn images of a data set the published ones."""
     for part, keys in KEYS[dataset.removesuffix("_aug")].items():
         publish(monkeypatch, dataset, "parts", part, keys)
+
+
+def command(line, *more):
+    """Runs a command of prepare_data.py as its line has it."""
+    prepare_data.main([*shlex.split(line), *map(str, more)])

@@ -92,10 +92,9 @@ def literal_sample(data, items, stream, seed, number, crop=24, scales=(0.5, 2.0)
     order, warp = (zlib.crc32(name.encode()) for name in (stream.split(".")[0], stream))
     lap, place = divmod(number, len(items))
     index = np.random.default_rng([seed, order, 0, lap]).permutation(len(items))[place]
-    image, label = data.read(items[index], True)
     rng = np.random.default_rng([seed, warp, 1, number])
-    names, arrays = ("image", "label", "inside"), augment(image, label, rng, crop, scales)
-    return {name: torch.from_numpy(a) for name, a in zip(names, arrays, strict=True)}
+    arrays = augment(*data.read(items[index], True), rng, crop, scales)
+    return dict(zip(("image", "label", "inside"), map(torch.from_numpy, arrays), strict=True))
 
 
 @pytest.mark.smoke
@@ -284,10 +283,10 @@ PALETTE = np.array([[10, 20, 30], [200, 0, 0], [0, 90, 250]], np.uint8)
 
 
 def test_a_map_is_coloured_by_its_kind():
-    image, (first, second, third), white = photograph(5, 4), PALETTE.tolist(), [255] * 3
+    image, white = photograph(5, 4), [255] * 3
     assert np.array_equal(colour(image, PALETTE), image.permute(1, 2, 0))
     found = colour(np.array([[0, 1, 2], [255, 3, -1]]), PALETTE)  # everything outside is white
-    assert found.tolist() == [[first, second, third], [white] * 3]
+    assert found.tolist() == [PALETTE.tolist(), [white] * 3]
     assert colour(np.array([[True, False]]), PALETTE).tolist() == [[white, [0] * 3]]
     grey = colour(torch.tensor([[0.0, 0.5, 1.0, 1.7, -0.2]]), PALETTE)  # probabilities
     assert grey.tolist() == [[[x] * 3 for x in (0, 127, 255, 255, 0)]]

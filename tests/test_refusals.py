@@ -176,7 +176,8 @@ CASES = [
     *(Case(f"resume {other}", module_of(name), f"--out {other} --resume",
            f"{other}/last.pt {other}.py {name}.py")
       for name, other in zip(SCRIPTS, [*SCRIPTS[1:], "mean_teacher"], strict=True)),
-    Case("score mean_teacher", S, "--eval-only --checkpoint mean_teacher/last.pt", "supervised.py"),
+    Case("score mean_teacher", S, "--eval-only --checkpoint mean_teacher/last.pt",
+         "by_mean_teacher.py,_not_by_supervised.py"),
     Case("absent checkpoint", S, "--eval-only --checkpoint no.pt", "no.pt no_such_checkpoint"),
     *(Case(f"{use} other classes", S, use, f"{LAST} class_0_is_building_there_and_sky_here",
            changed(lambda content: content["classes"][0].__setitem__(1, "building")))

@@ -10,12 +10,11 @@ from tiny import ROOT, SCRIPTS, resolved
 from tiny import script as module_of
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXTS = {name: ((ROOT / f"{name}.py").read_text(), ROOT / f"docs/{name}.md") for name in SCRIPTS}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_page_has_a_row_for_every_tag_of_its_script(name):
-    script, page = TEXTS[name][0], TEXTS[name][1].read_text()
+    script, page = (ROOT / f"{name}.py").read_text(), (ROOT / f"docs/{name}.md").read_text()
     tags = sorted(set(re.findall(r"\[D(\d+)\]", script)))
     assert tags == sorted(re.findall(r"^\| D(\d+) \|", page, re.M)) and set("123456") <= set(tags)
 
@@ -23,7 +22,7 @@ def test_a_page_has_a_row_for_every_tag_of_its_script(name):
 def commands():
     """Yields (place, words) of every printed command line."""
     texts = [(page.name, page.read_text(), r"    .*\b\w+\.py\b") for page in PAGES]
-    texts += [(n, text.split('"""')[1], r" +(python|torchrun) ") for n, (text, _) in TEXTS.items()]
+    texts += [(name, module_of(name).__doc__, r" +(python|torchrun) ") for name in SCRIPTS]
     for place, text, pattern in texts:
         for line in text.replace("\\\n", " ").splitlines():
             if re.match(pattern, line):
@@ -61,9 +60,7 @@ def test_links_and_named_tests_lead_somewhere():
 def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
     for page in table.PAGES:
         assert table.inserted(page) == (ROOT / page).read_text(), "python results/table.py --write"
-    logs = sorted((ROOT / "results").glob("*/*.jsonl"))
-    assert logs
-    for path in logs:
+    for path in sorted((ROOT / "results").glob("*/*.jsonl")):
         start, train_lines, evals, done = table.read(path)
         assert train_lines[-1]["step"] == done["step"] == start["args"]["total_iters"], path
         assert len(start["sha256"]) == 64 and evals and done["last"]["miou"] > 0, path

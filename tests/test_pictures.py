@@ -40,13 +40,9 @@ def literal(image, label, crop, scales, seed):
     Bilinear by torch without antialiasing; the label's pixel below the centre of each new pixel.
     """
     rng, (w, h) = np.random.default_rng(seed), image.size
-    if len(scales) != 2:
-        scale = rng.choice(scales)
-    elif scales[0] < 1 < scales[1]:  # either half of the range is equally likely
-        below = rng.random() < 0.5
-        scale = rng.uniform(scales[0], 1) if below else rng.uniform(1, scales[1])
-    else:
-        scale = rng.uniform(*scales)
+    if len(scales) == 2 and scales[0] < 1 < scales[1]:  # its halves are equally likely
+        scales = (scales[0], 1) if rng.random() < 0.5 else (1, scales[1])
+    scale = rng.uniform(*scales) if len(scales) == 2 else rng.choice(scales)
     nw, nh = max(int(w * scale), 1), max(int(h * scale), 1)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].double()
     pixels = F.interpolate(pixels, (nh, nw), mode="bilinear", antialias=False)[0].numpy()
@@ -56,25 +52,22 @@ def literal(image, label, crop, scales, seed):
         pixels, classes = pixels[:, :, ::-1], classes[:, ::-1]
     x = (nw - crop) // 2 if nw < crop else int(rng.integers(nw - crop + 1))
     y = (nh - crop) // 2 if nh < crop else int(rng.integers(nh - crop + 1))
-    mean = np.array(MEAN)[:, None, None]
-    pixels = np.pad(pixels - mean, ((0, 0), (crop, crop), (crop, crop))) + mean
+    pixels = [np.pad(band, crop, constant_values=m) for band, m in zip(pixels, MEAN, strict=True)]
     classes = np.pad(classes, crop, constant_values=255)
     inside = np.pad(np.ones((nh, nw), bool), crop)
     rows, columns = (slice(crop + start, 2 * crop + start) for start in (y, x))
-    return pixels[:, rows, columns], classes[rows, columns], inside[rows, columns]
+    return np.stack(pixels)[:, rows, columns], classes[rows, columns], inside[rows, columns]
 
 
 # width, height, crop; of odd sizes no pixel's centre lies between two others
 SIZES = [(37, 37, 37), (61, 41, 23), (23, 45, 70), (13, 39, 29), (1, 1, 5), (41, 27, 90)]
-for w, h, crop in np.random.default_rng(0).integers(0, 24, (20, 3)).tolist():
-    SIZES.append((2 * w + 1, 2 * h + 1, 2 * crop + 1))
+SIZES += (2 * np.random.default_rng(0).integers(0, 24, (20, 3)) + 1).tolist()
 SCALES = [(0.5, 2.0), (0.75, 1.5), (1.0, 2.0), (0.5, 1.0), (0.5, 1.0, 1.5, 2.0), (1.25,), (0.6,)]
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("scales", SCALES)
 def test_image_label_and_inside_are_one_literal_warp(scales):
-    """The image also where there is no label."""
     rng = np.random.default_rng(3)
     for (width, height, crop), seed in itertools.product(SIZES, range(3)):
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
@@ -86,9 +79,9 @@ def test_image_label_and_inside_are_one_literal_warp(scales):
         lost = soft - pixels
         assert lost.min() >= -1e-6 and lost.max() <= 1 + 1e-6  # PIL cuts off the fraction
         assert not lost[:, ~inside].any()
-        alone = augment(image, None, np.random.default_rng(seed), crop, scales)
-        assert np.array_equal(alone[0], pixels) and alone[1] is None
-        assert np.array_equal(alone[2], inside)
+        alone, nothing, within = augment(image, None, np.random.default_rng(seed), crop, scales)
+        assert nothing is None
+        assert np.array_equal(alone, pixels) and np.array_equal(within, inside)
 
 
 def literal_sample(data, items, stream, seed, number, crop=24, scales=(0.5, 2.0)):
@@ -99,19 +92,18 @@ def literal_sample(data, items, stream, seed, number, crop=24, scales=(0.5, 2.0)
     order, warp = (zlib.crc32(name.encode()) for name in (stream.split(".")[0], stream))
     lap, place = divmod(number, len(items))
     index = np.random.default_rng([seed, order, 0, lap]).permutation(len(items))[place]
-    image, label = data.read(items[index], True)
     rng = np.random.default_rng([seed, warp, 1, number])
-    names, arrays = ("image", "label", "inside"), augment(image, label, rng, crop, scales)
-    return {name: torch.from_numpy(a) for name, a in zip(names, arrays, strict=True)}
+    arrays = augment(*data.read(items[index], True), rng, crop, scales)
+    return dict(zip(("image", "label", "inside"), map(torch.from_numpy, arrays), strict=True))
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("stream", ["labeled", "unlabeled.2", "unlabeled.3.4"])
+@pytest.mark.parametrize("stream", ["labeled", "unlabeled.3.4"])
 def test_a_sample_is_the_literal_one_in_whatever_order(stream):
     data = ten_shapes()
-    for seed, items in ((0, data.labeled), (3, data.labeled), (3, data.labeled[3:4])):
+    for seed, items in ((3, data.labeled), (0, data.labeled[3:4])):
         samples = Samples(stream, Stream(items, 8, True, (0.5, 2.0)), data, flags(seed=seed))
-        for n in (102, 34, 29, 13, 10, 9, 7, 0):
+        for n in (102, 13, 10, 9, 0):
             assert same(samples[n], literal_sample(data, items, stream, seed, n))
 
 
@@ -182,10 +174,6 @@ def windowed(image, side):
     return sums[:, above : above + h, before : before + w], windows
 
 
-def slide(side, protocol="slide"):
-    return SimpleNamespace(protocol=protocol, crop_size=side, workers=0, precise_bn=0)
-
-
 WINDOWS = [  # height, width, side of a window, windows
     *((9, 9, 9, 1), (10, 10, 9, 4), (9, 10, 9, 2)),  # a window; one pixel more
     *((15, 21, 9, 6), (16, 20, 9, 9), (14, 22, 9, 8)),  # 6 apart: divides, does not
@@ -212,27 +200,27 @@ def test_the_logits_are_the_sums_of_a_loop_over_windows():
 @pytest.mark.parametrize("rank, world", [(0, 1), (1, 2)])
 def test_every_labelled_pixel_is_scored_once_and_padding_never(monkeypatch, protocol, rank, world):
     sizes = [(5, 4), (1, 1), (14, 22), (4, 14), (9, 9), (3, 3), (6, 5), (8, 8), (5, 9)]
-    rng, mine = np.random.default_rng(0), range(rank, 9, world)
-    photographs = [photograph(h, w, seed=i) for i, (h, w) in enumerate(sizes)]
+    photographs = [photograph(h, w, seed=h) for h, w in sizes]
+    rng = np.random.default_rng(0)
     labels = [rng.choice(np.array([0, 1, 2, 255], np.uint8), size) for size in sizes]
-    pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in photographs]
-    read = lambda i, with_label: (pictures[i], Image.fromarray(labels[i]))  # noqa: E731
+
+    def read(i, with_label):
+        return Image.fromarray(photographs[i].permute(1, 2, 0).numpy()), Image.fromarray(labels[i])
+
     data = SimpleNamespace(num_classes=CLASSES, read=read, require_pixels=lambda *_: None)
     expected = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
-    for i in mine:
-        sums = windowed(photographs[i], 9)[0] if protocol == "slide" else score(photographs[i])
-        counted = labels[i] < CLASSES
-        np.add.at(expected.numpy(), (labels[i][counted], sums.argmax(0)[counted]), 1)
+    for image, label in list(zip(photographs, labels, strict=True))[rank::world]:
+        sums = windowed(image, 9)[0] if protocol == "slide" else score(image)
+        counted = label < CLASSES
+        np.add.at(expected.numpy(), (label[counted], sums.argmax(0)[counted]), 1)
     monkeypatch.setattr(supervised.distributed, "reduced", lambda x: 5 * x)  # of all processes
-    net = Placed()
-    for training in (True, False):  # the mode is given back
-        net.train(training)
-        group = Group(rank, world, CPU)
-        result, maps = supervised.evaluate(net, data, range(9), slide(9, protocol), group)
-        assert net.training is training and net.modes == {(False, False)}
-        assert net.upsampled == (protocol == "slide")  # whole: done a few classes at a time
-        assert result == scores(5 * expected)
-    shown = list(mine)[:: max(len(mine) // 4, 1)][:4]
+    net, group = Placed(), Group(rank, world, CPU)
+    args = SimpleNamespace(protocol=protocol, crop_size=9, workers=0, precise_bn=0)
+    result, maps = supervised.evaluate(net, data, range(9), args, group)
+    assert net.training and net.modes == {(False, False)}  # the mode is given back
+    assert net.upsampled == (protocol == "slide")  # whole: done a few classes at a time
+    assert result == scores(5 * expected)
+    shown = (0, 2, 4, 6) if world == 1 else (1, 3, 5, 7)
     for i, image, label, prediction in zip(shown, *maps.values(), strict=True):
         assert torch.equal(image, photographs[i]) and np.array_equal(label, labels[i])
         assert prediction.shape == label.shape  # panels show the images as they are
@@ -253,18 +241,16 @@ def test_statistics_of_fixed_batches_for_an_evaluation_alone():
     stream = open_stream("labeled", data, args, Group(0, 1, CPU), 0)
     values = [batch["image"].double().transpose(0, 1).flatten(1) for batch in stream]
     mean, var = (sum(getattr(x, name)(1) for x in values) / 3 for name in ("mean", "var"))
-    for count, training in ((3, True), (3, False), (0, True)):
+    args = replace(args, precise_bn=3, total_iters=99)
+    for training in (True, False):
         norm = torch.nn.BatchNorm2d(3)
         norm.running_mean += 5
         net = torch.nn.Sequential(torch.nn.Dropout(0.5), norm).train(training)
         net.register_forward_pre_hook(lambda module, inputs: inputs[0].float())
-        args = replace(args, precise_bn=count, total_iters=99)
         with supervised.evaluating(net, data, args, Group(1, 2, CPU)):
             assert not any(part.training for part in net.modules())
-            found = norm.running_mean.double(), norm.running_var.double()
-        if count:
-            assert torch.allclose(found[0], mean, rtol=1e-5)
-            assert torch.allclose(found[1], var, rtol=1e-5)
+            assert torch.allclose(norm.running_mean.double(), mean, rtol=1e-5)
+            assert torch.allclose(norm.running_var.double(), var, rtol=1e-5)
         assert {part.training for part in net.modules()} == {training}
         assert norm.running_mean.tolist() == [5] * 3 and norm.running_var.tolist() == [1] * 3
         assert norm.momentum == 0.1 and norm.num_batches_tracked == 0
@@ -285,36 +271,33 @@ TABLES = [  # IoU of each class, None without any pixel; accuracy; mIoU of the b
 @pytest.mark.parametrize("table, iou, accuracy, constant", TABLES)
 def test_scores_worked_out_by_hand(table, iou, accuracy, constant):
     present = [x for x in iou if x is not None]
-    mean = sum(present) / max(len(present), 1)
     result = scores(torch.tensor(table))
     assert result.pop("iou") == [None if x is None else round(x, 6) for x in iou]
     assert result.pop("confusion") == table
-    expected = dict(miou=mean, accuracy=accuracy, constant=constant)
+    mean = sum(present) / max(len(present), 1)
     # a few float64 operations; what is missing to 1 may be 1e-12
-    assert result == pytest.approx(expected, abs=1e-15)
+    assert [*result.values()] == pytest.approx([mean, accuracy, constant], abs=1e-15)
 
 
 PALETTE = np.array([[10, 20, 30], [200, 0, 0], [0, 90, 250]], np.uint8)
 
 
 def test_a_map_is_coloured_by_its_kind():
-    image, (first, second, third), white = photograph(5, 4), PALETTE.tolist(), [255] * 3
+    image, white = photograph(5, 4), [255] * 3
     assert np.array_equal(colour(image, PALETTE), image.permute(1, 2, 0))
     found = colour(np.array([[0, 1, 2], [255, 3, -1]]), PALETTE)  # everything outside is white
-    assert found.tolist() == [[first, second, third], [white] * 3]
+    assert found.tolist() == [PALETTE.tolist(), [white] * 3]
     assert colour(np.array([[True, False]]), PALETTE).tolist() == [[white, [0] * 3]]
     grey = colour(torch.tensor([[0.0, 0.5, 1.0, 1.7, -0.2]]), PALETTE)  # probabilities
     assert grey.tolist() == [[[x] * 3 for x in (0, 127, 255, 255, 0)]]
 
 
 @pytest.mark.smoke
-def test_panels_reopen_with_every_map_in_its_place(tmp_path):
+def test_panels_have_every_map_in_its_place():
     label = torch.arange(40 * 60).view(40, 60) % 3
     maps = {"image": photograph(40, 60), "label": label, "inside": label > 0}
     rows = [maps, {"image": maps["image"][:, :, :20]}]  # then a narrower picture, and fewer of them
-    path = tmp_path / "a.png"
-    panels(rows, PALETTE, height=80).save(path)
-    pixels = np.array(Image.open(path))
+    pixels = np.array(panels(rows, PALETTE, height=80))
     assert pixels.shape == (2 * (80 + 16), 3 * (120 + 4), 3)  # 60 x 40 at height 80: 120 wide
     # a title of 16 pixels above each map, a gap of 4 behind it; enlarged without mixed colours
     for i, one in enumerate(maps.values()):

@@ -25,6 +25,7 @@ from benchmarks.steps import take
 from common import Refusal
 from common.distributed import Group
 from processes import digest, snapshot
+from recorder import assert_close
 
 UNLABELED = (1, 2, 3, 5, 6, 7)  # of train0 to train7, at 1/4
 NETWORKS = {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
@@ -412,15 +413,6 @@ def pairs(tmp_path_factory):
         return folder
 
     return of
-
-
-def assert_close(mine, theirs, rel):
-    """Every tensor equals its namesake up to rel of its largest number."""
-    mine, theirs = flat(mine), flat(theirs)
-    assert mine.keys() == theirs.keys()
-    for name, x in mine.items():
-        scale = theirs[name].double().abs().max().item()
-        assert (x.double() - theirs[name].double()).abs().max().item() <= rel * scale, name
 
 
 @pytest.mark.parametrize("name, row", SHARED_OUT)

@@ -19,6 +19,7 @@ import mean_teacher
 import supervised
 import u2pl
 import u2pl_ael
+import unimatch
 from common import fused
 from oracles import ael as ael_oracle
 from oracles import esl as esl_oracle
@@ -26,6 +27,7 @@ from oracles import fpl as fpl_oracle
 from oracles import mean_teacher as mt_oracle
 from oracles import supervised as supervised_oracle
 from oracles import u2pl as u2pl_oracle
+from oracles import unimatch as unimatch_oracle
 
 KINDS = ["random", "diffuse", "one-hot", "flat", "tied"]  # of teachers
 MASKS = ["some", "all", "padded", "nothing"]
@@ -164,6 +166,20 @@ def consistency_loss(pooled, **changes):
     return Row(name, product, expected)
 
 
+def weak_to_strong(**changes):
+    """A row of UniMatch: what a weak image teaches its strong view, over 17 pixels."""
+    args = fpl_oracle.printed(**changes)
+
+    def consistency(z, t, inside):
+        return unimatch.consistency(z, unimatch.lesson(t, inside, args), 17.0, args)
+
+    def oracle(*maps):
+        return unimatch_oracle.consistency(*maps, 17.0, args)
+
+    row = loss(consistency, oracle, "z t inside", double=True)
+    return row._replace(name=" ".join(["consistency", *(f"{k}={v}" for k, v in changes.items())]))
+
+
 def equalized(pooled, divide_by, gamma=2.0):
     """A row of AEL's Eq. (12) with U2PL's labels; those that a seed draws are kept."""
     args = SimpleNamespace(divide_by=divide_by, gamma=gamma)
@@ -295,6 +311,8 @@ ROWS = [
     cross_loss(fused="on"),
     consistency_loss(2),
     consistency_loss(4, **RELEASED, threshold=0.5),
+    weak_to_strong(),
+    weak_to_strong(unsup_loss="ce", threshold=0.3),
     equalized(2, "reliable"),
     loss(esl.soft_cross_entropy, esl_oracle.soft_cross_entropy, "z target inside", double=True),
     contrast("contrastive", 0.5),
@@ -318,6 +336,9 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     *(part_contrast(share) for share in (0.0, 0.5, 1.0)),
     *(consistency_loss(p, **c) for p in (1, 2) for c in (dict(balance=True), RELEASED)),
     consistency_loss(2, fused="on"),
+    weak_to_strong(fused="on"),
+    weak_to_strong(T=0.6037, k_max=3, strict=False, weight="linear"),
+    weak_to_strong(unsup_loss="ce", threshold=0.6),
     *(cross_loss(T=SEVERAL, **c) for c in ({}, RELEASED)),
     *(consistency_loss(2, T=SEVERAL, **c) for c in ({}, RELEASED)),
     *(consistency_loss(p, unsup_loss="ce", gamma=g) for p, g in ((2, 0.5), (4, 0.0))),

@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import tiny
+from benchmarks.runs import flat
 from common import distributed, run
 from processes import digest
 
@@ -36,6 +37,21 @@ def listen(networks, heard):
             heard(entry | {"image": copied(inputs[0])} | copied(out))
 
         net.register_forward_hook(saw)
+
+
+def assert_close(mine, theirs, rel):
+    """All leaves are equal, floats up to rel of the largest of their tensor; None: any tensor."""
+    mine, theirs = flat(mine), flat(theirs)
+    assert mine.keys() == theirs.keys()
+    for name, x in mine.items():
+        other = theirs[name]
+        if not torch.is_tensor(other):
+            assert other is None or x == other, name
+            continue
+        assert (x.dtype, x.shape) == (other.dtype, other.shape), name
+        scale = other.double().abs().max().item()
+        distance = (x.double() - other.double()).abs().max().item()
+        assert distance <= (rel * scale if x.is_floating_point() else 0), name
 
 
 def watch(patch, script, argv):

@@ -18,9 +18,11 @@ import mean_teacher
 import supervised
 import u2pl
 import u2pl_ael
+import unimatch
 from oracles import ael as ael_oracle
 from oracles import fpl as fpl_oracle
 from oracles import supervised as supervised_oracle
+from oracles import unimatch as unimatch_oracle
 
 KINDS = ["random", "diffuse", "one-hot", "flat", "tied"]  # of teachers
 MASKS = ["some", "all", "padded", "nothing"]
@@ -137,6 +139,20 @@ def consistency_loss(pooled, **changes):
     return Row(named("consistency_loss", pooled, **changes), product, expected)
 
 
+def weak_to_strong(**changes):
+    """A row of UniMatch: what a weak image teaches its strong view, over 17 pixels."""
+    args = fpl_oracle.printed(**changes)
+
+    def product(case):
+        lesson = unimatch.lesson(case.t, case.inside, args)
+        return unimatch.consistency(case.z, lesson, 17.0, args), {}
+
+    def expected(case):
+        return *unimatch_oracle.consistency(case.z, case.t, case.inside, 17.0, args), {}
+
+    return Row(named("consistency", **changes), product, expected)
+
+
 def soft_label(kind, eta=0.0, top_k=0):
     """A row of ESL's Eq. (3) to (6): cross-entropy with the labels of a teacher."""
     flags = SimpleNamespace(label=kind, eta=eta, top_k=top_k)
@@ -169,6 +185,8 @@ ROWS = [
     cross_loss(fused="on"),
     consistency_loss(2),
     consistency_loss(4, **RELEASED, threshold=0.5),
+    weak_to_strong(),
+    weak_to_strong(unsup_loss="ce", threshold=0.3),
     soft_label("soft"),
 ]
 VARIANTS = [  # flags that reach a loss: every value of each, compared at a few classes
@@ -184,6 +202,9 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     consistency_loss(2, fused="on"),
     consistency_loss(4, unsup_loss="ce", gamma=0.0),
     consistency_loss(2, weight="convex", k_max=2, strict=False, threshold=0.6, gamma=1.0),
+    weak_to_strong(fused="on"),
+    weak_to_strong(T=0.6037, k_max=3, strict=False, weight="linear"),
+    weak_to_strong(unsup_loss="ce", threshold=0.6),
     soft_label("hard"),
     *(soft_label("dynamic", eta) for eta in (0.5, 0.8, 0.999)),
     *(soft_label("topk", top_k=k) for k in (1, 3, 90)),

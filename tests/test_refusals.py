@@ -20,7 +20,7 @@ import torch
 
 import prepare_data
 import trees
-from common import checkpoints, run
+from common import checkpoints, distributed, run
 from tiny import SCRIPTS, draw_tree, flags, shrink, train
 from tiny import script as module_of
 
@@ -108,6 +108,13 @@ def busy(patch):
     environ(**process, MASTER_PORT=str(taken.getsockname()[1]))(patch)
 
 
+def eight(patch):
+    """This is the first of eight processes."""
+    patch.setattr(distributed, "setup", lambda _: distributed.Group(0, 8, torch.device("cpu")))
+    for script in (M, AEL, U2PL, ESL, UNI, V2):
+        patch.setattr(script, "parallel", lambda net, *_: net)
+
+
 MASK, IMAGE = "data/trainannot/train0.png", "data/train/train0.jpg"
 RESUME, LAST, LOG = "--out run --resume", "run/last.pt", "run/log.jsonl"
 SCORE, INIT = f"--eval-only --checkpoint {LAST}", f"--init {LAST}"
@@ -120,14 +127,16 @@ CASES = [
     Case("one value of two", U2PL, "--ranks 3", "--ranks 2_values"),
     Case("range upside down", S, "--scales 2.0 0.5", "--scales_(2.0,_0.5) rising"),
     Case("no code of ESL", ESL, "--recipe official", "no_code_of_ESL leave_--recipe_out"),
-    *(Case(f"{script.__name__} dry run of 8: {words}", script, f"--dry-run --batch-size 8 {words}",
-           line, environ(WORLD_SIZE="8"))
+    *(Case(f"8 processes{how}: {words}", script, f"--batch-size 8{how} {words}", line, arrange)
+      for how, arrange in ((" --dry-run", environ(WORLD_SIZE="8")), ("", eight))
       for script, words, line in (
           *((script, f"{words} --batch-size-unlabeled 8", "CutMix even_--batch-size-unlabeled")
             for script, words in ((M, "--cutmix"), (U2PL, ""), (ESL, ""), (UNI, ""), (V2, ""))),
-          (S, "--batch-size 4", "4_labelled_images 8_processes"),
-          (CPS, "--batch-size-unlabeled 4", "4_unlabelled_images 8_processes"),
           (AEL, "--batch-size-unlabeled 8 --pooled 2", "--pooled_2: 1_labelled"))),
+    *(Case(f"dry run of 8: {words}", script, f"--dry-run {words}", line, environ(WORLD_SIZE="8"))
+      for script, words, line in (
+          (S, "--batch-size 4", "4_labelled_images 8_processes"),
+          (CPS, "--batch-size 8 --batch-size-unlabeled 4", "4_unlabelled_images 8_processes"))),
     Case("all classes of a label", ESL, "--label topk --top-k 11", "--top-k_11: below_11"),
     Case("nothing to paste", AEL, f"--paste-not {' '.join(map(str, range(11)))}",
          "--paste-not 0_to_10 --paste-draws_0"),
@@ -149,6 +158,8 @@ CASES = [
           (CPS, "--weights none --weights-2 none --evaluate mean", "--weights,_--weights-2:"))),
     Case("mask a loader reads", S, "--workers 1", f"{MASK} 17 row_0 column_0",
          lambda patch: trees.picture(Path(MASK), "L", 17, (48, 36))),
+    Case("partner", AEL, "--seed 1", "data/train/train not_readable_as_an_image",  # in no batch yet
+         lambda patch: [os.truncate(f"data/train/train{i}.jpg", 200) for i in (5, 6)]),
     Case("list of all images", M, "--labeled-list list.txt", "no_unlabeled --labeled-list",
          put("list.txt", b"".join(b"train%d\n" % i for i in range(8)))),
     Case("run folder that is there", S, "--out own", "own_exists --resume --out"),

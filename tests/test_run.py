@@ -20,6 +20,7 @@ from benchmarks.runs import bits, differences, flat, log
 from benchmarks.steps import take
 from common.distributed import Group
 from processes import digest, snapshot
+from recorder import assert_close
 
 UNLABELED = (1, 2, 3, 5, 6, 7)  # of train0 to train7, at 1/4
 NETWORKS = {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
@@ -349,15 +350,6 @@ def pairs(tmp_path_factory):
         return folder, alone
 
     return of
-
-
-def assert_close(mine, theirs, rel):
-    """Every tensor equals its namesake up to rel of its largest number."""
-    mine, theirs = flat(mine), flat(theirs)
-    assert mine.keys() == theirs.keys()
-    for name, x in theirs.items():
-        near = rel * x.double().abs().max().item()
-        torch.testing.assert_close(mine[name], x, rtol=0, atol=near, msg=name)
 
 
 @pytest.mark.parametrize("name, row", SHARED_OUT)

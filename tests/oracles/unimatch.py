@@ -15,7 +15,7 @@ def pixel_loss(z, t, flags):
 
 
 def consistency(students, teachers, inside, pixels, flags):
-    """The sum over pixels inside, confident or not, over `pixels`; its gradient in one list."""
+    """The sum over pixels inside, confident or not, over `pixels`; its gradient pixel by pixel."""
     value, slopes = mean_over(students, teachers, inside, lambda z, t: pixel_loss(z, t, flags))
     share = sum(map(sum, inside)) / pixels
-    return share * value, [[scaled(slope, share) for slope in slopes]]
+    return share * value, [scaled(slope, share) for slope in slopes]

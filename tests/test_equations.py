@@ -5,6 +5,7 @@ contrasts: test_borders.py. A function that stands in several scripts is one tex
 """
 
 import itertools
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -93,14 +94,11 @@ def named(function, *words, **changes):
 
 def loss(function, oracle, names, *rest):
     """A row of a function that returns a loss alone; names: what it takes of a case."""
-
-    def given(case):
-        return [*(getattr(case, name) for name in names.split()), *rest]
-
+    take = attrgetter(*names.split())
     return Row(
         named(function.__name__, *rest),
-        lambda case: (function(*given(case)), {}),
-        lambda case: (*oracle(*given(case)), {}),
+        lambda case: (function(*take(case), *rest), {}),
+        lambda case: (*oracle(*take(case), *rest), {}),
         double=False,
     )
 
@@ -113,36 +111,32 @@ def cross_loss(progress=0.0, **changes):
         students, teachers = ([x[::2], x[1::2]] for x in (case.z, case.t))
         return cps_fpl.cross_loss(students, teachers, case.inside[::2], progress, args)
 
-    def expected(case):
-        maps = case.z, case.t, case.inside
-        return fpl_oracle.cross_loss(*maps, progress, case.width, args)
-
-    # cross-entropy is computed in float32, and so is the balance
-    double = args.unsup_loss != "ce" and not args.balance
-    return Row(named("cross_loss", progress, **changes), product, expected, double)
+    return Row(
+        named("cross_loss", progress, **changes),
+        product,
+        lambda case: fpl_oracle.cross_loss(case.z, case.t, case.inside, progress, case.width, args),
+        # cross-entropy is computed in float32, and so is the balance
+        double=args.unsup_loss != "ce" and not args.balance,
+    )
 
 
 def consistency_loss(pooled, **changes):
     """A row of AEL's Eq. (12) with the labels of a teacher."""
     args = fpl_oracle.printed(**changes)
-
-    def product(case):
-        maps = case.z, case.t, case.inside, case.rate
-        return ael_fpl.consistency_loss(*maps, pooled, args)
-
-    def expected(case):
-        maps = case.z, case.t, case.inside, case.rate, case.u
-        return ael_oracle.consistency(*maps, pooled, case.width, args)
-
-    return Row(named("consistency_loss", pooled, **changes), product, expected)
+    take = attrgetter(*"z t inside rate".split())
+    return Row(
+        named("consistency_loss", pooled, **changes),
+        lambda case: ael_fpl.consistency_loss(*take(case), pooled, args),
+        lambda case: ael_oracle.consistency(*take(case), case.u, pooled, case.width, args),
+    )
 
 
 def soft_label(kind, eta=0.0, top_k=0):
     """A row of ESL's Eq. (3) to (6): cross-entropy with the labels of a teacher."""
-    flags = SimpleNamespace(label=kind, eta=eta, top_k=top_k)
+    args = SimpleNamespace(label=kind, eta=eta, top_k=top_k)
 
     def product(case):
-        target = esl.soft_label(case.prob.detach(), flags)
+        target = esl.soft_label(case.prob.detach(), args)
         return esl.soft_cross_entropy(case.z, target, case.inside), {}
 
     def expected(case):

@@ -71,16 +71,6 @@ def test_what_has_no_pixel_is_0(name, extra, tree, tmp_path, monkeypatch):
     assert name == "esl" or not finite(out)["state"].get("pushed", torch.zeros(1)).any()
 
 
-@pytest.mark.parametrize("name", ["supervised", "ael_fpl"])
-def test_images_of_one_pixel_are_learned_from(name, tree, tmp_path, monkeypatch):
-    script, words = tiny.script(name), "--scales 0.03 0.04".split()
-    if name == "ael_fpl":
-        words += "--paste-scales 0.03 0.04".split()
-    tiny.shrink(script, monkeypatch)
-    tiny.train(script, tiny.flags(tree, tmp_path / "run", iters=2, save=2) + words)
-    assert finite(tmp_path / "run")["step"] == 2
-
-
 def disturb(patch, name, fault, at, value):
     """Puts a fault into a step: output, gradient, bank, teacher or its logits."""
     live = SimpleNamespace(step=1)

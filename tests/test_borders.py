@@ -105,17 +105,14 @@ def test_statistics_are_of_every_fourth_pixel_of_both_networks():
     rows = torch.tensor([[sure, *3 * [between], last] for last in (unsure, sure)]).log()
     networks = [row.T[None, :, None] for row in rows]
     args = fpl_oracle.printed(T=0.9)
-    weights = [fpl_oracle.weight(sure, 1, "concave"), fpl_oracle.weight(unsure, 2, "concave")]
-    for which, K, truth, right, covered in (
-        ([4], 1.5, 0, 0.5, 1),  # the unsure pixel's second class
-        ([4], 1.5, 2, 0, 0),
-        ([0, 4], 1.25, 0, 0.75, 1),
-        ([1], 0, 2, 0, 0),
+    weights = fpl_oracle.weight(sure, 1, "concave"), fpl_oracle.weight(unsure, 2, "concave")
+    for label, K, weight, right, covered in (
+        ([0, 2, 2, 255, 0], 1.25, 0.75 * weights[0] + 0.25 * weights[1], 0.75, 1),
+        ([255, 2, 2, 255, 2], 1.5, 0.5 * sum(weights), 0, 0),
+        ([255, 2, 2, 255, 255], 0, 0, 0, 0),
     ):
-        label = torch.full((1, 1, 5), 255)
-        label[..., which] = truth
+        label = torch.tensor([[label]])
         found = cps_fpl.teacher_statistics(networks, label != 255, 0.0, args)
-        weight = (2 - K) * weights[0] + (K - 1) * weights[1] if K else 0
         assert found == pytest.approx(dict(K=K, K_gt_1=max(K - 1, 0), weight=weight))
         found = cps_fpl.label_statistics(networks, label, 0.0, args)
         assert found == dict(pseudo_acc=right, coverage=covered)

@@ -91,15 +91,11 @@ class Row(NamedTuple):
     double: bool = True
 
 
-def named(function, *words, **changes):
-    return " ".join([function, *map(str, words), *(f"{k}={v}" for k, v in changes.items())])
-
-
 def loss(function, oracle, names, *rest):
     """A row of a function that returns a loss alone; names: what it takes of a case."""
     take = attrgetter(*names.split())
     return Row(
-        named(function.__name__, *rest),
+        f"{function.__name__} {rest}",
         lambda case: (function(*take(case), *rest), {}),
         lambda case: (*oracle(*take(case), *rest), {}),
         double=False,
@@ -115,7 +111,7 @@ def cross_loss(progress=0.0, **changes):
         return cps_fpl.cross_loss(students, teachers, case.inside[::2], progress, args)
 
     return Row(
-        named("cross_loss", progress, **changes),
+        f"cross_loss {progress} {changes}",
         product,
         lambda case: fpl_oracle.cross_loss(case.z, case.t, case.inside, progress, case.width, args),
         # cross-entropy is computed in float32, and so is the balance
@@ -128,7 +124,7 @@ def consistency_loss(pooled, **changes):
     args = fpl_oracle.printed(**changes)
     take = attrgetter(*"z t inside rate".split())
     return Row(
-        named("consistency_loss", pooled, **changes),
+        f"consistency_loss {pooled} {changes}",
         lambda case: ael_fpl.consistency_loss(*take(case), pooled, args),
         lambda case: ael_oracle.consistency(*take(case), case.u, pooled, case.width, args),
     )
@@ -147,7 +143,7 @@ def soft_label(kind, eta=0.0, top_k=0):
         targets = [[label(p, kind, eta, top_k) for p in image] for image in case.prob]
         return *supervised_oracle.soft_cross_entropy(case.z, targets, case.inside), {}
 
-    return Row(named("soft_label", kind, eta, top_k), product, expected)
+    return Row(f"soft_label {kind} {eta} {top_k}", product, expected)
 
 
 RELEASED = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True)
@@ -231,7 +227,7 @@ def compare(row, case, near=None):
 def test_value_and_gradient(row, classes):
     """Eq. by Eq.; ties go to the lowest class, void and outside do not count, nothing is 0."""
     for seed, kind in enumerate(KINDS):
-        if kind != "flat" or "balance=True" not in row.name:  # a factor of what is 0 by rounding
+        if kind != "flat" or "'balance': True" not in row.name:  # a factor of what is 0 by rounding
             compare(row, draw_case(classes, kind, MASKS[seed % 3], seed))
     compare(row, draw_case(classes, "diffuse", "nothing", 8))
     compare(row, draw_case(classes, "random", "some", 9, torch.float32))

@@ -17,6 +17,13 @@ import u2pl
 from common import fused
 from oracles.fpl import printed
 
+RULES = [
+    dict(k_max=3),
+    dict(k_strategy="n", weight="linear", strict=False, mean_over="positives_and_next"),
+    dict(k_strategy="fixed2", weight="convex"),
+    dict(k_strategy="step", weight="none"),
+]
+
 
 def assert_same(z, t, args):
     """The pseudo label is equal, loss and gradient up to rounding, also by a second backward."""
@@ -48,29 +55,22 @@ def test_fused_says_which_is_taken():
             assert fused.pick(definition, SimpleNamespace(fused=choice), device) is expected
 
 
-@pytest.fixture
-def kernel(monkeypatch):
-    """Lets the kernel for GPUs compute the twin."""
-    module = pytest.importorskip("common.fpl_triton")
-    monkeypatch.setattr(fused, "kernels", lambda *logits: module)
+@pytest.fixture(params=["cpu", "gpu"])
+def kernel(request, monkeypatch):
+    """Lets the code for CPUs compute the twin, or the kernel for GPUs."""
+    if request.param == "gpu":
+        module = pytest.importorskip("common.fpl_triton")
+        monkeypatch.setattr(fused, "kernels", lambda *logits: module)
 
 
 @pytest.mark.parametrize("C, dtype", [(2, torch.bfloat16), (11, torch.float32)])
-def test_the_kernel_for_gpus(C, dtype, kernel):
+def test_the_same_loss_gradient_and_pseudo_label(C, dtype, kernel):
     """Each weight and rule for K, of teachers that are confident, diffuse, of ties and flat."""
     torch.manual_seed(C)
     t = torch.randn(4, C, 11, 2) * torch.tensor([8, 1, 1, 0])[:, None, None, None]
     t[2].round_()
     z = 3 * torch.randn(t.shape)
-    for layout, rule in itertools.product(
-        (torch.contiguous_format, torch.channels_last),
-        (
-            dict(k_strategy="n", weight="linear", strict=False, mean_over="positives_and_next"),
-            dict(k_strategy="fixed2", weight="convex"),
-            dict(k_strategy="step", weight="none"),
-            dict(k_max=3),
-        ),
-    ):
+    for layout, rule in itertools.product((torch.contiguous_format, torch.channels_last), RULES):
         logits = [x.to(dtype).contiguous(memory_format=layout) for x in (z, t)]
         assert_same(*logits, printed(**rule))
 
@@ -88,10 +88,7 @@ def test_the_same_classes_are_positive_where_a_sum_is_T(dtype):
         assert_same(flat, flat, printed(T=T, weight="none"))
 
 
-@pytest.mark.parametrize("by", ["cpu", "gpu"])
-def test_what_is_not_finite_is_seen(by, request):
-    if by == "gpu":
-        request.getfixturevalue("kernel")
+def test_what_is_not_finite_is_seen(kernel):
     clean = torch.zeros(2, 5, 2, 2)
     spoilt = clean.clone()
     spoilt[1, 1, 0, 0] = torch.nan

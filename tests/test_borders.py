@@ -122,7 +122,7 @@ def test_a_k_that_is_given_takes_the_place_of_alg_1():
     """With several T: what one T has chosen is learned as with that T."""
     z, t = normal(2, 2, 2, 5, 6, 6, spread=2.0)
     inside = normal(2, 6, 6) > -1
-    one, several = (fpl_oracle.printed(T=T, gamma=0.0) for T in (0.6, (0.4, 0.8)))
+    one, several = (fpl_oracle.printed(T=T, gamma=0.0) for T in (0.95, (0.4, 0.8)))
     K = [cps_fpl.k_maps(logits, inside, 0.0, one) for logits in t]
     for function, *maps in ((cps_fpl.cross_loss, z, t), (cps_fpl.teacher_statistics, t)):
         given = *map(list, maps), inside, 0.0

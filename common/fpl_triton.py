@@ -2,8 +2,8 @@
 
 A pixel needs no sort. Class i is positive exactly if fewer than K classes come before it, larger
 ones and equal ones of lower number; and the probabilities up to it sum to what V is at its rank.
-Up to rounding what the definitions in cps_fpl.py and ael_fpl.py compute (tests/test_fused.py, in
-Triton's interpreter). Not measured on a GPU: benchmarks/gpu.py does.
+Up to rounding what the definitions in cps_fpl.py and ael_fpl.py compute (tests/test_equations.py,
+in Triton's interpreter). Not measured on a GPU: benchmarks/gpu.py does.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 --fused off takes a script's own function, the definition, instead of the function of the same name
 here. A twin takes the same arguments and returns the same up to rounding (tests/test_equations.py,
-tests/test_fused.py), in tensors of fixed shapes, and never waits for a GPU.
+tests/test_borders.py), in tensors of fixed shapes, and never waits for a GPU.
 
 U2PL and ESL draw the same pixels and rows from the same numbers u, without a loop over classes but
 that of Eq. (10) of ESL. P pixels, features (P, D); masks (C, P) bool; u: numbers in [0, 1),

@@ -2,9 +2,11 @@
 
 A new script is covered by its oracles and its rows. Numbers worked out by hand, what draws, and
 contrasts: test_borders.py. A function that stands in several scripts is one text, tested once.
+Twins in common/fused.py are rows too; the end is what oracles cannot say of FPL's.
 """
 
 import itertools
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ import supervised
 import u2pl
 import u2pl_ael
 import unimatch
+from common import fused
 from oracles import ael as ael_oracle
 from oracles import fpl as fpl_oracle
 from oracles import supervised as supervised_oracle
@@ -62,6 +65,8 @@ def draw_case(classes, kind="random", mask="some", seed=0, dtype=torch.float64):
     rate = torch.randint(1, 1024, (classes,), generator=rng).to(dtype) / 1024
     rate[seed % classes] = 1.0
     rate[(seed + 1) % classes] = 0.0 if classes > 2 else 0.5
+    if seed % 2:
+        z, t = (x.contiguous(memory_format=torch.channels_last) for x in (z, t))
     return Case(z.to(dtype), t.to(dtype), t.to(dtype).softmax(1), inside, label, rate)
 
 
@@ -89,20 +94,13 @@ class Row(NamedTuple):
     double: bool = True
 
 
-def named(function, *words, **changes):
-    return " ".join([function, *map(str, words), *(f"{k}={v}" for k, v in changes.items())])
-
-
 def loss(function, oracle, names, *rest):
     """A row of a function that returns a loss alone; names: what it takes of a case."""
-
-    def given(case):
-        return [*(getattr(case, name) for name in names.split()), *rest]
-
+    take = attrgetter(*names.split())
     return Row(
-        named(function.__name__, *rest),
-        lambda case: (function(*given(case)), {}),
-        lambda case: (*oracle(*given(case)), {}),
+        f"{function.__name__} {rest}",
+        lambda case: (function(*take(case), *rest), {}),
+        lambda case: (*oracle(*take(case), *rest), {}),
         double=False,
     )
 
@@ -115,28 +113,24 @@ def cross_loss(progress=0.0, **changes):
         students, teachers = ([x[::2], x[1::2]] for x in (case.z, case.t))
         return cps_fpl.cross_loss(students, teachers, case.inside[::2], progress, args)
 
-    def expected(case):
-        maps = case.z, case.t, case.inside
-        return fpl_oracle.cross_loss(*maps, progress, case.width, args)
-
-    # cross-entropy is computed in float32, and so is the balance
-    double = args.unsup_loss != "ce" and not args.balance
-    return Row(named("cross_loss", progress, **changes), product, expected, double)
+    return Row(
+        f"cross_loss {progress} {changes}",
+        product,
+        lambda case: fpl_oracle.cross_loss(case.z, case.t, case.inside, progress, case.width, args),
+        # cross-entropy is computed in float32, and so is the balance
+        double=args.unsup_loss != "ce" and not args.balance,
+    )
 
 
 def consistency_loss(pooled, **changes):
     """A row of AEL's Eq. (12) with the labels of a teacher."""
     args = fpl_oracle.printed(**changes)
-
-    def product(case):
-        maps = case.z, case.t, case.inside, case.rate
-        return ael_fpl.consistency_loss(*maps, pooled, args)
-
-    def expected(case):
-        maps = case.z, case.t, case.inside, case.rate, case.u
-        return ael_oracle.consistency(*maps, pooled, case.width, args)
-
-    return Row(named("consistency_loss", pooled, **changes), product, expected)
+    take = attrgetter(*"z t inside rate".split())
+    return Row(
+        f"consistency_loss {pooled} {changes}",
+        lambda case: ael_fpl.consistency_loss(*take(case), pooled, args),
+        lambda case: ael_oracle.consistency(*take(case), case.u, pooled, case.width, args),
+    )
 
 
 def weak_to_strong(**changes):
@@ -150,15 +144,15 @@ def weak_to_strong(**changes):
     def expected(case):
         return *unimatch_oracle.consistency(case.z, case.t, case.inside, 17.0, args), {}
 
-    return Row(named("consistency", **changes), product, expected)
+    return Row(f"consistency {changes}", product, expected)
 
 
 def soft_label(kind, eta=0.0, top_k=0):
     """A row of ESL's Eq. (3) to (6): cross-entropy with the labels of a teacher."""
-    flags = SimpleNamespace(label=kind, eta=eta, top_k=top_k)
+    args = SimpleNamespace(label=kind, eta=eta, top_k=top_k)
 
     def product(case):
-        target = esl.soft_label(case.prob.detach(), flags)
+        target = esl.soft_label(case.prob.detach(), args)
         return esl.soft_cross_entropy(case.z, target, case.inside), {}
 
     def expected(case):
@@ -166,7 +160,7 @@ def soft_label(kind, eta=0.0, top_k=0):
         targets = [[label(p, kind, eta, top_k) for p in image] for image in case.prob]
         return *supervised_oracle.soft_cross_entropy(case.z, targets, case.inside), {}
 
-    return Row(named("soft_label", kind, eta, top_k), product, expected)
+    return Row(f"soft_label {kind} {eta} {top_k}", product, expected)
 
 
 RELEASED = dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True)
@@ -195,9 +189,10 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     cross_loss(k_strategy="fixed2", balance=True),  # of 2 classes none is negative: exactly 0
     *(cross_loss(0.5, T=0.8537, k_strategy=name, k_max=k) for name in STRATEGIES for k in (0, 2)),
     *(cross_loss(p, k_strategy="step") for p in (0.33, 1 / 3, 0.66, 2 / 3, 0.999)),
-    *(cross_loss(T=T, strict=s) for T in (0.5037, 0.9537) for s in (True, False)),
+    *(cross_loss(T=0.5037, strict=s, fused=f) for s in (True, False) for f in ("on", "off")),
     *(cross_loss(0.5, T=0.8537, k_strategy=name, k_max=3, fused="on") for name in STRATEGIES),
-    *(cross_loss(weight=kind, mean_over=over) for kind in WEIGHTS for over in OVER),
+    *(cross_loss(weight=w, mean_over=over, fused="on") for w in WEIGHTS for over in OVER),
+    *(cross_loss(weight=w, mean_over=over) for w in WEIGHTS for over in OVER),
     *(consistency_loss(p, **c) for p in (1, 2) for c in (dict(balance=True), RELEASED)),
     consistency_loss(2, fused="on"),
     consistency_loss(4, unsup_loss="ce", gamma=0.0),
@@ -209,6 +204,14 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     *(soft_label("dynamic", eta) for eta in (0.5, 0.8, 0.999)),
     *(soft_label("topk", top_k=k) for k in (1, 3, 90)),
 ]
+
+
+@pytest.fixture(autouse=True)
+def few_pixels_at_a_time(monkeypatch):
+    """The twin of FPL's loss takes an image in parts, of which the last one is smaller."""
+    monkeypatch.setattr(fused, "CHUNK", 16)
+
+
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 
 
@@ -246,7 +249,7 @@ def compare(row, case, near=None):
 def test_value_and_gradient(row, classes):
     """Eq. by Eq.; ties go to the lowest class, void and outside do not count, nothing is 0."""
     for seed, kind in enumerate(KINDS):
-        if kind != "flat" or "balance=True" not in row.name:  # a factor of what is 0 by rounding
+        if kind != "flat" or "'balance': True" not in row.name:  # a factor of what is 0 by rounding
             compare(row, draw_case(classes, kind, MASKS[seed % 3], seed))
     compare(row, draw_case(classes, "diffuse", "nothing", 8))
     compare(row, draw_case(classes, "random", "some", 9, torch.float32))
@@ -290,20 +293,103 @@ def test_any_type_counts_in_float32(row):
 
 
 @pytest.mark.parametrize("divide_by", ["reliable", "all"])
-def test_eq_12_with_labels_of_a_sure_teacher_is_consistency_loss(divide_by):
+@pytest.mark.parametrize("pooled", [1, 2])
+def test_eq_12_with_labels_of_a_sure_teacher_is_consistency_loss(divide_by, pooled):
     """U2PL's labels in AEL: a void one keeps its weight, or counts as what is not inside."""
     args = fpl_oracle.printed(unsup_loss="ce", threshold=0.4, gamma=1.5, divide_by=divide_by)
-    for pooled, dtype in itertools.product((1, 2, 4), (torch.float64, torch.bfloat16)):
-        case = draw_case(5, mask="padded", dtype=dtype)
-        z = case.z.requires_grad_()
-        prob = u2pl.upcast(case.t).softmax(1)
-        conf = prob.amax(1)
-        label = prob.argmax(1).masked_fill(conf < 0.4, 255)
-        counted = case.inside & (label < 255) if divide_by == "reliable" else case.inside
-        rest = case.rate, pooled, args
-        torch.manual_seed(3)
-        found, _ = u2pl_ael.equalized_cross_entropy(z, label, conf, case.inside, *rest)
-        torch.manual_seed(3)
-        expected, _ = ael_fpl.consistency_loss(z, case.t, counted, *rest)
-        slopes = [torch.autograd.grad(value, z)[0] for value in (found, expected)]
-        assert torch.equal(found, expected) and torch.equal(*slopes)
+    z, t, _, inside, _, rate = draw_case(5, mask="padded", dtype=torch.bfloat16)
+    conf, label = u2pl.upcast(t).softmax(1).max(1)
+    label[conf < 0.4] = 255
+    counted = inside & (label < 255) if divide_by == "reliable" else inside
+    z.requires_grad_()
+    torch.manual_seed(3)
+    given = z, label, conf, inside, rate, pooled, args
+    found, _ = u2pl_ael.equalized_cross_entropy(*given)
+    torch.manual_seed(3)
+    expected, _ = ael_fpl.consistency_loss(z, t, counted, rate, pooled, args)
+    slopes = [torch.autograd.grad(value, z)[0] for value in (found, expected)]
+    assert torch.equal(found, expected) and torch.equal(*slopes)
+
+
+# ---- common/fused.py: which is taken, FPL's borders, its kernel for GPUs in an interpreter ----
+
+RULES = [
+    dict(k_max=3),
+    dict(k_strategy="n", weight="linear", strict=False, mean_over="positives_and_next"),
+    dict(k_strategy="fixed2", weight="convex"),
+    dict(k_strategy="step", weight="none"),
+]
+
+
+def assert_same(z, t, args):
+    """The pseudo label is equal, loss and gradient up to rounding, also by a second backward."""
+    found = []
+    for loss_of in (cps_fpl.fpl_loss, fused.fpl_loss):
+        leaf = z.clone().requires_grad_()
+        loss, pseudo = loss_of(leaf, t, 0.0, args)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss), retain_graph=True)
+        assert gradient.dtype == z.dtype
+        found.append((pseudo, loss, gradient))
+    rounded = max(1e-5, 2 * torch.finfo(z.dtype).eps)
+    for near, own, twin in zip((0, 1e-5, rounded), *found, strict=True):
+        assert own.dtype == twin.dtype
+        assert (own.double() - twin.double()).abs().max() <= near * own.double().abs().max()
+
+
+def test_fused_says_which_is_taken():
+    """auto: the twin, but FPL's on a CPU alone, where benchmarks/fpl_loss.py shows a gain."""
+    for script, names in (
+        (cps_fpl, "fpl_loss"),
+        (ael_fpl, "fuzzy_positive_loss"),
+        (u2pl, "unreliable_loss draw_features push_features"),
+        (esl, "part_contrast push_features"),
+    ):
+        for name in names.split():
+            definition, twin = getattr(script, name), getattr(fused, name)
+            on_gpu = definition if script in (cps_fpl, ael_fpl) else twin
+            cases = ("auto", "cpu", twin), ("auto", "cuda", on_gpu), ("on", "cuda", twin)
+            for choice, device, expected in (*cases, ("off", "cpu", definition)):
+                assert fused.pick(definition, SimpleNamespace(fused=choice), device) is expected
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def kernel(request, monkeypatch):
+    """Lets the code for CPUs compute the twin, or the kernel for GPUs."""
+    if request.param == "gpu":
+        module = pytest.importorskip("common.fpl_triton")
+        monkeypatch.setattr(fused, "kernels", lambda *logits: module)
+
+
+@pytest.mark.parametrize("C, dtype", [(2, torch.bfloat16), (11, torch.float32)])
+def test_the_same_loss_gradient_and_pseudo_label(C, dtype, kernel):
+    """Each weight and rule for K, of teachers that are confident, diffuse, of ties and flat."""
+    torch.manual_seed(C)
+    t = torch.randn(4, C, 11, 2) * torch.tensor([8, 1, 1, 0])[:, None, None, None]
+    t[2].round_()
+    z = 3 * torch.randn(t.shape)
+    for layout, rule in itertools.product((torch.contiguous_format, torch.channels_last), RULES):
+        logits = [x.to(dtype).contiguous(memory_format=layout) for x in (z, t)]
+        assert_same(*logits, fpl_oracle.printed(**rule))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_classes_are_positive_where_a_sum_is_T(dtype):
+    """Eighths: sums without rounding. A sum of equal numbers: the last bit decides."""
+    table = [[4, 2, 1, 1], [1, 1, 2, 4], [2, 2, 2, 2], [1, 4, 1, 2], [2, 4, 2, 0], [0, 8, 0, 0]]
+    t = (torch.tensor(table).double() / 8).log().to(dtype).T[None, :, :, None]
+    for T, strict, k_max in itertools.product((0.5, 0.75, 0.875), (True, False), (0, 1, 2)):
+        args = fpl_oracle.printed(T=(T,), strict=strict, k_max=k_max, weight="none")
+        assert_same(torch.zeros_like(t), t, args)
+    flat = torch.zeros(1, 20, 1, 1)
+    for T in (0.25, 0.45, 0.7, 0.9):
+        assert_same(flat, flat, fpl_oracle.printed(T=T, weight="none"))
+
+
+def test_what_is_not_finite_is_seen(kernel):
+    clean = torch.zeros(2, 5, 2, 2)
+    spoilt = clean.clone()
+    spoilt[1, 1, 0, 0] = torch.nan
+    for logits in ((spoilt, clean), (clean, spoilt)):
+        loss, _ = fused.fpl_loss(*logits, 0.0, fpl_oracle.printed())
+        assert loss.isnan().nonzero().tolist() == [[1, 0, 0]]

@@ -48,26 +48,24 @@ def positives(p, flags, progress=0.0):
 
 def adaptive_positives(p, inside, flags):
     """A-FPL: K of every pixel of an image, p[y][x] a list of C, by the T that fits best."""
-    H, W, C = len(p), len(p[0]), len(p[0][0])
-    best = [[(math.inf, 0)] * W for _ in range(H)]
+    pixels = list(product(range(len(p)), range(len(p[0]))))
+    best = dict.fromkeys(pixels, (math.inf, 0))
     for T in flags.T:
         own = SimpleNamespace(**vars(flags) | {"T": (T,)})
-        Y = [[order(pixel)[: positives(pixel, own)] for pixel in row] for row in p]
-        for y, x in product(range(H), range(W)):
-            square = product(
-                range(max(y - 2, 0), min(y + 3, H)), range(max(x - 2, 0), min(x + 3, W))
-            )
-            others = [Y[i][j] for i, j in square if (i, j) != (y, x) and inside[i][j]]
+        Y = {(y, x): order(p[y][x])[: positives(p[y][x], own)] for y, x in pixels}
+        for y, x in pixels:
+            square = [at for at in pixels if max(abs(at[0] - y), abs(at[1] - x)) <= 2]
+            others = [Y[i, j] for i, j in square if (i, j) != (y, x) and inside[i][j]]
             count = Counter(sum(others, []))
             total = max(sum(count.values()), 1)
             distance = 0.0
-            for c in range(C):
+            for c in range(len(p[0][0])):
                 q = count[c] / total + 1e-6
-                d = (c in Y[y][x]) / len(Y[y][x]) + 1e-6
+                d = (c in Y[y, x]) / len(Y[y, x]) + 1e-6
                 distance += q * math.log(q / d)
-            if distance < best[y][x][0] - 1e-9:
-                best[y][x] = (distance, len(Y[y][x]))
-    return [[K for _, K in row] for row in best]
+            if distance < best[y, x][0] - 1e-9:
+                best[y, x] = distance, len(Y[y, x])
+    return [[best[y, x][1] for x in range(len(p[0]))] for y in range(len(p))]
 
 
 def regularization(z, Y):
@@ -81,12 +79,9 @@ def regularization(z, Y):
     log_P = log_sum_exp([-z[i] for i in Y])
     log_N = log_sum_exp([z[j] for j in others])
     value = log_sum_exp([0.0, log_P + log_N])
-    gradient = [0.0] * len(z)
-    for c in Y:
-        gradient[c] = -math.exp(log_N - z[c] - value)
-    for c in others:
-        gradient[c] = math.exp(log_P + z[c] - value)
-    return value, gradient
+    terms = [log_N - v if c in Y else log_P + v for c, v in enumerate(z)]
+    slopes = [math.exp(term - value) for term in terms]
+    return value, [-slope if c in Y else slope for c, slope in enumerate(slopes)]
 
 
 def weight(p, K, kind, mean_over="positives"):
@@ -98,11 +93,7 @@ def weight(p, K, kind, mean_over="positives"):
     gap = max(mean - rest, 0.0)  # below 0 by rounding only
     if kind == "concave":
         return math.log1p(50 * gap) / math.log1p(50 * mean)
-    if kind == "linear":
-        return gap / mean
-    if kind == "convex":
-        return gap / (mean + 4 * rest)
-    return 1.0
+    return {"linear": gap / mean, "convex": gap / (mean + 4 * rest), "none": 1.0}[kind]
 
 
 def soft(z, q):
@@ -114,16 +105,14 @@ def soft(z, q):
 
 def negative(z, q, threshold=0.2):
     """Supplement Eq. (1), -sum_j log(1 - p^j) over q^j < 0.2; 1 - p^j is the sum of the others."""
-    value = 0.0
+    value, total, p = 0.0, log_sum_exp(z), softmax(z)
     gradient = [0.0] * len(z)
-    total = log_sum_exp(z)
     for j in range(len(z)):
         if q[j] < threshold:
             others = log_sum_exp(z[:j] + z[j + 1 :])
             value += total - others
             for c in range(len(z)):
-                gradient[c] += math.exp(z[c] - total)
-                gradient[c] -= math.exp(z[c] - others) if c != j else 0.0
+                gradient[c] += p[c] if c == j else p[c] - math.exp(z[c] - others)
     return value, gradient
 
 

@@ -328,10 +328,14 @@ def choose(facts, product, mutant):
     holders = product.holders(mutant["file"], key)
     found = {test for name in holders for test in reach.get(json.dumps((name, key)), [])}
     if not found:  # not in a function: what runs its function, or statements that name it
-        word = re.match(r"(?:def |class )?(\w+)", mutant["before"])[1]
+        names = {re.match(r"(?:def |class )?(\w+)", mutant["before"])[1]}
+        for function, _, source, _ in product.statements[mutant["file"]]:
+            words = re.findall(r"\w+", source)
+            if function == "<module>" and names & set(words[1:]):
+                names.add(words[0])  # what is made of it: DATASETS of VOC
         for place, tests in reach.items():
             _, (function, _, source, _) = json.loads(place)
-            if function == mutant["function"] or re.search(rf"\b{word}\b", source):
+            if function == mutant["function"] or names & set(re.findall(r"\w+", source)):
                 found.update(tests)
     killers = [test for name, test in mutant.items() if name.endswith("_test")]
     chosen = sorted(found - set(facts["failed"]), key=facts["seconds"].get)

@@ -98,6 +98,9 @@ def test_classes_are_those_of_the_scripts_own_evaluation(name):
             assert (index(out / "classes/a.png") == expected).all()
             assert index(out / "classes/sub/b.png").shape == (20, 30)
     assert (out / "K/a.png").exists() == (name in ("cps_fpl", "ael_fpl"))
+    with Image.open(out / "classes/a.png") as picture:
+        colours = bytes(picture.getpalette())
+    assert colours == source.data.palette.tobytes()[: len(colours)]
     assert predict.load("run/last.pt")[1][0] == "sky"
 
 

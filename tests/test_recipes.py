@@ -122,6 +122,20 @@ PAPERS = json.loads(Path(__file__).with_name("papers.json").read_text())  # with
 COLUMNS = "batch_size lr lr_head weight_decay decay_on crop_size ohem_kept output_stride".split()
 
 
+def test_help_has_each_flag_with_its_sentence_its_choices_and_its_value_here(capsys):
+    """A sentence stands behind its field, or on the line above where it is too long."""
+    with pytest.raises(SystemExit) as end:
+        train(module_of("cps_fpl"), ["--crop-size", "48", "--help"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert end.value.code == 0
+    assert "--crop-size side of the square crops, in pixels [48]".split() in lines
+    fused = next(i for i, words in enumerate(lines) if words[:1] == ["--fused"])
+    assert (lines[fused][-1], lines[fused + 1]) == ("[auto]", "auto | on | off".split())
+    there = {words[0].replace("[no-]", "") for words in lines if words and words[0][:2] == "--"}
+    fields = dataclasses.fields(module_of("cps_fpl").Args)
+    assert there == {flags.flag_of(field.name) for field in fields}
+
+
 def test_a_range_has_its_ends_and_nothing_outside():
     """Which flag has which range: recipes.json."""
     for value in (-0.1, 1.0001, float("nan")):

@@ -558,15 +558,20 @@ def masked_mean(x, mask):
 def statistics(logits, inside, args, truth=None, K=None):
     """Means over every fourth pixel inside each way, 0-dim. K: of several --T, if it is known.
 
-    confident, of conf >= 0.95; K; K_gt_1, of K > 1; weight. Or with the truth (B, H, W): pseudo_acc
-    of the likeliest class; unsure_acc, that below 0.95; coverage, of the truth among K positives.
+    commonest, of the class that is the likeliest one most often: near 1 where all images without
+    labels become one class; confident, of conf >= 0.95; K; K_gt_1, of K > 1; weight. Or with the
+    truth (B, H, W): pseudo_acc of the likeliest class; unsure_acc, that below 0.95; coverage, of
+    the truth among K positives.
     """
     p, order = by_rank(F.softmax(upcast(logits[..., ::4, ::4]), 1))
     K = k_of(logits, inside, args, 4) if K is None else K[..., ::4, ::4]
     inside = inside[..., ::4, ::4]
     sure = p[:, 0] >= 0.95  # the released threshold, under any loss
     if truth is None:
+        classes = torch.arange(p.shape[1], device=p.device)[:, None]
+        each = (order[:, 0].flatten() == classes) & inside.flatten()
         return {
+            "commonest": each.sum(1).amax() / inside.sum().clamp(min=1),
             "confident": masked_mean(sure, inside),
             "K": masked_mean(K, inside),
             "K_gt_1": masked_mean(K > 1, inside),

@@ -1,7 +1,8 @@
 """FPL's loss in the order of work of the released code, after the audit of it; written anew.
 
-Only what costs time is kept as it was: one-hot maps filled on the CPU and copied to the device, one
-pass over positives and negatives for each K, boolean indexing with C channels, a clamp without
+Only what costs time is kept as it was: one-hot maps filled on the CPU and copied to the device, of
+which the last is not used; for each K a pass over the positives and negatives of all pixels, whose
+maps of C channels are filled by boolean indexing, though a pixel needs one of them; a clamp without
 effect. The numbers are those of `--recipe official` (K at most 3, >=, mean over K + 1).
 """
 
@@ -33,15 +34,19 @@ def released_loss(logits_s, logits_t, T):
     hots = one_hots(index, p.shape[1])
     running = top.cumsum(1)
     K = torch.where(running[:, 1] >= T, 1, torch.where(running[:, 2] >= T, 2, 3))
-    loss, weight = torch.zeros_like(top[:, 0]) - 1, torch.zeros_like(top[:, 0])
-    rows, planes = logits_s.movedim(1, -1), torch.zeros_like(p)
+    loss = torch.zeros_like(top[:, 0]) - 1
+    weight = torch.zeros_like(top[:, 0])
+    planes = torch.zeros_like(p)
     for k in (1, 2, 3):
         planes = planes + hots[k - 1]
+        positive = planes > 0
+        low = -logits_s
+        low[~positive] = -FILL
+        high = logits_s.clone()
+        high[positive] = -FILL
+        every = F.softplus(low.logsumexp(1) + high.logsumexp(1), threshold=20)
         here = K == k
-        z, positive = rows[here], planes.movedim(1, -1)[here] > 0
-        low = torch.where(positive, -z, -FILL)
-        high = torch.where(positive, -FILL, z)
-        loss[here] = F.softplus(low.logsumexp(1) + high.logsumexp(1), threshold=20)
+        loss[here] = every[here]
         mean = running[:, k][here] / (k + 1)
         weight[here] = weight_of(mean, top[:, k][here])
     return loss, torch.where(weight > 1, 1.0, weight)

@@ -35,6 +35,7 @@ QUANTITIES = {  # of a line of the log -> (kind of the line, title, what it is m
     "miou": ("eval", "mIoU on val, %", 100),
     "K": ("train", "K, mean", 1),
     "K_gt_1": ("train", "K > 1, % of pixels", 100),
+    "commonest": ("train", "commonest class of unlabelled images, %", 100),
     "pseudo_acc": ("train", "accuracy of pseudo labels, %", 100),
     "coverage": ("train", "coverage of pseudo labels, %", 100),
 }

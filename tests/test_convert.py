@@ -66,6 +66,8 @@ KINDS = [  # masks to convert; their ids, or words of the refusal
     (png(16, 0, (IDS * 1000.0).astype(">u2").view(np.uint8)), IDS),
     (png(2, 3, packed(IDS, 2), bytes(range(12))), IDS),  # its colours rise with the index
     (png(8, 2, RGB * 50), IDS),
+    (saved(Image.fromarray(IDS.astype(np.float32)), "TIFF"), IDS),
+    (saved(Image.fromarray(IDS + np.float32(0.5)), "TIFF"), "no whole numbers"),
     (png(2, 3, packed(IDS, 2), bytes(12)), "several indices one colour"),
     (saved(GREY, "JPEG"), "JPEG, which blurs"),
 ]

@@ -235,6 +235,13 @@ def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch):
     assert [step_of(best), step_of(tmp_path / "best-2.pt")] == [4, 6]
 
 
+def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(tmp_path, capsys):
+    one = Mock(folder=tmp_path, script=Path("supervised.py"), say=print)
+    assert run.Run.load_best(one, {}) is None
+    said = capsys.readouterr().out
+    assert said.endswith("best.pt: no such checkpoint; only the last weights are scored\n")
+
+
 @pytest.fixture
 def exits(monkeypatch):
     """The end of a process is a SystemExit."""

@@ -67,7 +67,7 @@ def test_what_has_no_pixel_is_0(name, extra, tree, tmp_path, monkeypatch):
     assert len(parts) == 2 and finite(out)["step"] == 2
     assert all(math.isfinite(x) for one in parts for x in one.values())
     zero = "loss sup unsup unsup_l conf K K_gt_1 weight kept conf_t contrast classes pseudo_acc"
-    assert not any(one.get(key, 0) for one in parts for key in f"{zero} coverage".split())
+    assert not any(one.get(key, 0) for one in parts for key in f"{zero} coverage commonest".split())
     assert name == "esl" or not finite(out)["state"].get("pushed", torch.zeros(1)).any()
 
 

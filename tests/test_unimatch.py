@@ -51,15 +51,19 @@ def test_several_T_choose_K_by_the_neighbours():
 
 
 def test_statistics():
-    """Two pixels, the second one void in the end; T 0.9: K is 1 and 2."""
-    prob = torch.tensor([[0.96, 0.03, 0.01], [0.5, 0.3, 0.2]], dtype=torch.float64)
+    """Two pixels of two classes, or the first alone; T 0.9: K is 1 and 2."""
+    prob = torch.tensor([[0.96, 0.03, 0.01], [0.3, 0.5, 0.2]], dtype=torch.float64)
     logits = prob.log().T.repeat_interleave(4, 1).view(1, 3, 1, 8)  # of which every fourth counts
     inside, args = torch.ones(1, 1, 8, dtype=torch.bool), printed(T=0.9)
-    weight = unimatch.adaptive_weight(prob.T[None, :, None], torch.tensor([[[1, 2]]])).mean()
-    means = dict(confident=0.5, K=1.5, K_gt_1=0.5, weight=pytest.approx(weight.item()))
+    first = torch.arange(8).view(1, 1, 8) < 4
+    p = prob.sort(1, descending=True).values.T[None, :, None]
+    weight = unimatch.adaptive_weight(p, torch.tensor([[[1, 2]]])).mean()
+    means = dict(commonest=0.5, confident=0.5, K=1.5, K_gt_1=0.5)
+    means["weight"] = pytest.approx(weight.item())
     assert unimatch.statistics(logits, inside, args) == means
-    truth = torch.tensor([0, 1]).repeat_interleave(4).view(1, 1, 8)
-    for mask, accuracy in ((inside, 0.5), (inside & (truth == 0), 1)):
+    assert unimatch.statistics(logits, first, args)["commonest"] == 1
+    truth = torch.zeros(1, 1, 8, dtype=torch.int64)
+    for mask, accuracy in ((inside, 0.5), (first, 1)):
         means = dict(pseudo_acc=accuracy, unsure_acc=0, coverage=1)
         assert unimatch.statistics(logits, mask, args, truth) == means
 

@@ -34,9 +34,10 @@ LINES = {  # what a line of the log has, in this order
     "u2pl": "loss sup unsup unsup_weight contrast classes entropy",
     "u2pl_ael": "loss sup unsup unsup_weight kept contrast classes entropy confidence regions",
     "esl": "loss sup unsup contrast anchors parts dominant conf",
-    "unimatch": """loss sup strong perturbed confident K K_gt_1 weight pseudo_acc unsure_acc
+    "unimatch": """loss sup strong perturbed commonest confident K K_gt_1 weight pseudo_acc
+        unsure_acc coverage""",
+    "unimatch_v2": """loss sup strong commonest confident K K_gt_1 weight pseudo_acc unsure_acc
         coverage""",
-    "unimatch_v2": "loss sup strong confident K K_gt_1 weight pseudo_acc unsure_acc coverage",
 }
 STATE = {  # what a checkpoint holds beside the networks
     "ael_fpl": "confidence present draws",

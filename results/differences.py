@@ -39,6 +39,7 @@ CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is a
     ("FPL improves FixMatch without a threshold", "none", "fpl-fixmatch", "fixmatch-0"),
     ("FPL improves FixMatch with its threshold", "none", "fpl-fixmatch", "fixmatch"),
     ("FPL improves UniMatch with its threshold", "none", "fpl-unimatch", "unimatch"),
+    ("CPS of unlike networks is above CPS of two alike", "none", "cps-unlike", "cps"),
     ("FPL improves CPS of unlike networks", "none", "fpl-cps-unlike", "cps-unlike"),
     ("FPL improves CPS with half the labels", "FPL Table 1", "fpl-cps-1_128", "cps-1_128"),
     ("FPL improves CPS with twice the labels", "FPL Table 1", "fpl-cps-1_32", "cps-1_32"),

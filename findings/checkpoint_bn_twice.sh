@@ -4,10 +4,9 @@
 #   the same numbers, random ones too (preserve_rng_state), so the trained network is the same.
 # Behaviour: loss and gradients are equal bit for bit, so a test that compares them passes. But the recomputed pass
 #   is one in training mode: it moves running_mean and running_var once more, so a momentum of 0.1 acts as 0.19,
-#   and with momentum None, the plain average of precise BN, each batch counts twice. checkpoint_sequential does not
-#   checkpoint its last segment, whose layers are moved once: one network has statistics of two momenta. The
-#   score of the evaluated network differs, that of the same weights with statistics of a fixed set of images
-#   does not. (Source: torch/utils/checkpoint.py; it says of no module that it has a state.)
+#   and the network that is evaluated is another one. checkpoint_sequential does not checkpoint its last segment,
+#   whose layers are moved once: one network has statistics of two momenta.
+#   (Source: torch/utils/checkpoint.py; it says of no module that it has a state.)
 # Output seen, num_batches_tracked of three layers after three steps, of each running_var / that of plain steps:
 #   plain: [3, 3, 3], [1.0, 1.0, 1.0]
 #   checkpoint, use_reentrant=True: [6, 6, 6], [0.83, 0.77, 0.77]

@@ -3,8 +3,9 @@
     python results/curves.py RUN... [--out curves]   # run folders or logs
 
 Writes curves.png and curves.html: loss, mIoU on val, K, the share of K > 1, that of the commonest
-class, pseudo-label accuracy and coverage, as far as the logs have them. Runs that differ by seed alone are one curve: the mean,
-and the range as a band. The page has their final scores too, and the confusion matrices.
+class, pseudo-label accuracy and coverage, as far as the logs have them. Runs that differ by seed
+alone are one curve: the mean, and the range as a band. The page has their final scores too, and
+the confusion matrices.
 """
 
 import base64

@@ -4,14 +4,16 @@ A teacher, the moving average of the student, labels weakly augmented images; th
 these labels on strong views of the same crops, with CutMix. FixMatch has one strong view; UniMatch
 V2 has two, and the channels that one view's features lose are those that the other's keep.
 --unsup-loss fpl (2210.08519v2) has K labels a pixel (Alg. 1) in place of one above --threshold.
-DINOv2 (arXiv:2304.07193) and DPT (arXiv:2103.13413), the network, are section 4.
+DINOv2 (arXiv:2304.07193) or DINOv3 (arXiv:2508.10104), and DPT (arXiv:2103.13413), the network, are
+section 4.
 
   teacher                      update_teacher, ema_decay, the text of mean_teacher.py
   weak-to-strong consistency   lesson, pixel_loss, consistency, the text of unimatch.py
   strong views, CutMix         drawn_operations, strong_view, drawn_box, mixed, strong_views
   complementary dropout        complementary_masks
   FPL Alg. 1, Eq. (7), (11)    fuzzy_positive_loss and what it calls, the text of ael_fpl.py
-  DINOv2, DPT                  Block, DINOv2, position_embedding; Residual, DPTHead
+  DINOv2, DINOv3               ViT, Block; position_embedding; Rotary, rotated
+  DPT                          Residual, DPTHead
   AdamW with two rates         make_optimizer
 
   python unimatch_v2.py                                   # generated shapes, no data needed
@@ -63,7 +65,7 @@ from common.flags import (
 from common.fused import pick
 from common.run import Run, Stopped, refusals, report
 from common.sources import load
-from common.weights import load_dinov2
+from common.weights import load_dino
 
 # ---- 2. Recipe -------------------------------------------------------------------------------
 
@@ -112,9 +114,20 @@ class Args:
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # >>> method: network
     # -- network --
-    # DINOv2's ViT-S, ViT-B or ViT-L, with patches of 14 pixels
-    backbone: Literal["dinov2_vits14", "dinov2_vitb14", "dinov2_vitl14"] | None = None
-    weights: str | None = None  # of the backbone: none (random), auto (Meta's) or a file [D9]
+    # ViT-S, ViT-B or ViT-L of DINOv2 or DINOv3, with patches of 14 or 16 pixels
+    backbone: (
+        Literal[
+            "dinov2_vits14",
+            "dinov2_vitb14",
+            "dinov2_vitl14",
+            "dinov3_vits16",
+            "dinov3_vitb16",
+            "dinov3_vitl16",
+        ]
+        | None
+    ) = None
+    # of the backbone: none (random), auto (Meta's; DINOv2's alone) or a file [D9]
+    weights: str | None = None
     init: str = ""  # a last.pt or best.pt of this script to start from
     freeze: Number = 0  # the first so many blocks of the backbone learn nothing
     # keep no activations of a block: less memory, each block is computed twice
@@ -245,6 +258,8 @@ def preset(args):
     values["batch_size_unlabeled"] = batch_size
     steps = steps_as_released(args, args.batch_size_unlabeled or batch_size)
     values["total_iters"] = steps or values.get("total_iters")
+    patch = SIZES[args.backbone or values["backbone"]].patch  # [D32]
+    values["crop_size"] = nearest_multiple(values["crop_size"], patch)
     if args.T and len(args.T) > 1 and args.fused == "on":
         raise Refusal("--fused on: the twin has one --T; leave --fused out")
     return values
@@ -662,13 +677,14 @@ STD = (58.395, 57.12, 57.375)
 
 
 # >>> method: backbone
-PATCH = 14  # pixels a side, of a patch
 GRID = 37  # patches a side, of the images of 518 pixels that DINOv2 was trained on at last
 
 
 class Size(NamedTuple):
-    """A published DINOv2, and the DPT that UniMatch V2 puts on it."""
+    """A published ViT of DINOv2 or DINOv3, and the DPT that UniMatch V2 puts on it."""
 
+    version: int  # of DINO: 2 or 3
+    patch: int  # its side in pixels
     width: int  # channels of a token
     depth: int  # blocks
     heads: int  # of attention
@@ -678,23 +694,73 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "dinov2_vits14": Size(384, 12, 6, (2, 5, 8, 11), (48, 96, 192, 384), 64),
-    "dinov2_vitb14": Size(768, 12, 12, (2, 5, 8, 11), (96, 192, 384, 768), 128),
-    "dinov2_vitl14": Size(1024, 24, 16, (4, 11, 17, 23), (256, 512, 1024, 1024), 256),
+    "dinov2_vits14": Size(2, 14, 384, 12, 6, (2, 5, 8, 11), (48, 96, 192, 384), 64),
+    "dinov2_vitb14": Size(2, 14, 768, 12, 12, (2, 5, 8, 11), (96, 192, 384, 768), 128),
+    "dinov2_vitl14": Size(2, 14, 1024, 24, 16, (4, 11, 17, 23), (256, 512, 1024, 1024), 256),
+    "dinov3_vits16": Size(3, 16, 384, 12, 6, (2, 5, 8, 11), (48, 96, 192, 384), 64),
+    "dinov3_vitb16": Size(3, 16, 768, 12, 12, (2, 5, 8, 11), (96, 192, 384, 768), 128),
+    "dinov3_vitl16": Size(3, 16, 1024, 24, 16, (4, 11, 17, 23), (256, 512, 1024, 1024), 256),
 }
 
 
-class Attention(nn.Module):
-    """Self-attention of tokens (B, N, width)."""
+class Rotary(nn.Module):
+    """DINOv3's positions: the angles by which attention turns queries and keys.
 
-    def __init__(self, width, heads):
+    forward: h, w, others -> cos and sin (others + h w, d / 2) float32, d the width of a head. A
+    patch at (i, j) has the coordinates (2 i + 1) / h - 1 and (2 j + 1) / w - 1, each turns d / 4
+    pairs of channels by 2 pi / period of it, in training too [D31]; others: tokens before the
+    patches, which stay.
+    """
+
+    def __init__(self, d):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.register_buffer("periods", 100 ** (torch.arange(d // 4) / (d // 4)))  # [D30]
+
+    def forward(self, h, w, others):
+        rows = (2 * torch.arange(h, device=self.periods.device) + 1) / h - 1
+        columns = (2 * torch.arange(w, device=self.periods.device) + 1) / w - 1
+        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), 2)
+        angles = 2 * math.pi * places[..., None] / self.periods  # (h, w, 2, d / 4)
+        angles = F.pad(angles.flatten(2).flatten(0, 1), (0, 0, others, 0))
+        return angles.cos(), angles.sin()
+
+
+def rotated(x, cos, sin):
+    """Turns the pairs of channels (i, i + d / 2) of queries or keys (B, heads, N, d)."""
+    a, b = x.chunk(2, 3)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], 3).to(x.dtype)
+
+
+class UnbiasedKeys(nn.Linear):
+    """DINOv3's queries, keys and values of tokens: of the three, keys have no bias."""
+
+    def __init__(self, width):
+        super().__init__(width, 3 * width)
+        mask = torch.ones(3, width)
+        mask[1] = 0
+        self.register_buffer("bias_mask", mask.flatten())
 
     def forward(self, x):
+        return F.linear(x, self.weight, self.bias * self.bias_mask)
+
+
+class Attention(nn.Module):
+    """Self-attention of tokens (B, N, width). turn: DINOv3's (cos, sin) of Rotary, or None."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.heads = size.heads
+        if size.version == 3:
+            self.qkv = UnbiasedKeys(size.width)
+        else:
+            self.qkv = nn.Linear(size.width, 3 * size.width)
+        self.proj = nn.Linear(size.width, size.width)
+
+    def forward(self, x, turn):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if turn is not None:
+            q = rotated(q, *turn)
+            k = rotated(k, *turn)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -712,61 +778,80 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Attention, then an MLP, of normalized tokens (B, N, width), each scaled and added."""
 
-    def __init__(self, width, heads):
+    def __init__(self, size):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = layer_norm(size)
+        self.attn = Attention(size)
+        self.ls1 = LayerScale(size.width)
+        self.norm2 = layer_norm(size)
         self.mlp = nn.Sequential()
-        self.mlp.fc1 = nn.Linear(width, 4 * width)
+        self.mlp.fc1 = nn.Linear(size.width, 4 * size.width)
         self.mlp.act = nn.GELU()
-        self.mlp.fc2 = nn.Linear(4 * width, width)
-        self.ls2 = LayerScale(width)
+        self.mlp.fc2 = nn.Linear(4 * size.width, size.width)
+        self.ls2 = LayerScale(size.width)
 
-    def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x, turn):
+        x = x + self.ls1(self.attn(self.norm1(x), turn))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
-class DINOv2(nn.Module):
-    """DINOv2's ViT without register tokens; its parameters have the names of Meta's files.
+def layer_norm(size):
+    """Returns a LayerNorm with the epsilon of DINOv2 or DINOv3."""
+    return nn.LayerNorm(size.width, eps={2: 1e-6, 3: 1e-5}[size.version])
 
-    forward: (B, 3, H, W) normalized, H and W multiples of 14 -> what the taken blocks make of the
-    patches, normalized once more: four (B, width, H / 14, W / 14).
+
+class ViT(nn.Module):
+    """DINOv2's or DINOv3's ViT; its parameters have the names of Meta's files.
+
+    DINOv2, without register tokens, adds an embedding to every patch to say where it is; DINOv3 has
+    four storage tokens, and Rotary in every block. forward: (B, 3, H, W) normalized, H and W
+    multiples of the patch -> what the taken blocks make of the patches, normalized once more: four
+    (B, width, H / patch, W / patch).
     """
 
     checkpointed = False  # --checkpoint-activations
 
     def __init__(self, size):
         super().__init__()
-        self.taken = size.taken
+        self.size = size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + GRID * GRID, size.width))
         self.patch_embed = nn.Sequential()
-        self.patch_embed.proj = nn.Conv2d(3, size.width, PATCH, PATCH)
-        self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.depth))
-        self.norm = nn.LayerNorm(size.width, eps=1e-6)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.patch_embed.proj = nn.Conv2d(3, size.width, size.patch, size.patch)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.norm = layer_norm(size)
+        if size.version == 3:
+            self.storage_tokens = nn.Parameter(torch.zeros(1, 4, size.width))
+            nn.init.trunc_normal_(self.storage_tokens, std=0.02)
+            self.rope_embed = Rotary(size.width // size.heads)
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + GRID * GRID, size.width))
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
     def forward(self, x):
-        x = self.patch_embed(x).to(self.pos_embed.dtype)
-        h, w = x.shape[2:]
-        patches = (x + position_embedding(self.pos_embed[:, 1:], h, w)).flatten(2).transpose(1, 2)
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = torch.cat([first, patches], 1)
+        patches = self.patch_embed(x).to(self.cls_token.dtype)
+        h, w = patches.shape[2:]
+        turn = None
+        if self.size.version == 3:
+            first = torch.cat([self.cls_token, self.storage_tokens], 1)
+            turn = self.rope_embed(h, w, first.shape[1])
+        else:
+            first = self.cls_token + self.pos_embed[:, :1]
+            patches = patches + position_embedding(self.pos_embed[:, 1:], h, w)
+        first = first.expand(x.shape[0], -1, -1)
+        x = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)
         maps = []
         for number, block in enumerate(self.blocks):
             if self.checkpointed and x.requires_grad:
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, turn, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x)
-            if number in self.taken:
-                maps.append(self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, (h, w)))
+                x = block(x, turn)
+            if number in self.size.taken:
+                normalized = self.norm(x)[:, first.shape[1] :]
+                maps.append(normalized.transpose(1, 2).unflatten(2, (h, w)))
         return maps
 
 
@@ -806,35 +891,37 @@ def bicubic_weights(places, kept):
 
 
 def make_backbone(args):
-    """Returns the DINOv2 of --backbone.
+    """Returns the ViT of --backbone.
 
     The first --freeze blocks and what comes before them do not learn, and with all blocks the last
     norm does not either. Raises Refusal for more blocks than there are.
     """
-    net = DINOv2(SIZES[args.backbone])
-    load_dinov2(net, args.weights, args.backbone)
+    net = ViT(SIZES[args.backbone])
+    load_dino(net, args.weights, args.backbone)
     depth = len(net.blocks)
     if args.freeze > depth:
         raise Refusal(f"--freeze {args.freeze}: {args.backbone} has {depth} blocks")
     net.checkpointed = args.checkpoint_activations
-    net.blocks[: args.freeze].requires_grad_(False)
     if args.freeze:
-        net.patch_embed.requires_grad_(False)
-        net.cls_token.requires_grad_(False)
-        net.pos_embed.requires_grad_(False)
-    if args.freeze == depth:
-        net.norm.requires_grad_(False)
+        net.requires_grad_(False)
+        net.blocks[args.freeze :].requires_grad_()
+        net.norm.requires_grad_(args.freeze < depth)
     return net
 
 
 def features(net, x):
-    """Returns a DINOv2's four maps of images (B, 3, H, W) of any size.
+    """Returns a ViT's four maps of images (B, 3, H, W) of any size.
 
-    They are resized so that each side is the nearest multiple of 14, as released for evaluation;
-    a crop of such sides stays as it is [D28].
+    They are resized so that each side is the nearest multiple of a patch, as released for
+    evaluation; a crop of such sides stays as it is [D28].
     """
-    size = [max((side + PATCH // 2) // PATCH, 1) * PATCH for side in x.shape[2:]]
+    size = [nearest_multiple(side, net.size.patch) for side in x.shape[2:]]
     return net(upsample(x, size))
+
+
+def nearest_multiple(side, patch):
+    """Returns the multiple of patch nearest to side, at least one; half a patch is rounded up."""
+    return max((side + patch // 2) // patch, 1) * patch
 
 
 # <<< method: backbone
@@ -856,7 +943,8 @@ class Residual(nn.Module):
 class DPTHead(nn.Module):
     """DPT as UniMatch V2 has it: no BN, no dropout; the class token is not read.
 
-    Four maps at stride 14 become maps at strides 3.5, 7, 14, 28 and are added from the coarsest up.
+    Four maps at the stride of a patch become maps at 1/4, 1/2, 1 and 2 of that and are added from
+    the coarsest up.
     forward: stages (four (B, width, h, w)), size (H, W) -> dict of logits (B, C, H, W) float32.
     masks: None, or what the stages are multiplied by, (B, width, 1, 1).
     """
@@ -1288,7 +1376,7 @@ def main(args):
     state = {}  # the teacher is among the networks
     check_fit(args, group.world, data.num_classes)
     if args.precise_bn:
-        raise Refusal("--precise-bn: there is no BN in DINOv2 and DPT; leave it out")
+        raise Refusal("--precise-bn: there is no BN in a ViT and DPT; leave it out")
     # <<< method: state
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)
@@ -1348,7 +1436,7 @@ def main(args):
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
-        # DINOv2 and DPT have no buffers to average [D26]
+        # ViT and DPT have no buffers that change [D26]
         update_teacher(teacher, student, ema_decay(step, args.ema_decay), "own")
         # <<< method: after-step
         if group.world > 1 and group.device.type == "cpu":  # there BN is not synchronized

@@ -1,7 +1,7 @@
 """Memory of unimatch_v2.py's network in training: sizes, crops, frozen and recomputed blocks.
 
     python benchmarks/dinov2.py           # writes results/dinov2_memory.json, some minutes
-    python benchmarks/dinov2.py --quick   # a crop of 70 pixels, nothing written
+    python benchmarks/dinov2.py --quick   # crops of 70 and 64 pixels, nothing written
 
 No GPU is needed: a pass and its backward run on fake CUDA tensors in float32, and what is alive is
 counted, as benchmarks/memory.py has it, with 1 and with 2 images: GB an image, and GB that are
@@ -42,7 +42,7 @@ MODES = {  # name: flags
 class Options:
     """What is measured."""
 
-    quick: bool = False  # dinov2_vits14 with crops of 70 pixels; nothing is written
+    quick: bool = False  # small crops, ViT-S alone; nothing is written
 
 
 def peak(backbone, crop, mode, images):
@@ -63,9 +63,10 @@ def peak(backbone, crop, mode, images):
 def main(options):
     """Prints the rows, and writes them."""
     crops = (70,) if options.quick else (518, 798)
-    backbones = list(unimatch_v2.SIZES)[: 1 if options.quick else None]
+    backbones = [name for name in unimatch_v2.SIZES if "vits" in name or not options.quick]
     rows = []
     for backbone, crop, mode in itertools.product(backbones, crops, MODES):
+        crop = unimatch_v2.nearest_multiple(crop, unimatch_v2.SIZES[backbone].patch)
         one = peak(backbone, crop, mode, 1)
         each = peak(backbone, crop, mode, 2) - one
         row = {"backbone": backbone, "crop": crop, "mode": mode}

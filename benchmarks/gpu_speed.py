@@ -201,8 +201,9 @@ def configurations(options):
             yield name, backbone, crop, "none", True
     for name in names[1:]:
         yield name, *sizes[0], "bf16", True
-    for backbone in (VITS, "dinov2_vitb14", "dinov2_vitl14"):
-        for crop, amp in itertools.product((518, 798), ("bf16", "none")):
+    for backbone in (VITS, "dinov2_vitb14", "dinov2_vitl14", "dinov3_vits16", "dinov3_vitl16"):
+        crops = (518, 798) if "dinov2" in backbone else (512, 800)
+        for crop, amp in itertools.product(crops, ("bf16", "none")):
             yield "unimatch_v2", backbone, crop, amp, False
 
 

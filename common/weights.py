@@ -20,6 +20,25 @@ DINOV2 = {
     "dinov2_vitb14": "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     "dinov2_vitl14": "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
 }
+GATED = (
+    "is gated, under Meta's DINOv3 License:"
+    " https://ai.meta.com/resources/models-and-libraries/dinov3-license"
+)
+# keys that only a DINOv3 has, by Meta, timm, transformers
+DINOV3 = ("storage_tokens", "blocks.0.gamma_1", "layer.0.layer_scale1.lambda1")
+# what timm and transformers call its parts -> as Meta does
+NAMES_OF_META = (
+    (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"^embeddings\.", ""),
+    (r"^(reg_token|register_tokens)$", "storage_tokens"),
+    (r"^layer\.", "blocks."),
+    (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.", ".attn."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.gamma_([12])$", r".ls\1.gamma"),
+    (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+)
 # of classifiers in files, whose network here has another or none
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "last_linear.", "AuxLogits.")
 FIT = "convnext_tiny, tf_efficientnet_lite0, mobilenetv3_large_100, resnet50d and others fit"
@@ -52,29 +71,62 @@ def load_backbone(resnet, weights, backbone, stem):
     resnet.load_state_dict(state, strict=False)
 
 
-def load_dinov2(vit, weights, backbone):
-    """Loads weights into the DINOv2 of a script; every key must fit.
+def load_dino(vit, weights, backbone):
+    """Loads weights into the DINOv2 or DINOv3 of a script; every key must fit.
 
-    weights: "none" (random weights stay), "auto" (Meta's, downloaded once, hash-checked, cached by
-    torch.hub) or a file, .pth or .safetensors, of Meta's or of timm's names, which are the same
-    but for a prefix. Raises Refusal.
+    weights: "none" (random weights stay), "auto" (Meta's DINOv2, downloaded once, hash-checked,
+    cached by torch.hub; DINOv3 is gated) or a file, .pth or .safetensors, of Meta's names or of
+    timm's, a DINOv3's also of transformers'. Raises Refusal.
     """
     if weights == "none":
         return
+    name = None
     if weights == "auto":
+        if backbone not in DINOV2:
+            raise Refusal(f"--weights auto: {backbone} {GATED}; give --weights FILE or none")
         weights = f"{META}{backbone}/{backbone}_pretrain.pth"
-    # torch.hub takes the hash from the name that it keeps the file by
-    state = read_state(weights, f"{backbone}_pretrain-{DINOV2[backbone]}.pth")
+        # torch.hub takes the hash from the name that it keeps the file by
+        name = f"{backbone}_pretrain-{DINOV2[backbone]}.pth"
+    state = read_state(weights, name)
     state = {re.sub(r"^(backbone|model)\.", "", key): value for key, value in state.items()}
-    state.pop("mask_token", None)  # of pretraining alone
+    third = any(key in state for key in DINOV3)
+    if backbone not in DINOV2:
+        state = of_meta(state, vit.state_dict())
+    # of pretraining alone
+    state = {k: v for k, v in state.items() if not k.startswith(("mask_token", "local_cls_norm."))}
     if bad := unfit(state, vit):
         names = ", ".join(sorted(bad)[:3])
-        if any("rope" in key or "storage_tokens" in key for key in state):
-            names += "; it is a DINOv3, another network: docs/backbones.md"
+        if backbone in DINOV2 and third:
+            names += f"; it is a DINOv3, --backbone dinov3_{backbone[7:11]}16"
+        elif backbone not in DINOV2 and "pos_embed" in state:
+            names += f"; it is a DINOv2, --backbone dinov2_{backbone[7:11]}14"
         elif any("reg" in key for key in state):
             names += "; it has register tokens: give the file without them"
+        elif any("encoder.layer." in key for key in state):
+            names += "; it has the names of transformers: give Meta's file or timm's"
         raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({names})")
     vit.load_state_dict(state)
+
+
+def of_meta(state, own):
+    """Returns a DINOv3's state dict, of timm's or transformers' names or Meta's, under Meta's.
+
+    own: the network's, for what the others leave out: constants, and biases that are 0.
+    """
+    foreign = "reg_token" in state or "embeddings.register_tokens" in state
+    for pattern, name in NAMES_OF_META:
+        state = {re.sub(pattern, name, key): value for key, value in state.items()}
+    for key in [key for key in state if "attn.q_" in key]:  # theirs are apart
+        parts = [key.replace("attn.q_", f"attn.{x}_") for x in "qkv"]
+        if key.endswith("bias"):
+            state.setdefault(parts[1], torch.zeros_like(state[key]))
+        if all(part in state for part in parts):
+            whole = re.sub(r"q_(proj\.)?", "qkv.", key)
+            state[whole] = torch.cat([state.pop(part) for part in parts])
+    if foreign:
+        left_out = ("qkv.bias", "bias_mask", "periods")
+        state = {key: value for key, value in own.items() if key.endswith(left_out)} | state
+    return state
 
 
 def read_state(weights, name=None):

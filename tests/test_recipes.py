@@ -36,7 +36,7 @@ SPLITS = {  # the usual one first, "" where none is given; nobody published VOC'
     "shapes": ["", *SHARES.split()],
 }
 BACKBONES, RECIPES = ("", "resnet18", "resnet50", "resnet101"), ("", "recipe=official")
-DINOV2 = ("", "dinov2_vitb14", "dinov2_vitl14")
+DINO = ("", "dinov2_vitb14", "dinov2_vitl14", "dinov3_vits16")
 OPTIONS = {"supervised": "schedule=matched", "mean_teacher": "consistency=mse"}  # a preset looks
 OPTIONS |= {"cps_fpl": "cutmix=", "ael_fpl": "unsup_loss=ce"}
 FOLLOWED = "batch_size=8 batch_size=16 total_iters=150000 output_stride=16 init=last.pt"
@@ -45,7 +45,7 @@ FOLLOWED = "batch_size=8 batch_size=16 total_iters=150000 output_stride=16 init=
 def command_lines(name, dataset):
     """Yields all combinations for a script and a data set, as recipes.json has them."""
     splits = [f"split={split}" if split else "" for split in SPLITS[dataset]]
-    names = DINOV2 if name == "unimatch_v2" else BACKBONES
+    names = DINO if name == "unimatch_v2" else BACKBONES
     backbones = [f"backbone={backbone}" if backbone else "" for backbone in names]
     for words in itertools.product(splits, backbones, {"", OPTIONS.get(name, "")}, RECIPES):
         yield ",".join(filter(None, words))

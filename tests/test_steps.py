@@ -630,7 +630,7 @@ unimatch --views 1 --no-feature-perturbation --recipe official
 unimatch --unsup-loss fpl --T 0.2 0.3 0.5 --decay-on weights
 unimatch --recipe official --unsup-loss fpl --T 0.3
 unimatch_v2
-unimatch_v2 --views 1 --partner reversed --ema-decay 0.4 --decay-on weights
+unimatch_v2 --views 1 --partner reversed --ema-decay 0.4 --decay-on weights --backbone dinov3_vits16
 unimatch_v2 --unsup-loss fpl --T 0.5 --freeze 1 --checkpoint-activations --no-complementary-dropout
 """
 ITERS = {"ael_fpl": 6, "u2pl": 6, "u2pl_ael": 6, "mean_teacher": 4, "esl": 4}

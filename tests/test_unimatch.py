@@ -203,6 +203,7 @@ MILLIONS = [  # of the released logs: of the network, or of backbone and head; d
     (v2, "dinov2_vits14", [22.1, 2.7], []),
     (v2, "dinov2_vitb14", [86.6, 10.6], []),
     (v2, "dinov2_vitl14", [304.4, 30], []),
+    (v2, "dinov3_vitl16", [303.2, 30], []),  # timm's, with biases of q and v: 303.2
 ]
 
 
@@ -247,9 +248,10 @@ def flags(**changes):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Makes every DINOv2 a small one; returns a function of flags to a backbone."""
-    size = v2.Size(32, 4, 2, (0, 1, 2, 3), (4, 6, 8, 10), 12)
-    monkeypatch.setattr(v2, "SIZES", dict.fromkeys(v2.SIZES, size))
+    """Makes every ViT a small one; returns a function of flags to a backbone."""
+    own = (32, 4, 2, (0, 1, 2, 3), (4, 6, 8, 10), 12)
+    sizes = {name: v2.Size(*size[:2], *own) for name, size in v2.SIZES.items()}
+    monkeypatch.setattr(v2, "SIZES", sizes)
     return lambda **changes: v2.make_backbone(flags(**changes)).eval()
 
 
@@ -290,17 +292,39 @@ def test_dinov2_is_timms(small, tmp_path):
             assert mine.shape == (1, 32, *grid) and torch.allclose(mine, other, atol=atol)
 
 
+@pytest.mark.parametrize("biases", ["", "_qkvb"])
+def test_dinov3_is_timms(biases, small, tmp_path):
+    """From random weights, by timm's key names; without and with biases of queries and values."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    shape = dict(embed_dim=32, depth=4, num_heads=2, num_classes=0)
+    theirs = timm.create_model(f"vit_small_patch16_dinov3{biases}", **shape).eval()
+    for p in theirs.parameters():
+        p.data += 0.2 * torch.randn_like(p)
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    own = small(backbone="dinov3_vits16", weights=str(tmp_path / "w.pth"))
+    for x in torch.randn(2, 3, 224, 224), torch.randn(1, 3, 512, 320), torch.randn(1, 3, 16, 48):
+        maps = theirs.forward_intermediates(x, norm=True, intermediates_only=True)
+        for mine, other in zip(v2.features(own.train(), x), maps, strict=True):
+            assert torch.allclose(mine, other, atol=1e-5)
+
+
 SIZES = {(56, 70): (4, 5), (57, 62): (4, 4), (63, 64): (5, 5), (6, 300): (1, 21), (1, 1): (1, 1)}
 
 
-@pytest.mark.parametrize("size, grid", SIZES.items())
-def test_features_of_any_size(size, grid, small):
+CASES = [*(("dinov2_vits14", *case) for case in SIZES.items())]
+CASES += [("dinov3_vits16", size, grid) for size, grid in (((64, 80), (4, 5)), ((71, 9), (4, 1)))]
+
+
+@pytest.mark.parametrize("backbone, size, grid", CASES)
+def test_features_of_any_size(backbone, size, grid, small):
     """The image becomes one of whole patches, the nearest; half a patch is rounded up [D28]."""
-    net, x = small(), torch.randn(2, 3, *size)
-    resized = F.interpolate(x, [14 * n for n in grid], mode="bilinear", align_corners=True)
+    net, x = small(backbone=backbone), torch.randn(2, 3, *size)
+    resized = [int(backbone[-2:]) * n for n in grid]
+    resized = F.interpolate(x, resized, mode="bilinear", align_corners=True)
     for mine, expected in zip(v2.features(net, x), net(resized), strict=True):
         assert mine.shape == (2, 32, *grid) and torch.equal(mine, expected)
-    logits = v2.Network(flags(), 5, v2.DPTHead)(x.byte())["logits"]
+    logits = v2.Network(flags(backbone=backbone), 5, v2.DPTHead)(x.byte())["logits"]
     assert logits.shape == (2, 5, *size) and logits.isfinite().all()
 
 
@@ -359,16 +383,82 @@ def test_weights_are_metas_or_timms_and_nothing_else(small, tmp_path, monkeypatc
     for more, words in (
         ({"pos_embed": torch.zeros(1, 257, 32)}, "1 keys do not fit dinov2_vits14 (pos_embed"),
         ({"register_tokens": torch.zeros(1, 4, 32)}, "register tokens: give the file without"),
-        ({"storage_tokens": torch.zeros(1, 4, 32)}, "it is a DINOv3, another network"),
-        ({"rope_embed.periods": torch.zeros(16)}, "it is a DINOv3, another network"),
+        ({"storage_tokens": torch.zeros(1, 4, 32)}, "DINOv3, --backbone dinov3_vits16"),
+        ({"encoder.layer.0.norm1.bias": torch.zeros(32)}, "names of transformers"),
     ):
         torch.save(meta | more, file)
         assert words in refusal(v2.make_backbone, flags(weights=file))
 
 
+OF_TRANSFORMERS = (  # Meta's names -> transformers'; queries, keys and values are apart there
+    ("patch_embed.proj", "embeddings.patch_embeddings"),
+    ("cls_token", "embeddings.cls_token"),
+    ("storage_tokens", "embeddings.register_tokens"),
+    ("attn.proj", "attention.o_proj"),
+    ("ls1.gamma", "layer_scale1.lambda1"),
+    ("ls2.gamma", "layer_scale2.lambda1"),
+    ("fc1", "up_proj"),
+    ("fc2", "down_proj"),
+    ("blocks", "layer"),
+)
+
+
+def test_weights_of_a_dinov3_are_metas_or_transformers(small, tmp_path):
+    """Meta's file has the periods, rounded, and a mask of biases; the other neither."""
+    torch.manual_seed(0)
+    file, backbone = str(tmp_path / "w.pth"), "dinov3_vits16"
+    fresh = small(backbone=backbone)
+    state = {key: torch.randn_like(x) for key, x in fresh.named_parameters()}
+    constants = dict(fresh.named_buffers())
+    rounded = {"rope_embed.periods": constants["rope_embed.periods"].bfloat16().float()}
+    more = {"mask_token": torch.zeros(1, 32), "local_cls_norm.bias": torch.zeros(32)}
+    torch.save(constants | rounded | state | more, file)
+    net = small(backbone=backbone, weights=file)
+    found = net.state_dict()
+    assert found.keys() == (constants | state).keys()
+    assert all(torch.equal(x, (constants | rounded | state)[key]) for key, x in found.items())
+    x = torch.randn(1, 3, 64, 80)
+    expected = v2.features(net, x)[3]
+    for key in state:
+        if key.endswith("qkv.bias"):
+            found[key][32:64] = 9.0  # of keys: masked
+    assert torch.equal(v2.features(net, x)[3], expected)
+    torch.save(state | more, file)
+    assert "keys do not fit" in refusal(v2.make_backbone, flags(backbone=backbone, weights=file))
+
+    theirs = {}
+    for key, value in state.items():
+        for own, other in OF_TRANSFORMERS:
+            key = key.replace(own, other)
+        if "qkv" in key:
+            for letter, part in zip("qkv", value.split(32), strict=True):
+                theirs[key.replace("attn.qkv", f"attention.{letter}_proj")] = part
+        else:
+            theirs[key] = value
+    theirs = {key: x for key, x in theirs.items() if not key.endswith("k_proj.bias")}
+    for missing in "layer.0.attention.v_proj.weight", "layer.3.attention.k_proj.weight":
+        torch.save({key: x for key, x in theirs.items() if key != missing}, file)
+        line = refusal(v2.make_backbone, flags(backbone=backbone, weights=file))
+        assert "3 keys do not fit dinov3_vits16" in line
+    torch.save(theirs, file)
+    found = small(backbone=backbone, weights=file).state_dict()
+    for key, value in (constants | state).items():
+        if key.endswith("qkv.bias"):
+            value[32:64] = 0
+        assert torch.equal(found[key], value), key
+
+    torch.save(small().state_dict(), file)
+    line = refusal(v2.make_backbone, flags(backbone=backbone, weights=file))
+    assert "it is a DINOv2, --backbone dinov2_vits14" in line
+    line = refusal(v2.make_backbone, flags(backbone=backbone, weights="auto"))
+    assert "Meta's DINOv3 License" in line and "--weights FILE" in line
+
+
 def test_frozen_blocks(small):
     """Tensors that learn nothing: 4 before the blocks, 14 of a block, 2 of the last norm."""
-    for frozen, fixed in ((0, 0), (2, 32), (4, 62)):
-        assert sum(not p.requires_grad for p in small(freeze=frozen).parameters()) == fixed
+    for backbone in ("dinov2_vits14", "dinov3_vits16"):
+        for frozen, fixed in ((0, 0), (2, 32), (4, 62)):
+            net = small(backbone=backbone, freeze=frozen)
+            assert sum(not p.requires_grad for p in net.parameters()) == fixed
     line = "--freeze 5: dinov2_vits14 has 4 blocks"
     assert refusal(v2.make_backbone, flags(freeze=5)) == line

@@ -87,11 +87,14 @@ def draw_folder(root, classes, void=255, first=0):
 
 def tiny_modules(module, bare=False):
     """Returns stand-ins for make_backbone and the heads; bare: without BN and dropout."""
-    if hasattr(module, "SIZES"):  # its own DINOv2 and DPT without attention and residual units
+    if hasattr(module, "SIZES"):  # its own ViT and DPT without attention and residual units
 
         class Block(nn.Linear):
-            def __init__(self, width, heads):
-                super().__init__(width, width)
+            def __init__(self, size):
+                super().__init__(size.width, size.width)
+
+            def forward(self, x, turn):
+                return super().forward(x)
 
         class Head(module.DPTHead):
             def __init__(self, *given):
@@ -100,8 +103,9 @@ def tiny_modules(module, bare=False):
                 for p in self.parameters():
                     p.data *= 2  # keeps the signal alive
 
-        small = module.Size(8, 4, 2, (0, 1, 2, 3), (4, 4, 8, 8), 8)
-        return {"SIZES": dict.fromkeys(module.SIZES, small), "Block": Block, "DPTHead": Head}
+        small = (8, 4, 2, (0, 1, 2, 3), (4, 4, 8, 8), 8)
+        sizes = {name: module.Size(*size[:2], *small) for name, size in module.SIZES.items()}
+        return {"SIZES": sizes, "Block": Block, "DPTHead": Head}
 
     def block(inputs, outputs, stride):
         conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)

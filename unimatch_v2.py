@@ -12,7 +12,7 @@ section 4.
   strong views, CutMix         drawn_operations, strong_view, drawn_box, mixed, strong_views
   complementary dropout        complementary_masks
   FPL Alg. 1, Eq. (7), (11)    fuzzy_positive_loss and what it calls, the text of ael_fpl.py
-  DINOv2, DINOv3               ViT, Block; position_embedding; Rotary, rotated
+  DINOv2, DINOv3               ViT, Block; position_embedding; RoPE, apply_rope
   DPT                          Residual, DPTHead
   AdamW with two rates         make_optimizer
 
@@ -685,6 +685,7 @@ class Size(NamedTuple):
 
     version: int  # of DINO: 2 or 3
     patch: int  # its side in pixels
+    eps: float  # of the norms
     width: int  # channels of a token
     depth: int  # blocks
     heads: int  # of attention
@@ -693,23 +694,36 @@ class Size(NamedTuple):
     fused: int  # channels that they have where they are added
 
 
+# fmt: off
+V2 = dict(version=2, patch=14, eps=1e-6)
+V3 = dict(version=3, patch=16, eps=1e-5)
+VIT_S = dict(
+    width=384, depth=12, heads=6, taken=(2, 5, 8, 11), maps=(48, 96, 192, 384), fused=64,
+)
+VIT_B = dict(
+    width=768, depth=12, heads=12, taken=(2, 5, 8, 11), maps=(96, 192, 384, 768), fused=128,
+)
+VIT_L = dict(
+    width=1024, depth=24, heads=16, taken=(4, 11, 17, 23), maps=(256, 512, 1024, 1024), fused=256,
+)
+# fmt: on
 SIZES = {
-    "dinov2_vits14": Size(2, 14, 384, 12, 6, (2, 5, 8, 11), (48, 96, 192, 384), 64),
-    "dinov2_vitb14": Size(2, 14, 768, 12, 12, (2, 5, 8, 11), (96, 192, 384, 768), 128),
-    "dinov2_vitl14": Size(2, 14, 1024, 24, 16, (4, 11, 17, 23), (256, 512, 1024, 1024), 256),
-    "dinov3_vits16": Size(3, 16, 384, 12, 6, (2, 5, 8, 11), (48, 96, 192, 384), 64),
-    "dinov3_vitb16": Size(3, 16, 768, 12, 12, (2, 5, 8, 11), (96, 192, 384, 768), 128),
-    "dinov3_vitl16": Size(3, 16, 1024, 24, 16, (4, 11, 17, 23), (256, 512, 1024, 1024), 256),
+    "dinov2_vits14": Size(**V2, **VIT_S),
+    "dinov2_vitb14": Size(**V2, **VIT_B),
+    "dinov2_vitl14": Size(**V2, **VIT_L),
+    "dinov3_vits16": Size(**V3, **VIT_S),
+    "dinov3_vitb16": Size(**V3, **VIT_B),
+    "dinov3_vitl16": Size(**V3, **VIT_L),
 }
 
 
-class Rotary(nn.Module):
-    """DINOv3's positions: the angles by which attention turns queries and keys.
+class RoPE(nn.Module):
+    """DINOv3's rotary position embedding.
 
-    forward: h, w, others -> cos and sin (others + h w, d / 2) float32, d the width of a head. A
-    patch at (i, j) has the coordinates (2 i + 1) / h - 1 and (2 j + 1) / w - 1, each turns d / 4
-    pairs of channels by 2 pi / period of it, in training too [D31]; others: tokens before the
-    patches, which stay.
+    forward: h, w, others -> cos and sin (others + h w, d / 2) float32, d the width of a head. The
+    patch at (i, j) has the coordinates (2 i + 1) / h - 1 and (2 j + 1) / w - 1; a coordinate c
+    rotates d / 4 pairs of channels by the angles 2 pi c / period. Nothing is drawn in training
+    [D31]. The first `others` tokens, which are no patches, have the angle 0.
     """
 
     def __init__(self, d):
@@ -725,14 +739,14 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def rotated(x, cos, sin):
-    """Turns the pairs of channels (i, i + d / 2) of queries or keys (B, heads, N, d)."""
+def apply_rope(x, cos, sin):
+    """Rotates the pairs of channels (i, i + d / 2) of queries or keys (B, heads, N, d)."""
     a, b = x.chunk(2, 3)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], 3).to(x.dtype)
 
 
-class UnbiasedKeys(nn.Linear):
-    """DINOv3's queries, keys and values of tokens: of the three, keys have no bias."""
+class KMaskedLinear(nn.Linear):
+    """Queries, keys and values of DINOv3: the bias of keys is masked."""
 
     def __init__(self, width):
         super().__init__(width, 3 * width)
@@ -745,22 +759,22 @@ class UnbiasedKeys(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Self-attention of tokens (B, N, width). turn: DINOv3's (cos, sin) of Rotary, or None."""
+    """Self-attention of tokens (B, N, width). rope: RoPE's (cos, sin), or None."""
 
     def __init__(self, size):
         super().__init__()
         self.heads = size.heads
         if size.version == 3:
-            self.qkv = UnbiasedKeys(size.width)
+            self.qkv = KMaskedLinear(size.width)
         else:
             self.qkv = nn.Linear(size.width, 3 * size.width)
         self.proj = nn.Linear(size.width, size.width)
 
-    def forward(self, x, turn):
+    def forward(self, x, rope):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if turn is not None:
-            q = rotated(q, *turn)
-            k = rotated(k, *turn)
+        if rope is not None:
+            q = apply_rope(q, *rope)
+            k = apply_rope(k, *rope)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -780,33 +794,28 @@ class Block(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        self.norm1 = layer_norm(size)
+        self.norm1 = nn.LayerNorm(size.width, size.eps)
         self.attn = Attention(size)
         self.ls1 = LayerScale(size.width)
-        self.norm2 = layer_norm(size)
+        self.norm2 = nn.LayerNorm(size.width, size.eps)
         self.mlp = nn.Sequential()
         self.mlp.fc1 = nn.Linear(size.width, 4 * size.width)
         self.mlp.act = nn.GELU()
         self.mlp.fc2 = nn.Linear(4 * size.width, size.width)
         self.ls2 = LayerScale(size.width)
 
-    def forward(self, x, turn):
-        x = x + self.ls1(self.attn(self.norm1(x), turn))
+    def forward(self, x, rope):
+        x = x + self.ls1(self.attn(self.norm1(x), rope))
         return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-def layer_norm(size):
-    """Returns a LayerNorm with the epsilon of DINOv2 or DINOv3."""
-    return nn.LayerNorm(size.width, eps={2: 1e-6, 3: 1e-5}[size.version])
 
 
 class ViT(nn.Module):
     """DINOv2's or DINOv3's ViT; its parameters have the names of Meta's files.
 
-    DINOv2, without register tokens, adds an embedding to every patch to say where it is; DINOv3 has
-    four storage tokens, and Rotary in every block. forward: (B, 3, H, W) normalized, H and W
-    multiples of the patch -> what the taken blocks make of the patches, normalized once more: four
-    (B, width, H / patch, W / patch).
+    DINOv2, here without register tokens, adds a position embedding to every patch; DINOv3 has four
+    register tokens, and RoPE in every block. forward: (B, 3, H, W) normalized, H and W multiples of
+    the patch -> what the taken blocks make of the patches, normalized once more: four (B, width, H
+    / patch, W / patch).
     """
 
     checkpointed = False  # --checkpoint-activations
@@ -818,11 +827,11 @@ class ViT(nn.Module):
         self.patch_embed = nn.Sequential()
         self.patch_embed.proj = nn.Conv2d(3, size.width, size.patch, size.patch)
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
-        self.norm = layer_norm(size)
+        self.norm = nn.LayerNorm(size.width, size.eps)
         if size.version == 3:
             self.storage_tokens = nn.Parameter(torch.zeros(1, 4, size.width))
             nn.init.trunc_normal_(self.storage_tokens, std=0.02)
-            self.rope_embed = Rotary(size.width // size.heads)
+            self.rope_embed = RoPE(size.width // size.heads)
         else:
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + GRID * GRID, size.width))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -834,10 +843,10 @@ class ViT(nn.Module):
     def forward(self, x):
         patches = self.patch_embed(x).to(self.cls_token.dtype)
         h, w = patches.shape[2:]
-        turn = None
+        rope = None
         if self.size.version == 3:
             first = torch.cat([self.cls_token, self.storage_tokens], 1)
-            turn = self.rope_embed(h, w, first.shape[1])
+            rope = self.rope_embed(h, w, first.shape[1])
         else:
             first = self.cls_token + self.pos_embed[:, :1]
             patches = patches + position_embedding(self.pos_embed[:, 1:], h, w)
@@ -846,9 +855,9 @@ class ViT(nn.Module):
         maps = []
         for number, block in enumerate(self.blocks):
             if self.checkpointed and x.requires_grad:
-                x = checkpoint(block, x, turn, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, turn)
+                x = block(x, rope)
             if number in self.size.taken:
                 normalized = self.norm(x)[:, first.shape[1] :]
                 maps.append(normalized.transpose(1, 2).unflatten(2, (h, w)))

@@ -24,9 +24,7 @@ GATED = (
     "is gated, under Meta's DINOv3 License:"
     " https://ai.meta.com/resources/models-and-libraries/dinov3-license"
 )
-# keys that only a DINOv3 has, by Meta, timm, transformers
-DINOV3 = ("storage_tokens", "blocks.0.gamma_1", "layer.0.layer_scale1.lambda1")
-# what timm and transformers call its parts -> as Meta does
+# what timm and transformers call the parts of a DINOv3 -> as Meta does
 NAMES_OF_META = (
     (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
     (r"^embeddings\.", ""),
@@ -34,10 +32,26 @@ NAMES_OF_META = (
     (r"^layer\.", "blocks."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.attention\.", ".attn."),
+    (r"\.attn\.([qkv])_bias$", r".attn.\1_proj.bias"),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
     (r"\.gamma_([12])$", r".ls\1.gamma"),
     (r"\.mlp\.up_proj\.", ".mlp.fc1."),
     (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+)
+GATED_MLP = "a ViT with a gated MLP (DINOv3's S+, L+, H+ and 7B): not built"
+REGISTERS = "a DINOv2 with register tokens: give the one without to dinov2_vit{}14"
+FAMILIES = (  # keys that only such a state dict has, by Meta, timm, transformers: whose it is
+    ({"local_cls_norm.weight"}, "a DINOv3 of satellite images, normalized otherwise: not built"),
+    ({"blocks.0.mlp.w1.weight"}, GATED_MLP),
+    ({"blocks.0.mlp.fc1_g.weight"}, GATED_MLP),
+    ({"layer.0.mlp.gate_proj.weight"}, GATED_MLP),
+    ({"storage_tokens"}, "dinov3_vit{}16"),
+    ({"reg_token", "blocks.0.gamma_1"}, "dinov3_vit{}16"),
+    ({"embeddings.register_tokens", "layer.0.layer_scale1.lambda1"}, "dinov3_vit{}16"),
+    ({"register_tokens"}, REGISTERS),
+    ({"reg_token"}, REGISTERS),
+    ({"pos_embed", "blocks.0.ls1.gamma"}, "dinov2_vit{}14"),
+    ({"encoder.layer.0.norm1.weight"}, "a DINOv2 of transformers: give Meta's file or timm's"),
 )
 # of classifiers in files, whose network here has another or none
 HEADS = ("head.", "head_dist.", "fc.", "classifier.", "last_linear.", "AuxLogits.")
@@ -89,44 +103,62 @@ def load_dino(vit, weights, backbone):
         name = f"{backbone}_pretrain-{DINOV2[backbone]}.pth"
     state = read_state(weights, name)
     state = {re.sub(r"^(backbone|model)\.", "", key): value for key, value in state.items()}
-    third = any(key in state for key in DINOV3)
+    state.pop("mask_token", None)  # of pretraining alone
+    family = family_of(state)
     if backbone not in DINOV2:
-        state = of_meta(state, vit.state_dict())
-    # of pretraining alone
-    state = {k: v for k, v in state.items() if not k.startswith(("mask_token", "local_cls_norm."))}
+        state = with_defaults(merged(renamed(state)), vit.state_dict())
+        state.pop("mask_token", None)
     if bad := unfit(state, vit):
         names = ", ".join(sorted(bad)[:3])
-        if backbone in DINOV2 and third:
-            names += f"; it is a DINOv3, --backbone dinov3_{backbone[7:11]}16"
-        elif backbone not in DINOV2 and "pos_embed" in state:
-            names += f"; it is a DINOv2, --backbone dinov2_{backbone[7:11]}14"
-        elif any("reg" in key for key in state):
-            names += "; it has register tokens: give the file without them"
-        elif any("encoder.layer." in key for key in state):
-            names += "; it has the names of transformers: give Meta's file or timm's"
+        if family and family != backbone:
+            names += f"; it is {family}"
         raise Refusal(f"--weights {weights}: {len(bad)} keys do not fit {backbone} ({names})")
     vit.load_state_dict(state)
 
 
-def of_meta(state, own):
-    """Returns a DINOv3's state dict, of timm's or transformers' names or Meta's, under Meta's.
+def family_of(state):
+    """Returns whose weights a state dict has, by its names: a backbone, or words; or None."""
+    token = state.get("cls_token", state.get("embeddings.cls_token"))
+    size = {384: "s", 768: "b", 1024: "l"}.get(getattr(token, "shape", (0,))[-1], "")
+    for keys, words in FAMILIES:
+        if keys <= state.keys():
+            return words.format(size)
+    return None
 
-    own: the network's, for what the others leave out: constants, and biases that are 0.
-    """
-    foreign = "reg_token" in state or "embeddings.register_tokens" in state
+
+def renamed(state):
+    """Returns a DINOv3's state dict of timm or transformers under Meta's names."""
     for pattern, name in NAMES_OF_META:
         state = {re.sub(pattern, name, key): value for key, value in state.items()}
-    for key in [key for key in state if "attn.q_" in key]:  # theirs are apart
-        parts = [key.replace("attn.q_", f"attn.{x}_") for x in "qkv"]
-        if key.endswith("bias"):
-            state.setdefault(parts[1], torch.zeros_like(state[key]))
-        if all(part in state for part in parts):
-            whole = re.sub(r"q_(proj\.)?", "qkv.", key)
-            state[whole] = torch.cat([state.pop(part) for part in parts])
-    if foreign:
-        left_out = ("qkv.bias", "bias_mask", "periods")
-        state = {key: value for key, value in own.items() if key.endswith(left_out)} | state
     return state
+
+
+def merged(state):
+    """Returns it with queries, keys and values in one, as Meta has them; keys have no bias."""
+    state = dict(state)
+    for key in [key for key in state if ".attn.q_proj." in key]:
+        parts = [key.replace("q_proj", f"{letter}_proj") for letter in "qkv"]
+        if key.endswith("bias") and parts[2] in state:
+            state.setdefault(parts[1], torch.zeros_like(state[key]))
+            if state[parts[1]].any():
+                continue  # such keys are of another network
+        if all(part in state for part in parts):
+            whole = torch.cat([state.pop(part) for part in parts])
+            state[key.replace("q_proj", "qkv")] = whole
+    return state
+
+
+def with_defaults(state, own):
+    """Returns it with what timm and transformers leave out, from the network's own.
+
+    Constants, and all biases of queries, keys and values, which are 0, or none.
+    """
+    left_out = []
+    if not any(key.endswith("bias_mask") for key in state):
+        left_out += [key for key in own if key.endswith(("bias_mask", "periods"))]
+    if not any(re.search(r"\.attn\.(qkv|[qkv]_proj)\.bias$", key) for key in state):
+        left_out += [key for key in own if key.endswith("qkv.bias")]
+    return {key: own[key] for key in left_out} | state
 
 
 def read_state(weights, name=None):

@@ -4,9 +4,9 @@
 #   that train() on a frozen or fine-tuned backbone changes nothing, and a student and its teacher with equal weights
 #   agree.
 # Behaviour: in training mode transformers multiplies the coordinates of all patches by one random factor between 1/2
-#   and 2 at every pass (config.pos_embed_rescale, 2.0 by default and in the published configurations), frozen or not;
-#   so does Meta's code, from which it comes. It is an augmentation of pretraining. timm's port of the same network
-#   does not, nor does it for one patch, which lies at 0. pos_embed_rescale=None turns it off.
+#   and 2 at every pass (config.pos_embed_rescale, 2.0 by default and in the published configurations), frozen or not.
+#   It is an augmentation of pretraining, in Meta's code drawn anew for every block. timm's port does not rescale.
+#   pos_embed_rescale=None turns it off.
 #   (Source: transformers/models/dinov3_vit/modeling_dinov3_vit.py, augment_patches_center_coordinates, called where
 #   self.training; timm/models/eva.py, vit_small_patch16_dinov3, whose rope_rescale_coords is left out.)
 # Output seen, norm of the difference between two passes of one image, of the norm of the features (random weights):

@@ -255,7 +255,7 @@ def print_scores(checkpoint, images, flags):
     student, teacher = (
         cps_fpl.build(args, data.num_classes, cps_fpl.CPSHead, group).eval() for _ in (1, 2)
     )
-    step = load_networks(saved, {"branch1": student, "branch2": teacher})
+    step = load_networks(saved, {"branch1": student, "branch2": teacher}, data)
     if not 1 <= images <= len(data.val):
         raise Refusal(f"--images {images}: a number from 1 to {len(data.val)}, the images of val")
     phase = max(step - 1, 0) / args.total_iters  # of the last step that was trained

@@ -78,7 +78,7 @@ def main(argv):
         raise Refusal(f"--images {n}: a number from 1 to {len(data.val)}, the images of val")
     name = "teacher" if saved["step"] > args.warmup_iters else "student"
     net = u2pl.build(args, data.num_classes, u2pl.U2PLHead, group).eval()
-    load_networks(saved, {name: net})
+    load_networks(saved, {name: net}, data)
     source = SimpleNamespace(script=u2pl, net=net, args=args, data=data)
     found = torch.zeros(2, data.num_classes, dtype=torch.int64)
     with u2pl.evaluating(net, data, args, group):

@@ -127,7 +127,7 @@ def of_checkpoint(checkpoint, images, flags):
     group = distributed.setup(args.device)
     data = load(args)
     net = unimatch.build(args, data.num_classes, unimatch.UniMatchHead, group)
-    step = load_networks(saved, {"student": net})
+    step = load_networks(saved, {"student": net}, data)
     if not 1 <= images <= len(data.val):
         raise Refusal(f"--images {images}: a number from 1 to {len(data.val)}, the images of val")
     found = torch.zeros(len(EDGES), 4, dtype=torch.float64)

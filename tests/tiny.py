@@ -93,7 +93,7 @@ def tiny_modules(module, bare=False):
             def __init__(self, size):
                 super().__init__(size.width, size.width)
 
-            def forward(self, x, turn):
+            def forward(self, x, rope):
                 return super().forward(x)
 
         class Head(module.DPTHead):
@@ -103,8 +103,8 @@ def tiny_modules(module, bare=False):
                 for p in self.parameters():
                     p.data *= 2  # keeps the signal alive
 
-        small = (8, 4, 2, (0, 1, 2, 3), (4, 4, 8, 8), 8)
-        sizes = {name: module.Size(*size[:2], *small) for name, size in module.SIZES.items()}
+        small = dict(width=8, depth=4, heads=2, taken=(0, 1, 2, 3), maps=(4, 4, 8, 8), fused=8)
+        sizes = {name: size._replace(**small) for name, size in module.SIZES.items()}
         return {"SIZES": sizes, "Block": Block, "DPTHead": Head}
 
     def block(inputs, outputs, stride):

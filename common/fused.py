@@ -324,14 +324,15 @@ def kernels(logits_s, logits_t):
 
 class FPL(torch.autograd.Function):
     """FPL's loss of every pixel and the pseudo label. The gradient is made with the loss and kept,
-    the only map of C channels; so there is no second derivative.
+    the only map of C channels, and backward multiplies it in place: it can be taken once, and there
+    is no second derivative.
     """
 
     @staticmethod
     def forward(ctx, logits_s, logits_t, rule):
         if kernel := kernels(logits_s, logits_t):
             loss, pseudo, gradient = kernel.launch(logits_s, logits_t, rule)
-            ctx.save_for_backward(gradient)
+            ctx.gradient = gradient
             ctx.mark_non_differentiable(pseudo)
             return loss, pseudo
         rows = logits_s.is_contiguous(memory_format=torch.channels_last)
@@ -344,7 +345,7 @@ class FPL(torch.autograd.Function):
             chunks = [x.flatten(-2).split(size, -1) for x in maps]
             for z, t, *results in zip(*chunks, strict=True):
                 torch._foreach_copy_(results, fpl_of_pixels(z, t, *rule))
-        ctx.save_for_backward(gradient)
+        ctx.gradient = gradient
         ctx.mark_non_differentiable(pseudo)
         return loss, pseudo
 
@@ -352,8 +353,11 @@ class FPL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _):
         """The kept gradient, (B, C, H, W), times that of each pixel's loss, (B, H, W)."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None
+        gradient = ctx.gradient
+        if gradient is None:
+            raise RuntimeError("FPL's twin has one backward; --fused off has as many as you like")
+        ctx.gradient = None
+        return gradient.mul_(upstream[:, None].to(gradient.dtype)), None, None
 
 
 def fuzzy_positive_loss(

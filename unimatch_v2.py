@@ -1478,7 +1478,9 @@ def main(args):
     results = {}
     results["last"], _ = evaluate(scored(args.total_iters), data, items, args, group)
     best = run.load_best(networks)
-    if best is not None:
+    if best == args.total_iters:  # the same weights
+        results["best"] = results["last"]
+    elif best is not None:
         results["best"], _ = evaluate(scored(best), data, items, args, group)
     run.finish(results, on)
     distributed.teardown()

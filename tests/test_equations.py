@@ -25,7 +25,6 @@ from common import fused
 from oracles import ael as ael_oracle
 from oracles import fpl as fpl_oracle
 from oracles import supervised as supervised_oracle
-from oracles import unimatch as unimatch_oracle
 
 KINDS = ["random", "diffuse", "one-hot", "flat", "tied"]  # of teachers
 MASKS = ["some", "all", "padded", "nothing"]
@@ -142,7 +141,7 @@ def weak_to_strong(**changes):
         return unimatch.consistency(case.z, lesson, 17.0, args), {}
 
     def expected(case):
-        return *unimatch_oracle.consistency(case.z, case.t, case.inside, 17.0, args), {}
+        return *ael_oracle.weak_to_strong(case.z, case.t, case.inside, 17.0, args), {}
 
     return Row(f"consistency {changes}", product, expected)
 
@@ -180,7 +179,7 @@ ROWS = [
     consistency_loss(2),
     consistency_loss(4, **RELEASED, threshold=0.5),
     weak_to_strong(),
-    weak_to_strong(unsup_loss="ce", threshold=0.3),
+    weak_to_strong(unsup_loss="ce", threshold=0.5),
     soft_label("soft"),
 ]
 VARIANTS = [  # flags that reach a loss: every value of each, compared at a few classes
@@ -199,7 +198,7 @@ VARIANTS = [  # flags that reach a loss: every value of each, compared at a few 
     consistency_loss(2, weight="convex", k_max=2, strict=False, threshold=0.6, gamma=1.0),
     weak_to_strong(fused="on"),
     weak_to_strong(T=0.6037, k_max=3, strict=False, weight="linear"),
-    weak_to_strong(unsup_loss="ce", threshold=0.6),
+    weak_to_strong(unsup_loss="ce", threshold=0.3),
     soft_label("hard"),
     *(soft_label("dynamic", eta) for eta in (0.5, 0.8, 0.999)),
     *(soft_label("topk", top_k=k) for k in (1, 3, 90)),

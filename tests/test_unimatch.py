@@ -30,13 +30,6 @@ ALONE = distributed.Group(0, 1, torch.device("cpu"))
 # ---- thresholds, K, numbers of the log ----
 
 
-def test_a_label_at_the_threshold_counts():
-    args = printed(unsup_loss="ce", threshold=0.5)
-    z, inside = torch.zeros(1, 2, 1, 1), torch.ones(1, 1, 1).bool()
-    loss = unimatch.consistency(z, unimatch.lesson(z, inside, args), 1, args)
-    assert loss.item() == pytest.approx(np.log(2))
-
-
 def test_several_T_choose_K_by_the_neighbours():
     args = printed(T=(0.4437, 0.6437, 0.8937, 0.9837), k_max=4)
     rng = torch.Generator().manual_seed(0)

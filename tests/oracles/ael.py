@@ -1,9 +1,9 @@
-"""AEL (arXiv 2110.05474), one pixel and one drawn number at a time."""
+"""AEL (arXiv 2110.05474), FixMatch and UniMatch, one pixel and one drawn number at a time."""
 
 import math
 
 from oracles.fpl import every_fourth, pixel_loss, positives
-from oracles.supervised import likeliest, nll, scaled, softmax, weighted_mean
+from oracles.supervised import likeliest, mean_over, nll, scaled, softmax, weighted_mean
 
 
 def pixel_weight(conf_t, z, rate, u, gamma):
@@ -45,3 +45,17 @@ def consistency(students, teachers, inside, rate, chances, pooled, width, flags)
         total += share * value
         gradient += [scaled(slope, share) for slope in slopes]
     return total, gradient, {k: math.fsum(v) / max(len(v), 1) for k, v in parts.items()}
+
+
+def weak_to_strong(students, teachers, inside, pixels, flags):
+    """UniMatch: what a sure teacher teaches, over `pixels`; its gradient pixel by pixel."""
+
+    def learn(z, t):
+        q = softmax(t)
+        certain = max(q) >= flags.threshold
+        loss, slope = pixel_loss(z, q, flags)
+        return certain * loss, scaled(slope, certain)
+
+    value, slopes = mean_over(students, teachers, inside, learn)
+    share = sum(map(sum, inside)) / pixels
+    return share * value, [scaled(slope, share) for slope in slopes]

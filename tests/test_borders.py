@@ -20,6 +20,7 @@ import supervised
 import u2pl
 from common import Refusal, fused
 from common.distributed import Group
+from oracles import Scripted
 from oracles import fpl as fpl_oracle
 
 BELOW_1 = 1 - 2.0**-53  # the largest float64 of a generator's [0, 1)
@@ -138,26 +139,6 @@ def test_the_average_of_certain_networks_is_finite_and_the_surer_one_decides():
     average = cps_fpl.Average([torch.nn.Identity(), torch.nn.Identity()])
     log_p = average({"logits": z})["logits"]
     assert log_p.isfinite().all() and log_p.sum(3).argmax(1) == 2
-
-
-class Scripted:
-    """Stands in for a numpy generator: its numbers are a list of shares in [0, 1)."""
-
-    def __init__(self, *shares):
-        self.shares = list(shares)
-
-    def uniform(self, low=0.0, high=1.0):
-        return low + (high - low) * self.shares.pop(0)
-
-    def random(self, count=None):
-        return np.array([self.uniform() for _ in range(count)]) if count else self.uniform()
-
-    def integers(self, *ends):
-        low, high = (0, *ends)[-2:]
-        return low + int(self.uniform() * (high - low))
-
-    def choice(self, values):
-        return values[self.integers(len(values))]
 
 
 @pytest.mark.smoke

@@ -39,7 +39,8 @@ BACKBONES, RECIPES = ("", "resnet18", "resnet50", "resnet101"), ("", "recipe=off
 DINO = ("", "dinov2_vitb14", "dinov2_vitl14", "dinov3_vits16")
 OPTIONS = {"supervised": "schedule=matched", "mean_teacher": "consistency=mse"}  # a preset looks
 OPTIONS |= {"cps_fpl": "cutmix=", "ael_fpl": "unsup_loss=ce"}
-FOLLOWED = "batch_size=8 batch_size=16 total_iters=150000 output_stride=16 init=last.pt"
+FOLLOWED = "batch_size=8 batch_size=16 total_iters=150000 output_stride=16 init=last.pt "
+FOLLOWED += "batch_size_unlabeled=32"
 
 
 def command_lines(name, dataset):
@@ -50,17 +51,15 @@ def command_lines(name, dataset):
     for words in itertools.product(splits, backbones, {"", OPTIONS.get(name, "")}, RECIPES):
         yield ",".join(filter(None, words))
     for word in FOLLOWED.split():
-        if name == "unimatch_v2" and "output_stride" in word:
-            continue
-        yield ",".join(filter(None, (splits[0], word)))
+        if hasattr(module_of(name).Args, word.split("=")[0]):
+            yield ",".join(filter(None, (splits[0], word)))
     yield from ("labeled_list=l.txt", "labeled_list=l.txt,total_iters=9")
 
 
 def outcome(name, dataset, words=""):
     """Returns what the flags become but for those given, or the line that refuses them."""
     given = dict(word.split("=") for word in words.split(",") if word)
-    for key in given.keys() & {"batch_size", "total_iters", "output_stride"}:
-        given[key] = int(given[key])
+    given |= {key: int(word) for key, word in given.items() if word.isdecimal() and key != "split"}
     if "cutmix" in given:
         given["cutmix"] = False
     try:

@@ -206,8 +206,12 @@ CASES = [
           ("classic", "deep", "conv1.weight", 64),
           ("deep", "v1c", "conv1.0.weight", 64),
           ("v1c", "classic", "stem.0.weight", 32))),
+    *(Case(words, script, f"--unsup-loss fpl {words}", line)
+      for script in (CPS, AEL, UNI, V2)
+      for words, line in (("--T 0.8 0.9 --fused on", "--fused_on twin"),
+                          ("--T 0.9 0.8", "rising"))),
+    Case("several T and n", CPS, "--T 0.8 0.9 --k-strategy n", "--k-strategy_n-1"),
     *(Case(words, V2, words, line) for words, line in (
-        ("--unsup-loss fpl --T 0.8 0.9 --fused on", "--fused_on: one_--T"),
         ("--precise-bn 5", "--precise-bn: there_is_no_BN"),
         ("--backbone resnet18", "--backbone dinov2_vits14"))),
     Case("WORLD_SIZE alone", S, "", "RANK LOCAL_RANK MASTER_ADDR MASTER_PORT start_with_torchrun",

@@ -5,7 +5,6 @@ Their losses: test_equations.py. Their steps: test_steps.py.
 
 import hashlib
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ import unimatch
 import unimatch_v2 as v2
 from common import distributed, weights
 from common.flags import as_fields
+from oracles import Scripted
 from oracles import fpl as fpl_oracle
 from oracles.fpl import printed
 from results import unimatch_fpl
@@ -72,43 +72,32 @@ def test_a_mean_is_that_of_the_whole_batch(monkeypatch):
 # ---- what is drawn ----
 
 
-def told(random, uniform, **others):
-    """A generator that gives these numbers; uniform: which part of a range."""
-    rng = Mock(**{f"{name}.side_effect": numbers for name, numbers in others.items()})
-    rng.random.side_effect = random
-    parts = iter(uniform)
-    rng.uniform.side_effect = lambda low, high: low + next(parts) * (high - low)
-    return rng
-
-
 def test_boxes_are_drawn_as_released():
     """[D23]: none at even odds; a box that does not fit has another ratio and place."""
-    assert unimatch.drawn_box(told([0.49], []), 100) == (0, 0, 0, 0)
     square = 0.7 / (1 / 0.3 - 0.3)
-    for uniform, integers, box in (  # of 200 pixels; of 4,000, 115 high at first
-        ([0, 0, 0, 0], [94, 0, 93, 76, 93, 75], (93, 75, 7, 25)),
-        ([0, 1], [1, 2], (1, 2, 25, 7)),
-        ([1, 1, square], [0, 0, 37, 37], (37, 37, 63, 63)),
+    for shares, box in (  # of 200 pixels; of 4,000, 115 high at first
+        ([0.49], (0, 0, 0, 0)),
+        ([0.5, 0, 0, 0.94, 0, 0, 0.93, 0.76, 0, 0.93, 0.75], (93, 75, 7, 25)),
+        ([0.5, 0, 1, 0.01, 0.02], (1, 2, 25, 7)),
+        ([0.5, 1, 1, 0, 0, square, 0.37, 0.37], (37, 37, 63, 63)),
     ):
-        rng = told([0.5], uniform, integers=integers)
-        assert unimatch.drawn_box(rng, 100) == box
-        rng.integers.assert_called_with(100)
+        script = Scripted(*shares)
+        assert unimatch.drawn_box(script, 100) == box and not script.shares
 
 
 def test_operations_are_drawn_as_released():
     """Jitter in any order, then grey, then blur, whose kernel fits into the crop."""
-    assert unimatch.drawn_operations(told([0.8, 0.2, 0.5], [0] * 4), 9) == []
+    assert unimatch.drawn_operations(Scripted(0, 0, 0, 0, 0.8, 0.2, 0.5), 9) == []
     for part, crop, change, hue, deviation, side in (
         (0, 20, 0.5, -0.25, 0.1, 3),
         (1, 20, 1.5, 0.25, 2.0, 17),
         (1, 8, 1.5, 0.25, 2.0, 15),
     ):
-        rng = told([0.79, 0.19, 0.49], [part] * 5, permutation=[[3, 2, 0, 1]])
-        names = "saturation", "brightness", "contrast"
+        script = Scripted(*[part] * 4, 0.79, 0.19, 0.49, part)
+        names = "saturation", "contrast", "brightness"
         jitter = [("adjust_hue", hue), *((f"adjust_{name}", change) for name in names)]
         rest = [("rgb_to_grayscale", 3), ("gaussian_blur", side, pytest.approx(deviation))]
-        assert unimatch.drawn_operations(rng, crop) == jitter + rest
-        rng.permutation.assert_called_once_with(4)
+        assert unimatch.drawn_operations(script, crop) == jitter + rest
 
 
 def test_strong_views_are_torchvisions_of_uint8():
@@ -142,17 +131,7 @@ def test_dropout_is_complementary_and_leaves_some_images_whole(images, whole, ke
         assert kept == images or 0.4 < (dropped == 2).float().mean() < 0.6
 
 
-# ---- several T, counts of steps, results/unimatch_fpl.py ----
-
-
-@pytest.mark.parametrize("name", ["cps_fpl", "ael_fpl", "unimatch"])
-def test_several_T_are_refused_where_they_cannot_act(name):
-    rows = [("--fused on", "twin"), ("--unsup-loss ce", "nothing here"), ("--T 0.9 0.8", "rising")]
-    if name == "cps_fpl":
-        rows += [(f"--k-strategy {kind}", "n-1") for kind in ("n", "step")]
-    for words, line in rows:
-        argv = f"--unsup-loss fpl --T 0.2 0.5 {words}".split()
-        assert line in refusal(tiny.resolved, tiny.script(name), argv)
+# ---- several T, results/unimatch_fpl.py ----
 
 
 def test_an_older_checkpoint_has_one_T_and_predict_shows_K_of_one_alone():
@@ -160,13 +139,6 @@ def test_an_older_checkpoint_has_one_T_and_predict_shows_K_of_one_alone():
     assert as_fields(cps_fpl.Args, saved) == {"T": (0.9,), "scales": (0.5, 2.0), "lr": 0.1}
     for T, one in (([0.9], 0.9), (0.9, 0.9), ([0.8, 0.9], None), (None, None)):
         assert predict.one_T(SimpleNamespace(saved={"args": {"T": T}})) == one
-
-
-@pytest.mark.parametrize("name", ["mean_teacher", "u2pl", "esl", "unimatch", "unimatch_v2"])
-def test_passes_over_the_unlabelled_images_are_counted_in_their_batch(name):
-    words = "--dataset voc --split 92 --batch-size 16 --batch-size-unlabeled".split()
-    steps = [tiny.resolved(tiny.script(name), [*words, size]).total_iters for size in ("16", "32")]
-    assert steps[1] == pytest.approx(steps[0] / 2, rel=0.01)
 
 
 def test_what_fpl_does_there_is_counted_and_drawn(tmp_path, monkeypatch, capsys):

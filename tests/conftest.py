@@ -7,7 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
 
-import tiny  # noqa: E402, F401  # parsers of flags are made once from here on
+import tiny  # noqa: E402  # parsers of flags are made once from here on
 
 
 @pytest.fixture
@@ -15,3 +15,9 @@ def empty_folder(tmp_path, monkeypatch):
     """The current folder is an empty one, where fetched lists would be kept; none is fetched."""
     monkeypatch.setattr("urllib.request.build_opener", None)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """A drawn data set, which no test changes."""
+    return tiny.draw_tree(tmp_path_factory.mktemp("drawn") / "tree")

@@ -186,12 +186,9 @@ def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(name, capsy
 
 def many(count):
     """CVAT's XML of one image with a shape of each of so many classes."""
-    image, end = (
-        '<annotations><image name="x\\a.jpg" width="12" height="8">',
-        "</image></annotations>",
-    )
+    image = '<annotations><image name="x\\a.jpg" width="12" height="8">'
     shapes = [f'<polygon label="c{i}" points="1,1;5,1;5,4;1,4"/>' for i in range(count)]
-    return "\n".join([image, *shapes, end])
+    return "\n".join([image, *shapes, "</image></annotations>"])
 
 
 def test_as_many_classes_as_ids_are_converted():

@@ -23,11 +23,7 @@ from tiny import ROOT, draw_tree, flags, resolved, save, shrink, train, with_act
 from tiny import script as module_of
 from trees import listed, refusal
 
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Every test has a current folder of its own."""
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 LONG = " ".join(str(1 + i / 1000) for i in range(60))
@@ -241,22 +237,16 @@ def test_what_cannot_be_read_or_compared_is_refused_in_one_line(capsys):
 # ---- python results/run_table.py, results/differences.py ----
 
 
-@pytest.fixture
-def finish(tmp_path, monkeypatch):
-    """Returns a function that writes a finished run, with the counts of its images."""
-    monkeypatch.setattr(run_table, "LOGS", tmp_path)
-
-    def write(name, seed, hit):
-        truth = np.full((9, 2), 100, np.int32)
-        counts = dict(hit=truth * hit // 100, truth=truth, predicted=truth)
-        np.savez_compressed(run_table.counts_path(name, seed), **counts)
-        iou = hit / (200 - hit)
-        score = {"miou": iou, "iou": [iou, *[0.5] * 10]}
-        train = {"kind": "train", "time": {"elapsed_s": 60}}
-        lines = [train, {"kind": "done", "last": score, "best": score}]
-        listed(run_table.log_path(name, seed), *map(json.dumps, lines))
-
-    return write
+def finish(name, seed, hit):
+    """Writes a finished run, with the counts of its images."""
+    truth = np.full((9, 2), 100, np.int32)
+    counts = dict(hit=truth * hit // 100, truth=truth, predicted=truth)
+    np.savez_compressed(run_table.counts_path(name, seed), **counts)
+    iou = hit / (200 - hit)
+    score = {"miou": iou, "iou": [iou, *[0.5] * 10]}
+    train = {"kind": "train", "time": {"elapsed_s": 60}}
+    lines = [train, {"kind": "done", "last": score, "best": score}]
+    listed(run_table.log_path(name, seed), *map(json.dumps, lines))
 
 
 def test_sums_over_images_give_the_mean_iou_of_the_confusion_matrix():
@@ -278,7 +268,8 @@ def test_half_the_size_is_the_mean_of_four_pixels_and_one_pixel_of_a_mask():
     assert mask[0] in image[:, :2, 0] and mask[1] in image[:, 2:, 0]
 
 
-def test_what_is_missing_is_told_and_a_claim_holds_where_the_interval_is_above_zero(finish):
+def test_what_is_missing_is_told_and_a_claim_holds_where_the_interval_is_above_zero(monkeypatch):
+    monkeypatch.setattr(run_table, "LOGS", Path())
     assert run_table.estimate("cps") == 6 * 600  # by the cost of a step, 1 s without a run
     pairs = ((60, 50), (70, 65), (66, 60))
     for seed, (better, worse) in enumerate(pairs):

@@ -38,11 +38,6 @@ GOES_ON = "the same command with --resume goes on\n"
 FREE = ["save_every", "eval_every", "workers"]  # flags that change no number
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return tiny.draw_tree(tmp_path_factory.mktemp("faults") / "tree")
-
-
 def small(tree, out, **more):
     numbers = dict(iters=12, log=1, evaluate=5, save=3, batch=4)
     return [*tiny.flags(tree, out, **numbers | more), "--resume"]

@@ -35,11 +35,6 @@ RUNS = [(name, "") for name in tiny.SCRIPTS] + [
 ]
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    return tiny.draw_tree(tmp_path_factory.mktemp("data") / "drawn")
-
-
 def finite(folder):
     """Asserts that nothing in the checkpoints of a run is NaN or Inf; returns the last one."""
     for path in folder.glob("*.pt"):

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-import ael_fpl
 import cps_fpl
 from benchmarks import fpl_step, per_process
-from common import Refusal, distributed
+from common import Refusal
 from oracles.fpl import order, regularization
 from oracles.supervised import VOID, likeliest, nll
 from results import analysis, commands, compare, ranks
@@ -67,17 +66,6 @@ def test_the_range_of_eq_10_is_no_range_where_n_is_1():
     holds = 0.1 / (19 - K) < p.gather(1, K[:, None])[:, 0]
     assert holds[n > 1].all()
     assert (int((n == 1).sum()), int((~holds).sum())) == (321, 98)  # docs/cps_fpl.md, D24
-
-
-def test_without_cutmix_no_mask_has_a_box():
-    state = {"confidence": torch.ones(7), "present": torch.ones(7, 9).bool()}
-    state["draws"] = torch.ones(4, 2, 2, dtype=torch.int64)  # class 1, which is everywhere
-    logits = torch.zeros(4, 7, 64, 64)
-    logits[:, 1] = 1
-    group = distributed.Group(0, 1, torch.device("cpu"))
-    rest = [0, 1], state, np.random.default_rng(0), resolved(ael_fpl, ["--no-cutmix"]), group
-    mask, regions = ael_fpl.adaptive_cutmix(logits, torch.ones(4, 64, 64).bool(), *rest)
-    assert regions == 0 and len(mask) == 2 and not mask.any()
 
 
 def test_class_wise_results_of_the_paper_are_printed_beside():

@@ -213,14 +213,6 @@ def test_a_folder_is_never_overwritten_and_resume_takes_the_newest(tree, tmp_pat
     assert differences(name, Path(f"{name}-3")) == [] and snapshot(name) == first
 
 
-@pytest.mark.parametrize("name, words", [("supervised", ""), ("cps_fpl", "--unsup-weight 0")])
-def test_labels_alone_need_no_unlabelled_image(name, words, tmp_path):
-    root = tiny.draw_tree(tmp_path / "data")
-    for i in UNLABELED:
-        (root / f"train/train{i}.jpg").write_bytes(b"never opened")
-    tiny.run(name, small(name, root, tmp_path / "run", *words.split(), pictures=3))
-
-
 SHARED = "--ohem-kept 0.2|--amp bf16|--seed 1"
 FPL = "--T 0.5|--T 0.2 0.3 0.5|--weight linear|--weight none|--mean-over positives_and_next"
 AEL = """--unsup-loss ce|--consistency-on all|--gamma 1|--beta 0.5|--pooled 1|--bank-momentum 0.5

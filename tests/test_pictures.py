@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import default_collate
 
 import supervised
 from common import shapes
@@ -18,6 +19,7 @@ from common.data import Data, Item
 from common.distributed import Group
 from common.metrics import scores
 from common.pictures import colour, panels
+from recorder import assert_close
 from supervised import Samples, Stream, augment, open_stream
 from trees import flags
 
@@ -28,10 +30,6 @@ CPU = torch.device("cpu")
 def ten_shapes():
     items = [Item(key) for key in shapes.keys("train")[:10]]
     return Data(flags(dataset="shapes"), items, items, [], [])
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def literal(image, label, crop, scales, seed):
@@ -104,7 +102,7 @@ def test_a_sample_is_the_literal_one_in_whatever_order(stream):
     for seed, items in ((3, data.labeled), (0, data.labeled[3:4])):
         samples = Samples(stream, Stream(items, 8, True, (0.5, 2.0)), data, flags(seed=seed))
         for n in (102, 13, 10, 9, 0):
-            assert same(samples[n], literal_sample(data, items, stream, seed, n))
+            assert_close(samples[n], literal_sample(data, items, stream, seed, n), 0)
 
 
 @pytest.mark.smoke
@@ -118,7 +116,7 @@ def test_processes_share_the_batches_of_a_stream_and_may_begin_at_any_step():
         for step, batch in enumerate(batches, start):
             numbers = range(8 * step, 8 * step + 8)[8 // world * rank :][: 8 // world]
             share = [literal_sample(data, data.labeled, "labeled", 0, n) for n in numbers]
-            assert same(batch, {name: torch.stack([one[name] for one in share]) for name in batch})
+            assert_close(batch, default_collate(share), 0)
     # the global generators are left alone
     assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import predict
+import tiny
 from common import Refusal, metrics
 from common.checkpoints import write_checkpoint
 from common.data import FACTS
@@ -25,8 +26,6 @@ from common.flags import acting, merge
 from results.analysis import mean_logits
 from tiny import SCORED, SCRIPTS, draw_folder, draw_tree, own_folder, save, script, shrink, train
 from trees import KEYS, draw, listed, publish, refusal
-
-PARTS = {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +43,7 @@ def checkpoint(name="supervised", step=600, dataset="camvid", **values):
     args = merge(module.Args(dataset=dataset, weights="none", **values), module.preset)
     head = getattr(module, predict.HEADS[f"{name}.py"])
     networks = {}
-    for part in PARTS.get(name, ("student", "teacher")):
+    for part in tiny.NETWORKS[name]:
         net = module.Network(args, len(FACTS[dataset]["classes"]), head)
         networks[part] = net.state_dict()
     content = dict(script=f"{name}.py", args=acting(args), networks=networks, step=step)

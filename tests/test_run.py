@@ -21,10 +21,10 @@ from benchmarks.steps import take
 from common.distributed import Group
 from processes import digest, snapshot
 from recorder import assert_close
+from tiny import NETWORKS
+from trees import entry
 
 UNLABELED = (1, 2, 3, 5, 6, 7)  # of train0 to train7, at 1/4
-NETWORKS = {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
-NETWORKS = {name: NETWORKS.get(name, ["student", "teacher"]) for name in tiny.SCRIPTS}
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,7 @@ def test_the_first_line_of_the_log_says_what_ran_on_what(tree, tmp_path, monkeyp
     assert first["args"].items() >= dict(cutmix=True, lr=0.003, batch_size_unlabeled=2).items()
     keys = {"labeled": ["train0", "train4"], "unlabeled": [f"train{i}" for i in UNLABELED]}
     keys |= {"val": ["val0", "val1", "val2"], "test": ["test0", "test1"]}
-    hashes = {name: hashlib.sha1("\n".join(some).encode()) for name, some in keys.items()}
-    lists = {name: [len(keys[name]), made.hexdigest()[:8]] for name, made in hashes.items()}
+    lists = {name: [len(some), entry(some)["set"]] for name, some in keys.items()}
     assert first["lists"] == lists
 
 
@@ -338,11 +337,11 @@ def test_two_processes_take_the_steps_of_one(name, row, pairs):
     folder, alone = pairs(name)
     shares = recorder.left_by(folder / f"{name} {row}")
     for one, first, second in zip(alone[row], *shares, strict=True):
-        for entry, *both in zip(one.seen, first.seen, second.seen, strict=True):
+        for whole, *both in zip(one.seen, first.seen, second.seen, strict=True):
             images = torch.cat([share["image"] for share in both])
             if len(images) == 8:  # two halves of four: each process has its part of both
                 images = images[[0, 1, 4, 5, 2, 3, 6, 7]]
-            assert torch.equal(images, entry["image"])
+            assert torch.equal(images, whole["image"])
         for key, x in first.grads.items():
             assert torch.equal(x, second.grads[key])  # one reduced sum on both
         # float32 sums of 12,000 pixels in another order, through six layers; the weights differ

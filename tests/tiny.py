@@ -23,9 +23,9 @@ MORE = {  # flags that make a run of a few steps do all that a long one does
     "unimatch": "--threshold 0.13",
     "unimatch_v2": "--threshold 0.3",
 }
-# the network that is scored
-SCORED = dict.fromkeys(SCRIPTS, "teacher") | {"supervised": "student", "unimatch": "student"}
-SCORED["cps_fpl"] = "branch1"
+NETWORKS = dict.fromkeys(SCRIPTS, ["student", "teacher"])
+NETWORKS |= {"supervised": ["student"], "unimatch": ["student"], "cps_fpl": ["branch1", "branch2"]}
+SCORED = {name: networks[-1] for name, networks in NETWORKS.items()} | {"cps_fpl": "branch1"}
 LINES = {  # what a line of the log has, in this order
     "supervised": "loss",
     "mean_teacher": "loss sup unsup conf",

@@ -15,13 +15,10 @@ from common.sources import load
 from convert import read_table
 from formats import GREY, IDS, RGB, TURNED, packed, png, saved
 from processes import snapshot
+from tiny import pixels
 from trees import command, folder, listed, own, picture, refusal
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
-
-
-def ids(path):
-    return np.asarray(Image.open(path))
 
 
 def test_what_nothing_reads_is_named(capsys):
@@ -82,7 +79,7 @@ def test_values_and_colours_become_ids_with_a_table(data, expected):
         assert expected in refusal(command, line)
         return
     command(line)
-    assert np.array_equal(ids("own/masks/train/a.png"), expected)
+    assert np.array_equal(pixels("own/masks/train/a.png"), expected)
     Path("from/a_mask.png").write_bytes(png(8, 2, RGB + 7))
     assert "#070707 at row 0, column 0 has no row" in refusal(command, line)
 
@@ -97,7 +94,7 @@ def test_a_conversion_that_was_cut_off_goes_on_with_the_ids_of_the_first_call():
     os.remove("from/a.png")  # without it the ids of a table made anew would be others
     command(line)
     for i, name in enumerate("abcd"):
-        assert (ids(f"my own/masks/train/{name}.png") == i).all()
+        assert (pixels(f"my own/masks/train/{name}.png") == i).all()
 
 
 def test_a_conversion_in_place_is_refused():
@@ -174,7 +171,7 @@ def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(name, capsy
     line = f"convert --from {name} --out own"
     command(line)
     assert os.listdir("own/masks/train") == ["a.png"]
-    assert np.array_equal(ids("own/masks/train/a.png"), EXPECTED)
+    assert np.array_equal(pixels("own/masks/train/a.png"), EXPECTED)
     assert load(own("own", num_classes=0)).classes == ["background", "big", "pen"]
     lost = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lost: 1 ")]
     assert len(lost) == 2 - (name == "l.json")  # what has no area; the image without a shape
@@ -195,7 +192,7 @@ def test_as_many_classes_as_ids_are_converted():
     command(f"convert --from {listed('x.xml', many(253))} --out own")
     known = {row.name: row.id for row in read_table("own/classes.csv")}
     assert len(known) == 254 and max(known.values()) == 253
-    assert np.unique(ids("own/masks/train/x/a.png")).tolist() == [0, known["c252"]]
+    assert np.unique(pixels("own/masks/train/x/a.png")).tolist() == [0, known["c252"]]
 
 
 C, X, T, MASKS = "c.json", "x.xml", "--classes t.txt", "from"

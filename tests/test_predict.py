@@ -54,16 +54,12 @@ def checkpoint(name="supervised", step=600, dataset="camvid", **values):
 def photo(path, height=40, width=52, mode="RGB", **more):
     """Saves a picture of noise, another for each height."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path, **more)
+    noise = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(path, **more)
 
 
 def call(*words):
     predict.main([*map(str, words), "--device", "cpu"])
-
-
-def index(path):
-    return np.array(Image.open(path))
 
 
 def scored(folder):
@@ -87,15 +83,15 @@ def test_classes_are_those_of_the_scripts_own_evaluation(name):
     photo("in/sub/b.png", 20, 30)
     source = predict.open_source("run")
     assert source.name == SCORED[name]
-    x = torch.from_numpy(index("in/a.png")).permute(2, 0, 1)
+    x = torch.from_numpy(tiny.pixels("in/a.png")).permute(2, 0, 1)
     for window, protocol in ((0, "whole"), (24, "slide")):
         args = replace(source.args, protocol=protocol, crop_size=window)
         expected = source.script.predict(source.net, x, args, 11).numpy()
         for more in ([], ["--maps"]):
             out = Path(f"out{window}{len(more)}")
             call("run", "in", "--out", out, "--window", window, *more)
-            assert (index(out / "classes/a.png") == expected).all()
-            assert index(out / "classes/sub/b.png").shape == (20, 30)
+            assert (tiny.pixels(out / "classes/a.png") == expected).all()
+            assert tiny.pixels(out / "classes/sub/b.png").shape == (20, 30)
     assert (out / "K/a.png").exists() == (name in ("cps_fpl", "ael_fpl"))
     with Image.open(out / "classes/a.png") as picture:
         colours = bytes(picture.getpalette())
@@ -185,17 +181,17 @@ def test_images_of_every_kind_several_at_once_and_one_that_cannot_be_read():
         line = refusal(call, "run", "in", "--out", "o", "--csv", "--batch-size", 2)
     assert [len(given.args[1]) for given in segment.call_args_list] == [1, 2, 1, 1, 1]
     assert line.startswith("2 images were not read, the first: ") and "deep.png: mode I;16" in line
-    shapes = {path.stem: index(path).shape for path in Path("o/classes").glob("*")}
+    shapes = {path.stem: tiny.pixels(path).shape for path in Path("o/classes").glob("*")}
     assert shapes == dict.fromkeys("g r c p turned".split(), (40, 52)) | {"s": (30, 52)}
     head, first, *more = csv.reader(open("o/shares.csv"))
     assert head[:2] == ["image", "sky"] and len(more) == 5
     assert sum(map(float, first[1:])) == pytest.approx(1, abs=1e-4)
     call("run", "in/t*.jpg", "--out", "t", "--upright")
-    assert index("t/classes/turned.png").shape == (52, 40)
+    assert tiny.pixels("t/classes/turned.png").shape == (52, 40)
     call("run", "in/list.txt", "--out", "l")
     assert {path.name for path in Path("l/classes").iterdir()} == {"g.png", "p.png"}
     for name in ("g.png", "p.png"):  # alone as beside the other
-        assert (index(f"l/classes/{name}") == index(f"o/classes/{name}")).mean() > 0.99
+        assert (tiny.pixels(f"l/classes/{name}") == tiny.pixels(f"o/classes/{name}")).mean() > 0.99
 
 
 def test_it_goes_on_where_it_was_ended():
@@ -288,8 +284,8 @@ def test_scores_are_those_of_the_confusion_matrix():
     call("run", "tree/val", "--masks", "tree/valannot", "--out", "two")
     own = []
     for name in ("val0", "val1"):
-        label = torch.from_numpy(index(f"tree/valannot/{name}.png"))
-        found = torch.from_numpy(index(f"o/classes/{name}.png")).long()
+        label = torch.from_numpy(tiny.pixels(f"tree/valannot/{name}.png"))
+        found = torch.from_numpy(tiny.pixels(f"o/classes/{name}.png")).long()
         own.append(metrics.confusion_matrix(found, label, 11))
     worst = sorted((0, 1), key=lambda i: metrics.scores(own[i])["miou"])
     for out in ("o", "two"):
@@ -380,7 +376,7 @@ def test_archives_are_as_the_servers_take_them(server, image, inside):
     unpacked(server, image)
     assert [path for path in Path("u").rglob("*") if path.is_file()] == [Path("u", inside)]
     meant = np.array(FACTS[server].get("ids", {}).get("_labelIds.png", range(256)))
-    assert (meant[index(Path("u", inside))] == index(f"o/classes/x/{image}.png")).all()
+    assert (meant[tiny.pixels(Path("u", inside))] == tiny.pixels(f"o/classes/x/{image}.png")).all()
 
 
 def test_the_official_tool_of_cityscapes_gives_our_scores_of_an_archive():
@@ -391,7 +387,7 @@ def test_the_official_tool_of_cityscapes_gives_our_scores_of_an_archive():
     truth = np.random.default_rng(0).integers(0, 34, (5, 4)).repeat(8, 0).repeat(13, 1)
     save(Path(f"{name}_gtFine_labelIds.png"), truth.astype(np.uint8))
     ids = np.array(FACTS["cityscapes"]["ids"]["_labelIds.png"])
-    pair = [torch.from_numpy(x).long() for x in (index(f"o/classes/x/{name}.png"), ids[truth])]
+    pair = map(torch.from_numpy, (tiny.pixels(f"o/classes/x/{name}.png").astype(int), ids[truth]))
     ours = metrics.scores(metrics.confusion_matrix(*pair, 19))
     tool.args.quiet, tool.args.evalInstLevelScore, tool.args.JSONOutput = True, False, False
     theirs = tool.evaluateImgLists([f"u/{name}.png"], [f"{name}_gtFine_labelIds.png"], tool.args)

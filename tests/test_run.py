@@ -225,7 +225,7 @@ FLAGS = {  # the first of each is what the others are added to
     "u2pl_ael": """--warmup-iters 0 --seed 6|--epochs 3|--alpha-0 0.4|--unreliable-loss binary
         --unreliable-loss none|--ranks 1 9|--tau 0.1|--beta 0.5|--pooled 1|--paste-draws 1
         --paste-scales 1 2|--paste-not 1 2 3 4 5 6 7 8|--ema-decay 0.3|--no-cutmix""",
-    "esl": "|--label hard|--eta 0.8|--anchor-share 0.5|--sigma 0.1|--ema-decay 0.3",
+    "esl": "|--eta 0.8|--anchor-share 0.5|--sigma 0.1|--ema-decay 0.3|--cutmix-prob 0.5",
     "unimatch": FPL,
     "unimatch_v2": f"{FPL}|--kept-whole 0",
 }

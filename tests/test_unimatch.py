@@ -277,8 +277,6 @@ def test_dinov3_is_timms(biases, small, tmp_path):
 
 
 SIZES = {(56, 70): (4, 5), (57, 62): (4, 4), (63, 64): (5, 5), (6, 300): (1, 21), (1, 1): (1, 1)}
-
-
 CASES = [("dinov2_vits14", *case) for case in SIZES.items()]
 
 

@@ -58,6 +58,10 @@ def save(path, array):
     Image.fromarray(array).save(path)
 
 
+def pixels(path):
+    return np.array(Image.open(path))
+
+
 def draw_tree(root, train=8, val=2, test=2, ids=12):
     """Draws CamVid's layout, 48x36 pixels, masks of blocks; of 12 ids the last is void."""
     rng = np.random.default_rng(0)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import itertools
 import json
 import os
@@ -12,7 +11,6 @@ import shutil
 import signal
 import sys
 import time
-import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -28,7 +26,7 @@ import supervised
 import tiny
 from benchmarks import faults
 from benchmarks.runs import bits, differences, running
-from common import Refusal, run, sources
+from common import Refusal, run
 from common.distributed import Group
 from common.run import step_of
 from processes import Forked, finish, reach
@@ -301,19 +299,6 @@ def test_no_loader_is_forked_for_an_evaluation_beside_gloo(world, device, loader
     with pytest.raises(InterruptedError):
         supervised.evaluate(torch.nn.Identity(), Mock(), range(8), Mock(workers=2), group)
     assert loader.call_args.kwargs["num_workers"] == loaders
-
-
-def test_answers_that_no_server_should_give(tmp_path, monkeypatch):
-    answer = io.BytesIO(b"a\n")
-    answer.headers = {"Content-Length": "many"}
-    loop = "would lead to a loop.\nThe last was:\nFound"
-    error = urllib.error.HTTPError("https://host", 302, loop, {}, None)
-    answers = Mock(side_effect=[answer, error])
-    monkeypatch.setattr("urllib.request.OpenerDirector.open", answers)
-    sources.download("https://host", tmp_path / "list")
-    assert (tmp_path / "list").read_bytes() == b"a\n"
-    with pytest.raises(Refusal, match="would lead to a loop. The last was: Found$"):
-        sources.download("https://host", tmp_path / "list")
 
 
 def test_what_a_killed_conversion_left_goes_and_a_living_ones_stays(tmp_path):

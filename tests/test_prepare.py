@@ -43,17 +43,19 @@ def contents(root):
 @pytest.fixture
 def server(monkeypatch):
     """Answers in place of the network: files {address: bytes}, at most limit bytes at once."""
-    made = SimpleNamespace(files={}, asked=[], ranges=True, limit=None)
+    made = SimpleNamespace(files={}, asked=[], ranges=True, limit=None, length="")
 
     def answer(request, timeout):
         url, asked = request.full_url, request.get_header("Range")
         made.asked.append((url, asked))
         body = made.files.get(url)
+        if isinstance(body, HTTPError):
+            raise body
         begin = int(asked.strip("bytes=-")) if asked and made.ranges else 0
         if body is None or begin >= len(body) > 0:
             raise HTTPError(url, 404 if body is None else 416, "no", {}, None)
         found = io.BytesIO(body[begin:][: made.limit])
-        found.headers = {"Content-Length": str(len(body) - begin)}
+        found.headers = {"Content-Length": made.length or str(len(body) - begin)}
         if begin:
             found.headers["Content-Range"] = f"bytes {begin}-{len(body) - 1}/{len(body)}"
         return found
@@ -85,6 +87,12 @@ def test_a_download_goes_on_where_it_was_cut_off_and_is_checked(server, ranges):
     line = refusal(sources.download, url, Path("b"), MD5)
     assert "b.part: md5 " in line and f"instead of {MD5}; delete it" in line
     assert not Path("b").exists() and "404" in refusal(sources.download, url + "b", Path("c"))
+    server.length, server.files[url] = "many", b"a\n"  # what no server should say
+    sources.download(url, Path("d"))
+    assert Path("d").read_bytes() == b"a\n"
+    loop = "would lead to a loop.\nThe last was:\nFound"
+    server.files[url] = HTTPError(url, 302, loop, {}, None)
+    assert refusal(sources.download, url, Path("d")).endswith("to a loop. The last was: Found")
 
 
 @pytest.mark.parametrize("url", ["ftp://host/a", "file:///etc/a", "data:,x", "http://host/a"])

@@ -135,15 +135,6 @@ def test_help_has_each_flag_with_its_sentence_its_choices_and_its_value_here(cap
     assert there == {flags.flag_of(field.name) for field in fields}
 
 
-def test_a_range_has_its_ends_and_nothing_outside():
-    """Which flag has which range: recipes.json."""
-    for value in (-0.1, 1.0001, float("nan")):
-        line = refusal(flags.check, "--x", (0.0, value), flags.rules(flags.Share))
-        assert line == f"--x {value}: a number from 0 to 1"
-    for value in (0.0, 1.0):
-        flags.check("--x", value, flags.rules(flags.Share))
-
-
 VOC_LIST = "--dataset voc --labeled-list l.txt"
 VOC_92 = f"{VOC_LIST} --split 92"
 FAMILY = "--dataset voc or voc_aug or cityscapes or coco and no --split-seed and "

@@ -125,6 +125,9 @@ W, NO_WEIGHTS = "--weights w.pth", "--weights_w.pth --weights_FILE --weights_non
 CASES = [
     Case("unknown flag", S, "--bach-size 4", "--bach-size --batch-size"),
     Case("one value of two", U2PL, "--ranks 3", "--ranks 2_values"),
+    *(Case(f"share {value}", S, f"--ohem-kept {value}",
+           f"--ohem-kept_{value}:_a_number_from_0_to_1") for value in ("-0.1", "1.0001", "nan")),
+    Case("second of two", CPS, "--T 0.2 1.0", "--T_1.0:_a_number_from_1e-12_to_0.9999"),
     Case("range upside down", S, "--scales 2.0 0.5", "--scales_(2.0,_0.5) rising"),
     Case("no code of ESL", ESL, "--recipe official", "no_code_of_ESL leave_--recipe_out"),
     *(Case(f"8 processes{how}: {words}", script, f"--batch-size 8{how} {words}", line, arrange)

@@ -453,26 +453,6 @@ def test_the_next_command_of_check_is_of_what_was_checked(given, added):
     assert len({kind["split_family"] for kind in kinds}) == 1
 
 
-IDLE = [  # a command that says nothing of what its flag does or takes
-    ("check --dataset folder --crop-size 0", "--crop-size 0: a number from 1 to"),
-    ("stats --dataset camvid --split 1/2 --split-seed -1", "--split-seed -1: a number from 0 to"),
-    ("check --dataset folder --num-classes -1", "--num-classes -1: a number from 0 to"),
-    ("make-split --dataset camvid --out l --labels 0", "--labels 0: a number from 1 to"),
-    ("make-split --dataset camvid --out l --labels 1 --seed -1", "--seed -1: a number from 0 to"),
-    ("cache --dataset camvid --out c --max-gb 0", "--max-gb 0.0: a number from 1e-12"),
-    ("stats --dataset voc_aug --split-family cps", "cityscapes or coco and --split other than all"),
-    ("check --dataset voc --split 1/8 --split-family cps --split-seed 0", "and no --split-seed"),
-    ("check --dataset camvid --split-seed 1", "--split-seed 1 does nothing here: it needs --split"),
-    ("stats --dataset voc --split 1/8 --split-seed 1 --labeled-list l", "and no --labeled-list"),
-    ("check --dataset shapes --data-root d", "--data-root d does nothing here: it needs --dataset"),
-]
-
-
-@pytest.mark.parametrize("line, words", IDLE)
-def test_a_number_out_of_range_and_a_flag_that_does_nothing_are_refused(line, words):
-    assert words in refusal(command, line)
-
-
 def test_check_of_generated_pictures_tells_their_counts(capsys, monkeypatch):
     monkeypatch.setattr(shapes, "COUNTS", dict.fromkeys(shapes.COUNTS, 8))
     command("check --dataset shapes --split 1/4")

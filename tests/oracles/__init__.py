@@ -1,3 +1,5 @@
+"""Equations as loops over scalars: a second transcription of the papers; numbers to draw."""
+
 import numpy as np
 
 

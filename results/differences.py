@@ -20,7 +20,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from common.data import FACTS  # noqa: E402
-from results.run_table import COUNTS, ROWS, SEEDS, counts_path, log_path, miou  # noqa: E402
+from results.run_table import COUNTS, ROWS, SEEDS, SPLIT, counts_path, log_path, miou  # noqa: E402
 
 PAGE = ROOT / "docs" / "results.md"
 MARKS = ("<!-- table: results/differences.py --write -->\n", "<!-- end of table -->\n")
@@ -34,11 +34,13 @@ CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is a
     ("U2PL's contrast improves its base", "U2PL Table 6", "u2pl", "u2pl-neither"),
     ("L_c is above L_b", "U2PL Table A3, A4", "u2pl", "u2pl-binary"),
     ("ESL's contrast improves its soft labels", "ESL Table 4", "esl", "esl-soft-labels"),
-    ("FixMatch is above labels alone", "UniMatch", "fixmatch", "labels"),
-    ("UniMatch improves FixMatch", "UniMatch", "unimatch", "fixmatch"),
-    ("FPL improves FixMatch without a threshold", "none", "fpl-fixmatch", "fixmatch-0"),
-    ("FPL improves FixMatch with its threshold", "none", "fpl-fixmatch", "fixmatch"),
-    ("FPL improves UniMatch with its threshold", "none", "fpl-unimatch", "unimatch"),
+    ("FixMatch is above labels alone, 6 labels", "UniMatch", "fixmatch", "labels"),
+    ("FixMatch is above labels alone, 1/8", "UniMatch", "fixmatch-1_8", "labels-1_8"),
+    ("UniMatch improves FixMatch, 1/8", "UniMatch", "unimatch-1_8", "fixmatch-1_8"),
+    ("FPL improves FixMatch at threshold 0, 1/8", "none", "fpl-fixmatch-1_8", "fixmatch-0-1_8"),
+    ("FPL improves FixMatch with its threshold, 1/8", "none", "fpl-fixmatch-1_8", "fixmatch-1_8"),
+    ("FPL improves UniMatch at threshold 0, 1/8", "none", "fpl-unimatch-1_8", "unimatch-0-1_8"),
+    ("FPL improves UniMatch with its threshold, 1/8", "none", "fpl-unimatch-1_8", "unimatch-1_8"),
     ("CPS of unlike networks is above CPS of two alike", "none", "cps-unlike", "cps"),
     ("FPL improves CPS of unlike networks", "none", "fpl-cps-unlike", "cps-unlike"),
     ("FPL improves CPS with half the labels", "FPL Table 1", "fpl-cps-1_128", "cps-1_128"),
@@ -121,6 +123,8 @@ def table():
             last = spread([100 * line["last"]["miou"] for line in done.values()])
             best = spread([100 * line["best"]["miou"] for line in done.values()])
             flags = f"{row.script} {row.flags}".strip()
+            if row.split != SPLIT:
+                flags += f" --split {row.split}"
             seeds = " ".join(str(seed) for seed in done)
             lines.append(f"| {name}: `{flags}` | {seeds} | {last} | {best} |")
     lines += ["", "| claim | paper | points, seed by seed | 95 % | here |", "|-|-|-|-|-|"]

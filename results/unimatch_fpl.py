@@ -161,7 +161,7 @@ def draw_val(checkpoint, images, flags, out):
     title = f"step {step}, {images} images of val, T {T}"
     axes.set(xlabel="largest probability, from", ylabel="%", ylim=(0, 100), title=title)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    picture.legend(loc="outside lower center", ncols=4, fontsize=8)
     save(picture, out)
 
 

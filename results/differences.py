@@ -1,7 +1,7 @@
 """Do the papers' claims hold here? The table of camvid-lite, and paired differences of its rows.
 
     python results/differences.py           # print
-    python results/differences.py --write   # put it into docs/results.md, between two marks
+    python results/differences.py --write   # put them into docs/results.md and README.md
 
 A difference is taken seed by seed, between runs with the same labelled images, sample stream and
 schedule. Its interval: test images and seeds are drawn again with replacement, 5,000 times, the
@@ -22,8 +22,8 @@ if str(ROOT) not in sys.path:
 from common.data import FACTS  # noqa: E402
 from results.run_table import COUNTS, ROWS, SEEDS, SPLIT, counts_path, log_path, miou  # noqa: E402
 
-PAGE = ROOT / "docs" / "results.md"
 MARKS = ("<!-- table: results/differences.py --write -->\n", "<!-- end of table -->\n")
+CLAIM_HEAD = ["| claim | paper | mIoU | points, seed by seed | 95 % | here |", "|-|-|-|-|-|-|"]
 CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is above)
     ("CPS is above labels alone", "FPL Table 1", "cps", "labels"),
     ("FPL improves CPS", "FPL Table 1", "fpl-cps", "cps"),
@@ -114,8 +114,28 @@ def by_class():
     return lines
 
 
-def table():
-    """Returns the three tables as Markdown."""
+def mean_miou(name, seeds):
+    """Returns a row's last test mIoU in per cent, its mean over these seeds."""
+    done = runs(name)
+    return 100 * np.mean([done[seed]["last"]["miou"] for seed in seeds])
+
+
+def claims():
+    """Returns a line of a table for each claim: mean mIoU of both rows, their difference, verdict."""
+    lines = []
+    for claim, paper, name, base in CLAIMS:
+        seeds, gaps, interval = difference(name, base)
+        numbers = "- | - | -"
+        if gaps:
+            points = ", ".join(f"{gap:+.1f}" for gap in gaps)
+            numbers = f"{mean_miou(base, seeds):.1f} to {mean_miou(name, seeds):.1f}"
+            numbers += f" | {points} | {interval[0]:+.1f} to {interval[1]:+.1f}"
+        lines.append(f"| {claim} | {paper} | {numbers} | {verdict(seeds, interval)} |")
+    return lines
+
+
+def rows():
+    """Returns the lines of a table: test mIoU of each row."""
     lines = ["| row | seeds | test mIoU, last | test mIoU, best on val |", "|-|-|-|-|"]
     for name, row in ROWS.items():
         done = runs(name)
@@ -127,23 +147,31 @@ def table():
                 flags += f" --split {row.split}"
             seeds = " ".join(str(seed) for seed in done)
             lines.append(f"| {name}: `{flags}` | {seeds} | {last} | {best} |")
-    lines += ["", "| claim | paper | points, seed by seed | 95 % | here |", "|-|-|-|-|-|"]
-    for claim, paper, name, base in CLAIMS:
-        seeds, gaps, interval = difference(name, base)
-        points = ", ".join(f"{gap:+.1f}" for gap in gaps) or "-"
-        ends = "-"
-        if gaps:
-            ends = f"{interval[0]:+.1f} to {interval[1]:+.1f}"
-        lines.append(f"| {claim} | {paper} | {points} | {ends} | {verdict(seeds, interval)} |")
-    lines += ["", *by_class()]
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def tables():
+    """Returns {page: its tables as Markdown}; README has the claims that all seeds tell of."""
+    judged = claims()
+    told = [line for line in judged if "not yet told" not in line]
+    parts = [*rows(), "", *CLAIM_HEAD, *judged, "", *by_class()]
+    return {
+        "README.md": "\n".join(CLAIM_HEAD + told) + "\n",
+        "docs/results.md": "\n".join(parts) + "\n",
+    }
+
+
+def written(page, text):
+    """Returns the text of a page with a table between the marks."""
+    before, rest = (ROOT / page).read_text().split(MARKS[0])
+    return before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["--write"]):
         sys.exit(f"differences.py {' '.join(sys.argv[1:])}: --write or nothing")
-    if sys.argv[1:]:
-        before, rest = PAGE.read_text().split(MARKS[0])
-        PAGE.write_text(before + MARKS[0] + table() + MARKS[1] + rest.split(MARKS[1])[1])
-    else:
-        print(table(), end="")
+    for name, text in tables().items():
+        if sys.argv[1:]:
+            (ROOT / name).write_text(written(name, text))
+        else:
+            print(f"{name}\n\n{text}")

@@ -1,7 +1,7 @@
-"""Prints the tables of results from the logs under results/, and keeps the pages equal to them.
+"""Prints tables of results from the logs of runs, and keeps that of a page equal to its logs.
 
     python results/table.py           # print
-    python results/table.py --write   # put them into README.md and docs/data.md, between two marks
+    python results/table.py --write   # put them into docs/data.md, between two marks
     python results/table.py RUN...    # tables of any runs, folders or logs: mean and range of seeds
 
 A log is evidence as its run wrote it: results/<script>/<name>.jsonl. A row links to its log and
@@ -22,7 +22,7 @@ from common.run import refusals  # noqa: E402
 from results import logs  # noqa: E402
 
 MARKS = ("<!-- table: results/table.py --write -->\n", "<!-- end of table -->\n")
-PAGES = {"README.md": "*/camvid*.jsonl", "docs/data.md": "*/shapes*.jsonl"}  # page -> its logs
+PAGES = {"docs/data.md": "*/shapes*.jsonl"}  # page -> its logs
 # flags named where they differ
 USUAL = {"consistency": "ce", "teacher_bn": "own", "recipe": "paper", "schedule": "paper"}
 USUAL |= {"aspp_rates": [1, 2, 3], "weight": "concave", "k_strategy": "n-1", "T": 0.9}

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from results import table
+from results import differences, table
 from tiny import ROOT, SCRIPTS, resolved
 from tiny import script as module_of
 
@@ -60,6 +60,8 @@ def test_links_and_named_tests_lead_somewhere():
 def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
     for page in table.PAGES:
         assert table.inserted(page) == (ROOT / page).read_text(), "python results/table.py --write"
+    page = (ROOT / "docs/results.md").read_text()
+    assert set(differences.rows() + differences.by_class()) <= set(page.splitlines())
     for path in sorted((ROOT / "results").glob("*/*.jsonl")):
         start, train_lines, evals, done = table.read(path)
         assert train_lines[-1]["step"] == done["step"] == start["args"]["total_iters"], path

@@ -121,7 +121,7 @@ def mean_miou(name, seeds):
 
 
 def claims():
-    """Returns a line of a table for each claim: mean mIoU of both rows, their difference, verdict."""
+    """Returns a line of a table for each claim: means of both rows, their difference, verdict."""
     lines = []
     for claim, paper, name, base in CLAIMS:
         seeds, gaps, interval = difference(name, base)

@@ -5,11 +5,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from xml.etree.ElementTree import fromstring
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import convert
 from common.run import report
 from common.sources import load
 from convert import read_table
@@ -67,6 +69,8 @@ KINDS = [  # masks to convert; their ids, or words of the refusal
     (saved(Image.fromarray(IDS + np.float32(0.5)), "TIFF"), "no whole numbers"),
     (png(2, 3, packed(IDS, 2), bytes(12)), "several indices one colour"),
     (saved(GREY, "JPEG"), "JPEG, which blurs"),
+    (png(8, 4, np.stack([IDS * 80, IDS + 255 - IDS], 2)), IDS),
+    (saved(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)), "PNG"), "254 values"),
 ]
 
 
@@ -151,8 +155,10 @@ def label_studio():
         dict(type="keypointlabels", value={"keypointlabels": ["big"], "x": 1}),
         dict(type="brushlabels", value={"brushlabels": ["pen"], **brush}),
     ]
+    results.append(results[0] | dict(image_rotation=90))
     results = [result | dict(original_width=12, original_height=8) for result in results]
-    task = dict(data={"image": "/data/upload/1/0123abcd-a.jpg"}, annotations=[{"result": results}])
+    done = [dict(was_cancelled=True, result=[]), dict(result=results), dict(result=[])]
+    task = dict(data={"n": 1, "image": "/data/upload/1/0123abcd-a.jpg"}, annotations=done)
     return json.dumps([task, dict(data={"image": "b.jpg"}, annotations=[])])
 
 
@@ -174,11 +180,61 @@ def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(name, capsy
     assert np.array_equal(pixels("own/masks/train/a.png"), EXPECTED)
     assert load(own("own", num_classes=0)).classes == ["background", "big", "pen"]
     lost = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lost: 1 ")]
-    assert len(lost) == 2 - (name == "l.json")  # what has no area; the image without a shape
+    # what has no area, or lies on a turned image; the image without a shape; a second annotation
+    assert len(lost) == {"l.json": 1, "s.json": 4}.get(name, 2)
     listed("own/classes.csv", "id,name,r,g,b", "0,big,0,0,0", "1,x,0,0,0")
     assert "no row named 'pen'" in refusal(command, line)
     listed(name, EXPORTS[name][: len(EXPORTS[name]) // 2])
     assert "not" in refusal(command, line)
+
+
+def turned(kind, **numbers):
+    """A box or ellipse of Label Studio, turned by 90 degrees; numbers: per cent of 12x8 pixels."""
+    value = {kind: ["a"], "rotation": 90, **numbers}
+    result = dict(type=kind, value=value, original_width=12, original_height=8)
+    return convert.studio_area(result)[0]
+
+
+def test_boxes_and_ellipses_lie_where_each_tool_has_them():
+    """The same area in all, turned but for labelme's; at 45 degrees clockwise is down and right."""
+    box = '<box xtl="3" ytl="3" xbr="7" ybr="5" rotation="90"/>'
+    ellipse = '<ellipse cx="5" cy="4" rx="2" ry="1" rotation="90"/>'
+    expected = np.zeros((8, 12), bool)
+    expected[2:6, 4:6] = True
+    for draw in (
+        convert.labelme_area(dict(shape_type="rectangle", points=[[6, 6], [4, 2]]), 8, 12),
+        convert.cvat_area(fromstring(box), 8, 12),
+        convert.cvat_area(fromstring(ellipse), 8, 12),
+        turned("rectanglelabels", x=50, y=25, width=100 / 3, height=25),
+        turned("ellipselabels", x=125 / 3, y=50, radiusX=50 / 3, radiusY=12.5),
+    ):
+        assert np.array_equal(draw(), expected)
+    corners = convert.box(2, 3, 8, 5, 45, (5, 4))
+    for area in (convert.ellipse((5, 4), (3, 1), 45, 8, 12), convert.union([corners], 8, 12)):
+        assert area[5, 6] and not area[2, 6]
+    circle = convert.labelme_area(dict(shape_type="circle", points=[[5, 4], [5, 5.6]]), 8, 12)()
+    assert circle.sum() == 12 and circle[3, 3] and not circle[2, 3]
+    # a brush of one pixel, its four values not repeated: 8 bits each, of a run of 3 + 1
+    bits = f"{4:032b}" + "00111" + 4 * "0001" + "0" + "00" + "11" + 24 * "0" + 8 * "1" + 6 * "0"
+    assert convert.brush(int(bits, 2).to_bytes(12, "big"), 1, 1).tolist() == [[True]]
+
+
+def test_names_lead_to_photographs_and_a_table_that_is_there_is_followed():
+    known = {"a", "deep/b", "1/c", "2/c"}
+    names = {"x/a.png": "a", "b.png": "deep/b", "x/deep/b.1": "deep/b", "c.png": None}
+    assert {name: convert.key_of(name, known) for name in names} == names
+    text = convert.table_text([convert.ClassRow(0, 'a "b", c', (1, 2, 3))])
+    listed("own/classes.csv", text)
+    assert convert.table_text(read_table("own/classes.csv")) == text
+    picture(Path("from/a.png"), "L", 0)
+    command("convert --from from --out own --classes own/classes.csv")
+    assert (pixels("own/masks/train/a.png") == 0).all()
+    line = f"convert --from from --out own --classes {listed('t.txt', '1 2 3 other')}"
+    assert "another table than --classes: move it away" in refusal(command, line)
+    picture(Path("from/a.gif"), "L", 0)
+    assert "from/a.png: from/a.gif has the same name" in refusal(
+        command, "convert --from from --out new"
+    )
 
 
 def many(count):
@@ -196,6 +252,7 @@ def test_as_many_classes_as_ids_are_converted():
 
 
 C, X, T, MASKS = "c.json", "x.xml", "--classes t.txt", "from"
+L, ST = "l.json", "s.json"
 MISTAKES = [  # what is converted, its content, more flags, words of the refusal
     (X, many(254), "", "255 classes, and ids run from 0 to 253"),
     (X, many(2), T, "t.txt: 255 classes, and ids run from 0"),
@@ -208,6 +265,20 @@ MISTAKES = [  # what is converted, its content, more flags, words of the refusal
     (MASKS, None, "--empty", "--empty for an export"),
     (MASKS, None, "--strip k", "no mask for any photograph of own/images/train: see --part"),
     (MASKS, coco(), "", "info.json: not as its tool writes it (KeyError('imageWidth')); a folder"),
+    (X, CVAT.replace(RUNS, "3"), "", "run lengths of 3 pixels, not 40"),
+    (X, "<annotations><track/></annotations>", "", "tracks of a video: export it as CVAT"),
+    (X, "<annotations/>", "", "x.xml: no annotated image in it"),
+    (X, "<annotations>", "", "x.xml: not readable as XML"),
+    (X, CVAT.replace("b.jpg", "sub/a.png"), "--empty", "sub/a.png and another image have the name"),
+    (L, labelme().replace("imageWidth", "w"), "", "l.json: not as its tool writes it (Key"),
+    (L, labelme().replace(": 12,", ": null,"), "", "no imageWidth and imageHeight"),
+    (ST, label_studio().replace(".jpg", ".txt"), "", "task None names no image"),
+    (ST, label_studio().replace('width": 12', 'width": 13'), "", "a brush of 96 pixels, not 104"),
+    (C, "{}", "", "neither COCO's, nor LabelMe's, nor Label Studio's"),
+    (C, None, "", "--from c.json: no such file or folder"),
+    (C, coco(), "--classes no.txt", "no.txt: not a readable table"),
+    (C, coco(), "--classes c.json", "c.json:1: neither r g b name nor name:r,g,b, with a colour"),
+    (MASKS, None, "--strip _mask", "from: no masks ending in _mask in it"),
 ]
 
 

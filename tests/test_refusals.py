@@ -111,7 +111,7 @@ def busy(patch):
 def eight(patch):
     """This is the first of eight processes."""
     patch.setattr(distributed, "setup", lambda _: distributed.Group(0, 8, torch.device("cpu")))
-    for script in (M, AEL, U2PL, ESL, UNI, V2):
+    for script in (M, AEL, U2PL, U2PL_AEL, ESL, UNI, V2):
         patch.setattr(script, "parallel", lambda net, *_: net)
 
 
@@ -135,7 +135,8 @@ CASES = [
       for script, words, line in (
           *((script, f"{words} --batch-size-unlabeled 8", "CutMix even_--batch-size-unlabeled")
             for script, words in ((M, "--cutmix"), (U2PL, ""), (ESL, ""), (UNI, ""), (V2, ""))),
-          (AEL, "--batch-size-unlabeled 8 --pooled 2", "--pooled_2: 1_labelled"))),
+          *((script, "--batch-size-unlabeled 8 --pooled 2", "--pooled_2: 1_labelled")
+            for script in (AEL, U2PL_AEL)))),
     *(Case(f"dry run of 8: {words}", script, f"--dry-run {words}", line, environ(WORLD_SIZE="8"))
       for script, words, line in (
           (S, "--batch-size 4", "4_labelled_images 8_processes"),

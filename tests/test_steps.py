@@ -608,7 +608,7 @@ mean_teacher --cutmix --warmup-iters 1 --cutmix-prob 0.7 --consistency-weight 1.
 mean_teacher --consistency mse --rampup-iters 4 --teacher-bn average --ema-decay 0.6
 mean_teacher --warmup-iters 0 --aux-weight 0.4 --batch-size-unlabeled 3
 cps_fpl --same-image-cutmix --k-strategy step --weight convex --evaluate branch2
-cps_fpl --no-cutmix --recipe official --T 0.5 --ohem-kept 0.2
+cps_fpl --no-cutmix --recipe official --T 0.5 --ohem-kept 0.2 --k-strategy n
 cps_fpl --no-cutmix --T 0.2 0.3 0.5
 cps_fpl --recipe official --T 0.2 0.3 0.5 --evaluate mean
 cps_fpl --unsup-weight 0

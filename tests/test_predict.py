@@ -136,6 +136,10 @@ def test_networks_scales_and_flip():
     logits = script("cps_fpl").upsample(net(small)["logits"], (24, 32))
     scaled = predict.Views(net, (0.5, 1.0), False)(x)["logits"].exp()
     assert torch.allclose(scaled, (two + logits.softmax(1)) / 2, atol=1e-6)
+    save(Path("a.png"), x[0].permute(1, 2, 0).numpy())
+    call("run", "a.png", "--out", "o", "--flip", "--scales", 0.5, 1)
+    expected = predict.Views(net, (0.5, 1.0), True)(x)["logits"].argmax(1)
+    assert (tiny.pixels("o/classes/a.png") == expected[0].numpy()).all()
     checkpoint("u2pl", step=3, warmup_iters=3)
     assert predict.open_source("run").name == "student"
 
@@ -377,6 +381,12 @@ def test_archives_are_as_the_servers_take_them(server, image, inside):
     assert [path for path in Path("u").rglob("*") if path.is_file()] == [Path("u", inside)]
     meant = np.array(FACTS[server].get("ids", {}).get("_labelIds.png", range(256)))
     assert (meant[tiny.pixels(Path("u", inside))] == tiny.pixels(f"o/classes/x/{image}.png")).all()
+    for path, words in (
+        (f"in/y/{image}.png", "two images have one name"),
+        ("in/n.png", "n: no name"),
+    ):
+        photo(path)
+        assert words in refusal(call, "run", "in", "--out", "o2", "--export", server)
 
 
 def test_the_official_tool_of_cityscapes_gives_our_scores_of_an_archive():
@@ -437,6 +447,10 @@ REFUSED = [  # the flags, words of the line
     ("b.png b.jpg --out o", "one name, b; rename"),
     ("a.png --out o --network teacher", "--network takes student"),
     ("a.png --out o --masks run", "run/a.png: no such mask"),
+    ("a.png --out o --split val", "images and --split: give one of them"),
+    ("run --out o", "run: no image there (.jpg "),
+    ("b.txt --out o", "b.txt: not a readable list"),
+    ("--split test --dataset folder --data-root own --out o", "own: no test of folder there"),
     ("a.png --out o --dataset voc", "does nothing here"),
     ("a.png --out o --scales 0", "--scales 0"),
     ("a.png --out o --export voc", "is one of camvid"),
@@ -453,14 +467,20 @@ REFUSED = [  # the flags, words of the line
 
 def test_what_cannot_be_done_is_one_line(monkeypatch):
     checkpoint(precise_bn=0)
-    for name in ("a.png", "b.png", "b.jpg"):
-        photo(name)
+    for name in ("a.png", "b.png", "b.jpg", *(f"own/{x}/train/a.png" for x in ("images", "masks"))):
+        photo(name, mode="L")
+    Path("b.txt").write_bytes(b"\xff")
     monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: None)
     for words, line in REFUSED:
         assert line in refusal(call, "run", *words.split())
     assert "neither best.pt nor last.pt" in refusal(call, ".", "a.png", "--out", "o")
     net, _ = predict.load("run")
     assert "differ by" in refusal(predict.verified, lambda image: 1.01 * net(image), net)
+    assert "shape (2, 11, 97, 1), not (2, 11, 97, 65)" in refusal(
+        predict.verified, lambda image: net(image)[..., :1], net
+    )
+    known = "p.pt: of own.py; known are supervised.py"
+    assert known in refusal(predict.build_source, dict(script="own.py", path="p.pt"))
     for content in (b"", b'{"amp": "no', b"[1]", b"\xff"):
         Path("o").mkdir(exist_ok=True)
         Path("o/predict.json").write_bytes(content)

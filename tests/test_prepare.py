@@ -422,12 +422,15 @@ def test_every_class_means_every_class_as_few_images_changed_as_that_takes():
 def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
     mask = Image.fromarray(np.array([[3] * 8] + [[255] * 8] * 2 + [[1] * 8] * 3, np.uint8))
     mask.save(folder(Path("own")) / "masks/train/d.png")
-    command(f"stats {OWN} 4")
+    command(f"stats {OWN} 4 --out shares.png")
+    assert Image.open("shares.png").size == (640, 400)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     expected = ["27.273 1", "40.909 2", "27.273 1", "4.545 1"]  # of 48, 72, 48, 8 pixels of 176
     assert [" ".join(row[2:4]) for row in rows[1:5]] == expected
     assert rows[5][:3] == ["ignored", "8.333", "1"]  # 16 of 192
     assert rows[1][4:] == ["50.000", "1"]  # val
+    listed("own/masks/val/v0.png", "bad")
+    assert "v0.png: not readable" in refusal(command, f"stats {OWN} 4")
 
 
 NEXT = [  # flags of check, what its next command has beside them
@@ -451,6 +454,15 @@ def test_the_next_command_of_check_is_of_what_was_checked(given, added):
     assert {name: args[name] for name in own} == own
     kinds = map(get_type_hints, (prepare_data.Split, cps_fpl.Args))
     assert len({kind["split_family"] for kind in kinds}) == 1
+
+
+def test_the_crop_that_check_proposes_is_16_k_plus_1_and_half_of_the_images_fill_it(capsys):
+    sizes = [(40, 200), (50, 60), (300, 70), (99, 99)]
+    prepare_data.Check(dataset="folder", crop_size=100).tell_padding(sizes)
+    said = "4 of 4 images are smaller than a crop of 100 pixels, the rest of it is padding"
+    assert f"{said}: train with --crop-size 65\n" in capsys.readouterr().out
+    prepare_data.Check(dataset="folder", crop_size=60).tell_padding(sizes)
+    assert not capsys.readouterr().out
 
 
 def test_check_of_generated_pictures_tells_their_counts(capsys, monkeypatch):

@@ -128,6 +128,9 @@ CASES = [
     *(Case(f"share {value}", S, f"--ohem-kept {value}",
            f"--ohem-kept_{value}:_a_number_from_0_to_1") for value in ("-0.1", "1.0001", "nan")),
     Case("second of two", CPS, "--T 0.2 1.0", "--T_1.0:_a_number_from_1e-12_to_0.9999"),
+    Case("no such backbone", S, "--backbone resnet19", "--backbone_resnet19: resnet18 timm/NAME"),
+    Case("no timm", S, "--backbone timm/resnet18 --weights none", "pip_install_timm",
+         lambda patch: patch.setitem(sys.modules, "timm", None)),
     Case("range upside down", S, "--scales 2.0 0.5", "--scales_(2.0,_0.5) rising"),
     Case("no code of ESL", ESL, "--recipe official", "no_code_of_ESL leave_--recipe_out"),
     *(Case(f"8 processes{how}: {words}", script, f"--batch-size 8{how} {words}", line, arrange)
@@ -166,6 +169,7 @@ CASES = [
          lambda patch: [os.truncate(f"data/train/train{i}.jpg", 200) for i in (5, 6)]),
     Case("list of all images", M, "--labeled-list list.txt", "no_unlabeled --labeled-list",
          put("list.txt", b"".join(b"train%d\n" % i for i in range(8)))),
+    Case("below a file", S, f"--out {LOG}/new", f"{LOG}: a_file,_no_folder --out"),
     Case("run folder that is there", S, "--out own", "own_exists --resume --out"),
     Case("resume with other scales", S, f"{RESUME} --scales 0.5 1.0",
          f"{LAST} --scales_(0.5,_2.0)_there_and_(0.5,_1.0)_here another_--out"),
@@ -185,8 +189,16 @@ CASES = [
            changed(change, "u2pl/last.pt"))
       for what, change in (
           ("optimizer is not", lambda content: content["optimizer"]["param_groups"].pop()),
+          ("a momentum of shape (1,)", lambda content: content["optimizer"]["state"][0].update(
+              momentum_buffer=torch.zeros(1))),
           ("state is not", lambda content: content["state"].pop("bank")),
+          ("state bank is not", lambda content: content["state"].update(bank=torch.zeros(1))),
           ("step 13 of 2", lambda content: content.update(step=13)),
+          ("best is none", lambda content: content["best"].update(step=3)),
+          ("its meter is none", lambda content: content.update(meter=torch.zeros(2, 2))),
+          ("holds no network 'teacher'", lambda content: content["networks"].pop("teacher")),
+          ("of teacher is torch.float64", lambda content: content["networks"].update(
+              teacher={key: x.double() for key, x in content["networks"]["teacher"].items()})),
           ("meter is none", lambda content: content.update(meter=[0.0])))),
     *(Case(f"resume {other}", module_of(name), f"--out {other} --resume",
            f"{other}/last.pt {other}.py {name}.py")
@@ -213,11 +225,15 @@ CASES = [
     *(Case(words, script, f"--unsup-loss fpl {words}", line)
       for script in (CPS, AEL, UNI, V2)
       for words, line in (("--T 0.8 0.9 --fused on", "--fused_on twin"),
+                          ("--T 0.9 0.9", "--T_(0.9,_0.9):_rising,_none_twice"),
                           ("--T 0.9 0.8", "rising"))),
     Case("several T and n", CPS, "--T 0.8 0.9 --k-strategy n", "--k-strategy_n-1"),
     *(Case(words, V2, words, line) for words, line in (
         ("--precise-bn 5", "--precise-bn: there_is_no_BN"),
         ("--backbone resnet18", "--backbone dinov2_vits14"))),
+    Case("no process", S, "--dry-run", "WORLD_SIZE_0 start_with_torchrun", environ(WORLD_SIZE="0")),
+    Case("numbers too large", S, "", "RANK,_WORLD_SIZE,_MASTER_PORT_not_set",
+         environ(RANK="0", WORLD_SIZE="0", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="65536")),
     Case("WORLD_SIZE alone", S, "", "RANK LOCAL_RANK MASTER_ADDR MASTER_PORT start_with_torchrun",
          environ(WORLD_SIZE="2")),
     Case("MASTER_PORT taken", S, "", "MASTER_PORT", busy),
@@ -232,6 +248,8 @@ CASES = [
         ("check --dataset voc --split 1/8 --split-family cps --split-seed 0", "no_--split-seed"),
         ("check --dataset camvid --split-seed 1", "--split-seed_1_does_nothing needs_--split"),
         ("stats --dataset voc --split 1/8 --split-seed 1 --labeled-list l", "no_--labeled-list"),
+        ("cache --dataset shapes --out c", "--dataset_shapes it_needs_no_cache"),
+        ("stats --dataset camvid --data-root data --out run", "--out_run: a_new_file,_with_.png"),
         ("check --dataset shapes --data-root d", "--data-root_d it_needs_--dataset"))),
     Case("absent archive", P, "voc --root new --from own", "--from_own VOCtrainval https://"),
     Case("absent root", P, "camvid --root absent", "absent: no_such_folder https://"),

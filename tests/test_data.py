@@ -25,6 +25,7 @@ from common import shapes
 from common.data import FACTS, SPLITS, Data, Item, counts, read_mask, read_photograph, set_hash
 from common.sources import choose, load, read_list
 from formats import GREY, IDS, RGB, TURNED, WIDE, packed, png, saved, tiff
+from prepare_data import orientation
 from recorder import assert_close
 from supervised import Samples, Stream
 from tiny import ROOT, draw_folder, draw_tree, own_folder, shrink, train
@@ -47,6 +48,7 @@ def test_an_item_is_an_rgb_photograph_and_a_mask_of_its_size(empty_folder, monke
     item.label.unlink()
     assert refusal(reader().read, item, True) == "mask.png: no such file"
     assert reader().read(item, False)[1] is None  # who asks for no mask, opens none
+    assert orientation(item.image) == orientation(item.label) == 1  # whatever cannot be read
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # the image has 108
     assert "not readable as an image" in refusal(reader().read, item, False)
 

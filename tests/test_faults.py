@@ -212,8 +212,8 @@ def test_a_foreign_log_is_refused(change, tree, tmp_path, monkeypatch):
             tiny.run("supervised", argv)
 
 
-def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch):
-    """The one that the checkpoint names comes back."""
+def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch, capsys):
+    """The one that the checkpoint names comes back; without it the next one counts."""
     rising, evaluate = itertools.count(1), supervised.evaluate
     argv, best = small(tree, tmp_path, evaluate=2, save=4), tmp_path / "best.pt"
 
@@ -226,13 +226,21 @@ def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch):
     assert [step_of(best), step_of(tmp_path / "best-before.pt")] == [6, 4]
     stopped("supervised", argv, 5)
     assert [step_of(best), step_of(tmp_path / "best-2.pt")] == [4, 6]
+    best.unlink()
+    stopped("supervised", argv, 7)
+    assert "not the weights of step 4: the best is looked for anew" in capsys.readouterr().out
+    assert step_of(best) == 6
 
 
-def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(tmp_path, capsys):
-    one = Mock(folder=tmp_path, script=Path("supervised.py"), say=print)
-    assert run.Run.load_best(one, {}) is None
-    said = capsys.readouterr().out
-    assert said.endswith("best.pt: no such checkpoint; only the last weights are scored\n")
+def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(
+    tmp_path, monkeypatch, capsys
+):
+    one = Mock(folder=tmp_path, script=Path("supervised.py"), say=print, best={"step": 2})
+    for why in ("no such checkpoint", "of step 3, not of 2"):
+        assert run.Run.load_best(one, {}) is None
+        said = capsys.readouterr().out
+        assert said.endswith(f"best.pt: {why}; only the last weights are scored\n")
+        monkeypatch.setattr(run, "load_checkpoint", lambda *_: {"step": 3})
 
 
 @pytest.fixture

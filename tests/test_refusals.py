@@ -145,8 +145,10 @@ CASES = [
           (S, "--batch-size 4", "4_labelled_images 8_processes"),
           (CPS, "--batch-size 8 --batch-size-unlabeled 4", "4_unlabelled_images 8_processes"))),
     Case("all classes of a label", ESL, "--label topk --top-k 11", "--top-k_11: below_11"),
-    Case("nothing to paste", AEL, f"--paste-not {' '.join(map(str, range(11)))}",
-         "--paste-not 0_to_10 --paste-draws_0"),
+    *(Case("nothing to paste", script, f"--paste-not {' '.join(map(str, range(11)))}",
+           "--paste-not 0_to_10 --paste-draws_0") for script in (AEL, U2PL_AEL)),
+    *(Case("equal ranks", script, "--ranks 3 3", "--ranks_(3,_3):_rising,_none_twice")
+      for script in (U2PL, U2PL_AEL)),
     Case("one image for BN", S, "--batch-size 1", "1_labeled_image plain_BN_needs_two"),
     Case("no CUDA", S, "--device cuda", "--device_cuda no_CUDA leave_--device_out",
          lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False)),

@@ -131,6 +131,7 @@ def test_a_split_is_its_published_list(monkeypatch):
         file.unlink()
     differ = "3 images, set {}, instead of 4, set {}; ".format(*sets[2:])
     assert differ in refusal(load, given("all"))
+    assert "1/9 of voc_aug: u2pl has all, 1/" in refusal(load, given("1/9"))
     # a seed, though it is zero, draws from what is there
     assert len(load(given("1/3", split_seed=0)).labeled) == 1
 

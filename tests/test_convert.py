@@ -15,7 +15,7 @@ import convert
 from common.run import report
 from common.sources import load
 from convert import read_table
-from formats import GREY, IDS, RGB, TURNED, packed, png, saved
+from formats import GREY, IDS, RGB, TURNED, WIDE, packed, png, saved
 from processes import snapshot
 from tiny import pixels
 from trees import command, folder, listed, own, picture, refusal
@@ -55,9 +55,13 @@ def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():
     for text in ("4 5 6 a b\n1 2 3 c", "# label:color_rgb:parts:actions\na b:4,5,6::\nc:1,2,3::"):
         rows_of_tool = read_table(listed(root / "labelmap.txt", text))
         assert [row[:3] for row in rows_of_tool] == [(0, "a b", (4, 5, 6)), (1, "c", (1, 2, 3))]
-    for row, words in (("4,e,0,0", ":6: "), ("6,e,0,0,0", "id 4"), ("254,e,0,0,0", ":6: id 254")):
+    for row, words in (("4,e,0,0", ":6: "), ("6,e,0,0,0", "id 4"), ("4,e,0,0,300", "(0, 0, 300)")):
         listed(root / "classes.csv", *rows, row)
         assert words in refusal(load, own(root, num_classes=0))
+    listed(root / "classes.csv", "id,name")
+    assert ":1: no column b, g, r" in refusal(load, own(root, num_classes=0))
+    (root / "classes.csv").write_bytes(b"\xff")
+    assert "not a readable table" in refusal(load, own(root, num_classes=0))
 
 
 KINDS = [  # masks to convert; their ids, or words of the refusal
@@ -69,6 +73,8 @@ KINDS = [  # masks to convert; their ids, or words of the refusal
     (saved(Image.fromarray(IDS + np.float32(0.5)), "TIFF"), "no whole numbers"),
     (png(2, 3, packed(IDS, 2), bytes(12)), "several indices one colour"),
     (saved(GREY, "JPEG"), "JPEG, which blurs"),
+    (saved(GREY, "TIFF", compression="jpeg"), "TIFF with JPEG inside, which blurs"),
+    (png(16, 2, WIDE), "mode RGB of 16 bits, of which PIL keeps 8"),
     (png(8, 4, np.stack([IDS * 80, IDS + 255 - IDS], 2)), IDS),
     (saved(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)), "PNG"), "254 values"),
 ]

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -117,6 +117,9 @@ def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1():
     (alone,) = predict.segment(source, flat[None, :, :24, :24], maps=True)
     assert abs(int(windows["confidence"].max()) - int(alone["confidence"].max())) <= 1
     args = replace(source.args, protocol="slide", crop_size=24)
+    for pixels, side in ((predict.WHOLE, 0), (predict.WHOLE + 1, predict.WINDOW)):
+        given = predict.protocol_for(source.args, pixels, 0)
+        assert given.protocol == ("slide" if side else "whole") and given.crop_size in (side, 128)
     ones = SimpleNamespace(script=source.script, args=args, data=source.data)
     ones.net = lambda x: {"logits": torch.ones(len(x), 11, *x.shape[2:])}
     assert torch.equal(mean_logits(ones, x), torch.ones(1, 11, 40, 52))
@@ -470,6 +473,8 @@ def test_what_cannot_be_done_is_one_line(monkeypatch):
     for name in ("a.png", "b.png", "b.jpg", *(f"own/{x}/train/a.png" for x in ("images", "masks"))):
         photo(name, mode="L")
     Path("b.txt").write_bytes(b"\xff")
+    Path("p.safetensors").write_bytes(b"x")
+    assert "no file of --safetensors" in refusal(call, "p.safetensors", "a.png", "--out", "o")
     monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: None)
     for words, line in REFUSED:
         assert line in refusal(call, "run", *words.split())
@@ -481,6 +486,12 @@ def test_what_cannot_be_done_is_one_line(monkeypatch):
     )
     known = "p.pt: of own.py; known are supervised.py"
     assert known in refusal(predict.build_source, dict(script="own.py", path="p.pt"))
+    monkeypatch.setattr(predict, "segment", Mock(side_effect=MemoryError))
+    one = (SimpleNamespace(image="a.png"), Image.open("a.png").convert("RGB"), None)
+    for group, words in (([one], "--window 512"), ([one] * 2, "a smaller --batch-size than 2")):
+        options = SimpleNamespace(window=0, maps=False, batch_size=2)
+        line = refusal(predict.segment_or_say, None, group, options, "cpu")
+        assert f"a.png: {len(group)} x 52x40 pixels, out of memory: {words}" in line
     for content in (b"", b'{"amp": "no', b"[1]", b"\xff"):
         Path("o").mkdir(exist_ok=True)
         Path("o/predict.json").write_bytes(content)

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -415,12 +416,15 @@ def test_every_class_means_every_class_as_few_images_changed_as_that_takes():
     line = refusal(command, f"make-split {OWN} 4 --every-class --labels 3 --out few.txt")
     assert "too few" in line and line.rpartition(": ")[2] in "0 1 2 3"
     assert not Path("few.txt").exists()
+    listed("own/masks/train/a.png", "bad")
+    line = refusal(command, f"make-split {OWN} 4 --every-class --labels 3 --out few.txt")
+    assert "train/a.png: not readable" in line
     # for a missing class the last image that is not needed goes
     present = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 0], [0, 1, 0]], bool)
     assert prepare_data.with_every_class(present, 3) == [0, 2, 3]
 
 
-def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
+def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys, monkeypatch):
     mask = Image.fromarray(np.array([[3] * 8] + [[255] * 8] * 2 + [[1] * 8] * 3, np.uint8))
     mask.save(folder(Path("own")) / "masks/train/d.png")
     command(f"stats {OWN} 4 --out shares.png")
@@ -432,6 +436,9 @@ def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys):
     assert rows[1][4:] == ["50.000", "1"]  # val
     listed("own/masks/val/v0.png", "bad")
     assert "v0.png: not readable" in refusal(command, f"stats {OWN} 4")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    remedy = "pip install matplotlib, or -r requirements-dev.txt"
+    assert remedy in refusal(command, f"stats {OWN} 4 --out new.png")
 
 
 NEXT = [  # flags of check, what its next command has beside them

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import prepare_data
 import trees
@@ -215,6 +216,8 @@ CASES = [
          f"{LAST} does_not_fit_these_flags head.aux"),
     Case("weights that are a page", S, W, NO_WEIGHTS, put("w.pth", b"<!doctype html>")),
     Case("malicious weights", S, W, NO_WEIGHTS, put("w.pth", {"conv1.weight": Trap()})),
+    Case("safetensors", S, "--weights w.safetensors", "w.safetensors keys_do_not_fit conv1",
+         lambda patch: save_file(RESNET18 | {"conv1.weight": torch.zeros(1)}, "w.safetensors")),
     Case("another shape", S, W, "--weights_w.pth conv1",
          put("w.pth", RESNET18 | {"conv1.weight": torch.zeros(64, 1, 7, 7)})),
     *(Case(f"weights of stem {other}", S, f"{W} --stem {stem}",
@@ -253,6 +256,9 @@ CASES = [
         ("cache --dataset shapes --out c", "--dataset_shapes it_needs_no_cache"),
         ("stats --dataset camvid --data-root data --out run", "--out_run: a_new_file,_with_.png"),
         ("check --dataset shapes --data-root d", "--data-root_d it_needs_--dataset"))),
+    Case("no list of a family", P, "splits --family unimatch --dataset cityscapes",
+         "--family_unimatch: no_list_of_cityscapes"),
+    Case("no annotations", P, "coco --root data", "instances_train2017.json: no_such_file https://"),
     Case("absent archive", P, "voc --root new --from own", "--from_own VOCtrainval https://"),
     Case("absent root", P, "camvid --root absent", "absent: no_such_folder https://"),
     Case("absent folder of lists", P, "splits --family cps --from absent",

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
+from unittest.mock import Mock
 from urllib.error import HTTPError
 from urllib.request import Request
 
@@ -113,8 +114,10 @@ def test_a_list_is_fetched_once_checked_kept_in_its_order(server, capsys, monkey
     monkeypatch.setitem(SPLITS["voc_aug"]["u2pl"], "1/4", entry(KEYS[:2], url=HOST))
     server.files = {HOST: "\n".join(KEYS[:2]).encode()}
     path = LISTS / "u2pl/1_4.txt"
+    monkeypatch.setattr(sources, "tqdm", bar := Mock(wraps=sources.tqdm))
     for _ in range(2):
         assert sources.fetch_list("voc_aug", "u2pl", "1/4") == path
+    assert bar.call_args.kwargs["disable"]  # a list is small
     assert capsys.readouterr().out == f"{path}: 2 images, set {entry(KEYS[:2])['set']}\n"
     assert len(server.asked) == 1 and path.read_text() == f"{KEYS[0]}\n{KEYS[1]}\n"
     path.write_text("a page")
@@ -407,7 +410,9 @@ def test_a_drawn_list_is_that_of_the_same_split_and_seed(capsys):
     assert f"next: python cps_fpl.py {CAM} --labeled-list lists/5.txt  " in said
     for words in ("", "--labels 2 --share 1/2", "--share half", "--labels 6"):
         assert "--labels" in refusal(command, f"make-split {CAM} --out l.txt {words}")
-    assert not Path("l.txt").exists()
+    folder(Path("own"), ["a\tb"])  # lines of a list have two names, a TAB between them
+    line = refusal(command, f"make-split {OWN} 4 --labels 1 --out l.txt")
+    assert "names that a list cannot hold" in line and not Path("l.txt").exists()
 
 
 def test_every_class_means_every_class_as_few_images_changed_as_that_takes():

@@ -337,9 +337,9 @@ def choose(facts, product, mutant):
             _, (function, _, source, _) = json.loads(place)
             if function == mutant["function"] or names & set(re.findall(r"\w+", source)):
                 found.update(tests)
-    killers = [test for name, test in mutant.items() if name.endswith("_test")]
+    killers = [test.partition("[")[0] for name, test in mutant.items() if name.endswith("_test")]
     chosen = sorted(found - set(facts["failed"]), key=facts["seconds"].get)
-    return sorted(chosen, key=lambda test: test not in killers)
+    return sorted(chosen, key=lambda test: test.partition("[")[0] not in killers)
 
 
 def judge(product, facts, mutant, folder):

@@ -18,7 +18,7 @@ from common import shapes
 from common.data import Data, Item
 from common.distributed import Group
 from common.metrics import scores
-from common.pictures import colour, panels
+from common.pictures import colour, panels, with_legend
 from recorder import assert_close
 from supervised import Samples, Stream, augment, open_stream
 from trees import flags
@@ -304,3 +304,12 @@ def test_panels_have_every_map_in_its_place():
     assert (pixels[16:96, 120::124] == 255).all() and (pixels[:16] != 255).any()
     assert np.array_equal(pixels[96 + 16 :, :40], pixels[16:96, :40])
     assert (pixels[96:, 60:] == 255).all()  # nothing beside the narrow one
+
+
+def test_a_legend_below_a_picture_has_a_square_of_every_colour():
+    picture = Image.new("RGB", (120, 30), (1, 2, 3))
+    sheet = np.array(with_legend(picture, ["road", "a name of many words", "sky"], PALETTE))
+    assert (sheet[:30] == (1, 2, 3)).all() and sheet.shape == (30 + 3 * 24, 120, 3)  # a row each
+    for row, colour_of in enumerate(PALETTE[:3]):
+        square = sheet[30 + 24 * row :][7:18, 7:18]
+        assert (square == colour_of).all()

@@ -318,6 +318,19 @@ def turned(image):
     return f"EXIF orientation {tag}: turn its pixels and save it without" if tag != 1 else ""
 
 
+def renumbered(image):
+    """Returns why the indices of an open GIF may be no ids, or "".
+
+    Pillow, as others, numbers the colours that occur anew where it writes one.
+    """
+    if image.format != "GIF":
+        return ""
+    colours = np.asarray(image.convert("RGB"))
+    if (colours == np.asarray(image)[..., None]).all():  # each is the grey of its index
+        return ""
+    return f"GIF, whose writers number the colours anew: its indices may be no ids; {CONVERT}"
+
+
 def lossy(image):
     """Returns why an open image cannot hold ids or colours exactly, or ""."""
     kind = image.format
@@ -351,7 +364,7 @@ def check_mask(image):
         return f"grey with another maximum than 255, which PIL rescales: {CONVERT}"
     if codec not in CODECS or raw not in RAW_MODES:
         return f"{image.format} ({codec} {raw}), not known to keep ids as stored: save it as PNG"
-    return turned(image)
+    return renumbered(image) or turned(image)
 
 
 # ---- sets ----

@@ -337,6 +337,7 @@ def choose(facts, product, mutant):
             _, (function, _, source, _) = json.loads(place)
             if function == mutant["function"] or names & set(re.findall(r"\w+", source)):
                 found.update(tests)
+        found.update(test for test in facts["seconds"] if "/test_recipes.py" in test)  # all flags
     killers = [test.partition("[")[0] for name, test in mutant.items() if name.endswith("_test")]
     chosen = sorted(found - set(facts["failed"]), key=facts["seconds"].get)
     return sorted(chosen, key=lambda test: test.partition("[")[0] not in killers)

@@ -59,6 +59,7 @@ FILES = [  # bytes; what is read of them, or words of the refusal; as a mask, th
     (tiff(IDS.tobytes(), kinds=(0, 1, 4)), IDS, IDS),
     (tiff(IDS.tobytes(), kinds=(0, 0, 1)), "2 pages or frames", "2 pages or frames"),
     (saved(GREY, "GIF"), IDS, IDS),
+    (saved(Image.fromarray(IDS * 5), "GIF"), "GIF, whose writers number", IDS * 5),
     (saved(GREY, "TIFF", compression="tiff_lzw"), IDS, IDS),
     (png(2, 0, packed(IDS, 2)), "2 or 4 bits, which PIL rescales", IDS * 85),
     (tiff(IDS.tobytes(), photo=0), "white is stored as 0", 255 - IDS),

@@ -326,12 +326,15 @@ class Writer:
         return Result(item.key, counts, confusion, boundaries)
 
     def write_maps(self, key, image, found):
-        """Writes classes, maps and overlay."""
+        """Writes classes, maps and overlay.
+
+        With 256 colours: Pillow gives a palette of 16 or fewer 4 bits, which torchvision misreads.
+        """
         palettes = {"classes": self.data.palette.tobytes(), "K": bytes(GREYS)}
         for kind, values in found.items():
             picture = Image.fromarray(values)
             if kind in palettes:
-                picture.putpalette(palettes[kind])
+                picture.putpalette(palettes[kind].ljust(768, b"\0"))
             put_picture(self.place(kind, key), picture)
         if "overlays" in self.kinds:
             sheet = overlay(image, found["classes"], self.data.classes, self.data.palette)

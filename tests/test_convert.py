@@ -101,10 +101,14 @@ def test_a_conversion_that_was_cut_off_goes_on_with_the_ids_of_the_first_call():
     full.mkdir(parents=True)  # it cannot be written
     assert "directory" in refusal(command, line)
     full.rmdir()
+    left = full.with_name("." + 32 * "a")  # of a call that was killed
+    left.touch()
+    os.utime(left, (0, 0))
     os.remove("from/a.png")  # without it the ids of a table made anew would be others
     command(line)
     for i, name in enumerate("abcd"):
         assert (pixels(f"my own/masks/train/{name}.png") == i).all()
+    assert not left.exists()
 
 
 def test_a_conversion_in_place_is_refused():

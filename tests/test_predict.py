@@ -95,7 +95,8 @@ def test_classes_are_those_of_the_scripts_own_evaluation(name):
     assert (out / "K/a.png").exists() == (name in ("cps_fpl", "ael_fpl"))
     with Image.open(out / "classes/a.png") as picture:
         colours = bytes(picture.getpalette())
-    assert colours == source.data.palette.tobytes()[: len(colours)]
+    assert colours == source.data.palette.tobytes().ljust(768, b"\0")
+    assert (out / "classes/a.png").read_bytes()[24] == 8  # bits of a pixel
     assert predict.load("run/last.pt")[1][0] == "sky"
 
 
@@ -293,14 +294,18 @@ def test_scores_are_those_of_the_confusion_matrix():
     checkpoint(data_root="tree")
     call("run", "--split", "val", "--out", "o")
     call("run", "tree/val", "--masks", "tree/valannot", "--out", "two")
-    own = []
+    own, bands = [], []
     for name in ("val0", "val1"):
-        label = torch.from_numpy(tiny.pixels(f"tree/valannot/{name}.png"))
-        found = torch.from_numpy(tiny.pixels(f"o/classes/{name}.png")).long()
+        label, found = (tiny.pixels(f"{at}/{name}.png") for at in ("tree/valannot", "o/classes"))
+        bands.append(metrics.boundary_confusion(found, label, 11))
+        label, found = torch.from_numpy(label), torch.from_numpy(found).long()
         own.append(metrics.confusion_matrix(found, label, 11))
+    boundary = [round(x, 6) for x in metrics.iou_per_class(sum(bands))[:-1].tolist()]
     worst = sorted((0, 1), key=lambda i: metrics.scores(own[i])["miou"])
     for out in ("o", "two"):
         assert metrics.scores(sum(own)).items() <= scored(out).items()
+        found = [float("nan") if x is None else x for x in scored(out)["boundary_iou"]]
+        assert found == pytest.approx(boundary, nan_ok=True)
         _, *rows = csv.reader(open(f"{out}/confusion.csv"))
         assert [[int(count) for count in row[1:]] for row in rows] == sum(own).tolist()
         page = Path(f"{out}/index.html").read_text()

@@ -357,7 +357,8 @@ def test_cityscapes_says_what_is_missing_and_is_unpacked_from_its_zips(capsys, m
         archive(root / f"{top}_trainvaltest.zip", {"README": "x", f"{top}/": ""} | files)
         shutil.rmtree(root / top)
     command("cityscapes")
-    assert "train: 4 of 4 images; masks: 4 labelIds\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "train: 4 of 4 images; masks: 4 labelIds\n" in said and "complete; next: python" in said
     assert contents(root) == whole and not list(root.glob(".*"))
     for name in ("jena*_labelIds.png", "lindau*_leftImg8bit.png", "frankfurt*_leftImg8bit.png"):
         os.remove(next(root.rglob(name)))

@@ -385,6 +385,8 @@ def test_parts_and_prototypes():
             cosines = F.cosine_similarity(P[label[b, y, x]], E[b, :, y, x][None])
             expected = 2 * label[b, y, x] + cosines.argmax()
         assert ids[b, y, x] == expected
+    of_one_pixel = torch.tensor([[3.0, 1.0]])
+    assert esl.update_prototypes(torch.zeros(1, 1, 1), of_one_pixel, 0.5).item() == 1.5
     sums = esl.part_sums(E, ids, 6)
     new = esl.update_prototypes(P, sums.sum(0), 0.9).flatten(0, 1)
     for r, old in enumerate(P.flatten(0, 1)):

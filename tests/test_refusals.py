@@ -116,6 +116,13 @@ def eight(patch):
         patch.setattr(script, "parallel", lambda net, *_: net)
 
 
+def no_float64(patch):
+    """The device is one of Apple's, where it is asked for."""
+    apples = distributed.Group(0, 1, torch.device("mps"))
+    whole = distributed.need_float64
+    patch.setattr(distributed, "need_float64", lambda group, what: whole(apples, what))
+
+
 MASK, IMAGE = "data/trainannot/train0.png", "data/train/train0.jpg"
 RESUME, LAST, LOG = "--out run --resume", "run/last.pt", "run/log.jsonl"
 SCORE, INIT = f"--eval-only --checkpoint {LAST}", f"--init {LAST}"
@@ -153,6 +160,8 @@ CASES = [
     Case("one image for BN", S, "--batch-size 1", "1_labeled_image plain_BN_needs_two"),
     Case("no CUDA", S, "--device cuda", "--device_cuda no_CUDA leave_--device_out",
          lambda patch: patch.setattr(torch.cuda, "is_available", lambda: False)),
+    *(Case("no float64", script, "", "--device_mps: which_MPS_does_not_have", no_float64)
+      for script in (AEL, U2PL, U2PL_AEL, ESL)),
     Case("no TensorBoard", S, "--tensorboard", "--tensorboard pip_install_tensorboard",
          lambda patch: patch.setitem(sys.modules, "tensorboard", None)),
     Case("eval-on without eval-only", S, "--eval-on test", "--eval-on with_--eval-only"),

@@ -242,6 +242,15 @@ def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(
         monkeypatch.setattr(run, "load_checkpoint", lambda *_: {"step": 3})
 
 
+@pytest.mark.parametrize("batch, precise_bn, told", [(3, 0, True), (4, 0, False), (3, 5, False)])
+def test_few_images_for_batch_norm_are_told(batch, precise_bn, told):
+    args = SimpleNamespace(batch_size=batch, precise_bn=precise_bn)
+    one = Mock(args=args, group=Group(0, 1, torch.device("cpu")), script=Path("supervised.py"))
+    one.data.hashes.return_value = {"labeled": (3, "set")}
+    run.Run._introduce(one, {"student": torch.nn.BatchNorm2d(1)})
+    assert ("3 labelled images feed BN" in one.say.call_args.args[0]) == told
+
+
 @pytest.fixture
 def exits(monkeypatch):
     """The end of a process is a SystemExit."""

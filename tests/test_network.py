@@ -287,9 +287,10 @@ def test_weights_of_timm_fit_or_are_refused_and_so_are_networks_without_features
     ):
         torch.save(state, args.weights)
         assert words in refusal(make_backbone, args)
-    torch.save(whole, args.weights)
-    found = make_backbone(args).state_dict()
-    assert all(torch.equal(whole[name], value) for name, value in found.items())
+    for state in ({key: x for key, x in whole.items() if key[:3] != "fc."}, whole):
+        torch.save(state, args.weights)
+        found = make_backbone(args).state_dict()
+        assert all(torch.equal(whole[name], value) for name, value in found.items())
     for name, words in ("vit_tiny_patch16_224", "convnext_tiny"), ("resnet18x", "near: resnet18"):
         assert words in refusal(make_backbone, flags(f"timm/{name}"))
 

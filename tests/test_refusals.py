@@ -206,7 +206,8 @@ CASES = [
           ("state is not", lambda content: content["state"].pop("bank")),
           ("state bank is not", lambda content: content["state"].update(bank=torch.zeros(1))),
           ("step 13 of 2", lambda content: content.update(step=13)),
-          ("best is none", lambda content: content["best"].update(step=3)),
+          ("best is none of a run", lambda content: content["best"].update(step=3)),
+          ("best is none to go on from", lambda content: content["best"].pop("step")),
           ("its meter is none", lambda content: content.update(meter=torch.zeros(2, 2))),
           ("holds no network 'teacher'", lambda content: content["networks"].pop("teacher")),
           ("of teacher is torch.float64", lambda content: content["networks"].update(

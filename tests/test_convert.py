@@ -45,7 +45,7 @@ def test_what_nothing_reads_is_named(capsys):
 
 def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():
     root = folder(Path("own"))
-    rows = ["id,name,r,g,b", '0,"tree, old",4,5,6', "1,b,1,2,3", "2,c,0,0,0", "3,d,0,0,9"]
+    rows = ["id, name, r, g, b", '0, "tree, old",4,5,6', "1,b,1,2,3", "2,c,0,0,0", "3,d,0,0,9"]
     listed(root / "classes.csv", *rows, "255,void,9,9,9", "3,also d,8,8,8")
     data = load(own(root, num_classes=0))
     assert data.classes == ["tree, old", "b", "c", "d"] and data.palette[0].tolist() == [4, 5, 6]

@@ -213,7 +213,7 @@ def test_a_foreign_log_is_refused(change, tree, tmp_path, monkeypatch):
 
 def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch, capsys):
     """The one that the checkpoint names comes back; without it the next one counts."""
-    mious, evaluate = iter([0.1, 0.2, 0.3, 0.15]), supervised.evaluate
+    mious, evaluate = iter([0.1, 0.2, 0.3, 0.15, 0.1]), supervised.evaluate
     argv, best = small(tree, tmp_path, evaluate=2, save=4), tmp_path / "best.pt"
 
     def other(*inputs):
@@ -229,6 +229,10 @@ def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch, capsy
     stopped("supervised", argv, 7)
     assert "not the weights of step 4: the best is looked for anew" in capsys.readouterr().out
     assert step_of(best) == 6
+    argv = small(tree, tmp_path / "b", evaluate=4, save=3)  # last.pt of step 3 knows no best one
+    for stop in (5, 4):
+        stopped("supervised", argv, stop)
+    assert step_of(tmp_path / "b/best-2.pt") == 4 and not (tmp_path / "b/best.pt").exists()
 
 
 def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(
@@ -249,6 +253,14 @@ def test_few_images_for_batch_norm_are_told(batch, precise_bn, told):
     one.data.hashes.return_value = {"labeled": (3, "set")}
     run.Run._introduce(one, {"student": torch.nn.BatchNorm2d(1)})
     assert ("3 labelled images feed BN" in one.say.call_args.args[0]) == told
+
+
+def test_the_hash_of_a_folder_is_of_its_code_and_facts(tmp_path):
+    found = []
+    for name, text in (("a.py", "1"), ("b.txt", "1"), ("a.py", "2"), ("c.json", "1")):
+        (tmp_path / name).write_text(text)
+        found.append(run.hash_of_folder(tmp_path))
+    assert found[0] == found[1] and len(set(found)) == 3
 
 
 @pytest.fixture

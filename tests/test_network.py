@@ -21,6 +21,7 @@ from esl import ESLHead
 from supervised import DeepLabV3Plus, Network, build, dilate, features, make_backbone, upsample
 from trees import refusal
 from u2pl import U2PLHead
+from unimatch import UniMatchHead
 
 STEMS = {"classic": (), "deep": (64, 64, 128), "v1c": (32, 32, 64)}  # channels of the three 3x3
 NARROW = [64, 128, 256, 512]
@@ -191,11 +192,23 @@ def literal_deeplab(head, stages, size, rates):
     return {"logits": up(conv(head, x, "classify.4"), size), "aux": up(aux, size)}
 
 
+def literal_unimatch(head, stages, size, rates):
+    """UniMatch's head: ASPP with its pool first, projected by 1x1."""
+    low, _, _, high = stages
+    pooled = block(head, high.mean((2, 3), keepdim=True), "pool").expand(-1, -1, *high.shape[2:])
+    parts = [block(head, high, f"branches.{i}", rate) for i, rate in enumerate((0, *rates))]
+    x = block(head, torch.cat([pooled, *parts], 1), "project")
+    x = torch.cat([block(head, low, "low"), up(x, low.shape[2:])], 1)
+    x = block(head, block(head, x, "decode.0", 1), "decode.1", 1)
+    return {"logits": up(conv(head, x, "classify"), size)}
+
+
 IN_DEEPLAB = "project.1 classify.1 classify.3 aux.1".split()
 IN_BOTH = [*IN_DEEPLAB, "represent.1", "represent.3"]
 LITERAL = [  # head, width, dilations; where it drops channels; what it adds in training
     (CPSHead, literal_cps, 256, (1, 2, 3), [], {}),
     (CPSHead, literal_cps, 64, (2, 4), [], {}),
+    (UniMatchHead, literal_unimatch, 64, (2, 4), [], {}),
     (DeepLabV3Plus, literal_deeplab, 64, (1, 2, 4), IN_DEEPLAB, {}),
     (U2PLHead, literal_deeplab, 64, (2, 4), IN_BOTH, {"rep": 256}),
     (ESLHead, literal_deeplab, 64, (2, 4), IN_BOTH, {"rep": 512, "encoder": 512}),

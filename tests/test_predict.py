@@ -19,7 +19,7 @@ from PIL import Image
 
 import predict
 import tiny
-from common import Refusal, metrics
+from common import Refusal, metrics, outputs
 from common.checkpoints import write_checkpoint
 from common.data import FACTS
 from common.flags import acting, merge
@@ -198,6 +198,9 @@ def test_images_of_every_kind_several_at_once_and_one_that_cannot_be_read():
     head, first, *more = csv.reader(open("o/shares.csv"))
     assert head[:2] == ["image", "sky"] and len(more) == 5
     assert sum(map(float, first[1:])) == pytest.approx(1, abs=1e-4)
+    assert outputs.pixels_of(np.zeros((2, 3), np.uint8), 4).tolist() == [6, 0, 0, 0]
+    read = []
+    assert next(outputs.ahead(lambda i: read.append(i) or i, range(9))) == 0 and len(read) <= 3
     call("run", "in/t*.jpg", "--out", "t", "--upright")
     assert tiny.pixels("t/classes/turned.png").shape == (52, 40)
     call("run", "in/list.txt", "--out", "l")
@@ -311,7 +314,8 @@ def test_scores_are_those_of_the_confusion_matrix():
         page = Path(f"{out}/index.html").read_text()
         places = [page.index(f"compared/val{i}.jpg") for i in worst]
         assert places == sorted(places) and "http" not in page and "<script" not in page
-        assert Path(f"{out}/confusion.png").is_file() and Path(f"{out}/compared/val0.jpg").is_file()
+        width, height = Image.open(f"{out}/confusion.png").size
+        assert height == width + 28 and Path(f"{out}/compared/val0.jpg").is_file()
     os.remove("o/scores.json")
     call("run", "--split", "val", "--out", "o")  # classes are there: read, not made again
     assert scored("o") == scored("two")

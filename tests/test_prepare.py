@@ -49,6 +49,7 @@ def server(monkeypatch):
 
     def answer(request, timeout):
         url, asked = request.full_url, request.get_header("Range")
+        assert request.get_header("User-agent") == "prepare_data.py"  # some answer no other
         made.asked.append((url, asked))
         body = made.files.get(url)
         if isinstance(body, HTTPError):
@@ -435,7 +436,8 @@ def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys, monkeypatch):
     mask.save(folder(Path("own")) / "masks/train/d.png")
     command(f"stats {OWN} 4 --out shares.png")
     assert Image.open("shares.png").size == (640, 400)
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    *rows, drawn = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert drawn == ["shares.png:", "drawn"]
     expected = ["27.273 1", "40.909 2", "27.273 1", "4.545 1"]  # of 48, 72, 48, 8 pixels of 176
     assert [" ".join(row[2:4]) for row in rows[1:5]] == expected
     assert rows[5][:3] == ["ignored", "8.333", "1"]  # 16 of 192
@@ -490,7 +492,7 @@ def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(ca
     root = camvid(Path("cam"))
     picture(root / f"trainannot/{NAMES[2]}.png", "L", 11)  # void
     picture(root / f"trainannot/{NAMES[4]}.png", "L", 4)
-    picture(root / f"train/{NAMES[3]}.png", "RGB", 0, (20, 10))
+    picture(root / f"train/{NAMES[3]}.png", "RGB", 0, (5, 40))
     listed(root / f"trainannot/{NAMES[3]}.png", "bad")  # unlabelled: never opened
     command(f"check {CAM} --split 1/2")
     out = capsys.readouterr().out.splitlines()
@@ -499,7 +501,7 @@ def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(ca
     assert out[0] == f"{start}, classes 0 to 4, 33.33 % ignored"
     never = [line.split()[2] for line in out if line.startswith("warning")]
     assert never == "1 2 3 5 6 7 8 9 10".split()
-    assert out[10] == f"unlabeled: 2 images, set {entry(NAMES[1::2])['set']}, 8x6 to 20x10 pixels"
+    assert out[10] == f"unlabeled: 2 images, set {entry(NAMES[1::2])['set']}, 8x6 to 5x40 pixels"
     # pixels of two sets, in files that differ; no class in val; a mask that is no image
     Image.open(root / f"train/{NAMES[1]}.png").save(root / "val/v0.png", compress_level=0)
     for name in ("v0", "v1"):

@@ -132,6 +132,7 @@ W, NO_WEIGHTS = "--weights w.pth", "--weights_w.pth --weights_FILE --weights_non
 
 CASES = [
     Case("unknown flag", S, "--bach-size 4", "--bach-size --batch-size"),
+    Case("seed", S, f"--seed {2**32}", "--seed_4294967296: from_0_to_4294967295"),
     Case("one value of two", U2PL, "--ranks 3", "--ranks 2_values"),
     *(Case(f"share {value}", S, f"--ohem-kept {value}",
            f"--ohem-kept_{value}:_a_number_from_0_to_1") for value in ("-0.1", "1.0001", "nan")),

@@ -69,7 +69,7 @@ MODES = {
     },
     "unimatch_v2": {
         "UniMatch V2": "--threshold 0.13",
-        "FixMatch": "--threshold 0.13 --views 1",
+        "FixMatch on DINOv3": "--threshold 0.13 --views 1 --backbone dinov3_vits16",
         "UniMatch V2, recipe official": "--threshold 0.13 --recipe official",
         "UniMatch V2 with FPL": "--unsup-loss fpl",
         "UniMatch V2 with FPL, several T": "--unsup-loss fpl --T 0.84 0.89 0.94 0.99",

@@ -297,6 +297,7 @@ def test_scores_are_those_of_the_confusion_matrix():
     checkpoint(data_root="tree")
     call("run", "--split", "val", "--out", "o")
     call("run", "tree/val", "--masks", "tree/valannot", "--out", "two")
+    assert not Path("o/shares.csv").exists()  # of --csv
     own, bands = [], []
     for name in ("val0", "val1"):
         label, found = (tiny.pixels(f"{at}/{name}.png") for at in ("tree/valannot", "o/classes"))

@@ -449,6 +449,8 @@ def test_a_model_card_goes_without_half_a_line_and_never_over_another_text():
         assert ("| mIoU on val |" in Path("n.md").read_text()) == told
     Path("mine").rename("moved")
     predict.load("n.safetensors")
+    Path("p.safetensors").write_bytes(b"x")
+    assert "no file of --safetensors" in refusal(call, "p.safetensors", "a.png", "--out", "o")
     Path("README.md").write_text("# Mine")
     line = refusal(call, "run", "--safetensors", "README.safetensors")
     assert "README.md: no model card of README.safetensors" in line
@@ -487,8 +489,6 @@ def test_what_cannot_be_done_is_one_line(monkeypatch):
     for name in ("a.png", "b.png", "b.jpg", *(f"own/{x}/train/a.png" for x in ("images", "masks"))):
         photo(name, mode="L")
     Path("b.txt").write_bytes(b"\xff")
-    Path("p.safetensors").write_bytes(b"x")
-    assert "no file of --safetensors" in refusal(call, "p.safetensors", "a.png", "--out", "o")
     monkeypatch.setattr(predict.importlib.util, "find_spec", lambda name: None)
     for words, line in REFUSED:
         assert line in refusal(call, "run", *words.split())

@@ -432,6 +432,7 @@ def test_every_class_means_every_class_as_few_images_changed_as_that_takes():
 
 
 def test_stats_are_shares_of_pixels_and_numbers_of_images(capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
     mask = Image.fromarray(np.array([[3] * 8] + [[255] * 8] * 2 + [[1] * 8] * 3, np.uint8))
     mask.save(folder(Path("own")) / "masks/train/d.png")
     command(f"stats {OWN} 4 --out shares.png")

@@ -203,9 +203,14 @@ class Stop:
 def command(name, seed, args):
     """Returns the command line of a run."""
     row = ROWS[name]
-    data = ["--data-root", f"{args.runs}/half", "--weights", args.lite0]
+    data = ["--data-root", f"{args.runs}/half", "--weights", str(weights(args))]
     run = ["--split", row.split, "--seed", str(seed), "--out", str(folder(name, seed, args))]
     return [sys.executable, row.script, *PROTOCOL.split(), *row.flags.split(), *data, *run]
+
+
+def weights(args):
+    """Returns where the runs find the weights: their logs name no place outside the checkout."""
+    return Path(args.runs).parent / "tf_efficientnet_lite0.pth"
 
 
 def folder(name, seed, args):
@@ -299,6 +304,8 @@ def main(args):
         if not path or not Path(path).exists():
             raise Refusal(f"{name} {path or '(none)'}: not there; docs/backbones.md, docs/data.md")
     halved(args.camvid, Path(args.runs, "half"))
+    if not (weights(args).exists() and weights(args).samefile(args.lite0)):
+        shutil.copyfile(args.lite0, weights(args))
     stop = Stop()
     with ThreadPoolExecutor(args.beside) as pool:
         runs = missing(rows, args.seeds)

@@ -63,6 +63,7 @@ def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
     page = (ROOT / "docs/results.md").read_text()
     assert set(differences.rows() + differences.by_class()) <= set(page.splitlines())
     for path in sorted((ROOT / "results").glob("*/*.jsonl")):
+        assert '"/' not in path.read_text(), f"{path}: a place on somebody's machine"
         start, train_lines, evals, done = table.read(path)
         assert train_lines[-1]["step"] == done["step"] == start["args"]["total_iters"], path
         assert len(start["sha256"]) == 64 and evals and done["last"]["miou"] > 0, path

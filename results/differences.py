@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
 
 from common.data import FACTS  # noqa: E402
 from results.run_table import COUNTS, ROWS, SEEDS, SPLIT, counts_path, log_path, miou  # noqa: E402
+from results.table import between  # noqa: E402
 
 MARKS = ("<!-- table: results/differences.py --write -->\n", "<!-- end of table -->\n")
 CLAIM_HEAD = ["| claim | paper | mIoU | points, seed by seed | 95 % | here |", "|-|-|-|-|-|-|"]
@@ -161,17 +162,11 @@ def tables():
     }
 
 
-def written(page, text):
-    """Returns the text of a page with a table between the marks."""
-    before, rest = (ROOT / page).read_text().split(MARKS[0])
-    return before + MARKS[0] + text + MARKS[1] + rest.split(MARKS[1])[1]
-
-
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["--write"]):
         sys.exit(f"differences.py {' '.join(sys.argv[1:])}: --write or nothing")
     for name, text in tables().items():
         if sys.argv[1:]:
-            (ROOT / name).write_text(written(name, text))
+            (ROOT / name).write_text(between(name, MARKS, text))
         else:
             print(f"{name}\n\n{text}")

@@ -184,11 +184,15 @@ def row_of_runs(group, own):
     return f"| {words} | {seeds} | {last} | {best} | {steps or '-'} | {mean} |"
 
 
+def between(page, marks, text):
+    """Returns the text of a page with another text between its two marks."""
+    before, rest = (ROOT / page).read_text().split(marks[0])
+    return before + marks[0] + text + marks[1] + rest.split(marks[1])[1]
+
+
 def inserted(page):
     """Returns the text of a page with its table between the marks."""
-    before, rest = (ROOT / page).read_text().split(MARKS[0])
-    between = table(PAGES[page], (ROOT / page).parent)
-    return before + MARKS[0] + between + MARKS[1] + rest.split(MARKS[1])[1]
+    return between(page, MARKS, table(PAGES[page], (ROOT / page).parent))
 
 
 def main(argv):

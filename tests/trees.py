@@ -1,7 +1,6 @@
 """Miniature data sets in every known layout, lists, flags: places, ids and hashes written out."""
 
 import hashlib
-import random
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from common import Refusal
 from common.data import SPLITS
 from common.sources import load
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = [f"0001TP_{number:06d}" for number in range(6690, 6840, 30)]  # CamVid's way of naming
 VOC = ["2007_000032", "2008_000008", "2009_003377", "2011_000068"]
 CITY = "aachen_000000_000019 bad-honnef_000000_080169 jena_000078_000019 ulm_000001_000019".split()
@@ -49,23 +47,16 @@ LINES = {  # of the lists of each project
     "voc": {
         "CPS, U2PL": "{key}",
         "UniMatch": "JPEGImages/{key}.jpg SegmentationClass/{key}.png",
-        "CCT": "/JPEGImages/{key}.jpg /SegmentationClassAug/{key}.png",
         "tab": "train_aug/image/{key}.jpg\ttrain_aug/label/{key}.png",
     },
     "cityscapes": {
         "CPS": "/images/train/{key}.png\t/segmentation/train/{key}_gtFine.png",
         "U2PL": OFFICIAL,
         "UniMatch": f"{OFFICIAL} {TRAIN_IDS}",
-        "CCT": f"/{OFFICIAL} /{TRAIN_IDS}",
-        "PS-MT": f"/{PSMT[0]}.png /{PSMT[1]}_gtFine.png",
         "A-FPL": "{city}/{key}_leftImg8bit.png",
-        "bare": "{key}",
     },
     "coco": {"UniMatch": "train2017/{key}.jpg masks/{key}.png", "PseudoSeg": "train2017/{key}"},
 }
-# Cityscapes' ids in the order of their train ids; every other id is ignored
-ID = [7, 8, 11, 12, 13, 17, *range(19, 29), 31, 32, 33]
-TRAIN_ID = {label_id: train_id for train_id, label_id in enumerate(ID)}
 
 
 def flags(root="", **changes):
@@ -78,7 +69,6 @@ def flags(root="", **changes):
 
 
 def own(root, **changes):
-    """Returns the flags of a folder of one's own."""
     return flags(root, **dict(dataset="folder", num_classes=4) | changes)
 
 
@@ -118,20 +108,17 @@ def words(key, part="train"):
 
 
 def picture(path, mode, value, size=(8, 6)):
-    """Draws a picture of one colour, or of one index of a palette without order."""
+    """Draws a picture of one colour, or of one index of a palette that is all black."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.new("L" if mode == "P" else mode, size, value)
     if mode == "P":
-        image.putpalette(random.Random(value).randbytes(768))
+        image.putpalette(bytes(768))
     image.save(path)
     return path
 
 
 def folder(root, names=("a", "b", "c", "d"), ends=(".png",), images="images/{}", masks="masks/{}"):
-    """Draws train, two of val, one of test; image i has red 10 (i + 1), its mask the class i % 4.
-
-    The flat colours tell which image a crop shows.
-    """
+    """Draws train, two of val, one of test; image i is 10 (i + 1) in red, its mask all i % 4."""
     for part, keys in (("train", names), ("val", ["v0", "v1"]), ("test", ["t0"])):
         for i, key in enumerate(keys):
             image = root / images.format(part) / f"{key}{ends[i % len(ends)]}"
@@ -145,29 +132,21 @@ def camvid(root):
 
 
 def draw(root, layout):
-    """Draws a tree. Returns {its files, relative: the class in it, if a mask}.
-
-    Image n is n * 30 in red; its preferred mask is of class n, the next one of class n + 6.
-    """
+    """Draws a tree: image n is 30 n in red, its preferred mask is all n, the next one n + 6."""
     name, image, masks, lists = LAYOUTS[layout]
-    files = {}
     pairs = [(part, key) for part, keys in KEYS[name].items() for key in keys]
     for n, (part, key) in enumerate(pairs):
         photo, *places = (pattern.format(**words(key, part)) for pattern in (image, *masks))
-        picture(root / photo, "RGB", (30 * n, 0, 0))
-        files[photo] = None
+        picture(root / photo, "RGB", 30 * n)
         for i, path in enumerate(places):
-            if "SegmentationClass/" in path and key not in FINE:
-                continue
-            value = ID[n + 6 * i] if path.endswith("_labelIds.png") else n + 6 * i
-            picture(root / path, "P" if "SegmentationClass/" in path else "L", value)
-            files[path] = n + 6 * i
+            own = "SegmentationClass/" in path
+            if not own or key in FINE:
+                picture(root / path, "P" if own else "L", n + 6 * i)
     sets = root / image.split("JPEGImages")[0] / "ImageSets/Segmentation"
     for keys, file in zip(KEYS[name].values(), lists, strict=False):
         listed(sets / f"{file}.txt", *keys)
     if lists:
         listed(sets / "train.txt", KEYS["voc"]["train"][1])  # VOC's own: not the 10,582
-    return files
 
 
 def publish(monkeypatch, dataset, family, split, keys):

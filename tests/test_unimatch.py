@@ -25,8 +25,6 @@ from results import unimatch_fpl
 
 ALONE = distributed.Group(0, 1, torch.device("cpu"))
 
-# ---- thresholds, K, numbers of the log ----
-
 
 def test_several_T_choose_K_by_the_neighbours():
     args = printed(T=(0.4437, 0.6437, 0.8937, 0.9837), k_max=4)
@@ -57,9 +55,6 @@ def test_statistics():
     for mask, accuracy in ((inside, 0.5), (first, 1)):
         means = dict(pseudo_acc=accuracy, unsure_acc=0, coverage=1)
         assert unimatch.statistics(logits, mask, args, truth) == means
-
-
-# ---- what is drawn ----
 
 
 def test_boxes_are_drawn_as_released():
@@ -119,9 +114,6 @@ def test_dropout_is_complementary_and_leaves_some_images_whole(images, whole, ke
         dropped = first[~alike.all(1)]
         assert ((dropped == 0) | (dropped == 2)).all()
         assert kept == images or 0.4 < (dropped == 2).float().mean() < 0.6
-
-
-# ---- several T, results/unimatch_fpl.py ----
 
 
 def test_an_older_checkpoint_has_one_T_and_predict_shows_K_of_one_alone():

@@ -155,7 +155,6 @@ def norm(head, x, name):
 
 
 def block(head, x, name, rate=0):
-    """Convolution, BN, ReLU."""
     return F.relu(norm(head, conv(head, x, f"{name}.0", rate), f"{name}.1"))
 
 
@@ -269,7 +268,6 @@ def test_the_input_is_normalized_and_logits_are_float32_and_reach_every_paramete
 
 @pytest.mark.parametrize("name, stride", [("tf_efficientnet_lite0", 8), ("convnext_atto", 16)])
 def test_a_network_of_timm_learns_with_its_own_normalization(name, stride):
-    """Features at strides 4, 8, 16 and the output stride; all parameters get a gradient."""
     timm = pytest.importorskip("timm")
     net = Network(flags(f"timm/{name}", stride=stride, head_channels=8), 5, DeepLabV3Plus)
     assert net.backbone.feature_info.reduction() == [4, 8, stride, stride]
@@ -429,7 +427,6 @@ def test_features_of_any_size(backbone, size, grid, small):
 
 
 def test_dpt_is_the_literal_one(small):
-    """By torch's functions on the module's tensors, for maps of an odd size; its masks."""
     torch.manual_seed(0)
     head = v2.DPTHead([32] * 4, 5, of_vit())
     stages = [torch.randn(2, 32, 5, 3) for _ in range(4)]
@@ -459,7 +456,6 @@ def test_dpt_is_the_literal_one(small):
 
 
 def test_weights_are_metas_or_timms_and_nothing_else(small, tmp_path, monkeypatch):
-    """With the mask token of pretraining, below a prefix; by address, whose hash is checked."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     monkeypatch.setattr(weights, "META", tmp_path.as_uri() + "/")
     state = {key: torch.randn_like(x) for key, x in small().state_dict().items()}

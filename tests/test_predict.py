@@ -343,7 +343,6 @@ def test_a_part_is_scored_by_the_checkpoints_classes():
 
 
 def test_val_is_the_published_one(monkeypatch):
-    """As with --eval-only: another set of --split val is refused, without labels of one's own."""
     checkpoint(dataset="voc")
     publish(monkeypatch, "voc", "parts", "val", KEYS["voc"]["val"])
     draw(Path("tree"), "voc, official")

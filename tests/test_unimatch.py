@@ -71,7 +71,6 @@ def test_boxes_are_drawn_as_released():
 
 
 def test_operations_are_drawn_as_released():
-    """Jitter in any order, then grey, then blur, whose kernel fits into the crop."""
     assert unimatch.drawn_operations(Scripted(0, 0, 0, 0, 0.8, 0.2, 0.5), 9) == []
     for part, crop, change, hue, deviation, side in (
         (0, 20, 0.5, -0.25, 0.1, 3),

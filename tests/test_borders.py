@@ -93,13 +93,6 @@ def test_strict_decides_where_a_sum_equals_the_bound(dtype):
     assert cps_fpl.cumulative_classes(short, 0.95) == 4
 
 
-def test_a_class_is_negative_below_the_threshold_not_at_it():
-    z = pixel(0.5, -0.3, 0.2, 0.1, dtype=torch.float64)
-    p = z.softmax(1).flatten()
-    loss = cps_fpl.negative_loss(z, pixel(*DYADIC), 0.5)
-    assert loss.item() == pytest.approx(-(1 - p[[0, 2, 3]]).log().sum().item())
-
-
 def test_statistics_are_of_every_fourth_pixel_of_both_networks():
     """With T = 0.9 K is 1 and 2; columns in between are of a class that is nowhere else."""
     sure, unsure, between = [0.96, 0.03, 0.01], [0.3, 0.5, 0.2], [0.01, 0.01, 0.98]

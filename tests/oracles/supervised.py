@@ -109,12 +109,12 @@ def soft_label(p, kind, eta, top_k):
     return [v / math.fsum(kept) for v in kept]
 
 
-def soft_cross_entropy(images, targets, inside):
-    """ESL Eq. (6): the mean of -sum_c y*_c log p_c over the pixels inside."""
+def soft_cross_entropy(images, probs, inside, kind, eta, top_k):
+    """ESL Eq. (6): the mean of -sum_c y*_c log p_c over the pixels inside; y* by Eq. (3)-(5)."""
 
-    def of_pixel(z, y):
-        total = log_sum_exp(z)
+    def of_pixel(z, q):
+        y, total = soft_label(q, kind, eta, top_k), log_sum_exp(z)
         slope = [math.fsum(y) * p - a for p, a in zip(softmax(z), y, strict=True)]
         return math.fsum(a * (total - v) for a, v in zip(y, z, strict=True)), slope
 
-    return mean_over(images, targets, inside, of_pixel)
+    return mean_over(images, probs, inside, of_pixel)

@@ -1,7 +1,8 @@
 """One recorder for all scripts: runs main and keeps what every step was given and what it did.
 
 As a program of processes.Forked (recorder.py SCRIPT JSON) it makes recorded runs as one of several
-processes: JSON is a list of what `make` takes. Each run leaves <out>.rank<k>: steps of process k.
+processes: JSON is a list of what `watched` or `stopped` take beside the name. A recorded run leaves
+<out>.rank<k>: the steps of process k.
 """
 
 import copy
@@ -59,7 +60,7 @@ def watch(patch, script, argv):
 
     A step: batch {stream: tensors}, seen (an entry for each forward pass in training), grads (all
     parameters that have one), nets and state (after it), parts, spent, reduced (how often gradients
-    went over all processes), random (a number), maps (of its panels).
+    went over all processes), random (the state), maps (of its panels).
     scored: [(digest of the network, modes of its parts while it is scored)].
     """
     found = SimpleNamespace(networks={}, state={}, steps=[], scored=[])
@@ -80,10 +81,9 @@ def watch(patch, script, argv):
         live.networks, live.state = networks, state
 
         def before(*_):
-            for name, net in networks.items():
-                for key, p in net.named_parameters():
-                    if p.grad is not None:
-                        found.steps[-1].grads[f"{name}.{key}"] = p.grad.clone()
+            for key, p in torch.nn.ModuleDict(networks).named_parameters():
+                if p.grad is not None:
+                    found.steps[-1].grads[key] = p.grad.clone()
 
         listen(networks, heard)
         optimizer.register_step_pre_hook(before)
@@ -118,8 +118,7 @@ def watch(patch, script, argv):
         step.spent = dict(spent)
         step.state = copied(live.state)
         step.nets = {name: copied(net.state_dict()) for name, net in live.networks.items()}
-        with torch.random.fork_rng(devices=[]):
-            step.random = torch.rand(1).item()
+        step.random = torch.get_rng_state().tolist()
         whole(self, number, parts, lr, began, spent)
         begin()
 
@@ -144,9 +143,10 @@ def watch(patch, script, argv):
 
 def watched(name, argv, bare=False):
     """Makes a run of the tiny script; returns what `watch` saw of it."""
+    script = tiny.script(name)
     with pytest.MonkeyPatch.context() as patch:
-        tiny.shrink(tiny.script(name), patch, bare)
-        return watch(patch, tiny.script(name), argv)
+        tiny.shrink(script, patch, bare)
+        return watch(patch, script, argv)
 
 
 def stopped(name, argv, stop):
@@ -163,17 +163,6 @@ def stopped(name, argv, stop):
         tiny.run(name, argv)
 
 
-def make(name, argv, bare=False, stop=0):
-    """Makes one run of a process group, recorded, or interrupted in step `stop`."""
-    if stop:
-        stopped(name, argv, stop)
-        return
-    found = watched(name, argv, bare)
-    out = tiny.resolved(tiny.script(name), argv).out
-    steps = [vars(step) for step in found.steps]
-    torch.save(steps, f"{out}.rank{torch.distributed.get_rank()}")
-
-
 def left_by(out):
     """Returns the steps of a run's two processes."""
     saved = [torch.load(f"{out}.rank{rank}", weights_only=True) for rank in (0, 1)]
@@ -186,5 +175,9 @@ if __name__ == "__main__":
     script.distributed.setup = lambda device: group  # one for all of them
     script.distributed.teardown = lambda: None
     for job in json.loads(jobs):
-        make(name, **job)
+        if "stop" in job:
+            stopped(name, **job)
+            continue
+        steps = [vars(step) for step in watched(name, **job).steps]
+        torch.save(steps, f"{tiny.resolved(script, job['argv']).out}.rank{group.rank}")
     torch.distributed.destroy_process_group()

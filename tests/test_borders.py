@@ -39,12 +39,6 @@ def pixel(*values, dtype=torch.float32):
     return torch.tensor(values, dtype=dtype).view(1, -1, 1, 1)
 
 
-def kept(logits, loss):
-    """How many pixels of each image a loss reaches."""
-    (gradient,) = torch.autograd.grad(loss, logits)
-    return [int(g.any(0).sum()) for g in gradient]
-
-
 def test_ohem_keeps_all_pixels_tied_with_the_last_one():
     logits = torch.zeros(1, 2, 8, 8)
     logits[:, 0, :2] = -2.0  # 16 hard pixels; 32 tied; 16 easy ones
@@ -52,18 +46,18 @@ def test_ohem_keeps_all_pixels_tied_with_the_last_one():
     label = torch.zeros(1, 8, 8, dtype=torch.int64)
     for min_kept, count in ((0, 16), (16, 16), (17, 48), (48, 48), (49, 64)):
         loss = supervised.ohem_cross_entropy(logits.requires_grad_(), label, 0.0, min_kept)
-        assert kept(logits, loss) == [count]
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.any(1).sum() == count
 
 
 def test_ohem_keeps_a_share_of_the_pixels_of_a_crop():
     """U2PL's, CPS's, at least one; the auxiliary head alike, times its weight."""
     label = torch.randint(4, (2, 16, 16), generator=torch.Generator().manual_seed(0))
-    # all are easy, of different losses, so that none tie with the last one
-    logits = normal(2, 4, 16, 16) / 5 + 4 * F.one_hot(label, 4).movedim(3, 1)
+    logits = normal(2, 4, 16, 16) / 5 + 4 * F.one_hot(label, 4).movedim(3, 1)  # all are easy
     for share, crop, count in ((50_000 / 769**2, 32, 87), (5 / 64, 40, 125), (1e-6, 16, 1)):
         args = SimpleNamespace(aux_weight=0.4, ohem_kept=share, crop_size=crop)
-        loss = supervised.supervised_loss({"logits": logits.requires_grad_()}, label, args)
-        assert kept(logits, loss) == [count] * 2
+        loss = supervised.supervised_loss({"logits": logits}, label, args)
+        assert loss == supervised.ohem_cross_entropy(logits, label, 0.7, count)
         both = supervised.supervised_loss({"logits": logits, "aux": 0 * logits}, label, args)
         assert both.item() == pytest.approx(loss.item() + 0.4 * math.log(4), rel=1e-6)
 
@@ -249,10 +243,7 @@ def test_partners_are_a_class_by_eq_9_and_an_image_that_shows_it():
 
 
 def test_candidates_have_more_entropy_than_gamma_or_less_than_the_lower_limit():
-    """Eq. (5), (6), (8), (11), (15), Table 4; equal to a limit is neither.
-
-    gamma is numpy's percentile of what is inside [D20].
-    """
+    """Eq. (5), (6), (8), (11), (15), Table 4; equal to a limit is neither. [D20]: numpy's gamma."""
     assert u2pl.entropy(pixel(0.2, 0.3, 0.5, 0.0)).item() == pytest.approx(1.0296530)
     H = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
     inside = H < 0.4
@@ -468,19 +459,16 @@ def test_first_prototypes_are_of_the_pixels_with_the_lowest_numbers(monkeypatch)
     labels[labels == 2] = 255
     images = torch.randint(256, (2, 130, 120, 3), generator=rng).byte()
 
-    def read(item, with_label):
-        return [Image.fromarray(x[item].numpy()) for x in (images, labels)]
-
-    seen = []
-    monkeypatch.setattr(esl, "kmeans", lambda x, K, u: seen.append(x) or torch.full((K, 3), len(x)))
+    data = SimpleNamespace(labeled=[0, 1], num_classes=3)
+    data.read = lambda i, _: [Image.fromarray(x[i].numpy()) for x in (images, labels)]
+    monkeypatch.setattr(
+        esl, "kmeans", lambda x, K, u: F.pad(x, (0, 0, 0, 5_000 - len(x)), value=-1)
+    )
     args, group = SimpleNamespace(seed=3, parts=2), Group(0, 1, torch.device("cpu"))
-    data = SimpleNamespace(labeled=[0, 1], num_classes=3, read=read)
-    encoder = lambda image: {"encoder": image.float()}  # noqa: E731
-    found = esl.first_prototypes(encoder, data, 3, args, group)
-    assert found.tolist() == [[[5_000] * 3] * 2] * 2 + [[[0] * 3] * 2]
-    key = zlib.crc32(b"pixels")
-    numbers = [np.random.default_rng([3, key, i]).random(130 * 120) for i in range(2)]
-    order = torch.from_numpy(np.concatenate(numbers)).argsort()
+    found = esl.first_prototypes(lambda image: {"encoder": image.float()}, data, 3, args, group)
+    numbers = [np.random.default_rng([3, zlib.crc32(b"pixels"), i]) for i in range(2)]
+    order = torch.from_numpy(np.concatenate([rng.random(130 * 120) for rng in numbers])).argsort()
     for c in range(2):
         own = order[labels.flatten()[order] == c]
-        assert len(own) > 5_000 and torch.equal(seen[c], images.flatten(0, 2)[own[:5_000]])
+        assert torch.equal(found[c], images.flatten(0, 2)[own[:5_000]])
+    assert (found[2] == -1).all()  # of no pixel

@@ -541,7 +541,7 @@ def compared(name, argv):
         assert_close({key: now.state[key] for key in banks}, banks, 0)
     recorder.listen(nets, passes.append)
     assert len(found.steps) == args.total_iters
-    parameters = {f"{key}.{part}": p for key in nets for part, p in nets[key].named_parameters()}
+    parameters = dict(torch.nn.ModuleDict(nets).named_parameters())
     learning = {key: p for key, p in parameters.items() if p.requires_grad}
     trained = {key for key in parameters if not key.startswith("teacher.")}
     assert learning.keys() == trained or getattr(args, "freeze", 0)

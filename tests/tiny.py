@@ -111,12 +111,7 @@ def tiny_modules(module, bare=False):
         sizes = {name: size._replace(**small) for name, size in module.SIZES.items()}
         return {"SIZES": sizes, "Block": Block, "DPTHead": Head}
 
-    def block(inputs, outputs, stride):
-        conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        return nn.Sequential(conv, norm(outputs), nn.ReLU())
-
-    def norm(channels):
-        return nn.Identity() if bare else nn.BatchNorm2d(channels)
+    norm = nn.Identity if bare else nn.BatchNorm2d
 
     def make_backbone(args):
         net = nn.Module()
@@ -125,7 +120,8 @@ def tiny_modules(module, bare=False):
         net.relu = nn.ReLU()
         net.maxpool = nn.MaxPool2d(3, 2, 1)
         for i in (1, 2, 3, 4):
-            setattr(net, f"layer{i}", block(8, 8, 2 if i == 2 else 1))
+            conv = nn.Conv2d(8, 8, 3, 2 if i == 2 else 1, 1, bias=False)
+            setattr(net, f"layer{i}", nn.Sequential(conv, norm(8), nn.ReLU()))
         for p in net.parameters() if bare else ():
             p.data *= 3  # keeps the signal alive
         return net

@@ -1,8 +1,7 @@
 """Losses of all scripts against oracles/: one table, crossed with what holds for each row.
 
-A new script is covered by its oracles and its rows. Numbers worked out by hand, what draws, and
-contrasts: test_borders.py. A function that stands in several scripts is one text, tested once.
-Twins in common/fused.py are rows too; the end is what oracles cannot say of FPL's.
+A new script is covered by its oracles and its rows. Twins in common/fused.py are rows too; the end
+is what oracles cannot say of FPL's. Numbers worked out by hand, draws, contrasts: test_borders.py.
 """
 
 import itertools
@@ -302,14 +301,15 @@ def test_eq_12_with_labels_of_a_sure_teacher_is_consistency_loss(divide_by, pool
     conf, label = u2pl.upcast(t).softmax(1).max(1)
     label[conf < 0.4] = 255
     counted = inside & (label < 255) if divide_by == "reliable" else inside
-    z.requires_grad_()
-    torch.manual_seed(3)
-    given = z, label, conf, inside, rate, pooled, args
-    found, _ = u2pl_ael.equalized_cross_entropy(*given)
-    torch.manual_seed(3)
-    expected, _ = ael_fpl.consistency_loss(z, t, counted, rate, pooled, args)
-    slopes = [torch.autograd.grad(value, z)[0] for value in (found, expected)]
-    assert torch.equal(found, expected) and torch.equal(*slopes)
+    results = []
+    for function, *given in (
+        (u2pl_ael.equalized_cross_entropy, label, conf, inside),
+        (ael_fpl.consistency_loss, t, counted),
+    ):
+        torch.manual_seed(3)
+        value, _ = function(z.requires_grad_(), *given, rate, pooled, args)
+        results.append((value, *torch.autograd.grad(value, z)))
+    assert all(map(torch.equal, *results))
 
 
 # ---- common/fused.py: which is taken, FPL's borders, its kernel for GPUs in an interpreter ----
@@ -341,18 +341,12 @@ def assert_same(z, t, args):
 
 def test_fused_says_which_is_taken():
     """auto: the twin, but FPL's on a CPU alone, where benchmarks/fpl_loss.py shows a gain."""
-    for script, names in (
-        (cps_fpl, "fpl_loss"),
-        (ael_fpl, "fuzzy_positive_loss"),
-        (u2pl, "unreliable_loss draw_features push_features"),
-        (esl, "part_contrast push_features"),
-    ):
-        for name in names.split():
-            definition, twin = getattr(script, name), getattr(fused, name)
-            on_gpu = definition if script in (cps_fpl, ael_fpl) else twin
-            cases = ("auto", "cpu", twin), ("auto", "cuda", on_gpu), ("on", "cuda", twin)
-            for choice, device, expected in (*cases, ("off", "cpu", definition)):
-                assert fused.pick(definition, SimpleNamespace(fused=choice), device) is expected
+    for definition in (cps_fpl.fpl_loss, ael_fpl.fuzzy_positive_loss, esl.push_features):
+        twin = getattr(fused, definition.__name__)
+        on_gpu = twin if definition is esl.push_features else definition
+        cases = ("auto", "cpu", twin), ("auto", "cuda", on_gpu), ("on", "cuda", twin)
+        for choice, device, expected in (*cases, ("off", "cpu", definition)):
+            assert fused.pick(definition, SimpleNamespace(fused=choice), device) is expected
 
 
 @pytest.fixture(params=["cpu", "gpu"])

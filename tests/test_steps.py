@@ -1,10 +1,10 @@
 """The step of each script against a literal one, on recorded batches.
 
-From the weights before a step its literal twin makes the same passes with the same random numbers,
-in one graph; whatever the loop did is compared: which network saw what in which mode and order, bit
-for bit, gradients, the optimizer, BN statistics, the teacher's average, banks, the numbers of the
-log, the maps of the panels. The equations are the script's own functions, which other tests hold:
-what enters them, and what becomes of their results, is written out here.
+From the weights before a step its literal twin makes the same passes with the same random numbers;
+whatever the loop did is compared: what each network saw, in which mode and order, gradients, the
+optimizer, BN statistics, the teacher's average, banks, the log, the maps of the panels. Equations
+are the script's own functions, which other tests hold: what enters them, and what becomes of their
+results, is written out here.
 """
 
 import math

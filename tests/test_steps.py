@@ -264,9 +264,8 @@ def u2pl_step(now, args):
     sup = labeled_loss(out, now.label, args)
     contrast = classes = 0
     if args.unreliable_loss != "none":
-        of = {"unreliable": H > gamma, "reliable": H < lower, "all": inside}
         label = torch.cat([now.label, y_u])
-        chosen = of[args.negatives_from] & inside
+        chosen = u2pl.candidates(H, inside, gamma, lower, args.negatives_from)
         contrast, classes = u2pl_contrast(now, out, out_t, label, chosen, args)
     loss = sup + weight * unsup + args.contrast_weight * contrast  # Eq. (1)
     maps = {"student's view": x_u, "pseudo label": pseudo, "reliable": y_u}
@@ -350,18 +349,26 @@ def u2pl_ael_step(now, args):
 
 
 def esl_step(now, args):
-    teacher, n, ids, present = now.teacher.eval(), len(now.x_l), [], 0
-    none = 11 * args.parts
+    teacher, state, n = now.teacher.eval(), now.state, len(now.x_l)
+    none, contrast, anchors, present = 11 * args.parts, 0, 0, 0
     teacher.head.with_features = args.contrast
     if args.contrast and now.number == 0:  # K-means before the teacher has seen anything
-        first = esl.first_prototypes(teacher, now.images, teacher.head.width, args, ALONE)
-        now.state["prototypes"] = first
+        width = teacher.head.width
+        state["prototypes"] = esl.first_prototypes(teacher, now.images, width, args, ALONE)
     with torch.no_grad():
         out_t = teacher(torch.cat([now.x_l, now.clean]) if args.contrast else now.clean)
     prob = out_t["logits"][-len(now.clean) :].softmax(1)
     if args.contrast:
         label = torch.cat([now.label, torch.where(now.inside, prob.argmax(1), 255)])
-        ids, present = esl_parts(out_t, label, now.state, args, none)
+        # Eq. (7), (8), (12): parts of the pixels, a feature of each part and image, the prototypes
+        ids = esl.part_ids(out_t["encoder"], state["prototypes"], label)
+        mu = esl.part_sums(out_t["rep"], ids, none)
+        offered = torch.cat([F.normalize(mu[..., :-1], dim=2), mu[..., -1:]], 2)
+        sizes = torch.full((none,), args.queue)
+        esl.push_features(state["bank"], state["pushed"], sizes, offered.transpose(0, 1))
+        sums = esl.part_sums(out_t["encoder"], ids, none).sum(0)
+        state["prototypes"] = esl.update_prototypes(state["prototypes"], sums, args.theta)
+        present = (sums[:, -1] > 0).sum()
     maps = [now.clean, prob, now.inside, *([ids[n:]] if args.contrast else [])]
     x_u, target, sure, *ids_u = mixed_pairs(esl, now, args, *maps)
     # Eq. (2) to (6)
@@ -372,32 +379,19 @@ def esl_step(now, args):
     conf, dominant = target.amax(1), (y_u > 0).sum(1)
     maps = {"student's view": x_u, "pseudo label": torch.where(sure, y_u.argmax(1), -1)}
     maps |= {"1 - 1/classes": 1 - 1 / dominant, "student": out["logits"][n:].argmax(1)}
-    contrast = anchors = 0
     if args.contrast:
         maps["parts"] = None
         chosen = ids_u[0].masked_fill(~(conf > args.zeta), none)  # Eq. (9)
         ids = esl.aligned(torch.cat([ids[:n], chosen]), out["rep"].shape[2:]).flatten()
         u = torch.rand(11, args.anchors + 1, dtype=torch.float64)
         v = torch.rand(11, args.anchors, 1 + args.negatives, dtype=torch.float64)
-        given = ids, now.state["bank"], now.state["pushed"], u, v, args
+        given = ids, state["bank"], state["pushed"], u, v, args
         contrast, anchors = esl.part_contrast(esl.as_rows(out["rep"]), *given)
     loss = sup + args.unsup_weight * unsup + args.contrast_weight * contrast  # Eq. (11)
     parts = dict(sup=sup, unsup=unsup, contrast=contrast, anchors=anchors, parts=present)
     area = max(int(sure.sum()), 1)
     parts |= dict(dominant=(dominant * sure).sum() / area, conf=(conf * sure).sum() / area)
     return result(loss, maps, **parts)
-
-
-def esl_parts(out_t, label, state, args, none):
-    """Eq. (7), (8), (12): parts of the pixels, a feature of each part and image, the prototypes."""
-    ids = esl.part_ids(out_t["encoder"], state["prototypes"], label)
-    mu = esl.part_sums(out_t["rep"], ids, none)
-    offered = torch.cat([F.normalize(mu[..., :-1], dim=2), mu[..., -1:]], 2)
-    sizes = torch.full((none,), args.queue)
-    esl.push_features(state["bank"], state["pushed"], sizes, offered.transpose(0, 1))
-    sums = esl.part_sums(out_t["encoder"], ids, none).sum(0)
-    state["prototypes"] = esl.update_prototypes(state["prototypes"], sums, args.theta)
-    return ids, (sums[:, -1] > 0).sum()
 
 
 def strong_views(script, now, args, taught, shown, other=None):

@@ -62,11 +62,10 @@ def pixels(path):
     return np.array(Image.open(path))
 
 
-def draw_tree(root, train=8, val=2, test=2, ids=12):
+def draw_tree(root, val=2, ids=12):
     """Draws CamVid's layout, 48x36 pixels, masks of blocks; of 12 ids the last is void."""
     rng = np.random.default_rng(0)
-    for part, count in (("train", train), ("val", val), ("test", test)):
-        (root / part).mkdir(parents=True)
+    for part, count in (("train", 8), ("val", val), ("test", 2)):
         for i in range(count):
             mask = rng.integers(0, ids, (6, 8)).astype(np.uint8).repeat(6, 0).repeat(6, 1)
             noise = rng.integers(0, 40, (36, 48, 3))
@@ -168,7 +167,6 @@ def tiny_modules(module, bare=False):
 
 
 def shrink(module, monkeypatch, bare=False):
-    """Gives a script the tiny network for the length of a test."""
     for name, value in tiny_modules(module, bare).items():
         monkeypatch.setattr(module, name, value)
 
@@ -188,7 +186,6 @@ def own_folder(root, out, classes, network="--backbone resnet18 --output-stride 
 
 
 def resolved(module, argv):
-    """Returns the resolved flags of a command line."""
     return flags_of.fill(flags_of.parse(module.Args, module.preset, argv), module.preset, argv)
 
 

@@ -6,11 +6,6 @@ from oracles.fpl import every_fourth, pixel_loss, positives
 from oracles.supervised import likeliest, mean_over, nll, scaled, softmax, weighted_mean
 
 
-def pixel_weight(conf_t, z, rate, u, gamma):
-    """Eq. (13): the teacher's confidence^gamma, kept with the rate of the student's class [D24]."""
-    return conf_t**gamma if u >= 1 - rate[likeliest(z)] else 0.0
-
-
 def consistency(students, teachers, inside, rate, chances, pooled, width, flags):
     """Eq. (12): each group of `pooled` images by its own weights, then the mean over the groups.
 
@@ -28,7 +23,8 @@ def consistency(students, teachers, inside, rate, chances, pooled, width, flags)
         for z, t, hit, u, fourth in sum(images[first : first + pooled], []):
             q = softmax(t)
             loss, slope = pixel_loss(z, q, flags)
-            weight = hit * pixel_weight(max(q), z, rate, u, flags.gamma)
+            # Eq. (13): the teacher's confidence, kept with the rate of the student's class [D24]
+            weight = hit * max(q) ** flags.gamma * (u >= 1 - rate[likeliest(z)])
             certain = max(q) >= flags.threshold  # below it the loss is 0, the weight remains [D18]
             terms.append((weight, (certain * loss, scaled(slope, certain))))
             ce_sum += hit * nll(z, likeliest(t))[0]

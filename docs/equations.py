@@ -25,11 +25,11 @@ NUMBERED = {  # all that a paper numbers; of AEL and ESL's tables, not at hand, 
 }
 NOT_HERE = {
     "FPL Eq. (10)": "a range of the weight's argument, used by nothing; it fails where n = 1 "
-    "(docs/cps_fpl.md, D24; tests/test_papers.py counts)",
+    "(docs/cps_fpl.md, D24; tests/test_results.py counts)",
     "AEL Eq. (5)": "confidence by margin: the released code has that of Eq. (4) alone",
     "AEL Eq. (6)": "confidence by entropy: as Eq. (5)",
 }
-RESTATED = {  # the same thing in other words; tests/test_papers.py compares them
+RESTATED = {  # the same thing in other words; tests/test_results.py compares them
     "FPL Eq. (4)": "FPL Eq. (7)",  # the aim
     "FPL Eq. (5)": "FPL Eq. (7)",  # before Eq. (6) makes it smooth
     "FPL supplement Eq. (2)": "FPL supplement Eq. (1)",

@@ -1,5 +1,5 @@
-"""Losses, weights and schedules at their borders, contrasts, and what is drawn, pasted, pooled and
-kept between steps: worked out by hand, or pixel by pixel.
+"""Losses, weights and schedules at their borders, contrasts, and what is drawn, pasted, pooled,
+chosen by the neighbours and kept between steps: by hand, or pixel by pixel.
 """
 
 import math
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.v2 import functional as colours
 
 import ael_fpl
 import cps_fpl
@@ -18,10 +19,13 @@ import esl
 import mean_teacher
 import supervised
 import u2pl
+import unimatch
+import unimatch_v2
 from common import Refusal, fused
 from common.distributed import Group
 from oracles import Scripted
 from oracles import fpl as fpl_oracle
+from oracles.fpl import printed
 
 BELOW_1 = 1 - 2.0**-53  # the largest float64 of a generator's [0, 1)
 
@@ -471,3 +475,92 @@ def test_first_prototypes_are_of_the_pixels_with_the_lowest_numbers(monkeypatch)
         own = order[labels.flatten()[order] == c]
         assert torch.equal(found[c], images.flatten(0, 2)[own[:5_000]])
     assert (found[2] == -1).all()  # of no pixel
+
+
+def test_several_T_choose_K_by_the_neighbours():
+    args = printed(T=(0.4437, 0.6437, 0.8937, 0.9837), k_max=4)
+    rng = torch.Generator().manual_seed(0)
+    for classes, spread in ((3, 2), (11, 2), (11, 0)):
+        t = spread * torch.randn(3, classes, 5, 6, generator=rng, dtype=torch.float64)
+        t = F.avg_pool2d(t, 3, 1, 1)  # so that neighbours agree somewhere
+        inside = torch.rand(3, 5, 6, generator=rng) < torch.tensor([0.7, 1.0, 0.0]).view(3, 1, 1)
+        K = unimatch.adaptive_assignment(t, inside, args)
+        rows = zip(t.softmax(1).movedim(1, -1).tolist(), inside.tolist(), strict=True)
+        assert K.tolist() == [fpl_oracle.adaptive_positives(*row, args) for row in rows]
+        assert len(K.unique()) > 1 or (classes, spread) != (11, 2)
+
+
+def test_statistics_of_unimatch():
+    """Two pixels of two classes, or the first alone; T 0.9: K is 1 and 2."""
+    prob = torch.tensor([[0.96, 0.03, 0.01], [0.3, 0.5, 0.2]], dtype=torch.float64)
+    logits = prob.log().T.repeat_interleave(4, 1).view(1, 3, 1, 8)  # of which every fourth counts
+    inside, args = torch.ones(1, 1, 8, dtype=torch.bool), printed(T=0.9)
+    first = torch.arange(8).view(1, 1, 8) < 4
+    p = prob.sort(1, descending=True).values.T[None, :, None]
+    weight = unimatch.adaptive_weight(p, torch.tensor([[[1, 2]]])).mean()
+    means = dict(commonest=0.5, confident=0.5, K=1.5, K_gt_1=0.5)
+    means["weight"] = pytest.approx(weight.item())
+    assert unimatch.statistics(logits, inside, args) == means
+    assert unimatch.statistics(logits, first, args)["commonest"] == 1
+    truth = torch.zeros(1, 1, 8, dtype=torch.int64)
+    for mask, accuracy in ((inside, 0.5), (first, 1)):
+        means = dict(pseudo_acc=accuracy, unsure_acc=0, coverage=1)
+        assert unimatch.statistics(logits, mask, args, truth) == means
+
+
+def test_boxes_are_drawn_as_released():
+    """[D23]: none at even odds; a box that does not fit has another ratio and place."""
+    square = 0.7 / (1 / 0.3 - 0.3)
+    for shares, box in (  # of 200 pixels; of 4,000, 115 high at first
+        ([0.49], (0, 0, 0, 0)),
+        ([0.5, 0, 0, 0.94, 0, 0, 0.93, 0.76, 0, 0.93, 0.75], (93, 75, 7, 25)),
+        ([0.5, 0, 1, 0.01, 0.02], (1, 2, 25, 7)),
+        ([0.5, 1, 1, 0, 0, square, 0.37, 0.37], (37, 37, 63, 63)),
+    ):
+        script = Scripted(*shares)
+        assert unimatch.drawn_box(script, 100) == box and not script.shares
+
+
+def test_operations_are_drawn_as_released():
+    assert unimatch.drawn_operations(Scripted(0, 0, 0, 0, 0.8, 0.2, 0.5), 9) == []
+    for part, crop, change, hue, deviation, side in (
+        (0, 20, 0.5, -0.25, 0.1, 3),
+        (1, 20, 1.5, 0.25, 2.0, 17),
+        (1, 8, 1.5, 0.25, 2.0, 15),
+    ):
+        script = Scripted(*[part] * 4, 0.79, 0.19, 0.49, part)
+        names = "saturation", "contrast", "brightness"
+        jitter = [("adjust_hue", hue), *((f"adjust_{name}", change) for name in names)]
+        rest = [("rgb_to_grayscale", 3), ("gaussian_blur", side, pytest.approx(deviation))]
+        assert unimatch.drawn_operations(script, crop) == jitter + rest
+
+
+def test_strong_views_are_torchvisions_of_uint8():
+    """Of (seed, name, sample number); here of the second of two processes."""
+    args = SimpleNamespace(seed=3, batch_size_unlabeled=16, crop_size=40)
+    weak = torch.randint(0, 256, (8, 3, 40, 40), generator=torch.Generator().manual_seed(0))
+    weak = F.avg_pool2d(weak.float(), 5, 1, 2).byte()
+    found, masks = unimatch.strong_views(weak, "view0", 7, args, Group(1, 2, torch.device("cpu")))
+    assert found.dtype == torch.uint8 and masks.any() and not masks.all()
+    for i, image in enumerate(weak):
+        rng = np.random.default_rng([3, zlib.crc32(b"view0"), 120 + i])
+        for name, *numbers in unimatch.drawn_operations(rng, 40):
+            image = getattr(colours, name)(image, *numbers)
+        top, left, height, width = unimatch.drawn_box(rng, 40)
+        assert torch.equal(image, found[i]) and masks[i].sum() == height * width
+        assert masks[i, 0, top : top + height, left : left + width].all()
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("images, whole, kept", [(6, 0.5, 3), (5, 0.5, 2), (1, 0.5, 0), (4, 1, 4)])
+def test_dropout_is_complementary_and_leaves_some_images_whole(images, whole, kept):
+    """[D24]: a channel is dropped in one of the views, at even odds."""
+    torch.manual_seed(0)
+    for _ in range(20):
+        first, second = unimatch_v2.complementary_masks(images, 1000, whole, "cpu")
+        assert first.shape == (images, 1000, 1, 1) and torch.equal(first + second, 0 * first + 2)
+        alike = (first == 1).flatten(1)
+        assert (alike.all(1) | ~alike.any(1)).all() and alike.all(1).sum() == kept
+        dropped = first[~alike.all(1)]
+        assert ((dropped == 0) | (dropped == 2)).all()
+        assert kept == images or 0.4 < (dropped == 2).float().mean() < 0.6

@@ -22,7 +22,7 @@ import tiny
 from common import Refusal, metrics, outputs
 from common.checkpoints import write_checkpoint
 from common.data import FACTS
-from common.flags import acting, merge
+from common.flags import acting, as_fields, merge
 from results.analysis import mean_logits
 from tiny import SCORED, SCRIPTS, draw_folder, draw_tree, own_folder, save, script, shrink, train
 from trees import KEYS, draw, listed, publish, refusal
@@ -120,6 +120,17 @@ def test_maps_are_of_the_mean_logits_and_K_is_that_of_alg_1():
     ones = SimpleNamespace(script=source.script, args=args, data=source.data)
     ones.net = lambda x: {"logits": torch.ones(len(x), 11, *x.shape[2:])}
     assert torch.equal(mean_logits(ones, x), torch.ones(1, 11, 40, 52))
+
+
+def test_an_older_checkpoint_has_one_T_and_predict_shows_K_of_one_alone():
+    saved = {"T": 0.9, "scales": [0.5, 2.0], "lr": 0.1}
+    assert as_fields(script("cps_fpl").Args, saved) == {
+        "T": (0.9,),
+        "scales": (0.5, 2.0),
+        "lr": 0.1,
+    }
+    for T, one in (([0.9], 0.9), (0.9, 0.9), ([0.8, 0.9], None), (None, None)):
+        assert predict.one_T(SimpleNamespace(saved={"args": {"T": T}})) == one
 
 
 def test_networks_scales_and_flip():

@@ -22,11 +22,8 @@ from benchmarks import fake_cuda  # noqa: E402
 from benchmarks.fake_cuda import GPU, MPS  # noqa: E402
 
 MODES = [(name, mode) for name, modes in steps.MODES.items() for mode in modes]
-MODES = [case for case in MODES if case[1] != "FixMatch"]  # a view less, no more
 FIRST = {name: dict([next(iter(modes.items()))]) for name, modes in steps.MODES.items()}
 FEW = {name: FIRST[name] for name in ("cps_fpl", "ael_fpl", "esl", "unimatch")}
-# one copy to the host in each step: AEL's boxes are drawn there from what its teacher sees
-NAMED = dict.fromkeys(("ael_fpl", "u2pl_ael"), "distributed.to_host")
 # torch raises there on CUDA with deterministic algorithms; docs/reliability.md has the two others
 # that come in a step, upsample_bilinear2d_backward and kthvalue
 RAISES = set("""_adaptive_avg_pool2d_backward adaptive_max_pool2d_backward put_ put histc median
@@ -39,16 +36,16 @@ IN_FLOAT64 = ("ael_fpl", "u2pl", "u2pl_ael", "esl")
 def seen(name, flags, count=1, device=GPU, tiny=True):
     """Returns what fake CUDA noted of some steps.
 
-    Nothing waits but what is named, and no two float types meet but in U2PL's percentiles: between
-    two numbers of float32, at a place in float64.
+    Nothing waits but for AEL's boxes, drawn on the host from what its teacher sees. No two float
+    types meet but in U2PL's percentiles: between two numbers of float32, at a place in float64.
     """
     unlabeled = "" if name == "supervised" else "--batch-size-unlabeled 2"
     words = f"{flags} --crop-size 32 --batch-size 2 --device cuda {unlabeled}".split()
     found = fake_cuda.fake_steps(name, words, count, device, tiny=tiny)
     assert [wrong for wrong in found.mixed if "quantiles(" not in wrong.where] == []
     waits = Counter(wait.where for wait in found.waits)
-    assert list(waits.values()) == [count] * (name in NAMED)
-    assert all(NAMED[name] in where for where in waits)
+    assert list(waits.values()) == [count] * ("ael" in name)
+    assert all("distributed.to_host" in where for where in waits)
     assert sum(found.operations.values()) > 100 and not RAISES & found.operations.keys()
     return found
 

@@ -24,10 +24,8 @@ FLAGS = {  # a method at work from the first step on
 }
 RUNS = [(name, "") for name in tiny.SCRIPTS] + [
     ("mean_teacher", "--consistency mse --cutmix"),
-    ("cps_fpl", "--recipe official"),
-    ("cps_fpl", "--no-cutmix --unsup-loss ce"),
-    ("ael_fpl", "--recipe official"),
-    ("ael_fpl", "--unsup-loss ce --skip-absent"),
+    ("cps_fpl", "--recipe official --no-cutmix"),
+    ("ael_fpl", "--recipe official --skip-absent"),
     ("u2pl", "--unreliable-loss binary --fused off --ohem-kept 0.1 --aux-weight 0.4"),
     ("u2pl_ael", "--recipe official --contrast-after 0 --unreliable-loss binary"),
     ("esl", "--fused off"),

@@ -106,7 +106,8 @@ def test_sigterm_to_one_of_two_processes_stops_both(tree, tmp_path, whole):
 
 
 @pytest.mark.parametrize("late", [True, False])  # in the last scores, before the last save
-def test_sigterm_after_the_last_step_ends_at_once(late, tree, tmp_path, monkeypatch):
+def test_sigterm_after_the_last_step_ends_at_once(late, tree, tmp_path, monkeypatch, capsys):
+    """What is left are scores: without its best.pt those of the last weights alone."""
     out, score = tmp_path / "run", supervised.evaluate
 
     def signalled(net, data, items, *rest):
@@ -119,8 +120,11 @@ def test_sigterm_after_the_last_step_ends_at_once(late, tree, tmp_path, monkeypa
         patch.setattr(supervised, "evaluate", signalled)
         tiny.run("supervised", argv)
     assert step_of(out / "last.pt") == 2 and '"done"' not in (out / "log.jsonl").read_text()
+    (out / "best.pt").unlink()
     tiny.run("supervised", argv)
     assert '"done"' in (out / "log.jsonl").read_text().splitlines()[-1]
+    said = "best.pt: no such checkpoint; only the last weights are scored\n"
+    assert said in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_at_once(tree, tmp_path):
@@ -231,17 +235,6 @@ def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch, capsy
     for stop in (5, 4):
         stopped("supervised", argv, stop)
     assert step_of(tmp_path / "b/best-2.pt") == 4 and not (tmp_path / "b/best.pt").exists()
-
-
-def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(
-    tmp_path, monkeypatch, capsys
-):
-    one = Mock(folder=tmp_path, script=Path("supervised.py"), say=print, best={"step": 2})
-    for why in ("no such checkpoint", "of step 3, not of 2"):
-        assert run.Run.load_best(one, {}) is None
-        said = capsys.readouterr().out
-        assert said.endswith(f"best.pt: {why}; only the last weights are scored\n")
-        monkeypatch.setattr(run, "load_checkpoint", lambda *_: {"step": 3})
 
 
 @pytest.mark.parametrize("batch, precise_bn, told", [(3, 0, True), (4, 0, False), (3, 5, False)])

@@ -246,14 +246,6 @@ def test_few_images_for_batch_norm_are_told(batch, precise_bn, told):
     assert ("3 labelled images feed BN" in one.say.call_args.args[0]) == told
 
 
-def test_the_hash_of_a_folder_is_of_its_code_and_facts(tmp_path):
-    found = []
-    for name, text in (("a.py", "1"), ("b.txt", "1"), ("a.py", "2"), ("c.json", "1")):
-        (tmp_path / name).write_text(text)
-        found.append(run.hash_of_folder(tmp_path))
-    assert found[0] == found[1] and len(set(found)) == 3
-
-
 @pytest.fixture
 def exits(monkeypatch):
     """The end of a process is a SystemExit."""

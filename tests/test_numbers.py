@@ -112,7 +112,6 @@ FAULTS = [  # what, at which of 4 steps, its value, the checkpoint before, the s
 def test_a_fault_is_refused_by_its_step_and_the_run_goes_on_from_the_checkpoint_before(
     name, tree, tmp_path, monkeypatch
 ):
-    """As if nothing had happened."""
     script = tiny.script(name)
 
     def small(out):

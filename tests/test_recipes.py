@@ -134,15 +134,13 @@ def test_help_has_each_flag_with_its_sentence_its_choices_and_its_value_here(cap
     assert there == {flags.flag_of(field.name) for field in fields}
 
 
-VOC_LIST = "--dataset voc --labeled-list l.txt"
-VOC_92 = f"{VOC_LIST} --split 92"
+VOC_LIST = "--dataset voc --labeled-list l.txt --total-iters 9"
 FAMILY = "--dataset voc or voc_aug or cityscapes or coco and no --split-seed and "
 FAMILY += "--split other than all or list"
 NEEDS = [  # script, flag; flags with which it is idle, what it needs, flags with which it acts
     ("supervised", "--recipe official", "", "", None),
     ("supervised", "--data-root d", "", "--dataset other than shapes", "--dataset camvid"),
-    ("supervised", "--split-family cac0", "--dataset voc --split all", FAMILY, VOC_92),
-    ("supervised", "--split-family cac0", f"{VOC_LIST} --total-iters 9", FAMILY, None),
+    ("supervised", "--split-family cac0", VOC_LIST, FAMILY, f"{VOC_LIST} --split 92"),
     ("supervised", "--weights w.pth", "--init last.pt", "no --init", ""),
     ("cps_fpl", "--batch-size-unlabeled 4", "--unsup-weight 0", "--unsup-weight", ""),
     ("unimatch", "--threshold 0.8", "--unsup-loss fpl", "--unsup-loss ce", ""),
@@ -155,7 +153,6 @@ NEEDS = [  # script, flag; flags with which it is idle, what it needs, flags wit
 def test_a_flag_that_cannot_act_is_refused_and_is_absent_from_those_that_act(
     name, flag, idle, needs, active
 ):
-    """Which flag needs what: recipes.json."""
     script, key = module_of(name), flag.split()[0][2:].replace("-", "_")
     where = f"here: it needs {needs}" if needs else "in this script"
     line = refusal(resolved, script, f"{flag} {idle}".split())

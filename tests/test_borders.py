@@ -67,15 +67,15 @@ def test_ohem_keeps_a_share_of_the_pixels_of_a_crop():
 
 
 def test_schedules():
-    """T&V App. B; U2PL Eq. (7), in stairs: an epoch is 12.5 steps."""
+    """T&V App. B; U2PL Eq. (7), in stairs: an epoch is 25 steps."""
     assert mean_teacher.sigmoid_rampup(0, 0) == 1
     for step, power in ((0, -5), (10, -5 / 4), (20, 0), (30, 0)):
         assert mean_teacher.sigmoid_rampup(step, 20) == pytest.approx(math.exp(power))
-    args = SimpleNamespace(alpha_0=0.2, epochs=80, total_iters=1000, dpa=True)
-    for step, left in ((0, 80), (12, 80), (13, 79), (25, 78), (500, 40), (999, 1)):
-        assert u2pl.unreliable_share(step, args) == pytest.approx(0.2 * left / 80)
+    args = SimpleNamespace(alpha_0=0.4, epochs=40, total_iters=1000, dpa=True)
+    for step, left in ((0, 40), (24, 40), (25, 39), (500, 20), (999, 1)):
+        assert u2pl.unreliable_share(step, args) == pytest.approx(0.4 * left / 40)
     args.dpa = False
-    assert u2pl.unreliable_share(999, args) == 0.2
+    assert u2pl.unreliable_share(999, args) == 0.4
 
 
 @pytest.mark.smoke

@@ -1,4 +1,4 @@
-"""Contracts of a whole run, of one process and of two; a new script: rows in tiny.py."""
+"""Contracts of a whole run, of one process and of two; a new script: rows in tiny.py and FLAGS."""
 
 import functools
 import hashlib
@@ -16,6 +16,8 @@ import processes
 import recorder
 import tiny
 from benchmarks.runs import bits, differences, flat, log
+from benchmarks.steps import take
+from common.distributed import Group
 from processes import digest, snapshot
 from recorder import assert_close
 from tiny import NETWORKS
@@ -195,26 +197,64 @@ def test_a_resumed_run_equals_the_whole_one(name, words, tree, finished, tmp_pat
     assert differences(tmp_path / "before", out) == []
 
 
-FLAGS = {  # of which test_steps.py has one value; the first of each is with all the others
-    "u2pl": """--warmup-iters 0|--epochs 3|--alpha-0 0.4|--contrast-weight 2|--bank-dtype bf16
-        --ema-decay 0.3|--negatives-from all""",
-    "u2pl_ael": """--warmup-iters 0 --seed 6|--ranks 1 9|--gamma 1|--beta 0.5|--pooled 1
-        --paste-draws 1|--paste-scales 1 2|--paste-not 1 2 3 4 5|--ema-decay 0.3""",
-    "esl": "--seed 1|--ema-decay 0.3|--cutmix-prob 0.5",
-    "unimatch_v2": "--seed 1|--kept-whole 0",
+@pytest.mark.parametrize("name, words", [("supervised", ""), ("cps_fpl", "--unsup-weight 0")])
+def test_labels_alone_need_no_unlabelled_image(name, words, tmp_path):
+    root = tiny.draw_tree(tmp_path / "data")
+    for i in UNLABELED:
+        (root / f"train/train{i}.jpg").write_bytes(b"never opened")
+    tiny.run(name, small(name, root, tmp_path / "run", *words.split(), pictures=3))
+
+
+SHARED = "--ohem-kept 0.2|--amp bf16|--seed 1"
+FPL = "--T 0.5|--T 0.2 0.3 0.5|--weight linear|--weight none|--mean-over positives_and_next"
+AEL = """--unsup-loss ce|--consistency-on all|--gamma 1|--beta 0.5|--pooled 1|--bank-momentum 0.5
+    --region-area 0.2|--paste-draws 1|--paste-draws 0|--paste-prob 0.5|--paste-scales 1 2
+    --paste-not 1 2 3 4 5 6 7 8|--ema-decay 0.3|--no-cutmix"""
+U2PL = """--epochs 3|--alpha-0 0.4|--no-dpa|--eta 2|--unreliable-loss binary|--unreliable-loss none
+    --contrast-weight 2|--anchors 3|--negatives 4|--ranks 1 9|--delta-p 0.12|--tau 0.1|--keys 5
+    --bank-sizes 9 4|--warmup-iters 1"""
+UNIMATCH = f"--unsup-loss fpl|{FPL}|--k-max 2|--unsup-loss ce|--views 1"
+FLAGS = {  # the first of each is what the others are added to
+    "supervised": """|--lr 0.02|--lr-head 3|--weight-decay 0.1|--decay-on weights|--scales 0.5 1
+        --crop-size 40|--split 1/2|--split-seed 3|--batch-size 4|--total-iters 9""",
+    "mean_teacher": """--warmup-iters 0 --seed 5|--consistency mse|--consistency-weight 2
+        --rampup-iters 5|--warmup-iters 1|--ema-decay 0.3|--teacher-bn average|--no-cutmix
+        --cutmix-prob 1""",
+    "cps_fpl": f"""|{FPL}|--unsup-loss ce|--unsup-loss soft|--unsup-loss negative|--unsup-weight 3
+        --k-strategy n|--k-strategy fixed2|--k-strategy step|--k-max 4|--weight convex
+        --balance True|--no-cutmix|--same-image-cutmix""",
+    "ael_fpl": f"""|{FPL}|{AEL}|--k-max 2|--unsup-weight 2|--balance True|--threshold 0.12
+        --teacher-mode eval""",
+    "u2pl": f"""--warmup-iters 0|{U2PL}|--negatives-from reliable|--negatives-from all
+        --no-bank|--bank-dtype bf16|--ema-decay 0.3|--no-cutmix|--cutmix-prob 1""",
+    "u2pl_ael": f"--warmup-iters 0 --seed 6|{U2PL}|--divide-by all|--contrast-after 2|"
+    + AEL.replace("--unsup-loss ce|", ""),  # of this seed boxes are regions
+    "esl": """--eta 0.5|--label hard|--label soft|--label topk --top-k 3|--label topk --top-k 2
+        --eta 0.8|--unsup-weight 1|--contrast-weight 1|--no-contrast|--parts 2|--theta 0.5
+        --zeta 0.5|--anchors 2|--anchor-share 0.5|--negatives 3|--sigma 0.1|--queue 2
+        --ema-decay 0.3|--no-cutmix|--cutmix-prob 0.5""",
+    "unimatch": f"""{UNIMATCH}|--unsup-loss ce --threshold 0.2|--no-feature-perturbation
+        --partner crop""",
+    "unimatch_v2": f"""{UNIMATCH}|--unsup-loss ce --threshold 0.5|--no-complementary-dropout
+        --kept-whole 0|--freeze 2|--ema-decay 0.3|--partner reversed --batch-size-unlabeled 4""",
 }
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_every_flag_has_an_effect(name, tree, tmp_path):
-    """The networks of no two runs are equal."""
+@pytest.mark.parametrize("name", tiny.SCRIPTS)
+def test_every_flag_has_an_effect_and_two_equal_runs_none(name, tmp_path):
+    """The networks after two steps, u2pl.py's after three, differ from those of every other row."""
+    script, found, alone = tiny.script(name), {}, Group(0, 1, torch.device("cpu"))
     base, *rows = re.split(r"\||\n", FLAGS[name])
-    found = set()
-    for words in ["", *rows]:
-        argv = [*tiny.flags(tree, tmp_path / f"run {words}", iters=3), *words.split()]
-        argv = tiny.with_acting(name, argv, f"{tiny.MORE[name]} {base}")
-        found.add(digest(recorder.watched(name, argv).steps[-1].nets))
-    assert len(found) == 1 + len(rows)
+    rows += SHARED.split("|") + ["--batch-size-unlabeled 4"] * (name != "supervised")
+    steps = 3 if name.startswith("u2pl") else 2  # --epochs and --keys act in the third
+    tree = tiny.draw_tree(tmp_path / "data")
+    for words in ["", "  ", *rows]:
+        argv = [*tiny.flags(tree, tmp_path / "run", iters=4), *words.split()]
+        argv = tiny.with_acting(name, argv, f"{tiny.MORE.get(name, '')} {base}")
+        watch = take(script, argv, alone, steps, tiny=True, kmeans=True)
+        found[words] = digest(watch.networks)
+    assert found[""] == found.pop("  ")
+    assert len(set(found.values())) == len(found) > 10, found
 
 
 HEADS = dict.fromkeys(("u2pl", "u2pl_ael", "esl"), "features") | {"cps_fpl": "CPS"}  # else plain

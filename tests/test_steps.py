@@ -603,19 +603,22 @@ ael_fpl --unsup-loss ce --skip-absent --beta 0.5 --gamma 1 --threshold 0.1 --tea
 ael_fpl --recipe official --T 0.2 0.3 0.5 --consistency-on all --pooled 1 --ohem-kept 0.2
 ael_fpl --paste-draws 1 --paste-prob 0.5 --paste-power 2 --paste-not 3 4 --paste-scales 0.2 0.4
 u2pl
+u2pl --contrast-weight 2 --ema-decay 0.3 --bank-dtype bf16 --negatives-from all
 u2pl --unreliable-loss none
 u2pl --negatives-from reliable --no-dpa --alpha-0 0.4 --no-bank --ranks 15 20 --no-cutmix
 u2pl --seed 5 --cutmix-prob 1 --aux-weight 0.4 --epochs 5 --eta 2 --ranks 3 11
 u2pl_ael
 u2pl_ael --recipe official --contrast-after 2 --no-dpa --gamma 1 --eta 2 --aux-weight 0.4
+u2pl_ael --ema-decay 0.3 --ranks 1 9 --gamma 1 --beta 0.5 --paste-draws 1 --paste-scales 0.2 0.4
+u2pl_ael --pooled 1 --paste-not 3 4
 esl
-esl --label soft --no-contrast --aux-weight 0.4
+esl --label soft --no-contrast --aux-weight 0.4 --ema-decay 0.3 --cutmix-prob 0.5
 esl --label topk --top-k 2 --theta 0.5 --unsup-weight 1 --contrast-weight 2 --no-cutmix --parts 1
 unimatch
 unimatch --views 1 --no-feature-perturbation --recipe official
 unimatch --unsup-loss fpl --T 0.2 0.3 0.5 --decay-on weights
 unimatch --recipe official --unsup-loss fpl --T 0.3
-unimatch_v2
+unimatch_v2 --kept-whole 0
 unimatch_v2 --views 1 --partner reversed --ema-decay 0.4 --decay-on weights --backbone dinov3_vits16
 unimatch_v2 --unsup-loss fpl --T 0.5 --freeze 1 --checkpoint-activations --no-complementary-dropout
 """

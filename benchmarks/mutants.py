@@ -1,8 +1,8 @@
 """Mutants: small faults put into the product, one at a time; which of them do the tests notice?
 
-    python tests/mutants.py generate            # writes the list, tests/mutants.tsv, anew
-    python tests/mutants.py map                 # which test runs which statement
-    python tests/mutants.py run --column new    # goes on where it was stopped; ends with the counts
+    python benchmarks/mutants.py generate          # writes the list, results/mutants.tsv, anew
+    python benchmarks/mutants.py map               # which test runs which statement
+    python benchmarks/mutants.py run --column new  # resumable; ends with the counts
 
 Run by hand: a whole run takes some hours of one core. A mutant changes one operator, constant or
 argument, or deletes one line, in every script that holds the same text, by which it is known: gone
@@ -29,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("MUTANTS", f"{tempfile.gettempdir()}/mutants"))  # a folder
-TABLE = ROOT / "tests/mutants.tsv"
+TABLE = ROOT / "results/mutants.tsv"
 FIELDS = "number file function seam occurrence operator before after equivalent".split()
 SEAM = re.compile(r"^ *# (>>>|<<<) method: ([a-z-]+)$", re.M)
 NUMBER = 330

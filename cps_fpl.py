@@ -219,7 +219,9 @@ CAMVID = FOLDER | dict(  # this project's small protocols [D8]
     lr=0.01, lr_head=2.0, weight_decay=1e-4, precise_bn=20, workers=2,
     log_every=10, eval_every=150, save_every=150, pictures_every=300,
 )
-SHAPES = CAMVID | dict(split="1/16", crop_size=64, scales=(0.75, 1.5), total_iters=40, lr=0.02)
+SHAPES = CAMVID | dict(
+    split="1/16", crop_size=64, scales=(0.75, 1.5), head_channels=64, total_iters=22, lr=0.02,
+)
 RECIPES = {  # [D13] to [D16]
     "paper": dict(k_max=0, strict=True, mean_over="positives", balance=False),
     "official": dict(k_max=3, strict=False, mean_over="positives_and_next", balance=True),

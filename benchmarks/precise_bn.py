@@ -48,6 +48,7 @@ def measure(options, batch, seed):
     """Trains one run; returns its rows, one for each third of the steps."""
     with tempfile.TemporaryDirectory() as folder:
         words = ["--dataset", options.dataset, "--batch-size", batch, "--seed", seed]
+        words += ["--head-channels", 256]
         words += ["--out", f"{folder}/run", "--device", options.device]
         if options.data_root:
             words += ["--data-root", options.data_root]

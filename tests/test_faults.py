@@ -106,8 +106,7 @@ def test_sigterm_to_one_of_two_processes_stops_both(tree, tmp_path, whole):
 
 
 @pytest.mark.parametrize("late", [True, False])  # in the last scores, before the last save
-def test_sigterm_after_the_last_step_ends_at_once(late, tree, tmp_path, monkeypatch, capsys):
-    """What is left are scores: without its best.pt those of the last weights alone."""
+def test_sigterm_after_the_last_step_ends_at_once(late, tree, tmp_path, monkeypatch):
     out, score = tmp_path / "run", supervised.evaluate
 
     def signalled(net, data, items, *rest):
@@ -120,11 +119,8 @@ def test_sigterm_after_the_last_step_ends_at_once(late, tree, tmp_path, monkeypa
         patch.setattr(supervised, "evaluate", signalled)
         tiny.run("supervised", argv)
     assert step_of(out / "last.pt") == 2 and '"done"' not in (out / "log.jsonl").read_text()
-    (out / "best.pt").unlink()
     tiny.run("supervised", argv)
     assert '"done"' in (out / "log.jsonl").read_text().splitlines()[-1]
-    said = "best.pt: no such checkpoint; only the last weights are scored\n"
-    assert said in capsys.readouterr().out
 
 
 def test_ctrl_c_ends_at_once(tree, tmp_path):
@@ -244,6 +240,17 @@ def test_few_images_for_batch_norm_are_told(batch, precise_bn, told):
     one.data.hashes.return_value = {"labeled": (3, "set")}
     run.Run._introduce(one, {"student": torch.nn.BatchNorm2d(1)})
     assert ("3 labelled images feed BN" in one.say.call_args.args[0]) == told
+
+
+def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(
+    tmp_path, monkeypatch, capsys
+):
+    one = Mock(folder=tmp_path, script=Path("supervised.py"), say=print, best={"step": 2})
+    for why in ("no such checkpoint", "of step 3, not of 2"):
+        assert run.Run.load_best(one, {}) is None
+        said = capsys.readouterr().out
+        assert said.endswith(f"best.pt: {why}; only the last weights are scored\n")
+        monkeypatch.setattr(run, "load_checkpoint", lambda *_: {"step": 3})
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ MODES = {"ce": "--unsup-loss ce", "fpl": "", "definition": "--fused off"}
 def taken(script, classes, mode, options):
     """Returns the seconds of each step of a short run but the first."""
     flags = f"--weights none --backbone {options.backbone} --output-stride {options.stride} "
-    flags += f"--crop-size {options.crop} --batch-size {options.batch} {MODES[mode]}"
+    flags += f"--head-channels 256 --crop-size {options.crop} --batch-size {options.batch} "
+    flags += MODES[mode]
     device = distributed.setup(options.device).device
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     ends = []

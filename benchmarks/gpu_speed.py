@@ -213,6 +213,7 @@ def step_flags(name, backbone, crop, amp, compilation):
     flags += ["--crop-size", crop, "--amp", amp, "--batch-size", 2]
     if name != "unimatch_v2":
         flags += ["--stem", "v1c", "--output-stride", 16, "--aspp-rates", 6, 12, 18]
+        flags += ["--head-channels", 256]
     if name != "supervised":
         flags += ["--batch-size-unlabeled", 2]
     if name in ("mean_teacher", "u2pl", "u2pl_ael"):

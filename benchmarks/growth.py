@@ -46,7 +46,7 @@ CLASSES = (2, 8, 21, 81, 150, 365, 1000)
 CROPS = (64, 128, 192, 256, 384)  # pixels
 BATCHES = (2, 4, 8)  # labelled images, and as many unlabelled ones
 ELEMENTS = 4e6  # of the logits, whatever the number of classes
-STEP = "--weights none --backbone resnet18 --output-stride 16".split()
+STEP = "--weights none --backbone resnet18 --output-stride 16 --head-channels 256".split()
 
 
 def spread(times):

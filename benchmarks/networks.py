@@ -93,7 +93,8 @@ def child(net, crop, amp):
         """Notes when the step ended."""
         clock.append(time.process_time())
 
-    flags = f"--weights none --backbone {net} --output-stride 16 --crop-size {crop} --batch-size 2"
+    flags = f"--weights none --backbone {net} --output-stride 16 --head-channels 256"
+    flags += f" --crop-size {crop} --batch-size 2"
     group = distributed.Group(0, 1, torch.device("cpu"))
     more = {"before": before, "after": after, "classes": 19}
     more["batches"] = steps.random_batches(classes=19)

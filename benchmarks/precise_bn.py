@@ -3,10 +3,11 @@
 python benchmarks/precise_bn.py                            # shapes, three seeds
 python benchmarks/precise_bn.py --dataset camvid --data-root DIR --seeds 0 --iters 150
 
-supervised.py trains by the small protocol of its data set, cut to --iters steps (0: all), with
---batch-size images a step and the rate left as it is. After each third of the steps val is scored
-twice: with BN's running statistics, and with those of 20 batches (--precise-bn 20). Rows go into
-results/precise_bn.json, in place of older ones of the same data set, batch and seed.
+supervised.py trains by the small protocol of its data set, with a head of 256 channels, cut to
+--iters steps (0: all), with --batch-size images a step and the rate left as it is. After each third
+of the steps val is scored twice: with BN's running statistics, and with those of 20 batches
+(--precise-bn 20). Rows go into results/precise_bn.json, in place of older ones of the same data
+set, batch and seed.
 """
 
 import json

@@ -41,7 +41,7 @@ DEFAULT |= {"u2pl_ael": "U2PL", "esl": "ESL", "ranks": "U2PL", "contrastive": "U
 # all others: FPL
 FIRST = ["supervised.py", "mean_teacher.py", "cps_fpl.py"]  # a text of many scripts is theirs
 STEP = "test_steps.py: test_every_step_is_the_literal_one"  # of main
-FLAGS = "test_recipes.py: test_every_recipe_is_the_reviewed_one"
+FLAGS = "test_run.py: test_every_flag_has_an_effect_and_two_equal_runs_none"
 CELLS = (
     "test_recipes.py: test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers"
 )

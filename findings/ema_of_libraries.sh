@@ -4,22 +4,22 @@
 #
 # One would guess: an exponential moving average with one decay is one network, whichever library keeps it; it holds what
 #   the student's state_dict holds, averaged; and a teacher made of a student is ready to teach.
-# Behaviour: five weights from 12 to 21, and teachers in two modes. A convolution of one weight, which is 1 at first and
-#   1 + n after step n, and the statistics of a BN behind it:
+# Behaviour: for one decay four weights from 12 to 16, and teachers in two modes. A convolution of one weight, which is 1
+#   at first and 1 + n after step n, and the statistics of a BN behind it:
 #   - First step: AveragedModel and mmengine take a copy of the student, timm averages with the first weights, which a
 #     short run keeps in its teacher (0.9^20 = 12 % of them after 20 steps).
-#   - ema-pytorch's `beta` is the end of a ramp (inverse power 2/3), and by default it copies for 100 steps and looks at
-#     every tenth: after 20 steps it is the student of step 11. Mean Teacher's own ramp, 1 - 1/(n + 1), is none of these.
-#   - mmengine's `momentum` is 1 - decay: 0.9 gives nearly the student, with a warning.
-#   - BN's statistics: copied from the student by default (AveragedModel, mmengine), which puts an average of weights
-#     together with statistics of the last weights; averaged a second time, as BN averages already (timm, and
-#     use_buffers=True, update_buffers=True), so behind by as many steps again.
-#   - num_batches_tracked, an integer, is copied (20), averaged and cut to 10, 1 or left at 0. Where BN has momentum=None
-#     its next statistics depend on it.
-#   - Mode: timm's teacher is in eval mode, all others in train mode until someone calls eval(): pseudo labels with
-#     dropout and the statistics of their own batch.
+#   - ema-pytorch's `beta` is the end of a ramp, and by default it looks at every tenth step and copies for the first 100:
+#     after 20 steps it is the student of step 11. Mean Teacher's own ramp, 1 - 1/(n + 1), is none of these.
+#   - mmengine's `momentum` is 1 - decay: 0.9 gives nearly the student.
+#   - BN's statistics are copied from the student (AveragedModel, mmengine and timm with exclude_buffers), which puts an
+#     average of weights beside statistics of the last ones; or averaged once more, as BN averages already (timm and
+#     ema-pytorch by default, use_buffers=True, update_buffers=True), so behind by as many steps again.
+#   - num_batches_tracked, an integer, is copied (20: AveragedModel, ModelEmaV3, mmengine), averaged and cut to a whole
+#     number (10: ModelEmaV2 and use_buffers; 1: update_buffers) or left at 0 (ema-pytorch).
+#   - Mode: timm's teacher is in eval mode; the others have that of the student they were made of, here train: pseudo
+#     labels with the statistics of their own batch until someone calls eval().
 #   (Source: torch/optim/swa_utils.py, timm/utils/model_ema.py, ema_pytorch.py, mmengine/model/averaged_model.py.)
-# Output seen (weight, running mean, running variance, num_batches_tracked):
+# Output seen (weight, running mean, running variance, num_batches_tracked, mode):
 #   by hand, from the first weights: 13.0942
 #   by hand, from a copy at step 1: 13.2158
 #   by hand, Mean Teacher's ramp: 13.5691
@@ -116,6 +116,7 @@ PY
 python3 -m venv "$folder/env"
 "$folder/env/bin/pip" install -q torch==2.14.1 torchvision==0.29.1 numpy timm==1.0.31 \
   ema-pytorch==0.8.3 mmengine==0.10.7 setuptools
+# mmengine's logger warns of momentum 0.9 on the same stream
 "$folder/env/bin/python" "$folder/teachers.py" 2> "$folder/errors" | grep -v WARNING |
   tee "$folder/seen" || { cat "$folder/errors"; exit 1; }
 diff "$folder/seen" <(sed -n 's/^#   \([A-Za-z].*: [0-9.]* .*\(train\|eval\)\)$/\1/p; s/^#   \(by hand.*\)/\1/p' "$0")

@@ -384,6 +384,8 @@ def tsne(x):
         from sklearn.manifold import TSNE
     except ImportError:
         raise Missing("needs scikit-learn: pip install scikit-learn") from None
+    if len(x) < 3:
+        raise Missing("needs three pixels with a label")
     perplexity = min(30, max(len(x) // 3, 2))
     return TSNE(perplexity=perplexity, metric="cosine", random_state=0).fit_transform(x)
 

@@ -67,13 +67,13 @@ def test_ohem_keeps_a_share_of_the_pixels_of_a_crop():
 
 
 def test_schedules():
-    """T&V App. B; U2PL Eq. (7), in stairs: an epoch is 25 steps."""
+    """T&V App. B; U2PL Eq. (7), in stairs: an epoch is 12.5 steps."""
     assert mean_teacher.sigmoid_rampup(0, 0) == 1
     for step, power in ((0, -5), (10, -5 / 4), (20, 0), (30, 0)):
         assert mean_teacher.sigmoid_rampup(step, 20) == pytest.approx(math.exp(power))
-    args = SimpleNamespace(alpha_0=0.4, epochs=40, total_iters=1000, dpa=True)
-    for step, left in ((0, 40), (24, 40), (25, 39), (500, 20), (999, 1)):
-        assert u2pl.unreliable_share(step, args) == pytest.approx(0.4 * left / 40)
+    args = SimpleNamespace(alpha_0=0.4, epochs=80, total_iters=1000, dpa=True)
+    for step, left in ((0, 80), (12, 80), (13, 79), (25, 78), (500, 40), (999, 1)):
+        assert u2pl.unreliable_share(step, args) == pytest.approx(0.4 * left / 80)
     args.dpa = False
     assert u2pl.unreliable_share(999, args) == 0.4
 
@@ -246,7 +246,10 @@ def test_partners_are_a_class_by_eq_9_and_an_image_that_shows_it():
 
 
 def test_candidates_have_more_entropy_than_gamma_or_less_than_the_lower_limit():
-    """Eq. (5), (6), (8), (11), (15), Table 4; equal to a limit is neither. [D20]: numpy's gamma."""
+    """Eq. (5), (6), (8), (11), (15), Table 4; equal to a limit is neither.
+
+    gamma is numpy's percentile of what is inside [D20].
+    """
     assert u2pl.entropy(pixel(0.2, 0.3, 0.5, 0.0)).item() == pytest.approx(1.0296530)
     H = torch.tensor([[[0.1, 0.2, 0.3, 0.4]]])
     inside = H < 0.4

@@ -147,7 +147,10 @@ def flip(path):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [flip, Path.unlink])
+DAMAGES = [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:2000])]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=["a bit", "gone", "cut"])
 def test_a_damaged_checkpoint_is_named_and_the_older_used(damage, tree, tmp_path, capsys, whole):
     """Gone: a kill between two renames of a save. Damaged, it never becomes the older one."""
     out = tmp_path / "run"

@@ -182,7 +182,7 @@ def literal_deeplab(head, stages, size, rates):
     pooled = block(head, high.mean((2, 3), keepdim=True), "pool").expand(-1, -1, *high.shape[2:])
     parts = [block(head, high, f"branches.{i}", rate) for i, rate in enumerate((0, *rates))]
     of_unimatch = isinstance(head, unimatch.UniMatchHead)
-    project, first, second, last = IN_UNIMATCH if of_unimatch else IN_U2PL
+    project, first, second, last = NAMES_IN_UNIMATCH if of_unimatch else NAMES_IN_U2PL
     x = block(head, torch.cat([pooled, *parts], 1), project, 0 if of_unimatch else 1)
     x = torch.cat([block(head, low, "low"), up(x, low.shape[2:])], 1)
     x = block(head, block(head, x, first, 1), second, 1)
@@ -192,16 +192,16 @@ def literal_deeplab(head, stages, size, rates):
     return out
 
 
-IN_U2PL = "project.0 classify.0 classify.2 classify.4".split()
-IN_UNIMATCH = "project decode.0 decode.1 classify".split()
-IN_DEEPLAB = "project.1 classify.1 classify.3 aux.1".split()
-IN_BOTH = [*IN_DEEPLAB, "represent.1", "represent.3"]
+NAMES_IN_U2PL = "project.0 classify.0 classify.2 classify.4".split()
+NAMES_IN_UNIMATCH = "project decode.0 decode.1 classify".split()
+DROPPED = "project.1 classify.1 classify.3 aux.1".split()
+DROPPED_WITH_REP = [*DROPPED, "represent.1", "represent.3"]
 LITERAL = [  # head, dilations; where it drops channels; what it adds in training
     (CPSHead, literal_cps, (1, 2, 4), [], {}),
     (unimatch.UniMatchHead, literal_deeplab, (2, 4), [], {}),
-    (DeepLabV3Plus, literal_deeplab, (1, 2, 4), IN_DEEPLAB, {}),
-    (U2PLHead, literal_deeplab, (2, 4), IN_BOTH, {"rep": 256}),
-    (ESLHead, literal_deeplab, (2, 4), IN_BOTH, {"rep": 512, "encoder": 512}),
+    (DeepLabV3Plus, literal_deeplab, (1, 2, 4), DROPPED, {}),
+    (U2PLHead, literal_deeplab, (2, 4), DROPPED_WITH_REP, {"rep": 256}),
+    (ESLHead, literal_deeplab, (2, 4), DROPPED_WITH_REP, {"rep": 512, "encoder": 512}),
 ]
 
 
@@ -463,7 +463,8 @@ def test_weights_are_metas_or_timms_and_nothing_else(small, tmp_path, monkeypatc
     address, file = tmp_path / "dinov2_vits14/dinov2_vits14_pretrain.pth", str(tmp_path / "w.pth")
     address.parent.mkdir()
     torch.save(meta, address)
-    assert "invalid hash" in refusal(v2.make_backbone, of_vit(weights="auto"))
+    line = refusal(v2.make_backbone, of_vit(weights="auto"))
+    assert "invalid hash" in line and "--weights FILE" in line
     sha = hashlib.sha256(address.read_bytes()).hexdigest()
     monkeypatch.setitem(weights.DINOV2, "dinov2_vits14", sha)
     torch.save({f"backbone.{key}": x for key, x in meta.items()}, file)
@@ -540,7 +541,8 @@ def test_weights_of_a_dinov3_are_metas_or_transformers(small, tmp_path):
         assert torch.equal(found[key], value), key
 
     torch.save(small().state_dict() | {"cls_token": torch.zeros(1, 1, 768)}, file)
-    for name, words in (file, "it is dinov2_vitb14"), ("auto", "Meta's DINOv3 License"):
+    licence = "dinov3-license; give --weights FILE"
+    for name, words in (file, "it is dinov2_vitb14"), ("auto", licence):
         assert words in refusal(v2.make_backbone, of_vit(backbone=backbone, weights=name))
 
 

@@ -430,6 +430,8 @@ def test_a_model_card_goes_without_half_a_line_and_never_over_another_text():
         Path("run/log.jsonl").write_text(kept)
         call("run", "--safetensors", "n.safetensors")  # again: the card is its own
         assert ("| mIoU on val |" in Path("n.md").read_text()) == told
+    Path("mine").rename("moved")
+    predict.load("n.safetensors")  # BN's statistics of --precise-bn are in the file
     Path("p.safetensors").write_bytes(b"x")
     assert "no file of --safetensors" in refusal(call, "p.safetensors", "a.png", "--out", "o")
     Path("README.md").write_text("# Mine")
@@ -452,9 +454,12 @@ REFUSED = [  # the flags, words of the line
     ("a.png --out o --scales 0", "--scales 0"),
     ("a.png --out o --export voc", "is one of camvid"),
     ("a.png --out o --data-root b", "--data-root b does nothing here"),
+    ("a.png --out o --dataset voc", "--dataset voc does nothing here"),
     ("a.png --out run", "holds other files"),
     ("--split val --out o --dataset voc", "data/voc: no such folder"),
     ("--onnx n.onnx", "pip install onnx onnxscript onnxruntime"),
+    ("--onnx net", "--onnx net: a file whose name ends in .onnx"),
+    ("--program n.pt", "--program n.pt: a file whose name ends in .pt2"),
     ("--program n.pt2 --amp bf16", "--amp bf16 does nothing here: it needs --out"),
     ("--safetensors net.md", "net.md: a file whose name ends in .safetensors"),
 ]

@@ -433,7 +433,7 @@ def mat(array):
 
 REST = ["2007_000032", "2009_003377"]
 CLS, TOP = "benchmark_RELEASE/dataset/cls", "VOCdevkit/VOC2012"
-VOC, BOUNDARIES = prepare_data.ARCHIVES
+VOC_TAR, SBD_TGZ = prepare_data.ARCHIVES
 SBD = [TRAIN[0], VAL[0], *REST]  # two of them VOC's too
 MASKS = {key: np.full((6, 8), i, np.uint8) for i, key in enumerate(SBD)}
 
@@ -453,7 +453,7 @@ def voc(monkeypatch, server):
     fine = entry(TRAIN, url=f"{HOST}/fine")
     monkeypatch.setitem(SPLITS, "voc", {"parts": parts, "cps": {"1464": fine}})
     server.files[fine["url"]] = "\n".join(TRAIN).encode()
-    files = {VOC: contents("drawn"), BOUNDARIES: sbd}
+    files = {VOC_TAR: contents("drawn"), SBD_TGZ: sbd}
     for name in files:
         url = f"{HOST}/{name}"
         data = archive(Path("from") / name, files[name]).read_bytes()
@@ -469,7 +469,7 @@ def test_voc_is_built_with_the_masks_of_both_and_then_left_alone(voc, capsys):
     assert out.index("GB") < out.index("complete")  # the disk it takes is said first
     files, root = contents("data/voc"), Path("data/voc")
     for key in (*TRAIN, *VAL):
-        drawn = voc[VOC][f"{TOP}/SegmentationClass/{key}.png"]
+        drawn = voc[VOC_TAR][f"{TOP}/SegmentationClass/{key}.png"]
         for place in ("SegmentationClass", "SegmentationClassAug"):
             assert files[f"{place}/{key}.png"] == drawn
     for key in REST:
@@ -526,12 +526,17 @@ def test_a_build_killed_anywhere_is_made_whole_by_the_next(voc, monkeypatch):
 R = f"{CLS}/{REST[0]}.mat"
 ZEROS = np.zeros((6, 8), np.uint8)
 DAMAGE = [  # archive, member, its new content (None: gone), words of the refusal
-    (BOUNDARIES, R, mat(ZEROS)[:150], f"{REST[0]}.mat: not readable as a mask"),
-    (BOUNDARIES, R, mat(ZEROS + 21), f"{REST[0]}.mat: uint8 of shape (6, 8)"),  # 21 is no class
-    (BOUNDARIES, R, mat(ZEROS.T), f"{REST[0]}.mat: another size"),
-    (VOC, f"{TOP}/SegmentationClass/{VAL[0]}.png", None, f"no SegmentationClass/{VAL[0]}"),
-    (BOUNDARIES, f"{CLS}/2011_000099.mat", mat(ZEROS), "5 images, set"),
-    (VOC, f"{TOP}/ImageSets/Segmentation/trainval.txt", b"a", "trainval.txt: not train and val"),
+    (SBD_TGZ, R, mat(ZEROS)[:150], f"{REST[0]}.mat: not readable as a mask"),
+    (SBD_TGZ, R, mat(ZEROS + 21), f"{REST[0]}.mat: uint8 of shape (6, 8)"),  # 21 is no class
+    (SBD_TGZ, R, mat(ZEROS.T), f"{REST[0]}.mat: another size"),
+    (VOC_TAR, f"{TOP}/SegmentationClass/{VAL[0]}.png", None, f"no SegmentationClass/{VAL[0]}"),
+    (SBD_TGZ, f"{CLS}/2011_000099.mat", mat(ZEROS), "5 images, set"),
+    (
+        VOC_TAR,
+        f"{TOP}/ImageSets/Segmentation/trainval.txt",
+        b"a",
+        "trainval.txt: not train and val",
+    ),
 ]
 
 

@@ -97,8 +97,10 @@ def supervised_step(now, args):
     out = now.student(now.x_l)
     maps = {"image": now.x_l, "label": now.label, "prediction": out["logits"].argmax(1)}
     loss = labeled_loss(out, now.label, args)
-    names = tiny.LINES[now.name].split()[1:]
-    return result(loss, maps, **{name: loss * (name == "sup") for name in names})
+    parts = dict.fromkeys(tiny.LINES[now.name].split()[1:], 0.0)
+    if parts:
+        parts["sup"] = loss
+    return result(loss, maps, **parts)
 
 
 def mean_teacher_step(now, args):

@@ -139,9 +139,9 @@ def draw(root, layout):
         photo, *places = (pattern.format(**words(key, part)) for pattern in (image, *masks))
         picture(root / photo, "RGB", 30 * n)
         for i, path in enumerate(places):
-            own = "SegmentationClass/" in path
-            if not own or key in FINE:
-                picture(root / path, "P" if own else "L", n + 6 * i)
+            palette = "SegmentationClass/" in path
+            if not palette or key in FINE:
+                picture(root / path, "P" if palette else "L", n + 6 * i)
     sets = root / image.split("JPEGImages")[0] / "ImageSets/Segmentation"
     for keys, file in zip(KEYS[name].values(), lists, strict=False):
         listed(sets / f"{file}.txt", *keys)

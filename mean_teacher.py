@@ -12,7 +12,7 @@ Valpola (T&V, arXiv:1703.01780v6) instead. What this adds to its parent:
   T&V Sec. 2, App. B  consistency_mse, sigmoid_rampup [D11]
   U2PL Sec. 4.1       cutmix_box, cutmix
 
-  python mean_teacher.py                                  # generated shapes, under two minutes
+  python mean_teacher.py                                  # generated shapes, about a minute
   python mean_teacher.py --dataset camvid --split 1/8 --cutmix
   torchrun --nproc_per_node 4 mean_teacher.py --dataset voc --split 732 --labeled-list FILE \
       --unlabeled-list FILE --cutmix

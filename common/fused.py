@@ -11,8 +11,8 @@ row that stays 0.
 """
 
 import importlib.util
+import math
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -236,19 +236,22 @@ def comparators(C, R):
     return kept[::-1]
 
 
-def ranked(p, R):
-    """Returns the R largest of p (C, n) in descending order, (R, n), without a sort."""
+def ranked(p, out):
+    """Writes the R largest of p (C, n) in descending order into out (R, n), without a sort."""
     rows = list(p)
-    for i, j in comparators(len(p), R):
+    for i, j in comparators(len(p), len(out)):
         larger = torch.maximum(rows[i], rows[j])
         rows[j] = torch.minimum(rows[i], rows[j])
         rows[i] = larger
-    return torch.stack(rows[:R])
+    return torch.stack(rows[: len(out)], out=out)
 
 
-def running_sum(p):
-    """Returns p.cumsum(0) as a CPU computes it, summed in float64, but row by row."""
-    return torch.stack(list(accumulate(p[1:], torch.add, initial=p[0].double()))).to(p.dtype)
+def running_sum(p, out):
+    """Writes p.cumsum(0) as a CPU computes it, summed in float64, but row by row, into out."""
+    total = torch.zeros_like(p[0], dtype=torch.float64)
+    for row, place in zip(p, out, strict=True):
+        place.copy_(total.add_(row))
+    return out
 
 
 def weight_of(total, rest, K, kind, mean_over):
@@ -264,7 +267,7 @@ def weight_of(total, rest, K, kind, mean_over):
 
 
 def positives(p, last, rest, K):
-    """Returns Y (C, n): 1 for the K likeliest classes, 0 for others. Overwrites p (C, n).
+    """Returns Y: 1 for the K likeliest classes, 0 for others, in the place of p (C, n).
 
     last, rest: the probabilities ranked K and K + 1. Where they are equal, the lowest classes of
     that probability are taken.
@@ -272,37 +275,49 @@ def positives(p, last, rest, K):
     if p.is_cuda or (rest == last).any():  # rare; to ask would be to wait for a GPU
         equal = p == last
         place = (p > last).sum(0) + equal.cumsum(0)  # 1 is the first, for those that are equal
-        return ((p > last) | equal & (place <= K)).to(p.dtype)
+        return p.copy_((p > last) | equal & (place <= K))
     return p.ge_(last)
 
 
-def fpl_of_pixels(z, t, T, strict, minus, least, most, *weight):
+def exp_(x):
+    """Returns exp of x <= 0 in the place of x, at least e^-80: smaller results are slow.
+
+    By exp2, as torch's exp is MKL's, which takes more than twice as long on some CPUs.
+    """
+    return x.clamp_(min=-80).mul_(1 / math.log(2)).exp2_()
+
+
+def fpl_of_pixels(z, t, space, T, strict, minus, least, most, *weight):
     """Returns Eq. (7) times its weight, (n,); the pseudo label, (n,) int64; and the gradient by z,
     Eq. (8) times the weight, (C, n). z, t: (C, n), logits of the student and the teacher.
+
+    space: (4, C, n), for all maps in between; the gradient is one of them. To allocate such a map
+    takes a CPU as long as to fill it.
     """
+    one, two, three, four = space
     C = len(t)
-    p = upcast(t).contiguous().softmax(0)
-    top = ranked(p, min(most + 1, C))
-    V = running_sum(top)
+    R = min(most + 1, C)
+    p = torch.softmax(one.copy_(t), 0, out=two)
+    top = ranked(p, out=one[:R])
+    V = running_sum(top, out=three[:R])
     below = torch.le if strict else torch.lt
-    n = below(V, T, out=torch.empty_like(V)).sum(0, True) + 1  # Alg. 1; out: faster than of bool
+    n = below(V, T, out=four[:R]).sum(0, True) + 1  # Alg. 1; out: faster than of bool
     K = (n.long().clamp(max=C) - minus).clamp(least, min(most, C))
     last = top.gather(0, K - 1)
-    rest = F.pad(top, (0, 0, 0, 1)).gather(0, K)
+    rest = top.gather(0, K.clamp(max=R - 1)).masked_fill(K == C, 0)
     weight = weight_of(V.gather(0, K - 1), rest, K, *weight)
     places = torch.arange(C, 0, -1, device=p.device, dtype=p.dtype)
-    likeliest = torch.eq(p, top[0], out=torch.empty_like(p))
+    likeliest = torch.eq(p, top[0], out=three)
     # the lowest of equals; some class where all are NaN, so that the loss tells
-    pseudo = C - (likeliest * places[:, None]).amax(0).long().clamp(min=1)
+    pseudo = C - likeliest.mul_(places[:, None]).amax(0).long().clamp(min=1)
     Y = positives(p, last, rest.masked_fill(K == C, -1), K)
-    z = upcast(z).contiguous()
-    negative = torch.sub(z, Y, alpha=FAR)  # the negatives' logits; positives are far below
-    positive = torch.add(z, 1 - Y, alpha=FAR)  # the positives'; negatives are far above
-    # exp below -80 is next to nothing, and slow: at the numbers that are far away
+    z = one.copy_(z)
+    negative = torch.sub(z, Y, alpha=FAR, out=three)  # the negatives' logits; positives: far below
+    positive = torch.add(z, Y.neg_().add_(1), alpha=FAR, out=four)  # the positives'; others: above
     high = negative.amax(0, True)
     low = positive.amin(0, True)
-    negative = negative.sub_(high).clamp_(min=-80).exp_()
-    positive = torch.sub(low, positive, out=positive).clamp_(min=-80).exp_()
+    negative = exp_(negative.sub_(high))
+    positive = exp_(torch.sub(low, positive, out=positive))
     above = negative.sum(0, True)
     under = positive.sum(0, True)
     x = (high + above.log()) + (under.log() - low)
@@ -341,10 +356,13 @@ class FPL(torch.autograd.Function):
         loss = torch.empty_like(upcast(logits_s[:, 0]), memory_format=torch.contiguous_format)
         pseudo = torch.empty_like(loss, dtype=torch.int64)
         size = loss[0].numel() if loss.is_cuda else CHUNK
+        space = loss.new_empty(4, logits_s.shape[1], min(size, loss[0].numel()))
         for maps in zip(logits_s, logits_t, loss, pseudo, gradient, strict=True):
             chunks = [x.flatten(-2).split(size, -1) for x in maps]
             for z, t, *results in zip(*chunks, strict=True):
-                torch._foreach_copy_(results, fpl_of_pixels(z, t, *rule))
+                found = fpl_of_pixels(z, t, space[..., : z.shape[1]], *rule)
+                # turned: so torch is faster where results are in channels-last
+                torch._foreach_copy_([x.t() for x in results], [x.t() for x in found])
         ctx.gradient = gradient
         ctx.mark_non_differentiable(pseudo)
         return loss, pseudo

@@ -658,6 +658,8 @@ def main(argv=None):
     of = f"{source.name} of {source.saved['script']}, step {source.saved['step']}"
     print(f"{source.saved['path']}: {of}, {source.data.num_classes} classes", flush=True)
     if options.out:
+        if note := distributed.slow_bf16(options.amp, group.device):
+            print(f"note: {note}", file=sys.stderr)
         predict_and_write(options, source, group.device)
     if options.onnx or options.program or options.safetensors:
         take_away(options, build_source(saved, options.network))

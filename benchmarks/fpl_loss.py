@@ -91,7 +91,8 @@ def compare(classes, teacher):
     """Asserts that all compute what the definition does; returns the largest differences."""
     z, t = inputs(classes, 64, teacher)
     largest = {"loss": 0.0, "gradient": 0.0}
-    for rules, others in (({}, [fused.fuzzy_positive_loss]), (OFFICIAL, OF_OFFICIAL)):
+    others_of_official = OF_OFFICIAL[: 2 if classes > 3 else 1]  # released: the four likeliest
+    for rules, others in (({}, [fused.fuzzy_positive_loss]), (OFFICIAL, others_of_official)):
         found = []
         for loss_of in (fuzzy_positive_loss, *others):
             loss = loss_of(z, t, T, **rules)

@@ -43,12 +43,6 @@ SIZES = [(net, crop) for net in ("resnet50", "resnet101") for crop in (512, 769,
 MODES = {"cross-entropy": "--unsup-loss ce", "FPL": "", "FPL, bf16": "--amp bf16"}
 
 
-def instructions():
-    """Returns which of the instructions for bf16 this CPU has, as Linux names them."""
-    flags = set(Path("/proc/cpuinfo").read_text().split())
-    return sorted(flags & {"amx_bf16", "avx512_bf16"})
-
-
 def step(options):
     """Yields rows: a step of cps_fpl.py by each of MODES; ratios to the first."""
     net = "resnet18" if options.quick else "resnet50"
@@ -73,7 +67,7 @@ def sizes(options):
         del z, t, calls
         row = {"backbone": net, "crop": crop}
         row["bf16"] = None
-        for amp in ("none", "bf16") if instructions() else ("none",):
+        for amp in ("none", "bf16") if distributed.bf16_instructions() else ("none",):
             command = [sys.executable, __file__, "--child", net, str(crop), amp]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             row[amp] = json.loads(done.stdout.splitlines()[-1])
@@ -124,7 +118,7 @@ def main():
         options.crop = 64
     found = json.loads(RESULT.read_text()) if RESULT.exists() and not options.quick else {}
     for name in options.parts:
-        about = {"torch": torch.__version__, "instructions": instructions()}
+        about = {"torch": torch.__version__, "instructions": distributed.bf16_instructions()}
         about |= {"rounds": options.rounds, "steps": options.steps, "load": os.getloadavg()[0]}
         found[name] = about | {"rows": []}
         for row in PARTS[name](options):

@@ -49,6 +49,11 @@ autocast. What has no fake or no deterministic kernel is listed in
 [reliability.md](reliability.md).
 """
 
+BF16 = """
+On a CPU without such instructions `--amp bf16` takes longer than float32, and a run says so:
+`findings/bf16_autocast_cpu.sh` has how much longer.
+"""
+
 
 def table(titles, rows):
     """Returns a Markdown table."""
@@ -288,7 +293,7 @@ def networks(found):
     text = "\n## Large networks on a CPU\n\n`python benchmarks/networks.py`, processor time of one "
     text += "thread, stride 16, 19 classes.\n"
     if part := found.get("step"):
-        has = ", ".join(part["instructions"]) or "none"
+        has = ", ".join(part["instructions"] or ()) or "none"
         text += about(part, "A step of cps_fpl.py")
         text += (
             f"{part['rows'][0]['backbone']}, crop\n{part['rows'][0]['crop']}, 2 + 2 + 2 images, "
@@ -296,6 +301,7 @@ def networks(found):
         text += f"{part['steps']} step(s) a round. Instructions of this CPU for bf16: {has}.\n\n"
         rows = [[row["mode"], row["s"], ratio(row)] for row in part["rows"]]
         text += table(["", "s a step", "ratio"], rows)
+        text += BF16
     if part := found.get("sizes"):
         text += about(part, "A step of supervised.py by network and crop")
         text += "2 images, a single step each.\nSurplus: FPL's loss of 2 such images less "

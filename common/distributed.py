@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import time
+from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 from torch.distributed import ReduceOp
 
 from common import Refusal
+
+CPUINFO = Path("/proc/cpuinfo")  # Linux's
 
 
 class Group(NamedTuple):
@@ -73,6 +76,20 @@ def device_of(cuda, local):
     if cuda:
         return torch.device("cuda", local)
     return torch.device("cpu")
+
+
+def bf16_instructions():
+    """Returns the instructions for bf16 of this CPU as Linux names them; None on other systems."""
+    if not CPUINFO.is_file():
+        return None
+    return sorted({"amx_bf16", "avx512_bf16", "bf16"}.intersection(CPUINFO.read_text().split()))
+
+
+def slow_bf16(amp, device):
+    """Returns a note where --amp bf16 slows a CPU down, as far as that is known; else nothing."""
+    if amp == "bf16" and device.type == "cpu" and bf16_instructions() == []:
+        return "--amp bf16: this CPU has no instructions for it and takes longer than with none"
+    return ""
 
 
 def need_float64(group, what):

@@ -45,7 +45,7 @@ from common.checkpoints import (
     writing,
 )
 from common.data import CONVERT, data_flags
-from common.distributed import ReduceOp, from_first, reduced
+from common.distributed import ReduceOp, from_first, reduced, slow_bf16
 from common.flags import NO_NUMBER, acting, as_fields, run_name
 from common.track import Tracker, require
 
@@ -297,6 +297,8 @@ class Run:
         norms = any("running_mean" in key for net in networks.values() for key in net.state_dict())
         if norms and batch < 4 and not synchronized and not self.args.precise_bn:
             self.say(f"{batch} labelled images feed BN: --precise-bn 20 may score otherwise")
+        if note := slow_bf16(self.args.amp, self.group.device):
+            self.say(note)
 
     def _newest_whole(self):
         """Returns last.pt, or previous.pt if that is damaged. Raises Refusal if both are."""

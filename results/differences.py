@@ -35,6 +35,7 @@ CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is a
     ("U2PL's contrast improves its base", "U2PL Table 6", "u2pl", "u2pl-neither"),
     ("L_c is above L_b", "U2PL Table A3, A4", "u2pl", "u2pl-binary"),
     ("ESL's contrast improves its soft labels", "ESL Table 4", "esl", "esl-soft-labels"),
+    ("ESL's soft labels improve hard ones", "ESL Table 4", "esl-soft-labels", "esl-hard-labels"),
     ("FixMatch is above labels alone, 6 labels", "UniMatch", "fixmatch", "labels"),
     ("FixMatch is above labels alone, 1/8", "UniMatch", "fixmatch-1_8", "labels-1_8"),
     ("UniMatch improves FixMatch, 1/8", "UniMatch", "unimatch-1_8", "fixmatch-1_8"),

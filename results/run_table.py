@@ -79,6 +79,7 @@ ROWS = {  # in the order of their worth
     "u2pl-neither": Row("u2pl.py", "--unreliable-loss none", 4),
     "esl": Row("esl.py", "", 4),
     "esl-soft-labels": Row("esl.py", "--no-contrast", 4),
+    "esl-hard-labels": Row("esl.py", "--no-contrast --label hard", 4),
     "u2pl-binary": Row("u2pl.py", "--unreliable-loss binary", 4),
     "cps-unlike": Row("cps_fpl.py", f"--unsup-loss ce {UNLIKE}", 6),
     "fpl-cps-unlike": Row("cps_fpl.py", f"--unsup-loss fpl {UNLIKE}", 6),

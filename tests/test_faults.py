@@ -25,7 +25,7 @@ import supervised
 import tiny
 from benchmarks import faults
 from benchmarks.runs import bits, differences, running
-from common import Refusal, run
+from common import Refusal, distributed, run
 from common.distributed import Group
 from common.run import step_of
 from processes import Forked, finish, reach
@@ -238,11 +238,28 @@ def test_the_best_of_a_lost_future_goes_aside(tree, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("batch, precise_bn, told", [(3, 0, True), (4, 0, False), (3, 5, False)])
 def test_few_images_for_batch_norm_are_told(batch, precise_bn, told):
-    args = SimpleNamespace(batch_size=batch, precise_bn=precise_bn)
+    args = SimpleNamespace(batch_size=batch, precise_bn=precise_bn, amp="none")
     one = Mock(args=args, group=Group(0, 1, torch.device("cpu")), script=Path("supervised.py"))
     one.data.hashes.return_value = {"labeled": (3, "set")}
     run.Run._introduce(one, {"student": torch.nn.BatchNorm2d(1)})
     assert ("3 labelled images feed BN" in one.say.call_args.args[0]) == told
+
+
+FEATURES = [("avx2 avx512_bf16", False), ("avx2 avx512vl", True), (None, False)]
+
+
+@pytest.mark.parametrize("features, told", FEATURES)
+def test_bf16_on_a_cpu_without_its_instructions_is_told(features, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "CPUINFO", tmp_path / "cpuinfo")
+    if features:
+        distributed.CPUINFO.write_text(f"flags : fpu {features}")
+    for amp, device in (("bf16", "cpu"), ("none", "cpu"), ("bf16", "cuda")):
+        args = SimpleNamespace(batch_size=4, precise_bn=0, amp=amp)
+        one = Mock(args=args, group=Group(0, 1, torch.device(device)), script=Path("a.py"))
+        one.data.hashes.return_value = {}
+        run.Run._introduce(one, {"student": torch.nn.Linear(1, 1)})
+        said = one.say.call_args.args[0]
+        assert ("--amp bf16" in said) == (told and (amp, device) == ("bf16", "cpu"))
 
 
 def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(

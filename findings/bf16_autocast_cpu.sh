@@ -8,9 +8,9 @@
 #   ONEDNN_MAX_CPU_ISA makes a CPU one with fewer instructions, by which this is seen on any of them.
 #   (Source: torch 2.14.1's oneDNN; ONEDNN_VERBOSE=1 names what is taken: brgconv:avx512_core_bf16 or ref:any.)
 # Output seen, time of a step (forward and backward) of what float32 takes on the same instructions:
-#   AVX2: 8.93
-#   AVX512_CORE: 2.11
-#   AVX512_CORE_BF16: 0.49
+#   AVX2: 8.22
+#   AVX512_CORE: 2.05
+#   AVX512_CORE_BF16: 0.51
 # Fails if that changes; tries those of the three that the CPU has. Installs into a temporary folder (5 GB).
 set -euo pipefail
 folder=$(mktemp -d)

@@ -50,8 +50,8 @@ autocast. What has no fake or no deterministic kernel is listed in
 """
 
 BF16 = """
-On a CPU without such instructions `--amp bf16` takes longer than float32, and a run says so:
-`findings/bf16_autocast_cpu.sh` has how much longer.
+On a CPU without such instructions `--amp bf16` takes longer than float32, twice to eight times as
+long ([findings/bf16_autocast_cpu.sh](../findings/bf16_autocast_cpu.sh)); on Linux a run says so.
 """
 
 
@@ -293,7 +293,8 @@ def networks(found):
     text = "\n## Large networks on a CPU\n\n`python benchmarks/networks.py`, processor time of one "
     text += "thread, stride 16, 19 classes.\n"
     if part := found.get("step"):
-        has = ", ".join(part["instructions"] or ()) or "none"
+        names = part["instructions"]
+        has = "unknown" if names is None else ", ".join(names) or "none"
         text += about(part, "A step of cps_fpl.py")
         text += (
             f"{part['rows'][0]['backbone']}, crop\n{part['rows'][0]['crop']}, 2 + 2 + 2 images, "
@@ -309,7 +310,7 @@ def networks(found):
         rows = []
         for row in part["rows"]:
             own = row["none"]
-            surplus = 100 * (row["fpl_s"] - row["ce_s"]) / own["s"]
+            surplus = round(100 * (row["fpl_s"] - row["ce_s"]) / own["s"], 1) + 0.0  # no -0.0
             cells = [row["backbone"], row["crop"], own["s"], 2 / own["s"], f"{own['peak_mib']:.0f}"]
             rows.append([*cells, row["bf16"] and row["bf16"]["s"], f"{surplus:.1f} %"])
         titles = ["backbone", "crop", "s a step", "images a s", "peak MiB", "bf16, s a step"]

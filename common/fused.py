@@ -249,8 +249,8 @@ def ranked(p, out):
 def running_sum(p, out):
     """Writes p.cumsum(0) as a CPU computes it, summed in float64, but row by row, into out."""
     total = torch.zeros_like(p[0], dtype=torch.float64)
-    for row, place in zip(p, out, strict=True):
-        place.copy_(total.add_(row))
+    for row, result in zip(p, out, strict=True):
+        result.copy_(total.add_(row))
     return out
 
 
@@ -280,19 +280,18 @@ def positives(p, last, rest, K):
 
 
 def exp_(x):
-    """Returns exp of x <= 0 in the place of x, at least e^-80: smaller results are slow.
-
-    By exp2, as torch's exp is MKL's, which takes more than twice as long on some CPUs.
+    """Returns exp of x in the place of x. By exp2: on x86 torch's exp is MKL's, which takes more
+    than twice as long on some CPUs, and ten times where the result is next to nothing.
     """
-    return x.clamp_(min=-80).mul_(1 / math.log(2)).exp2_()
+    return x.mul_(1 / math.log(2)).exp2_()
 
 
 def fpl_of_pixels(z, t, space, T, strict, minus, least, most, *weight):
     """Returns Eq. (7) times its weight, (n,); the pseudo label, (n,) int64; and the gradient by z,
     Eq. (8) times the weight, (C, n). z, t: (C, n), logits of the student and the teacher.
 
-    space: (4, C, n), for all maps in between; the gradient is one of them. To allocate such a map
-    takes a CPU as long as to fill it.
+    space: (4, C, n) in the type of the loss, for the maps in between; the gradient is one of them,
+    until the next call. To allocate such a map takes a CPU as long as to fill it.
     """
     one, two, three, four = space
     C = len(t)
@@ -355,8 +354,9 @@ class FPL(torch.autograd.Function):
         gradient = torch.empty_like(logits_s, memory_format=layout)
         loss = torch.empty_like(upcast(logits_s[:, 0]), memory_format=torch.contiguous_format)
         pseudo = torch.empty_like(loss, dtype=torch.int64)
-        size = loss[0].numel() if loss.is_cuda else CHUNK
-        space = loss.new_empty(4, logits_s.shape[1], min(size, loss[0].numel()))
+        pixels = loss.shape[1:].numel()
+        size = pixels if loss.is_cuda else min(CHUNK, pixels)
+        space = loss.new_empty(4, logits_s.shape[1], size)
         for maps in zip(logits_s, logits_t, loss, pseudo, gradient, strict=True):
             chunks = [x.flatten(-2).split(size, -1) for x in maps]
             for z, t, *results in zip(*chunks, strict=True):

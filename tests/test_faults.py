@@ -245,7 +245,8 @@ def test_few_images_for_batch_norm_are_told(batch, precise_bn, told):
     assert ("3 labelled images feed BN" in one.say.call_args.args[0]) == told
 
 
-FEATURES = [("avx2 avx512_bf16", False), ("avx2 avx512vl", True), (None, False)]
+FEATURES = [(f"avx2 {name}", False) for name in ("avx512_bf16", "amx_bf16", "bf16")]
+FEATURES += [("avx2 avx512vl", True), (None, False)]
 
 
 @pytest.mark.parametrize("features, told", FEATURES)

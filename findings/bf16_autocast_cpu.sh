@@ -3,10 +3,11 @@
 #
 # One would guess: bf16 is half the memory, and a CPU that cannot multiply it converts to float32 and back, so that
 #   autocast costs some conversions at worst, and the same program is about as fast everywhere.
-# Behaviour: oneDNN has fast convolutions of bf16 for CPUs with AVX512_BF16 or AMX alone. With other AVX-512 it
-#   emulates the instruction; with AVX2 (most laptops) it takes its reference code, one number at a time. Nothing warns.
-#   ONEDNN_MAX_CPU_ISA makes a CPU one with fewer instructions, by which this is seen on any of them.
-#   (Source: torch 2.14.1's oneDNN; ONEDNN_VERBOSE=1 names what is taken: brgconv:avx512_core_bf16 or ref:any.)
+# Behaviour: torch asks oneDNN whether it has bf16 for this CPU. With AVX512_BF16 or AMX it has fast convolutions; with
+#   other AVX-512 it emulates the instruction; with AVX2 alone it has none, and torch takes its own slow_conv2d. Nothing
+#   warns. ONEDNN_MAX_CPU_ISA and ATEN_CPU_CAPABILITY make a CPU one with fewer instructions.
+#   (Source: torch.ops.mkldnn._is_mkldnn_bf16_supported() is False in the first case, and the profiler names
+#   aten::_slow_conv2d_backward; in the others ONEDNN_VERBOSE=1 names jit:avx512_core and avx512_core_bf16.)
 # Output seen, time of a step (forward and backward) of what float32 takes on the same instructions:
 #   AVX2: 8.22
 #   AVX512_CORE: 2.05
@@ -49,17 +50,18 @@ def seconds(enabled):
 times = [(seconds(False), seconds(True)) for _ in range(9)][2:]
 print(statistics.median(bf16 / float32 for float32, bf16 in times))
 PY
+grep -qw avx2 /proc/cpuinfo  # an x86 CPU under Linux
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install -q torch==2.14.1 numpy
-tries() { # instructions as oneDNN and as Linux name them, the least and the largest ratio
-  if ! grep -qw "$2" /proc/cpuinfo; then
+tries() { # instructions as oneDNN, ATen and Linux name them, the least and the largest ratio
+  if ! grep -qw "$3" /proc/cpuinfo; then
     echo "$1: this CPU has none"
     return
   fi
-  ratio=$(ONEDNN_MAX_CPU_ISA=$1 "$folder/venv/bin/python" "$folder/step.py")
+  ratio=$(ONEDNN_MAX_CPU_ISA=$1 ATEN_CPU_CAPABILITY=$2 "$folder/venv/bin/python" "$folder/step.py")
   printf '%s: %.2f\n' "$1" "$ratio"
-  python3 -c "assert $3 < $ratio < $4"
+  python3 -c "assert $4 < $ratio < $5"
 }
-tries AVX2 avx2 3 1000
-tries AVX512_CORE avx512bw 1.2 6
-tries AVX512_CORE_BF16 avx512_bf16 0 0.9
+tries AVX2 avx2 avx2 3 1000
+tries AVX512_CORE avx512 avx512bw 1.2 6
+tries AVX512_CORE_BF16 avx512 avx512_bf16 0 0.9

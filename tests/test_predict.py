@@ -245,6 +245,16 @@ def made(*words):
     return files(new)
 
 
+def test_bf16_on_a_cpu_without_its_instructions_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(predict.distributed, "CPUINFO", Path("cpuinfo"))
+    Path("cpuinfo").touch()
+    checkpoint()
+    photo("a.png")
+    for amp in ("none", "bf16"):
+        call("run", "a.png", "--out", amp, "--amp", amp)
+        assert ("note: --amp bf16" in capsys.readouterr().err) == (amp == "bf16")
+
+
 def test_files_are_of_the_image_and_the_mask_that_are_asked_for():
     """Of another folder's of the same name, of an edited one, and after a kill between two."""
     checkpoint()

@@ -50,7 +50,7 @@ autocast. What has no fake or no deterministic kernel is listed in
 """
 
 BF16 = """
-On a CPU without such instructions `--amp bf16` takes longer than float32, twice to eight times as
+On a CPU without such instructions `--amp bf16` takes longer than float32, twice to nine times as
 long ([findings/bf16_autocast_cpu.sh](../findings/bf16_autocast_cpu.sh)); on Linux a run says so.
 """
 

@@ -9,9 +9,9 @@
 #   (Source: torch.ops.mkldnn._is_mkldnn_bf16_supported() is False in the first case, and the profiler names
 #   aten::_slow_conv2d_backward; in the others ONEDNN_VERBOSE=1 names jit:avx512_core and avx512_core_bf16.)
 # Output seen, time of a step (forward and backward) of what float32 takes on the same instructions:
-#   AVX2: 8.22
-#   AVX512_CORE: 2.05
-#   AVX512_CORE_BF16: 0.51
+#   AVX2: 8.69
+#   AVX512_CORE: 1.96
+#   AVX512_CORE_BF16: 0.49
 # Fails if that changes; tries those of the three that the CPU has. Installs into a temporary folder (5 GB).
 set -euo pipefail
 folder=$(mktemp -d)

@@ -88,7 +88,7 @@ def bf16_instructions():
 def slow_bf16(amp, device):
     """Returns a note where --amp bf16 slows a CPU down, as far as that is known; else nothing."""
     if amp == "bf16" and device.type == "cpu" and bf16_instructions() == []:
-        return "--amp bf16: Linux names no instructions of this CPU for it; none may be faster"
+        return "--amp bf16: this CPU seems to have no instructions for it: try --amp none"
     return ""
 
 

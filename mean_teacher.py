@@ -35,9 +35,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import pil_to_tensor
 
 from common import Refusal, distributed, metrics
 from common.checkpoints import load_checkpoint, load_networks
@@ -604,7 +605,7 @@ def parallel(net, args, group):
 
 
 def augment(image, label, rng, crop, scales):
-    """Random scale, flip and crop in one warp; a result that is too small is padded around.
+    """Random scale, flip and crop; a result that is too small is padded around.
 
     image: PIL RGB. label: PIL L or None. crop: pixels. scales: as random_scale takes them. Returns
     (3, crop, crop) uint8, (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel:
@@ -613,30 +614,22 @@ def augment(image, label, rng, crop, scales):
     """
     w, h = image.size
     scale = random_scale(rng, scales)
-    new_w = max(int(w * scale), 1)  # of the whole image after scaling
+    new_w = max(int(w * scale), 1)
     new_h = max(int(h * scale), 1)
-    flip = rng.random() < 0.5
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+        label = label and ImageOps.mirror(label)
     x = random_offset(rng, new_w, crop)
     y = random_offset(rng, new_h, crop)
-    sx = w / new_w  # pixels of the image per pixel of the crop
-    sy = h / new_h
-    if flip:
-        warp = (-sx, 0, w - x * sx, 0, sy, y * sy)
-    else:
-        warp = (sx, 0, x * sx, 0, sy, y * sy)
+    sides = (-x, x + crop - new_w, -y, y + crop - new_h)  # to pad, or below 0 to cut off
 
-    def warped(picture, kernel, padding):
-        """The crop of a picture as an array."""
-        mode = Image.Transform.AFFINE
-        return np.array(picture.transform((crop, crop), mode, warp, kernel, fillcolor=padding))
-
-    pixels = warped(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
-    pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    scaled = F.interpolate(pil_to_tensor(image)[None], (new_h, new_w), mode="bilinear")[0]
+    bands = zip(scaled, MEAN, strict=True)
+    pixels = torch.stack([F.pad(band, sides, value=round(mean)) for band, mean in bands])
     if label is not None:
-        label = warped(label, Image.Resampling.NEAREST, IGNORE)
-    columns = np.arange(x, x + crop)
-    rows = np.arange(y, y + crop)
-    inside = np.outer((0 <= rows) & (rows < new_h), (0 <= columns) & (columns < new_w))
+        label = label.resize((new_w, new_h), Image.Resampling.NEAREST)
+        label = F.pad(pil_to_tensor(label)[0], sides, value=IGNORE)
+    inside = F.pad(torch.ones(new_h, new_w, dtype=torch.bool), sides)
     return pixels, label, inside
 
 
@@ -694,9 +687,9 @@ class Samples(Dataset):
         image, label = self.data.read(self.items[index], self.with_label)
         rng = np.random.default_rng([*self.warp_seed, number])
         image, label, inside = augment(image, label, rng, self.crop, self.scales)
-        sample = {"image": torch.from_numpy(image), "inside": torch.from_numpy(inside)}
+        sample = {"image": image, "inside": inside}
         if label is not None:
-            sample["label"] = torch.from_numpy(label)
+            sample["label"] = label
         return sample
 
 
@@ -755,7 +748,7 @@ class Images(Dataset):
 
     def __getitem__(self, index):
         image, label = self.data.read(self.items[index], True)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(label))
+        return pil_to_tensor(image), pil_to_tensor(label)[0]
 
 
 def predict(net, image, args, num_classes):

@@ -7,7 +7,6 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,7 +49,7 @@ def test_what_has_no_pixel_is_0(name, extra, tree, tmp_path, monkeypatch):
 
     def padding(*given):
         pixels, label, inside = augment(*given)
-        return pixels, label if label is None else np.full_like(label, 255), inside & False
+        return pixels, label if label is None else torch.full_like(label, 255), inside & False
 
     monkeypatch.setattr(script, "augment", padding)
     tiny.shrink(script, monkeypatch)

@@ -6,10 +6,12 @@
 Images as Cityscapes has them (2048x1024, PNG, crop 800) and as VOC has them (500x375, JPEG, crop
 512), drawn here: smooth noise and a grain by which a file is about as long as a photograph's. A
 sample is what a loader's process makes for one image: supervised.py's Samples, with and without a
-mask. First it is asserted that all ways give the same samples, bit for bit. Then they take turns in
-one process; medians of processor time, ratios to the files, [lowest..highest] over the rounds. The
-files are in the system's memory: a disk that has to be waited for comes on top, and a cache is
-longer than its files (6.3 MB of an image for 2.8 MB of PNG, 0.56 MB for 0.1 MB of JPEG).
+mask; one way is from files with Pillow's affine warp instead of augment's three steps, as it was
+once. First it is asserted that files and cache give the same samples, bit for bit, and the warp
+within two grey levels. Then they take turns in one process; medians of processor time, ratios to
+the files, [lowest..highest] over the rounds. The files are in the system's memory: a disk that has
+to be waited for comes on top, and a cache is longer than its files (6.3 MB of an image for 2.8 MB
+of PNG, 0.56 MB for 0.1 MB of JPEG).
 """
 
 import argparse
@@ -32,7 +34,7 @@ from PIL import Image  # noqa: E402
 
 import prepare_data  # noqa: E402
 from common.sources import load  # noqa: E402
-from supervised import Samples, Stream  # noqa: E402
+from supervised import IGNORE, MEAN, Samples, Stream, random_offset, random_scale  # noqa: E402
 
 RESULT = ROOT / "results" / "input.json"
 KINDS = {  # (width, height), suffix, grain in grey levels, crop
@@ -85,6 +87,41 @@ class ReadOnly:
         return self.found.data.read(item, self.found.with_label)
 
 
+class Warped(ReadOnly):
+    """Samples by one affine warp of Pillow's, which cuts values to whole grey levels."""
+
+    def __getitem__(self, number):
+        image, label = super().__getitem__(number)
+        rng = np.random.default_rng([*self.found.warp_seed, number])
+        w, h = image.size
+        crop = self.found.crop
+        scale = random_scale(rng, self.found.scales)
+        new_w = int(w * scale)
+        new_h = int(h * scale)
+        flip = rng.random() < 0.5
+        x = random_offset(rng, new_w, crop)
+        y = random_offset(rng, new_h, crop)
+        sx = w / new_w
+        sy = h / new_h
+        self.warp = (sx, 0, x * sx, 0, sy, y * sy)
+        if flip:
+            self.warp = (-sx, 0, w - x * sx, 0, sy, y * sy)
+        pixels = self.warped(image, Image.Resampling.BILINEAR, tuple(round(m) for m in MEAN))
+        columns = np.arange(x, x + crop)
+        rows = np.arange(y, y + crop)
+        inside = np.outer((0 <= rows) & (rows < new_h), (0 <= columns) & (columns < new_w))
+        sample = {"image": np.ascontiguousarray(pixels.transpose(2, 0, 1)), "inside": inside}
+        if label is not None:
+            sample["label"] = self.warped(label, Image.Resampling.NEAREST, IGNORE)
+        return sample
+
+    def warped(self, picture, kernel, padding):
+        """Returns the crop of a picture as an array."""
+        size = (self.found.crop, self.found.crop)
+        mode = Image.Transform.AFFINE
+        return np.array(picture.transform(size, mode, self.warp, kernel, fillcolor=padding))
+
+
 def forget(found):
     """Makes a cache check its pixels again, as a new process does when it first reads them."""
     found.data.cache.seen.clear()
@@ -107,6 +144,15 @@ def assert_equal(ways, numbers):
             found = other[number]
             assert found.keys() == sample.keys()
             assert all(torch.equal(found[name], sample[name]) for name in sample)
+
+
+def assert_near(warped, found, numbers):
+    """Asserts that the warp gives images within two grey levels of the samples."""
+    for number in numbers:
+        sample = found[number]
+        other = warped[number]
+        assert np.array_equal(other["inside"], sample["inside"])
+        assert np.abs(other["image"] - sample["image"].numpy().astype(int)).max() <= 2
 
 
 def timed(ways, numbers, rounds):
@@ -133,6 +179,8 @@ def compared(root, cache, with_label, crop, rounds):
     ways["cache, first time"] = samples(root, cache, with_label, crop)
     numbers = range(2 * len(ways["files"].items))
     assert_equal(ways, numbers)
+    ways["files, Pillow's warp"] = Warped(ways["files"])
+    assert_near(ways["files, Pillow's warp"], ways["files"], numbers)
     ways["files, reading alone"] = ReadOnly(ways["files"])
     ways["cache, reading alone"] = ReadOnly(ways["cache"])
     return timed(ways, numbers, rounds)

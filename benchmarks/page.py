@@ -215,15 +215,17 @@ def samples(found):
     text += (
         "samples bit for bit, as asserted.\nRatio [low..high] to the files; the files are in the "
     )
-    text += "system's memory. First time: with the check of the pixels' sha1.\n\n"
+    text += "system's memory. First time: with the check of the pixels' sha1. Warp:\nfiles, with "
+    text += "Pillow's affine warp, as until 2026-11, in place of torch's bilinear of bytes.\n\n"
     rows = []
     for row in found["rows"]:
         ways = row["ways"]
         mask = "with its mask" if row["mask"] else "alone"
         cells = [f"{row['kind']} of {row['file_mb']:.2g} MB, crop {row['crop']}, {mask}"]
         cells += [ways["files"]["ms"], ways["files, reading alone"]["ratio"]]
-        rows.append(cells + [ratio(ways["cache"]), ratio(ways["cache, first time"])])
-    titles = ["image", "files, ms", "of it reading", "cache", "cache, first time"]
+        others = ("cache", "cache, first time", "files, Pillow's warp")
+        rows.append(cells + [ratio(ways[name]) for name in others])
+    titles = ["image", "files, ms", "of it reading", "cache", "cache, first time", "warp"]
     return text + table(titles, rows)
 
 

@@ -52,6 +52,9 @@ CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is a
     ("FPL improves CPS of unlike networks", "none", "fpl-cps-unlike", "cps-unlike"),
     ("FPL improves CPS with half the labels", "FPL Table 1", "fpl-cps-1_128", "cps-1_128"),
     ("FPL improves CPS with twice the labels", "FPL Table 1", "fpl-cps-1_32", "cps-1_32"),
+    ("CPS is above labels alone, full size", "FPL Table 1", "full-cps", "full-labels"),
+    ("FPL improves CPS, full size", "FPL Table 1", "full-fpl-cps", "full-cps"),
+    ("FPL+CPS is above labels alone, full size", "FPL Table 1", "full-fpl-cps", "full-labels"),
 )
 
 
@@ -150,7 +153,7 @@ def rows():
             last = spread([100 * line["last"]["miou"] for line in done.values()])
             best = spread([100 * line["best"]["miou"] for line in done.values()])
             flags = f"{row.script} {row.flags}".strip()
-            if row.split != SPLIT:
+            if row.split != SPLIT or row.size == "full":
                 flags += f" --split {row.split}"
             seeds = " ".join(str(seed) for seed in done)
             lines.append(f"| {name}: `{flags}` | {seeds} | {last} | {best} |")

@@ -41,10 +41,13 @@ COUNTS = "hit truth predicted"  # per test image and class: pixels right, of the
 SEEDS = (0, 1, 2)
 PROTOCOL = (
     "--dataset camvid --backbone timm/tf_efficientnet_lite0 --output-stride 16 --head-channels 64"
-    " --crop-size 128 --scales 0.75 1.25 --batch-size 4 --lr 0.01 --lr-head 5 --ohem-kept 0.1"
-    " --total-iters 600 --precise-bn 20 --log-every 20 --eval-every 200 --save-every 100"
-    " --pictures-every 0 --device cpu --workers 1"
+    " --lr 0.01 --lr-head 5 --ohem-kept 0.1 --total-iters 600 --precise-bn 20 --log-every 20"
+    " --eval-every 200 --save-every 100 --pictures-every 0 --device cpu --workers 1"
 )
+SIZES = {  # of CamVid's images, a folder in --runs -> flags
+    "half": "--crop-size 128 --scales 0.75 1.25 --batch-size 4",
+    "full": "--crop-size 160 --scales 0.5 1.0 --batch-size 8",
+}
 SPLIT = "1/64"  # 6 images with labels
 HALF = "1/128"
 TWICE = "1/32"
@@ -58,6 +61,7 @@ class Row(NamedTuple):
     flags: str
     cost: float
     split: str = SPLIT
+    size: str = "half"
 
 
 FIXMATCH = "--views 1 --no-feature-perturbation"
@@ -96,6 +100,9 @@ for _split in (HALF, TWICE):
     ROWS[f"labels-{_name}"] = Row("supervised.py", "", 1, _split)
     ROWS[f"cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss ce", 6, _split)
     ROWS[f"fpl-cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss fpl", 6, _split)
+for _name, _split in (("labels", TWICE), ("all-labels", "all"), ("cps", TWICE), ("fpl-cps", TWICE)):
+    _row = ROWS[_name]
+    ROWS[f"full-{_name}"] = _row._replace(cost=3 * _row.cost, split=_split, size="full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +161,7 @@ def overview(rows, seeds):
     for name in rows:
         row = ROWS[name]
         there = [str(seed) for seed in SEEDS if log_path(name, seed).is_file()]
-        line = f"{name:18} {row.script:16} split {row.split:5} {row.flags:42}"
+        line = f"{name:18} {row.script:16} {row.size} size, split {row.split:5} {row.flags:42}"
         lines.append(f"{line} seeds there: {' '.join(there) or 'none'}")
     left = sum(estimate(name) for name, _ in missing(rows, seeds)) / 3600
     lines.append(f"{len(missing(rows, seeds))} runs left, {left:.1f} hours of one core")
@@ -204,9 +211,10 @@ class Stop:
 def command(name, seed, args):
     """Returns the command line of a run."""
     row = ROWS[name]
-    data = ["--data-root", f"{args.runs}/half", "--weights", str(weights(args))]
+    flags = f"{PROTOCOL} {SIZES[row.size]} {row.flags}".split()
+    data = ["--data-root", f"{args.runs}/{row.size}", "--weights", str(weights(args))]
     run = ["--split", row.split, "--seed", str(seed), "--out", str(folder(name, seed, args))]
-    return [sys.executable, row.script, *PROTOCOL.split(), *row.flags.split(), *data, *run]
+    return [sys.executable, row.script, *flags, *data, *run]
 
 
 def weights(args):
@@ -305,6 +313,9 @@ def main(args):
         if not path or not Path(path).exists():
             raise Refusal(f"{name} {path or '(none)'}: not there; docs/backbones.md, docs/data.md")
     halved(args.camvid, Path(args.runs, "half"))
+    full = Path(args.runs, "full")
+    if not full.exists():
+        full.symlink_to(Path(args.camvid).resolve())
     if not (weights(args).exists() and weights(args).samefile(args.lite0)):
         shutil.copyfile(args.lite0, weights(args))
     stop = Stop()

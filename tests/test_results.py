@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -290,6 +291,21 @@ def test_half_the_size_is_the_mean_of_four_pixels_and_one_pixel_of_a_mask():
     np.testing.assert_array_equal(np.array(Image.open("half/val/a.png"))[0], mean[0])
     mask = np.array(Image.open("half/valannot/a.png"))[0]
     assert mask[0] in image[:, :2, 0] and mask[1] in image[:, 2:, 0]
+
+
+def test_every_published_run_was_made_by_the_command_of_its_row():
+    """Of flags that came later, a log says nothing."""
+    places = SimpleNamespace(runs="runs/camvid-lite")
+    runs = [(name, seed) for name in run_table.ROWS for seed in run_table.SEEDS]
+    runs = [run for run in runs if run_table.log_path(*run).is_file()]
+    assert len(runs) >= 90
+    for run in runs:
+        start = json.loads(run_table.log_path(*run).read_text().partition("\n")[0])
+        name, *argv = run_table.command(*run, places)[1:]
+        assert start["script"] == name
+        args = json.loads(json.dumps(asdict(resolved(module_of(name[:-3]), argv))))
+        for key in args.keys() & start["args"].keys() - {"out", "data_root", "resume"}:
+            assert args[key] == start["args"][key], (run, key)
 
 
 def test_what_is_missing_is_told_and_a_claim_holds_where_the_interval_is_above_zero(monkeypatch):

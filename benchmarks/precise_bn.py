@@ -61,7 +61,7 @@ def measure(options, batch, seed):
         rows = []
 
         def after(watch, done):
-            if done % (args.total_iters // 3):
+            if done % max(args.total_iters // 3, 1):
                 return
             row = {"dataset": options.dataset, "batch": batch, "seed": seed, "step": done}
             for name, batches in (("running", 0), ("precise", 20)):

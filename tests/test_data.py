@@ -553,6 +553,12 @@ def test_as_many_classes_as_ids_are_converted():
     assert pixels("own/masks/train/x/a.png").any()
 
 
+def test_an_image_without_a_shape_is_background_if_asked():
+    command(f"convert --from {listed('x.xml', CVAT)} --out own --empty")
+    assert sorted(os.listdir("own/masks/train")) == ["a.png", "b.png"]
+    assert np.array_equal(pixels("own/masks/train/b.png"), np.zeros((8, 12)))
+
+
 C, X, T, MASKS = "c.json", "x.xml", "--classes t.txt", "from"
 L, ST = "l.json", "s.json"
 IN, LINK = "own/masks/train", "link/masks/train"

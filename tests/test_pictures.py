@@ -1,4 +1,4 @@
-"""One warp for image, label and inside; samples and streams; windows, scores, panels."""
+"""Scale, flip and crop of image, label and inside; samples and streams; windows, scores, panels."""
 
 import itertools
 import random

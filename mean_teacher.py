@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import pil_to_tensor
@@ -605,30 +605,37 @@ def parallel(net, args, group):
 
 
 def augment(image, label, rng, crop, scales):
-    """Random scale, flip and crop; a result that is too small is padded around.
+    """Random scale, flip and crop; an image that is then too small is padded around.
 
     image: PIL RGB. label: PIL L or None. crop: pixels. scales: as random_scale takes them. Returns
-    (3, crop, crop) uint8, (crop, crop) uint8 or None, and inside (crop, crop) bool. Kernel:
-    bilinear without antialiasing, as all released code [D3], nearest for the label. Padding: mean
-    colour, 255 [D2], inside False.
+    (3, crop, crop) uint8, (crop, crop) uint8 or None, and inside (crop, crop) bool. What the crop
+    shows is cut out first, in whole pixels, then scaled [D3]. Kernel: bilinear without
+    antialiasing, nearest for the label. Padding: mean colour, 255 [D2], inside False.
     """
     w, h = image.size
     scale = random_scale(rng, scales)
-    new_w = max(int(w * scale), 1)
-    new_h = max(int(h * scale), 1)
-    if rng.random() < 0.5:
-        image = ImageOps.mirror(image)
-        label = label and ImageOps.mirror(label)
-    x = random_offset(rng, new_w, crop)
-    y = random_offset(rng, new_h, crop)
-    sides = (-x, x + crop - new_w, -y, y + crop - new_h)  # to pad, or below 0 to cut off
+    seen_w = min(math.ceil(crop / scale), w)  # pixels of the image that the crop shows
+    seen_h = min(math.ceil(crop / scale), h)
+    new_w = min(math.ceil(seen_w * scale), crop)  # pixels of the crop that show them
+    new_h = min(math.ceil(seen_h * scale), crop)
+    flip = rng.random() < 0.5
+    x = int(rng.integers(w - seen_w + 1))
+    y = int(rng.integers(h - seen_h + 1))
+    left = (crop - new_w) // 2
+    top = (crop - new_h) // 2
+    sides = (left, crop - new_w - left, top, crop - new_h - top)
 
-    scaled = F.interpolate(pil_to_tensor(image)[None], (new_h, new_w), mode="bilinear")[0]
-    bands = zip(scaled, MEAN, strict=True)
+    def scaled(picture, kernel):
+        """What the crop shows of a picture, (bands, new_h, new_w)."""
+        part = picture.crop((x, y, x + seen_w, y + seen_h))
+        if flip:
+            part = ImageOps.mirror(part)
+        return F.interpolate(pil_to_tensor(part)[None], (new_h, new_w), mode=kernel)[0]
+
+    bands = zip(scaled(image, "bilinear"), MEAN, strict=True)
     pixels = torch.stack([F.pad(band, sides, value=round(mean)) for band, mean in bands])
     if label is not None:
-        label = label.resize((new_w, new_h), Image.Resampling.NEAREST)
-        label = F.pad(pil_to_tensor(label)[0], sides, value=IGNORE)
+        label = F.pad(scaled(label, "nearest-exact")[0], sides, value=IGNORE)
     inside = F.pad(torch.ones(new_h, new_w, dtype=torch.bool), sides)
     return pixels, label, inside
 
@@ -643,13 +650,6 @@ def random_scale(rng, scales):
     if rng.random() < 0.5:
         return rng.uniform(low, 1)
     return rng.uniform(1, high)
-
-
-def random_offset(rng, length, crop):
-    """Where a crop begins in so many pixels; they stand in its middle if they are fewer."""
-    if length < crop:
-        return (length - crop) // 2
-    return int(rng.integers(length - crop + 1))
 
 
 @lru_cache(maxsize=8)

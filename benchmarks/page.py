@@ -216,7 +216,7 @@ def samples(found):
         "samples bit for bit, as asserted.\nRatio [low..high] to the files; the files are in the "
     )
     text += "system's memory. First time: with the check of the pixels' sha1. Warp:\nfiles, with "
-    text += "Pillow's affine warp, as until 2026-11, in place of torch's bilinear of bytes.\n\n"
+    text += "Pillow's affine warp, as once, where torch now scales what the crop shows.\n\n"
     rows = []
     for row in found["rows"]:
         ways = row["ways"]

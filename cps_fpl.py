@@ -221,7 +221,7 @@ CAMVID = FOLDER | dict(  # this project's small protocols [D8]
     log_every=10, eval_every=150, save_every=150, pictures_every=300,
 )
 SHAPES = CAMVID | dict(
-    split="1/16", crop_size=64, scales=(0.75, 1.5), head_channels=64, total_iters=22, lr=0.02,
+    split="1/16", crop_size=64, scales=(0.75, 1.5), head_channels=64, total_iters=24, lr=0.02,
 )
 RECIPES = {  # [D13] to [D16]
     "paper": dict(k_max=0, strict=True, mean_over="positives", balance=False),

@@ -1,4 +1,4 @@
-"""Every benchmark that needs no GPU, one after another.
+"""Every benchmark of time and memory that needs no GPU, one after another.
 
     python benchmarks/all.py           # hours of one core; writes results/ and the pages
     python benchmarks/all.py --quick   # small, five minutes of two cores; nothing is written
@@ -28,6 +28,7 @@ RUNS = [  # what is run in full; and with --quick, None: not at all
     ("predict.py", "--images 2 --repeats 1"),
     ("scaling.py", "--quick"),
     ("memory.py", None),
+    ("dinov2.py", "--quick"),
     ("precise_bn.py", None),
     ("page.py", "--check"),
 ]

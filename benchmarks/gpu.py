@@ -58,7 +58,7 @@ PLAN = [
     Part("step speed", SPEED, "step_speed", 50, "steps and images per second, memory"),
     Part("shares", SPEED, "shares", 30, "where the time of a step goes"),
     Part("compile", CHECKS, "compiled", 45, "--compile: losses, graphs, the first step"),
-    Part("camvid", RUNS, "camvid", 0, "the README's protocol"),
+    Part("camvid", RUNS, "camvid", 0, "the protocol camvid-small"),
 ]
 LONG = ("steps", "step speed", "compile", "camvid")  # these share what is over of the time
 

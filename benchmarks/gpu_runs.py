@@ -260,7 +260,7 @@ def carried(child, first, second, options, report):
     report.row(f"checkpoint from {first} to {second}", ok=hit and going, note=note)
 
 
-# ---- the README's protocol ----
+# ---- the protocol camvid-small ----
 
 PROTOCOL = {
     "supervised": {"labels alone": ""},

@@ -77,7 +77,7 @@ def samples(root, cache, with_label, crop):
 
 
 class ReadOnly:
-    """What Samples do before they warp: number -> image and mask as PIL has them."""
+    """What Samples do before they augment: number -> image and mask as PIL has them."""
 
     def __init__(self, found):
         self.found = found

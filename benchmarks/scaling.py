@@ -74,7 +74,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--scripts", nargs="*", choices=list(steps.MODES), default=[*steps.MODES])
+    parser.add_argument("--scripts", nargs="*", choices=memory.SCRIPTS, default=memory.SCRIPTS)
     options = parser.parse_args()
     rows = {}
     backbone = "resnet101"

@@ -156,6 +156,7 @@ def rows():
             if row.split != SPLIT or row.size == "full":
                 flags += f" --split {row.split}"
             seeds = " ".join(str(seed) for seed in done)
+            name += ", full size" * (row.size == "full")
             lines.append(f"| {name}: `{flags}` | {seeds} | {last} | {best} |")
     return lines
 

@@ -3,11 +3,12 @@
     python results/run_table.py                                   # what is there, and hours left
     python results/run_table.py --camvid DIR --lite0 FILE         # runs, two beside each other
 
-Protocol camvid-lite: CamVid at half its size, 1/64 of its labels, EfficientNet-Lite0 from its
-ImageNet weights; docs/results.md says why, and what came of it. A run goes on from its last
-checkpoint, so this command may be stopped and started again at any time. A finished run leaves its
-log in results/camvid-lite/, and beside it what each test image adds to every class (`COUNTS`), from
-which results/differences.py draws its intervals. Of the seeds nothing is left out.
+Protocol camvid-lite: CamVid at half its size, 1/64 of its labels where a row says nothing else,
+EfficientNet-Lite0 from its ImageNet weights; docs/results.md says why, and what came of it. A run
+goes on from its last checkpoint, so this command may be stopped and started again at any time. A
+finished run leaves its log in results/camvid-lite/, and beside it what each test image adds to
+every class (`COUNTS`), from which results/differences.py draws its intervals. Of the seeds nothing
+is left out.
 """
 
 import json

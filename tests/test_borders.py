@@ -434,6 +434,8 @@ def test_pixels_of_a_smaller_map(m, M):
         columns = [place(i, m + 1, M + 2) for i in range(m + 1)]
         found = resized(x, (m, m + 1)).view(2, m, m + 1)  # U2PL: in the order of labels
         assert torch.equal(found, x[:, rows][:, :, columns])
+    if m <= M:  # ESL: up and down again unchanged
+        assert torch.equal(esl.aligned(esl.aligned(found, (M, M + 2)), (m, m + 1)), found)
 
 
 def test_soft_labels_at_their_borders():
@@ -470,14 +472,24 @@ def test_first_prototypes_are_of_the_pixels_with_the_lowest_numbers(monkeypatch)
     monkeypatch.setattr(
         esl, "kmeans", lambda x, K, u: F.pad(x, (0, 0, 0, 5_000 - len(x)), value=-1)
     )
-    args, group = SimpleNamespace(seed=3, parts=2), Group(0, 1, torch.device("cpu"))
-    found = esl.first_prototypes(lambda image: {"encoder": image.float()}, data, 3, args, group)
+
+    def prototypes(rank, world):
+        net, args = lambda x: {"encoder": x.float()}, SimpleNamespace(seed=3, parts=2)
+        return esl.first_prototypes(net, data, 3, args, Group(rank, world, torch.device("cpu")))
+
+    found = prototypes(0, 1)
     numbers = [np.random.default_rng([3, zlib.crc32(b"pixels"), i]) for i in range(2)]
     order = torch.from_numpy(np.concatenate([rng.random(130 * 120) for rng in numbers])).argsort()
     for c in range(2):
         own = order[labels.flatten()[order] == c]
         assert torch.equal(found[c], images.flatten(0, 2)[own[:5_000]])
     assert (found[2] == -1).all()  # of no pixel
+    second = []  # of two processes: what it hands over
+    gathered = "common.distributed.gathered"
+    monkeypatch.setattr(gathered, lambda x: (second.insert(0, x), x[None])[1])
+    prototypes(1, 2)
+    monkeypatch.setattr(gathered, lambda x: torch.stack([x, second.pop()]))
+    assert torch.equal(prototypes(0, 2), found) and not second
 
 
 def test_several_T_choose_K_by_the_neighbours():
@@ -536,6 +548,9 @@ def test_operations_are_drawn_as_released():
         jitter = [("adjust_hue", hue), *((f"adjust_{name}", change) for name in names)]
         rest = [("rgb_to_grayscale", 3), ("gaussian_blur", side, pytest.approx(deviation))]
         assert unimatch.drawn_operations(script, crop) == jitter + rest
+        image = torch.randint(256, (3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
+        cut, whole = (colours.gaussian_blur(image, n, deviation) for n in (side, 63))
+        assert (cut.int() - whole.int()).abs().max() <= 1
 
 
 def test_strong_views_are_torchvisions_of_uint8():

@@ -104,6 +104,18 @@ def test_loaded_weights_give_the_features_of_a_literal_network(tmp_path, saved, 
             assert torch.equal(features(mine, x)[3], expected[3])
 
 
+@pytest.mark.parametrize("name, stem", [("resnet50s", "deep"), ("resnet50c", "v1c")])
+def test_timms_gluon_networks_have_the_keys_and_features_of_a_stem(name, stem, tmp_path):
+    """docs/backbones.md has the block that makes such a file."""
+    theirs = unsettled(pytest.importorskip("timm").create_model(name)).eval()
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    mine = make_backbone(flags("resnet50", stem, str(tmp_path / "w.pth"))).eval()
+    theirs.relu = theirs.act1
+    x = torch.randn(2, 3, 33, 49)
+    with torch.no_grad():
+        assert all(map(torch.equal, features(mine, x)[:3], literal_features(theirs, x)))
+
+
 def test_weights_auto_are_fetched_once_checked_and_no_code_in_them_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
@@ -370,7 +382,7 @@ def small(monkeypatch):
 def test_position_embeddings_are_interpolated_as_published(h, w):
     """[D27]: by factors with an offset of 0.1, without antialiasing."""
     torch.manual_seed(0)
-    grid = torch.randn(1, 37 * 37, 6)
+    grid = torch.randn(1, 37 * 37, 6, requires_grad=True)
     own, theirs = v2.position_embedding(grid, h, w), grid.unflatten(1, (37, 37)).movedim(3, 1)
     if (h, w) != (37, 37):
         factors = (h + 0.1) / 37, (w + 0.1) / 37
@@ -378,6 +390,8 @@ def test_position_embeddings_are_interpolated_as_published(h, w):
     assert own.shape == theirs.shape == (1, 6, h, w)
     # places are float32 numbers up to 37, in another order of rounding; slopes are of order 1
     assert (own - theirs).abs().max() <= (0 if h == w == 37 else 3e-5)
+    slopes = [torch.autograd.grad((x * theirs.detach()).sum(), grid)[0] for x in (own, theirs)]
+    assert torch.allclose(*slopes, atol=1e-4)
 
 
 VITS = [  # backbone, timm's network, height, width
@@ -408,6 +422,16 @@ def test_features_are_those_of_timms_networks(backbone, name, size, small, tmp_p
     maps = theirs.forward_intermediates(x, norm=True, intermediates_only=True)
     for mine, other in zip(v2.features(own, x), maps, strict=True):
         assert mine.shape == other.shape and torch.allclose(mine, other, atol=1e-5)
+
+
+def test_checkpointed_activations_change_no_bit_of_a_gradient(small):
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        net, x = small(checkpoint_activations=checkpointed).train(), torch.randn(2, 3, 56, 70)
+        sum(stage.square().sum() for stage in v2.features(net, x)).backward()
+        found.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert len(found[0]) > 40 and all(map(torch.equal, *found))
 
 
 SIZES = {(56, 70): (4, 5), (57, 62): (4, 4), (63, 64): (5, 5), (6, 300): (1, 21), (1, 1): (1, 1)}

@@ -77,6 +77,27 @@ def test_every_layout_is_read_without_lists_and_with_any(layout, monkeypatch, ca
     assert "note: " not in capsys.readouterr().err  # no file is said to be of no use
 
 
+@pytest.mark.skipif("CAMVID" not in os.environ, reason="CAMVID names no folder of CamVid")
+def test_camvid_itself_is_read():
+    data = load(flags(os.environ["CAMVID"], split="1/8"))
+    parts = data.labeled, data.unlabeled, data.val, data.test
+    assert [len(part) for part in parts] == [46, 321, 101, 233]
+    seen = [np.asarray(data.read(item, True)[1]) for part in parts[::2] for item in part[::9]]
+    assert {label.shape for label in seen} == {(360, 480)}
+    assert set(np.unique(seen)) == {*range(11), 255}
+
+
+@pytest.mark.skipif("SPLITS" not in os.environ, reason="SPLITS names no folder of published lists")
+def test_published_lists_themselves_give_every_set():
+    for family in ("cps", "u2pl"):
+        command(f"splits --family {family} --from", Path(os.environ["SPLITS"], family))
+    names = [(d, f, s) for d in SPLITS for f in ("cps", "u2pl") for s in SPLITS[d].get(f, ())]
+    for name, family, split in names:
+        path = Path("data/splits", name, family, f"{split.replace('/', '_')}.txt")
+        assert SPLITS[name][family][split].items() >= entry(path.read_text().split()).items()
+    assert len(names) == 27
+
+
 def test_to_score_a_checkpoint_only_what_is_scored_must_be_there():
     trees.camvid(TREE)
     shutil.rmtree(TREE / "train")

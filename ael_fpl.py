@@ -244,7 +244,7 @@ CAMVID = FOLDER | dict(  # this project's small protocols [D8]
 )
 SHAPES = CAMVID | dict(
     split="1/16", crop_size=64, scales=(0.75, 1.5), total_iters=80, lr=0.02,
-    head_channels=64, region_area=0.03, bank_area=0.03, paste_not=(0,),
+    head_channels=64, region_area=0.03, bank_area=0.03, paste_not=(0,), workers=0,
 )
 PAPER = dict(
     k_max=0, strict=True, mean_over="positives", balance=False, threshold=0.0,

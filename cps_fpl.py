@@ -222,6 +222,7 @@ CAMVID = FOLDER | dict(  # this project's small protocols [D8]
 )
 SHAPES = CAMVID | dict(
     split="1/16", crop_size=64, scales=(0.75, 1.5), head_channels=64, total_iters=24, lr=0.02,
+    workers=0,
 )
 RECIPES = {  # [D13] to [D16]
     "paper": dict(k_max=0, strict=True, mean_over="positives", balance=False),

@@ -224,7 +224,7 @@ CAMVID = VOC | dict(  # this project's small protocols [D8]
 )
 SHAPES = CAMVID | dict(
     split="1/16", crop_size=64, scales=(0.75, 1.5), batch_size=8, total_iters=120, lr=0.02,
-    head_channels=64, eval_every=60, save_every=60, pictures_every=60,
+    head_channels=64, eval_every=60, save_every=60, pictures_every=60, workers=0,
 )
 # fmt: on
 DATASETS = {

@@ -256,7 +256,7 @@ CAMVID = FOLDER | dict(  # this project's small protocols [D8]
 SHAPES = CAMVID | dict(
     split="1/16", crop_size=64, scales=(0.75, 1.5), total_iters=60, lr=0.02,
     head_channels=64, region_area=0.03, bank_area=0.03, paste_not=(0,),
-    eval_every=30, save_every=30, pictures_every=30,
+    eval_every=30, save_every=30, pictures_every=30, workers=0,
 )
 PAPER = dict(
     anchors=50, negatives=256, contrast_weight=0.1, contrast_after=0,  # Table A1

@@ -223,7 +223,7 @@ CAMVID = VOC | dict(  # this project's small protocols [D8]
 )
 SHAPES = CAMVID | dict(
     split="1/16", crop_size=70, scales=(0.75, 1.5), total_iters=40,
-    log_every=5, eval_every=40, save_every=40, pictures_every=40,
+    log_every=5, eval_every=40, save_every=40, pictures_every=40, workers=0,
 )
 RECIPES = {  # [D10] [D13] to [D15]
     "paper": dict(partner="batch", k_max=0, strict=True, mean_over="positives"),

@@ -43,6 +43,10 @@ def test_every_printed_command_parses_and_resolves():
             named = [word for word in words if word.endswith(".py")]
             assert all((ROOT / word).exists() for word in named), (place, words)
     assert runs_of_scripts >= 10
+    last = resolved(module_of("cps_fpl"), []).total_iters  # of README's first command
+    assert f"{last:06}-train.png`, which the first command writes at its last step, {last}." in (
+        PAGES[0].read_text()
+    )
 
 
 def test_links_and_named_tests_lead_somewhere():

@@ -185,10 +185,8 @@ def fpl_step(found):
     text += f"{found['stride']}, crop {found['crop']},\n{found['batch']} labelled and as many "
     text += f"unlabelled images, medians of {found['steps'] * found['rounds']} steps, load "
     text += f"{found['load']:.1f}. FPL supplement Table 7, an epoch on\n8 V100: AEL 730 s, FPL+AEL "
-    text += (
-        "820 s (+12 %) on Cityscapes; 835 s and 985 s (+18 %) on VOC. A small crop and a shared "
-    )
-    text += "machine:\ndifferences of a few per cent, in either direction, are noise.\n\n"
+    text += "820 s (+12 %) on Cityscapes; 835 s and 985 s (+18 %) on VOC. A small crop:\n"
+    text += "differences of a few per cent, in either direction, are noise.\n\n"
     rows = []
     for row in found["rows"]:
         cells = [f"{row['script']}.py, {row['classes']} classes", f"{row['ce']:.2f}"]

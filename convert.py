@@ -133,6 +133,9 @@ def coco_region(segmentation, height, width):
     """Returns (height, width) bool of COCO's polygons or run lengths. Raises ValueError."""
     if isinstance(segmentation, dict):  # down the columns
         counts = segmentation["counts"]
+        size = segmentation.get("size", [height, width])
+        if size != [height, width]:
+            raise ValueError(f"run lengths of {size}, of an image of {[height, width]}")
         if isinstance(counts, str):
             counts = coco_counts(counts)
         return run_lengths(counts, height * width).reshape(width, height).T
@@ -146,10 +149,18 @@ def coco(content, lost):
     iscrowd says nothing: several tools set it for every mask. lost: Counter of what has no area.
     """
     names = {category["id"]: category["name"].strip() for category in content["categories"]}
+    known = {image["id"] for image in content["images"]}
     groups = {}
     for annotation in sorted(content["annotations"], key=lambda a: (-coco_area(a), a["id"])):
-        if not annotation.get("segmentation"):
+        segmentation = annotation.get("segmentation")
+        if not segmentation:
             lost["objects whose segmentation is empty"] += 1
+            continue
+        if isinstance(segmentation, list) and all(len(ring) < 6 for ring in segmentation):
+            lost["objects that are points or lines"] += 1
+            continue
+        if annotation["image_id"] not in known:
+            lost["objects of an image that is not listed"] += 1
             continue
         groups.setdefault(annotation["image_id"], []).append(annotation)
     pictures = []
@@ -489,7 +500,7 @@ def codes_of(path):
     if image.mode in ("RGB", "RGBA", "RGBX", "CMYK"):
         return True, np.asarray(image.convert("RGB")).astype(np.int64) @ (65536, 256, 1)
     values = np.asarray(image)
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+    if values.dtype.kind == "f" and not ((values == np.rint(values)) & (abs(values) < 2**53)).all():
         raise Refusal(f"{path}: values that are no whole numbers: round them first")
     return False, values.astype(np.int64)
 

@@ -947,8 +947,6 @@ def open_stream(name, data, args, group, start):
             f"no {name} images {origin} of {args.dataset}: "
             "give fewer images labels, or --unlabeled-list"
         )
-    if images < 2 and not (group.world > 1 and group.device.type == "cuda"):
-        raise Refusal(f"{images} {name} image per process: plain BN needs two, enlarge the batch")
     firsts = [step * stream.batch + group.rank * images for step in range(start, args.total_iters)]
     loader = DataLoader(
         Samples(name, stream, data, args),
@@ -1107,7 +1105,7 @@ def make_optimizer(trained, args):
     for module, scale in (("backbone", 1.0), ("head", args.lr_head)):
         params = [p for net in trained for p in getattr(net, module).parameters()]
         weights = [p for p in params if p.ndim > 1]
-        vectors = [p for p in params if p.ndim == 1]  # of BN, and biases
+        vectors = [p for p in params if p.ndim < 2]  # of BN, biases, single factors
         vector_decay = 0.0 if args.decay_on == "weights" else args.weight_decay
         groups.append({"params": weights, "scale": scale, "weight_decay": args.weight_decay})
         groups.append({"params": vectors, "scale": scale, "weight_decay": vector_decay})
@@ -1150,6 +1148,8 @@ def main(args):
     # >>> method: state
     state = {}
     # <<< method: state
+    for name, stream in streams(data, args).items():
+        distributed.check_bn(trained, name, stream.batch, group)
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)
     batches = {name: open_stream(name, data, args, group, start) for name in streams(data, args)}

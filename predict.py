@@ -23,6 +23,7 @@ docs/predict.md has what each file is, and the rules.
 import hashlib
 import importlib
 import importlib.util
+import io
 import json
 import sys
 import warnings
@@ -31,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, NamedTuple, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -49,13 +50,12 @@ from common.flags import (
     Number,
     Scales,
     as_fields,
-    check,
     cli,
+    flag_of,
     given_names,
     in_words,
     merge,
     met,
-    rules,
     without_weights,
 )
 from common.run import machine_remedy, refusals, report
@@ -124,15 +124,13 @@ class Args:
 
 
 def checked(options, argv):
-    """Returns options. Raises Refusal where one is out of its range or cannot act."""
+    """Returns options. Raises Refusal where one cannot act."""
     given = given_names(options, argv)
-    for name, kind in get_type_hints(Args, include_extras=True).items():
-        flag = "--" + name.replace("_", "-")
-        value = getattr(options, name)
-        check(flag, value, rules(kind))
+    for name in vars(options):
         need = Args.NEEDS.get(name, "")
         if name in given and not met(need, options, given):
-            raise Refusal(f"{flag} {value} does nothing {in_words(need)}")
+            value = getattr(options, name)
+            raise Refusal(f"{flag_of(name)} {value} does nothing {in_words(need)}")
     if options.images and options.split:
         raise Refusal("images and --split: give one of them")
     for name, ending in ENDINGS.items():
@@ -578,7 +576,9 @@ def write_program(path, model):
 
     def write(new):
         """Writes the program new, reads it back and verifies it."""
-        torch.export.save(exported(model, torch.export.export), new)
+        content = io.BytesIO()  # torch's own writer ends otherwise on a full disk
+        torch.export.save(exported(model, torch.export.export), content)
+        new.write_bytes(content.getvalue())
         return verified(torch.export.load(new).module(), model)
 
     return outputs.put(path, write)
@@ -590,7 +590,7 @@ def write_safetensors(path, source):
     open_source reads the file as a checkpoint; BN's statistics are in it, whichever they are.
     Returns what was verified. Raises Refusal where another text has the card's name.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     card = path.with_suffix(".md")
     title = f"# {path.name}\n"  # as model_card begins
@@ -608,12 +608,13 @@ def write_safetensors(path, source):
 
     def write(new):
         """Writes the weights new, builds the network from them and verifies it."""
-        save_file(weights, new, metadata={k: json.dumps(v) for k, v in facts.items()})
+        new.write_bytes(save(weights, metadata={k: json.dumps(v) for k, v in facts.items()}))
         again = build_source(load_safetensors(new))
         return verified(Logits(again.net), Logits(source.net))
 
     said = outputs.put(path, write)
-    outputs.put_text(card, outputs.model_card(source, path.name, said))
+    scored = source.name == scored_name(saved, source.args)
+    outputs.put_text(card, outputs.model_card(source, path.name, said, scored))
     return said
 
 

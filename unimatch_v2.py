@@ -566,7 +566,8 @@ def complementary_masks(images, channels, whole, device):
     """
     first = 2 * torch.empty(images, channels, device=device).bernoulli_(0.5)
     masks = torch.stack([first, 2 - first])
-    masks[:, torch.randperm(images, device=device)[: int(images * whole)]] = 1.0
+    kept = torch.randperm(images, device=device)[: int(images * whole)]
+    masks[:, kept] = 1.0
     return masks[..., None, None]
 
 
@@ -1176,8 +1177,6 @@ def open_stream(name, data, args, group, start):
             f"no {name} images {origin} of {args.dataset}: "
             "give fewer images labels, or --unlabeled-list"
         )
-    if images < 2 and not (group.world > 1 and group.device.type == "cuda"):
-        raise Refusal(f"{images} {name} image per process: plain BN needs two, enlarge the batch")
     firsts = [step * stream.batch + group.rank * images for step in range(start, args.total_iters)]
     loader = DataLoader(
         Samples(name, stream, data, args),
@@ -1337,7 +1336,7 @@ def make_optimizer(trained, args):
         params = [p for net in trained for p in getattr(net, module).parameters()]
         params = [p for p in params if p.requires_grad]
         weights = [p for p in params if p.ndim > 1]
-        vectors = [p for p in params if p.ndim == 1]  # of norms, factors of channels, biases
+        vectors = [p for p in params if p.ndim < 2]  # of norms, factors of channels, biases
         vector_decay = 0.0 if args.decay_on == "weights" else args.weight_decay
         groups.append({"params": weights, "scale": scale, "weight_decay": args.weight_decay})
         groups.append({"params": vectors, "scale": scale, "weight_decay": vector_decay})
@@ -1380,6 +1379,8 @@ def main(args):
     if args.precise_bn:
         raise Refusal("--precise-bn: there is no BN in a ViT and DPT; leave it out")
     # <<< method: state
+    for name, stream in streams(data, args).items():
+        distributed.check_bn(trained, name, stream.batch, group)
     run = Run(args, __file__, group, data, preset)
     start = run.restore(networks, optimizer, state)
     batches = {name: open_stream(name, data, args, group, start) for name in streams(data, args)}

@@ -212,7 +212,7 @@ def writing(path, new=None):
         with contextlib.suppress(OSError):
             if new:
                 new.unlink()
-        why = f"cannot be written ({cause.strerror})"
+        why = f"cannot be written ({cause.strerror or cause})"
         raise Refusal(f"{path}: {why}; what was saved before is whole") from None
 
 

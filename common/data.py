@@ -25,6 +25,8 @@ FACTS, SPLITS = (json.loads((HERE / f"{name}.json").read_text()) for name in ("f
 FACTS["voc_aug"] = FACTS["voc"]  # one folder; the labelled are drawn from 1,464 or from 10,582
 SPLITS["voc_aug"]["parts"] = SPLITS["voc"]["parts"]
 IGNORE = 255
+# what PIL raises of damaged files
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError)
 LARGEST = 253  # id of a class
 
 # how Pillow hands a mask's stored values on unchanged; other ways rescale or invert grey
@@ -215,7 +217,7 @@ def read_colours(path):
 
 def orientation(path):
     """Returns the EXIF orientation of an image file, 1 (as stored) where it has none."""
-    with contextlib.suppress(OSError, SyntaxError, ValueError), Image.open(path) as image:
+    with contextlib.suppress(*UNREADABLE), Image.open(path) as image:
         return image.getexif().get(ORIENTATION, 1)
     return 1
 
@@ -234,7 +236,7 @@ def _open(path, check):
                 return image
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         why = f"not readable as an image ({error}): {remedy(path, error)}"
         raise Refusal(f"{path}: {why}") from None
 

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import ReduceOp
 
 from common import Refusal
@@ -137,6 +138,16 @@ def share(batch, group, name):
         wrong = f"{batch} {name} images do not divide over {group.world} processes"
         raise Refusal(f"{wrong}: change the batch size or their number")
     return batch // group.world
+
+
+def check_bn(nets, name, batch, group):
+    """Raises Refusal where plain BN would see one image; on CUDA SyncBN sees all processes'."""
+    images = share(batch, group, name)
+    synced = group.world > 1 and group.device.type == "cuda"
+    modules = (module for net in nets for module in net.modules())
+    norms = [module for module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if norms and images < 2 and not synced:
+        raise Refusal(f"{images} {name} image per process: plain BN needs two, enlarge the batch")
 
 
 def reduced(tensor, op=ReduceOp.SUM):

@@ -68,13 +68,20 @@ LONGEST = 135  # characters of a name: file systems take 255 bytes, encrypted on
 
 
 def cli(kind, argv=None, **more):
-    """Returns what tyro.cli makes of the flags; its box around a mistake becomes a Refusal."""
+    """Returns what tyro.cli makes of the flags; its box around a mistake becomes a Refusal.
+
+    Raises Refusal for a number outside the range that its field declares, too.
+    """
+    found = None
     with contextlib.redirect_stderr(io.StringIO()) as text:
         try:
-            return tyro.cli(kind, args=argv, **more)
+            found = tyro.cli(kind, args=argv, **more)
         except SystemExit as stop:
             if stop.code != 2:  # --help
                 raise
+    if found is not None:
+        check_ranges(found)
+        return found
     lines = [line.strip("│ ") for line in text.getvalue().splitlines()]
     lines = [line for line in lines if line and line[0] not in "╭╰─"]
     ends = [i for i, line in enumerate(lines) if line.startswith(("Argument help", "For full"))]
@@ -152,13 +159,12 @@ def fill(args, preset, argv=None):
     filled = merge(args, preset)
     given = given_names(args, argv)
     advise_rate(args, preset(args))
-    for name, kind in get_type_hints(type(args), include_extras=True).items():
+    check_ranges(filled)
+    for name in vars(filled):
         value = getattr(filled, name)
         flag = flag_of(name)
         if value is None and name != "split_seed" and not args.list_presets:
             raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
-        if value is not None:
-            check(flag, value, rules(kind))
         need = type(args).NEEDS.get(name, "")
         if name in given and not met(need, filled, given):
             raise Refusal(f"{flag} {value} does nothing {in_words(need)}")
@@ -285,6 +291,14 @@ def rules(kind):
         return [rule for inner in get_args(kind) for rule in rules(inner)]
     inner, *notes = get_args(kind)
     return [note for note in notes if isinstance(note, (Range, Rising, Words))] + rules(inner)
+
+
+def check_ranges(args):
+    """Raises Refusal where a flag that is set breaks a rule of its field."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if value is not None:
+            check(flag_of(name), value, rules(kind))
 
 
 def check(flag, value, wanted):

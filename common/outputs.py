@@ -26,13 +26,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from common import Refusal, metrics, pictures
 from common.checkpoints import check_classes, writing
-from common.data import FACTS, IGNORE, SPLITS, ClassRow, Data, Item
+from common.data import FACTS, IGNORE, SPLITS, ClassRow, Data, Item, read_mask
 from common.flags import NO_NUMBER
 from common.sources import SUFFIXES, Tree, known_set, published
 
 GREYS = [0, 0, 0, 0, 0, 0, 128, 128, 128] + [255, 255, 255] * 253  # palette of K
 RIGHT = (70, 70, 70)  # of an error map: where the prediction is the truth
 WRONG = (235, 60, 40)
+LONGEST = 60_000  # side of an overlay: a JPEG ends at 65,500, and the legend comes below
 STYLE = """body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em }
 img { max-width: 100%; border: 1px solid #ccc } table { border-collapse: collapse }
 td, th { padding: 2px 12px 2px 0; text-align: right }
@@ -63,8 +64,12 @@ def find_images(places, out):
             inside = images_in(path)
             tops += [path] if path.is_dir() else [file.parent for file in inside]
             files += inside
-    written = Path(os.path.abspath(out))
-    files = [path for path in dict.fromkeys(files) if not path.is_relative_to(written)]
+    written = Path(os.path.realpath(out))
+    files = [
+        path
+        for path in dict.fromkeys(files)
+        if not Path(os.path.realpath(path)).is_relative_to(written)
+    ]
     if not files:
         raise Refusal(f"{', '.join(places)}: no image there ({' '.join(SUFFIXES)})")
     top = os.path.commonpath(tops)
@@ -80,7 +85,7 @@ def find_images(places, out):
 def images_in(path):
     """Returns the image files that a folder, a list or a file stands for."""
     if path.is_dir():
-        inside = (p.relative_to(path) for p in sorted(path.rglob("*")))
+        inside = (p.relative_to(path) for p in sorted(files_below(path)))
         shown = (p for p in inside if p.suffix.lower() in SUFFIXES and "/." not in f"/{p}")
         return [path / p for p in shown]
     if path.suffix.lower() != ".txt":
@@ -95,6 +100,23 @@ def images_in(path):
         beside = path.parent / name
         found.append(beside if beside.exists() else Path(os.path.abspath(name)))
     return found
+
+
+def files_below(folder):
+    """Yields the files below a folder, through links too, each folder once. Raises Refusal."""
+
+    def stop(error):
+        """A folder that cannot be read would be left out in silence."""
+        raise Refusal(f"{error.filename}: not readable ({error.strerror})")
+
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in names)
 
 
 def with_masks(items, folder):
@@ -160,7 +182,7 @@ FORMS = {  # kind of file, and folder -> its ending
 
 def put(path, write):
     """Has write(another path) write a file, then renames it: whole or absent. Returns as write."""
-    new = path.with_name(f".part-{path.name}")
+    new = path.with_name(f".part-{os.getpid()}-{path.name}")
     with writing(path, new):
         path.parent.mkdir(parents=True, exist_ok=True)
         returned = write(new)
@@ -169,8 +191,8 @@ def put(path, write):
 
 
 def put_text(path, text):
-    """Writes a text file, whole or not at all."""
-    put(path, lambda new: new.write_text(text, encoding="utf-8"))
+    """Writes a text file, whole or not at all; of a name that is no UTF-8 as \\udcff."""
+    put(path, lambda new: new.write_bytes(text.encode("utf-8", "backslashreplace")))
 
 
 def put_picture(path, picture):
@@ -200,6 +222,8 @@ def claim(folder, facts):
                 wrong = f"{name} {old.get(name)} there, {value} here"
                 raise Refusal(f"{folder}: {wrong}; another --out starts anew")
         return
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"{folder}: a file: give a new --out")
     if folder.exists() and any(folder.iterdir()):
         raise Refusal(f"{folder}: holds other files: give a new --out")
     put_text(path, json.dumps(facts, indent=1) + "\n")
@@ -291,8 +315,8 @@ class Writer:
 
         The image is None where its files are there.
         """
+        self.own(item)
         try:
-            self.own(item)
             done = self.done(item.key)
             if done and not self.masks:
                 return item, None, None
@@ -308,8 +332,7 @@ class Writer:
     def write(self, item, image, label, found):
         """Writes the files of an image, and returns its Result; found None: they are there."""
         if found is None:
-            with Image.open(self.place("classes", item.key)) as file:
-                classes = np.array(file)
+            classes = np.array(read_mask(self.place("classes", item.key)))
         else:
             classes = found["classes"]
             self.write_maps(item.key, image, found)
@@ -354,16 +377,17 @@ def overlay(image, classes, names, palette):
     """Returns the picture of classes, (H, W) uint8, half seen through on a PIL image, and a legend.
 
     The legend has the classes that occur, the most frequent first, with their share in per cent. A
-    picture less than 320 pixels wide is enlarged.
+    picture less than 320 pixels wide is enlarged, one of more than LONGEST is made smaller.
     """
     height, width = classes.shape
     counts = pixels_of(classes, len(names)).tolist()
     present = [i for i in np.argsort(counts, kind="stable")[::-1] if counts[i]]
     blended = Image.blend(image, Image.fromarray(palette[classes]), 0.5)
-    factor = -(-320 // width)
+    factor = min(-(-320 // width), LONGEST // height)
     if factor > 1:
         size = (factor * width, factor * height)
         blended = blended.resize(size, Image.Resampling.NEAREST)
+    blended.thumbnail((LONGEST, LONGEST))
     words = [f"{names[i]} {100 * counts[i] / classes.size:.1f} %" for i in present]
     return pictures.with_legend(blended, words, palette[present])
 
@@ -430,7 +454,7 @@ def score_page(title, names, palette, scores, images):
     lines.append("<p>mIoU: mean over the classes of the image, in its truth or prediction.</p>")
     for key, miou, accuracy, place in images:
         words = f"{html.escape(key)}: mIoU {100 * miou:.2f} %, accuracy {100 * accuracy:.2f} %"
-        picture = f"<img loading='lazy' src='{urllib.parse.quote(place)}' alt=''>"
+        picture = f"<img loading='lazy' src='{urllib.parse.quote(os.fsencode(place))}' alt=''>"
         lines.append(f"<figure><figcaption>{words}</figcaption>{picture}</figure>")
     return "\n".join(lines) + "\n"
 
@@ -448,8 +472,12 @@ def write_shares(folder, classes, results):
 
 
 def write_scores(folder, title, data, results):
-    """Writes scores.json, confusion.csv, confusion.png and index.html; returns the scores."""
+    """Writes scores.json, confusion.csv, confusion.png and index.html; returns the scores.
+
+    Raises Refusal where no mask has a class.
+    """
     confusion = torch.stack([result.confusion for result in results]).sum(0)
+    data.require_pixels(confusion, "these images")
     scores = metrics.scores(confusion)
     boundaries = torch.stack([result.boundaries for result in results]).sum(0)
     of_boundaries = metrics.iou_per_class(boundaries)[:-1]
@@ -507,8 +535,7 @@ def write_archive(folder, server, results, palette):
     def add_all(add):
         """Has add(name, content) take every image."""
         for key, *_ in results:
-            with Image.open(folder / f"classes/{key}.png") as file:
-                picture = Image.fromarray(table[np.asarray(file)])
+            picture = Image.fromarray(table[np.asarray(read_mask(folder / f"classes/{key}.png"))])
             if server == "voc":
                 picture.putpalette(palette.tobytes())
             content = io.BytesIO()
@@ -536,17 +563,20 @@ def write_archive(folder, server, results, palette):
     return path
 
 
-def model_card(source, name, said):
-    """Returns what one has to know of a network, as Markdown: what it is and how it was made."""
+def model_card(source, name, said, scored):
+    """Returns what one has to know of a network, as Markdown: what it is and how it was made.
+
+    scored: the scores of the log are this network's.
+    """
     saved = source.saved
-    start, scored = history(saved)
+    start, scores = history(saved)
     lines = [f"# {name}", "", f"Semantic segmentation, {source.data.num_classes} classes:"]
     lines[-1] += f" {', '.join(source.data.classes)}."
     lines.append(f"Network {source.name} of {saved['script']}, step {saved['step']}; {said}.")
     lines += ["Images: RGB in 0 to 255; normalization is inside.", "", "| | |", "|-|-|"]
     rows = {f"{part} images, set": value for part, value in start.get("lists", {}).items()}
-    for on, scores in scored.items():
-        rows[on] = f"{100 * scores['miou']:.2f} %"
+    for on, found in scores.items() if scored else ():
+        rows[on] = f"{100 * found['miou']:.2f} %"
     versions = start.get("versions", {})
     for key, value in (rows | versions | saved["args"]).items():
         if key not in NO_NUMBER and value not in ("", None):
@@ -555,9 +585,14 @@ def model_card(source, name, said):
 
 
 def history(saved):
-    """Returns (first line of the log beside a checkpoint, {what: scores at its step}), or none."""
+    """Returns (first line of the log beside a checkpoint, {what: scores at its step}), or none.
+
+    A file of --safetensors may lie beside another run's log: of it none.
+    """
     path = Path(saved["path"]).parent / "log.jsonl"
     lines = []
+    if saved["path"].endswith(".safetensors"):
+        return {}, {}
     with contextlib.suppress(OSError):
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):  # a kill may have cut the last one off

@@ -173,6 +173,9 @@ def tables():
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit()
     if sys.argv[1:] not in ([], ["--write"]):
         sys.exit(f"differences.py {' '.join(sys.argv[1:])}: --write or nothing")
     for name, text in tables().items():

@@ -40,7 +40,7 @@ if str(ROOT) not in sys.path:
 import cps_fpl  # noqa: E402
 import u2pl  # noqa: E402
 from common import Refusal, distributed, metrics  # noqa: E402
-from common.checkpoints import load_checkpoint  # noqa: E402
+from common.checkpoints import load_checkpoint, writing  # noqa: E402
 from common.data import IGNORE  # noqa: E402
 from common.flags import Count, cli  # noqa: E402
 from common.outputs import put  # noqa: E402
@@ -105,7 +105,7 @@ def read_run(place):
         for file in (path / name for name in ("best.pt", "previous.pt", "last.pt")):
             if file.is_file():
                 found[load_checkpoint(file)["step"]] = file
-        for file in path.glob("kept/*.pt"):
+        for file in path.glob("kept/[0-9]*.pt"):
             found.setdefault(int(file.stem), file)
     script = Path(log.start["script"]).stem
     return Run(log.name, script, log.start["args"], log, dict(sorted(found.items())))
@@ -135,6 +135,9 @@ def keep(places):
     waiting = {Path(place) for place in places}
     held = {}  # folder -> the file held last
     print("keeping what these runs write; stops when they have ended", flush=True)
+    for folder in sorted(waiting):
+        if not folder.is_dir():
+            print(f"{folder}: no folder yet, waiting for it", flush=True)
     while waiting:
         for folder in sorted(waiting):
             last = folder / "last.pt"
@@ -142,12 +145,13 @@ def keep(places):
             ended = log.is_file() and '"kind": "done"' in log.read_text()
             if last.is_file() and held.get(folder) != last.stat().st_mtime_ns:
                 new = folder / "kept/new"
-                new.parent.mkdir(exist_ok=True)
-                new.unlink(missing_ok=True)
-                os.link(last, new)
-                held[folder] = new.stat().st_mtime_ns
-                step = load_checkpoint(new)["step"]
-                os.replace(new, folder / f"kept/{step:06d}.pt")
+                with writing(new):
+                    new.parent.mkdir(exist_ok=True)
+                    new.unlink(missing_ok=True)
+                    os.link(last, new)
+                    held[folder] = new.stat().st_mtime_ns
+                    step = load_checkpoint(new)["step"]
+                    os.replace(new, folder / f"kept/{step:06d}.pt")
                 print(f"{folder}: step {step}", flush=True)
             if ended:
                 waiting.remove(folder)

@@ -55,7 +55,7 @@ def lines(found, r_l, r_h):
     yield f"{'pixels':10} {'share':>8}" + "".join(f"{n:>8}" for n in names) + f"{'false':>9}"
     for name, row in zip(("reliable", "unreliable"), found.double(), strict=True):
         share = 100 * row.sum() / found.sum()
-        of_row = 100 * row / row.sum()
+        of_row = 100 * row / row.sum().clamp(min=1)  # of no pixel: zeros
         cells = "".join(f"{of_row[a:b].sum():8.2f}" for a, b in columns)
         false = of_row[r_l:r_h].sum() / (r_h - r_l)
         yield f"{name:10} {share:8.2f}{cells}{false:9.2f}"

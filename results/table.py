@@ -197,6 +197,9 @@ def inserted(page):
 
 def main(argv):
     """Prints or writes what the words of the command line ask for. Raises Refusal."""
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return
     if argv and argv != ["--write"]:
         flags = [word for word in argv if word.startswith("-")]
         if flags:

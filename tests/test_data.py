@@ -382,6 +382,7 @@ KINDS = [  # masks to convert; their ids, or words of the refusal
     (png(8, 2, RGB * 50), IDS),
     (saved(Image.fromarray(IDS.astype(np.float32)), "TIFF"), IDS),
     (saved(Image.fromarray(IDS + np.float32(0.5)), "TIFF"), "no whole numbers"),
+    (saved(Image.fromarray(IDS * np.float32(2**54)), "TIFF"), "no whole numbers"),
     (png(2, 3, packed(IDS, 2), bytes(12)), "several indices one colour"),
     (saved(GREY, "TIFF", compression="jpeg"), "TIFF with JPEG inside, which blurs"),
     (png(16, 2, WIDE), "mode RGB of 16 bits"),
@@ -440,7 +441,9 @@ def coco():
     pen = dict(category_id=5, area=15, segmentation={"counts": CODED, "size": [8, 12]})
     big = dict(category_id=3, area=20, segmentation=[sum(SQUARE, [])])
     bare = dict(category_id=3, area=9, segmentation=[])
-    shapes = [shape | dict(image_id=7, id=i, iscrowd=1) for i, shape in enumerate((pen, big, bare))]
+    line = bare | dict(segmentation=[[0, 0, 9, 9]])
+    shapes = [pen, big, bare, line, bare | big | dict(image_id=9)]
+    shapes = [dict(image_id=7, id=i, iscrowd=1) | shape for i, shape in enumerate(shapes)]
     names = [{"id": 5, "name": "pen"}, {"id": 3, "name": "big"}]
     images = [dict(id=7, file_name="x\\a.jpg", **SIZE), dict(id=8, file_name="b.jpg", **SIZE)]
     return json.dumps(dict(categories=names, annotations=shapes, images=images))
@@ -489,7 +492,7 @@ def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(name, capsy
     assert load(own("own", num_classes=0)).classes == ["background", "big", "pen"]
     lost = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lost: 1 ")]
     # what has no area, or lies on a turned image; the image without a shape; a second annotation
-    assert len(lost) == {"l.json": 1, "s.json": 4}.get(name, 2)
+    assert len(lost) == {"l.json": 1, "s.json": 4, "c.json": 4}.get(name, 2)
     listed("own/classes.csv", "id,name,r,g,b", "0,big,0,0,0", "1,x,0,0,0")
     assert "no row named 'pen'" in refusal(command, line)
 
@@ -566,6 +569,7 @@ MISTAKES = [  # what is converted, its content, more flags, words of the refusal
     (X, many(254), "", "255 classes, and ids run from 0 to 253"),
     (X, many(2), T, "t.txt: 255 classes, and ids run from 0"),
     (C, coco().replace('"counts"', '"runs"'), "", "a: not as its tool has it (Key"),
+    (C, coco().replace("[8, 12]", "[12, 8]"), "", "run lengths of [12, 8], of an image of [8, 12]"),
     (C, coco().replace('"pen"', "null"), "", "c.json: not as its tool writes it (Attr"),
     (C, coco(), "--strip _mask", "--strip is for a folder of masks alone"),
     (C, coco(), "--part test", "own/images/test: 2 images that are not among the photographs"),

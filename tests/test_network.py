@@ -141,6 +141,16 @@ def test_weights_auto_are_fetched_once_checked_and_no_code_in_them_is_run(tmp_pa
         source.unlink(missing_ok=True)
 
 
+def test_every_parameter_is_in_one_group():
+    """Also single factors, which some of timm's networks have."""
+    parts = [nn.ParameterList(torch.zeros(n) for n in ((), (2,), (2, 2))) for _ in range(2)]
+    args = SimpleNamespace(lr_head=1.0, lr=1.0, weight_decay=0.1, decay_on="weights")
+    for script in (supervised, v2):
+        net = SimpleNamespace(backbone=parts[0], head=parts[1])
+        groups = script.make_optimizer([net], args).param_groups
+        assert [len(group["params"]) for group in groups] == [1, 2, 1, 2]
+
+
 def test_kernels_begin_by_kaimings_normal_distribution():
     """By fan out in backbone and stem; by fan in in the head of CPS, as its released code."""
     torch.manual_seed(0)

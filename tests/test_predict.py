@@ -231,6 +231,8 @@ def test_it_goes_on_where_it_was_ended():
         call("run", "in", "--out", "o")
     assert segment.call_count == 4 - ready
     assert len(list(Path("o/overlays").glob("[0-9]*"))) == 4
+    Path("o/classes/2.png").write_bytes(b"")
+    assert "o/classes/2.png: not readable" in refusal(call, "run", "in", "--out", "o", "--csv")
     assert "another --out" in refusal(call, "run", "in", "--out", "o", "--scales", "0.5")
 
 
@@ -329,6 +331,27 @@ def test_scores_are_those_of_the_confusion_matrix():
     os.remove("o/scores.json")
     call("run", "--split", "val", "--out", "o")  # classes are there: read, not made again
     assert scored("o") == scored("two")
+    save(Path("void/val0.png"), np.full_like(tiny.pixels("tree/valannot/val0.png"), 255))
+    line = refusal(call, "run", "tree/val/val0.*", "--masks", "void", "--out", "n")
+    assert "no pixel of any class in the masks of these images" in line
+
+
+def test_folders_behind_links_are_read_once_and_one_that_cannot_be_read_is_named(monkeypatch):
+    photo("far/a.png")
+    Path("in").mkdir()
+    os.symlink("../far", "in/link")
+    os.symlink("..", "far/loop")
+    assert [item.key for item in outputs.find_images(["in", "in"], "o")] == ["link/a"]
+    assert "no image there" in refusal(outputs.find_images, ["in"], "in/link")
+    monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "denied", "in/link")))
+    assert "in/link: not readable (denied)" in refusal(outputs.find_images, ["in"], "o")
+
+
+def test_overlays_of_thin_images_fit_into_a_jpeg():
+    for height, width, size in ((700, 1, (85, 59_500)), (70_000, 2, (2, 60_000))):
+        image, classes = Image.new("RGB", (width, height)), np.zeros((height, width), np.uint8)
+        sheet = outputs.overlay(image, classes, ["a"], np.zeros((1, 3), np.uint8))
+        assert sheet.width == size[0] and size[1] <= sheet.height < 65_500
 
 
 def named(folder, *names):
@@ -440,6 +463,10 @@ def test_a_model_card_goes_without_half_a_line_and_never_over_another_text():
         Path("run/log.jsonl").write_text(kept)
         call("run", "--safetensors", "n.safetensors")  # again: the card is its own
         assert ("| mIoU on val |" in Path("n.md").read_text()) == told
+    source = predict.open_source("run")
+    Path("run/log.jsonl").write_text(log)
+    assert "mIoU" not in outputs.model_card(source, "n", "", False)  # of another network
+    assert outputs.history(source.saved | {"path": "run/n.safetensors"}) == ({}, {})
     Path("mine").rename("moved")
     predict.load("n.safetensors")  # BN's statistics of --precise-bn are in the file
     Path("p.safetensors").write_bytes(b"x")
@@ -466,6 +493,8 @@ REFUSED = [  # the flags, words of the line
     ("a.png --out o --data-root b", "--data-root b does nothing here"),
     ("a.png --out o --dataset voc", "--dataset voc does nothing here"),
     ("a.png --out run", "holds other files"),
+    ("a.png --out b.png", "b.png: a file: give a new --out"),
+    ("a.png --out o --batch-size 0", "--batch-size 0: a number from 1"),
     ("--split val --out o --dataset voc", "data/voc: no such folder"),
     ("--onnx n.onnx", "pip install onnx onnxscript onnxruntime"),
     ("--onnx net", "--onnx net: a file whose name ends in .onnx"),

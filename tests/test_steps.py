@@ -620,7 +620,7 @@ unimatch
 unimatch --views 1 --no-feature-perturbation --recipe official
 unimatch --unsup-loss fpl --T 0.2 0.3 0.5 --decay-on weights
 unimatch --recipe official --unsup-loss fpl --T 0.3
-unimatch_v2 --kept-whole 0
+unimatch_v2 --kept-whole 0 --batch-size 1 --batch-size-unlabeled 2
 unimatch_v2 --views 1 --partner reversed --ema-decay 0.4 --decay-on weights --backbone dinov3_vits16
 unimatch_v2 --unsup-loss fpl --T 0.5 --freeze 1 --checkpoint-activations --no-complementary-dropout
 """

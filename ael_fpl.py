@@ -610,8 +610,9 @@ def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     shape = (group.world, args.batch_size // group.world, 1 + args.paste_draws)
     u = distributed.to_device(rng.random(shape)[group.rank], group)  # (b, 1 + draws)
     prob = sampling_probability(confidence, allowed, args.paste_power)
+    chosen = u[:, 0] < args.paste_prob
     drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
-    return copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
+    return copy_paste(batch["labeled"], batch["paste"], drawn, chosen)
 
 
 def equalization_rate(bank, beta=1.0):
@@ -650,11 +651,14 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
         loss = pixel_fpl(logits_s, logits_t, K, args)
     weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
     certain = conf_t >= args.threshold
-    maps = [weight * loss * certain, weight, ce.detach() * inside, loss.detach() * inside]
-    sums = torch.stack(maps).sum((2, 3)).unflatten(1, (-1, pooled)).sum(2)  # (4, groups)
-    weighted_loss, total_weight, total_ce, total_loss = sums
-    unsup = weighted_loss / total_weight.clamp(min=1e-12)
-    balance = total_ce / total_loss.clamp(min=1e-12)
+
+    def of_groups(x):
+        """Sums of a map over the images of each group, (groups,)."""
+        return x.sum((1, 2)).view(-1, pooled).sum(1)
+
+    unsup = of_groups(weight * loss * certain) / of_groups(weight).clamp(min=1e-12)
+    total_loss = of_groups(loss.detach() * inside)
+    balance = of_groups(ce.detach() * inside) / total_loss.clamp(min=1e-12)
     balance = balance.where(total_loss > 0, 1.0)
     minimized = unsup
     if args.balance:

@@ -678,8 +678,9 @@ def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     shape = (group.world, args.batch_size // group.world, 1 + args.paste_draws)
     u = distributed.to_device(rng.random(shape)[group.rank], group)  # (b, 1 + draws)
     prob = sampling_probability(confidence, allowed, args.paste_power)
+    chosen = u[:, 0] < args.paste_prob
     drawn = draw_classes(prob, u[:: args.pooled, 1:]).repeat_interleave(args.pooled, 0)
-    return copy_paste(batch["labeled"], batch["paste"], drawn, u[:, 0] < args.paste_prob)
+    return copy_paste(batch["labeled"], batch["paste"], drawn, chosen)
 
 
 def equalization_rate(bank, beta=1.0):

@@ -33,7 +33,7 @@ from common.sources import SUFFIXES, Tree, known_set, published
 GREYS = [0, 0, 0, 0, 0, 0, 128, 128, 128] + [255, 255, 255] * 253  # palette of K
 RIGHT = (70, 70, 70)  # of an error map: where the prediction is the truth
 WRONG = (235, 60, 40)
-LONGEST = 60_000  # side of an overlay: a JPEG ends at 65,500, and the legend comes below
+JPEG_SIDE = 60_000  # side of an overlay: a JPEG ends at 65,500, and the legend comes below
 STYLE = """body { font: 15px/1.4 sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em }
 img { max-width: 100%; border: 1px solid #ccc } table { border-collapse: collapse }
 td, th { padding: 2px 12px 2px 0; text-align: right }
@@ -377,17 +377,17 @@ def overlay(image, classes, names, palette):
     """Returns the picture of classes, (H, W) uint8, half seen through on a PIL image, and a legend.
 
     The legend has the classes that occur, the most frequent first, with their share in per cent. A
-    picture less than 320 pixels wide is enlarged, one of more than LONGEST is made smaller.
+    picture less than 320 pixels wide is enlarged, one of more than JPEG_SIDE is made smaller.
     """
     height, width = classes.shape
     counts = pixels_of(classes, len(names)).tolist()
     present = [i for i in np.argsort(counts, kind="stable")[::-1] if counts[i]]
     blended = Image.blend(image, Image.fromarray(palette[classes]), 0.5)
-    factor = min(-(-320 // width), LONGEST // height)
+    factor = min(-(-320 // width), JPEG_SIDE // height)
     if factor > 1:
         size = (factor * width, factor * height)
         blended = blended.resize(size, Image.Resampling.NEAREST)
-    blended.thumbnail((LONGEST, LONGEST))
+    blended.thumbnail((JPEG_SIDE, JPEG_SIDE))
     words = [f"{names[i]} {100 * counts[i] / classes.size:.1f} %" for i in present]
     return pictures.with_legend(blended, words, palette[present])
 

@@ -439,6 +439,7 @@ def test_checkpointed_activations_change_no_bit_of_a_gradient(small):
     for checkpointed in (False, True):
         torch.manual_seed(0)
         net, x = small(checkpoint_activations=checkpointed).train(), torch.randn(2, 3, 56, 70)
+        assert net.checkpointed == checkpointed
         sum(stage.square().sum() for stage in v2.features(net, x)).backward()
         found.append([p.grad for p in net.parameters() if p.grad is not None])
     assert len(found[0]) > 40 and all(map(torch.equal, *found))

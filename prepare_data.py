@@ -40,7 +40,16 @@ from tqdm import tqdm
 
 from common import Refusal, printable
 from common.cache import data_folder, make
-from common.data import FACTS, IGNORE, SPLITS, data_flags, orientation, set_hash
+from common.data import (
+    CONVERT,
+    FACTS,
+    IGNORE,
+    SPLITS,
+    UNREADABLE,
+    data_flags,
+    orientation,
+    set_hash,
+)
 from common.flags import Above0, Count, Number, cli, flag_of, given_names, in_words, met
 from common.run import refusals
 from common.sources import (
@@ -359,6 +368,34 @@ def turned_photographs(data):
     return [f"warning: {len(turned)} images {what} {turned[0]} first"]
 
 
+def palettes(data):
+    """Yields (mask, {number: colour}, numbers in use) of a Data, once for each palette."""
+    known = set()  # as they are stored
+    for path in dict.fromkeys(item.label for name in PARTS for item in getattr(data, name)):
+        with contextlib.suppress(*UNREADABLE), Image.open(path or os.devnull) as image:
+            if image.mode == "P" and image.palette.palette not in known:
+                known.add(image.palette.palette)
+                colours = zip(*[iter(image.getpalette())] * 3, strict=True)
+                yield path, dict(enumerate(colours)), np.unique(image).tolist()
+
+
+def unlike_palettes(data):
+    """Returns a line on two masks of a Data that give a number two colours, in a list; [] if none.
+
+    Programs that make PNGs smaller keep the colours, and number them anew in every file.
+    """
+    first = {}  # number: its colour, and in which mask
+    for path, colours, used in palettes(data):
+        for number in sorted(colours.keys() & used):
+            colour, other = first.get(number, (colours[number], path))
+            if colours[number] != colour:
+                where = f"{colour} in {other}, {colours[number]} in {path}"
+                why = f"if a program that makes files smaller has numbered colours anew, {CONVERT}"
+                return [f"warning: two colours of number {number}, {where}: {why}"]
+        first = {number: (colour, path) for number, colour in colours.items()} | first
+    return []
+
+
 def same_content(data, found):
     """Returns a line for each image of val or test whose pixels an image of another set has too.
 
@@ -675,7 +712,7 @@ class Check(Split):
             if name in ("labeled", "unlabeled"):
                 sizes += seen
         self.tell_padding(sizes)
-        for line in turned_photographs(data):
+        for line in turned_photographs(data) + unlike_palettes(data):
             print(printable(line))
         bad += same_content(data, found)
         if bad:

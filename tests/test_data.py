@@ -356,6 +356,17 @@ def test_what_nothing_reads_is_named(capsys):
     assert "datumaro or CVAT" in refusal(load, own("own", dataset="cityscapes", num_classes=0))
 
 
+def test_colours_that_were_numbered_anew_are_named(capsys):
+    masks = folder(Path("own")) / "masks/train"
+    for name, number, greys in (("b", 1, (0, 50, 90)), ("c", 2, (0, 50, 90)), ("d", 1, (0, 90))):
+        mask = Image.new("P", Image.open(masks / f"{name}.png").size, number)
+        mask.putpalette(np.repeat(np.uint8(greys), 3).tobytes())
+        mask.save(masks / f"{name}.png")
+        command("check --dataset folder --num-classes 4 --data-root own")
+        told = f"(50, 50, 50) in {masks / 'b.png'}, (90, 90, 90) in {masks / 'd.png'}"
+        assert (told in capsys.readouterr().out) == (name == "d")
+
+
 def test_the_table_of_a_folder_is_its_names_colours_and_number_of_classes():
     root = folder(Path("own"))
     rows = ["id, name, r, g, b", '0, "tree, old",4,5,6', "1,b,1,2,3", "2,c,0,0,0", "3,d,0,0,9"]

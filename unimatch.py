@@ -830,7 +830,7 @@ def build(args, num_classes, head, group):
     """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
     net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
     if group.world > 1 and group.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        return distributed.sync_bn(net)
     return net
 
 

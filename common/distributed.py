@@ -140,6 +140,18 @@ def share(batch, group, name):
     return batch // group.world
 
 
+def sync_bn(net):
+    """Returns a Network with SyncBN for BN; its weights, keys and modes stay.
+
+    timm's BN may hold the activation that follows it, which torch's conversion would drop.
+    """
+    if hasattr(net.backbone, "feature_info"):  # timm's
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(net)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+
+
 def check_bn(nets, name, batch, group):
     """Raises Refusal where plain BN would see one image; on CUDA SyncBN sees all processes'."""
     images = share(batch, group, name)

@@ -9,11 +9,13 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 
+import supervised
 from benchmarks import gpu, gpu_checks, page, steps
 from common import Refusal, distributed, run
 from common.distributed import Group
-from tiny import draw_tree, tiny_modules
+from tiny import draw_tree, resolved, tiny_modules
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9):
     pytest.skip("fake CUDA tensors need torch 2.9 or newer", allow_module_level=True)
@@ -74,6 +76,15 @@ def test_under_autocast_no_two_types_meet(name, monkeypatch):
     if name == "unimatch_v2":  # small, but whole
         monkeypatch.setattr(script, "SIZES", tiny_modules(script)["SIZES"])
     seen(name, AUTOCAST[name], tiny=False)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_processes_with_a_gpu_each_have_sync_bn(world):
+    args = resolved(supervised, ["--weights", "none"])
+    with fake_cuda.fake_cuda():
+        net = supervised.build(args, 4, supervised.DeepLabV3Plus, Group(0, world, GPU))
+    norms = [type(m) for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert set(norms) == {nn.SyncBatchNorm if world == 2 else nn.BatchNorm2d}
 
 
 def test_a_process_without_a_gpu_is_refused(monkeypatch):

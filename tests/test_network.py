@@ -17,7 +17,7 @@ import supervised
 import tiny
 import unimatch
 import unimatch_v2 as v2
-from common import weights
+from common import distributed, weights
 from common.distributed import Group
 from cps_fpl import CPSHead
 from esl import ESLHead
@@ -297,6 +297,20 @@ def test_a_network_of_timm_learns_with_its_own_normalization(name, stride):
     assert (net.mean.flatten() / 255).tolist() == pytest.approx(mean)
     net(torch.randint(0, 256, (2, 3, 65, 97), dtype=torch.uint8))["logits"].sum().backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/tf_efficientnet_lite0", "timm/resnet18d"])
+def test_sync_bn_leaves_a_network_what_it_computes(name):
+    """Also where a BN of timm's holds the activation behind it."""
+    pytest.importorskip("timm")
+    net = unsettled(Network(flags(name, head_channels=8), 5, DeepLabV3Plus)).eval()
+    x = torch.randint(0, 256, (2, 3, 65, 97), dtype=torch.uint8)
+    with torch.no_grad():
+        before, keys = net(x)["logits"], list(net.state_dict())
+        net = distributed.sync_bn(net)
+        assert torch.equal(net(x)["logits"], before) and list(net.state_dict()) == keys
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, nn.SyncBatchNorm) for m in norms)
 
 
 def test_weights_of_timm_fit_or_are_refused_and_so_are_networks_without_features(tmp_path):

@@ -298,7 +298,8 @@ def test_a_mistake_is_refused_in_one_line_and_changes_nothing(
     assert "weights_only" not in line  # nobody is told to trust a malicious file
     assert "│" not in line and everything(place) == before
     # a process of its own would print them
-    assert {warning.category for warning in recwarn} <= {ResourceWarning}
+    seen = [warning for warning in recwarn if "fork()" not in str(warning.message)]  # Python 3.12
+    assert {warning.category for warning in seen} <= {ResourceWarning}
 
 
 def test_classes_of_other_names_are_refused_or_their_head_stays_random(tmp_path):

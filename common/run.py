@@ -68,6 +68,9 @@ MACHINE = {
     r"No space left on device|Disk quota exceeded": (
         "no space left: free some, or give another --out"
     ),
+    r"Permission denied|Read-only file system|Operation not permitted": (
+        "not permitted: who owns the file or folder, and may it be written?"
+    ),
     r"can't allocate memory|Cannot allocate memory|out of memory|Unable to allocate": (
         "out of memory: a smaller --batch-size or --crop-size, --protocol slide or fewer --workers"
     ),

@@ -286,6 +286,7 @@ MACHINE = {
     "[Errno 24] Too many open files": "ulimit -n 4096",
     "DefaultCPUAllocator: can't allocate memory": "a smaller --batch-size",
     os.strerror(errno.ENOSPC): "no space left: ",
+    os.strerror(errno.EACCES): "not permitted: ",
 }
 
 

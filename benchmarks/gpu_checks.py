@@ -36,6 +36,8 @@ COUNTS = "K K_gt_1 pseudo_acc coverage kept regions classes anchors parts domina
 def drawn_on_cpu():
     """Random numbers come from the CPU's generator, whatever the device; dropout lets all pass."""
     rand = torch.rand
+    randperm = torch.randperm
+    bernoulli_ = torch.Tensor.bernoulli_
 
     def draw(*size, device=None, dtype=None, **more):
         return rand(*size, dtype=dtype, **more).to(device or CPU)
@@ -43,8 +45,16 @@ def drawn_on_cpu():
     def draw_like(x, **more):
         return rand(x.shape, dtype=torch.float64, **more).to(x.device, x.dtype)
 
+    def shuffle(n, device=None):
+        return randperm(n).to(device or CPU)
+
+    def toss_(x, p):
+        return x.copy_(bernoulli_(torch.empty(x.shape), p))
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(patch.object(torch, "rand", draw))
+        stack.enter_context(patch.object(torch, "randperm", shuffle))
+        stack.enter_context(patch.object(torch.Tensor, "bernoulli_", toss_))
         stack.enter_context(patch.object(torch, "rand_like", draw_like))
         for layer in (nn.Dropout, nn.Dropout2d):
             stack.enter_context(patch.object(layer, "forward", lambda self, x: x))

@@ -117,7 +117,7 @@ def load_optimizer(saved, optimizer):
     try:
         for number, (group, wanted) in enumerate(zip(content["param_groups"], own, strict=True)):
             for name, value in wanted.items():
-                if name != "lr" and (name not in group or group[name] != value):
+                if name != "lr" and group.get(name, value) != value:  # newer torch: more names
                     raise ValueError(f"{name} of its group {number} is {group.get(name)}")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, p in enumerate(parameters):  # all of them have had a gradient

@@ -30,7 +30,8 @@ def setup(device="auto"):
     """Returns the Group; joins torchrun's process group (NCCL, or gloo on CPU) if there is one.
 
     device: auto, cpu, cuda or mps (untested); auto takes CUDA where it is. Raises Refusal if a
-    device is asked for and absent, or if torchrun's environment is incomplete.
+    device is asked for and absent, or not of the kind of process 0's, or if torchrun's environment
+    is incomplete.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic needs it
     if device == "cuda" and not torch.cuda.is_available():
@@ -56,11 +57,7 @@ def setup(device="auto"):
             wrong.append("MASTER_PORT")
     if wrong:
         raise Refusal(f"{', '.join(wrong)} not set as torchrun does: start with torchrun")
-    if cuda and local >= torch.cuda.device_count():
-        have = f"this machine has {torch.cuda.device_count()}: fewer, or --device cpu"
-        raise Refusal(f"no GPU for process {local}, {have}")
-    if cuda:
-        torch.cuda.set_device(local)
+    device = device_of(cuda, local)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo: what hosts agree on
     try:
         store = fresh_store(rank, world)
@@ -69,14 +66,25 @@ def setup(device="auto"):
         line = f"{str(error).splitlines()[0][:150]}; is another run there, or a machine missing?"
         raise Refusal(f"MASTER_ADDR:MASTER_PORT {where}: {line}") from None
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return Group(rank, world, device_of(cuda, local))
+    if from_first(cuda) != cuda:
+        wrong = "process 0 has another kind of device than this one"
+        raise Refusal(f"--device auto: {wrong}: --device cuda, or cpu, for all")
+    return Group(rank, world, device)
 
 
 def device_of(cuda, local):
-    """Returns the CPU, or the GPU of a process of this machine."""
-    if cuda:
-        return torch.device("cuda", local)
-    return torch.device("cpu")
+    """Returns the CPU, or the GPU of a process of this machine. Raises Refusal.
+
+    Where a machine has fewer GPUs than processes, all of these refuse.
+    """
+    if not cuda:
+        return torch.device("cpu")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
+    if processes > torch.cuda.device_count():
+        have = f"this machine has {torch.cuda.device_count()}: fewer, or --device cpu"
+        raise Refusal(f"no GPU for {processes} processes, {have}")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def bf16_instructions():

@@ -123,14 +123,17 @@ def refusals(resume="the same command with --resume goes on"):
         line = f"{Path(sys.argv[0]).name}: {remedy}"
         code = 2
     end_loaders()
-    # where all processes stop alike, before there is a group or by a signal, one of them says it
+    # where they stop alike, before there is a group or by a signal, one of each machine says it
     rank = os.environ.get("RANK", "0")
+    first = "0" in (rank, os.environ.get("LOCAL_RANK"))
     alone = code == 2 and torch.distributed.is_initialized()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    if rank == "0" or not rank.isdecimal() or alone:
+    if first or not rank.isdecimal() or alone:
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the live line
         print(clear + line, file=sys.stderr, flush=True)
+    elif code == 2:
+        time.sleep(10)  # torchrun ends all when one has ended: that one has spoken
     os._exit(code)  # others may wait in a collective: no orderly end of the process group
 
 
@@ -169,7 +172,7 @@ class Run:
         """args: resolved flags. script: path. data: its lists are counted and hashed for the log.
 
         preset: as fill takes it; the folder is named by what differs from it. Raises Refusal if
-        the folder exists and --resume was not given.
+        the folder exists and --resume was not given, or if processes see other files.
         """
         self.args = args
         self.script = Path(script)
@@ -198,6 +201,11 @@ class Run:
         name = f"runs/{run_name(script, args, preset)}"
         name, self.resume = from_first(self._own_folder(name) if self.first else None)
         self.folder = Path(name)
+        if not self.folder.is_dir():
+            wrong = f"process {group.rank} does not see it: one file system for all machines"
+            raise Refusal(f"{self.folder}: {wrong}")
+        if from_first(data.hashes()) != data.hashes():
+            raise Refusal(f"process {group.rank} has other images than process 0: the same for all")
 
     def _own_folder(self, name):
         """Makes this process the owner of a folder; returns its name, and whether its run goes on.

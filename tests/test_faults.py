@@ -26,6 +26,7 @@ import tiny
 from benchmarks import faults
 from benchmarks.runs import bits, differences, running
 from common import Refusal, distributed, run
+from common.checkpoints import load_optimizer
 from common.distributed import Group
 from common.run import step_of
 from processes import Forked, finish, reach
@@ -81,6 +82,16 @@ def test_which_start_goes_on_and_which_has_a_new_folder(tree, tmp_path, monkeypa
         assert (one.folder.name, one.resume) == (f"supervised-camvid-1_4-s0{end}", goes_on)
         if number > 1:  # the first two are killed before they write anything
             one.log("train", 1)
+
+
+@pytest.mark.parametrize("folder, words", [("gone", "gone: process 1"), (".", "other images")])
+def test_a_process_that_sees_other_files_is_refused(folder, words, tree, monkeypatch):
+    of_process_0 = iter([(folder, False), {}])  # the run's folder, then the images
+    monkeypatch.setattr(run, "from_first", lambda value: next(of_process_0))
+    args = tiny.resolved(supervised, tiny.flags(tree, ""))
+    data, group = supervised.load(args), Group(1, 2, torch.device("cpu"))
+    with pytest.raises(Refusal, match=words):
+        run.Run(args, supervised.__file__, group, data, supervised.preset)
 
 
 def test_an_error_ends_a_run_with_loaders(tree, tmp_path):
@@ -296,6 +307,31 @@ def test_a_machine_that_is_too_small_is_one_line(text, exits, capsys):
         raise RuntimeError(text)
     (line,) = capsys.readouterr().err.splitlines()
     assert end.value.code == 2 and text in line and MACHINE[text] in line
+
+
+def test_an_optimizer_saved_by_an_older_torch_goes_on():
+    """AdamW's groups have had one name more since torch 2.7; another value is another recipe."""
+    net = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(1, 2)).backward()
+    optimizer.step()
+    saved = {"path": "last.pt", "optimizer": optimizer.state_dict()}
+    (group,) = saved["optimizer"]["param_groups"]
+    del group["maximize"]
+    load_optimizer(saved, optimizer)
+    group["betas"] = (0.5, 0.999)
+    with pytest.raises(Refusal, match="betas of its group 0"):
+        load_optimizer(saved, optimizer)
+
+
+@pytest.mark.parametrize("local, said", [("0", 1), ("1", 0)])
+def test_one_process_of_a_machine_says_it(local, said, exits, monkeypatch, capsys):
+    for name, value in ("RANK", "3"), ("LOCAL_RANK", local):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(time, "sleep", waited := Mock())
+    with pytest.raises(SystemExit), run.refusals():
+        raise Refusal("no")
+    assert capsys.readouterr().err.count("no\n") == said == 1 - waited.call_count
 
 
 @pytest.mark.parametrize("flag", ["--help", "--list-presets"])

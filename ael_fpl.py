@@ -966,15 +966,17 @@ class Network(nn.Module):
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x, upsampled=True):
-        h = ((x.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        layout = distributed.layout(x.device)
+        h = ((x.float() - self.mean) / self.std).contiguous(memory_format=layout)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp):
             stages = features(self.backbone, h)
             return self.head(stages, x.shape[2:] if upsampled else None)
 
 
 def build(args, num_classes, head, group):
-    """Returns a Network on the device: channels last, SyncBN on CUDA with several processes."""
-    net = Network(args, num_classes, head).to(group.device, memory_format=torch.channels_last)
+    """Returns a Network on the device, in its layout; SyncBN on CUDA with several processes."""
+    layout = distributed.layout(group.device)
+    net = Network(args, num_classes, head).to(group.device, memory_format=layout)
     if group.world > 1 and group.device.type == "cuda":
         return distributed.sync_bn(net)
     return net
@@ -1341,7 +1343,7 @@ def main(args):
         spent = {"data": time.time() - begin}  # seconds
         for sample in batch.values():
             for name, tensor in sample.items():
-                sample[name] = tensor.to(group.device, non_blocking=True)
+                sample[name] = distributed.to_device(tensor, group)
             if "label" in sample:
                 sample["label"] = sample["label"].long()  # uint8 until here: less to move
         x_l = batch["labeled"]["image"]

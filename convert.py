@@ -611,7 +611,8 @@ def key_of(name, known):
 
     The longest end of its path that is a key, else the only key with its last part.
     """
-    parts = re.sub(r"[.][^./]+$", "", name).strip("/").split("/")
+    # without Windows' drive: with it a path is absolute
+    parts = re.sub(r"[.][^./]+$", "", name.removeprefix(Path(name).drive)).strip("/").split("/")
     if not known:
         return "/".join(part for part in parts if part not in ("", ".", ".."))
     for start in range(len(parts)):

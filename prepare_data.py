@@ -651,7 +651,7 @@ class MakeSplit(Source):
         if self.dataset == "folder":  # paths with a TAB: names may hold blanks
             root = Tree("folder", self.data_root).root
             both = ((items[key].image, items[key].label) for key in lines)
-            lines = ["\t".join(str(p.relative_to(root)) for p in pair) for pair in both]
+            lines = ["\t".join(p.relative_to(root).as_posix() for p in pair) for pair in both]
         text = "".join(f"{line}\n" for line in lines)
         write(out, text.encode("utf-8", "surrogateescape"))
         if set(keys_of(out, FACTS[self.dataset]["key"])) != set(chosen):

@@ -47,7 +47,8 @@ RECIPES = {  # data set: (flags, classes, backbones)
 }
 CARDS = (16, 24, 40, 80)  # GB
 CROP, TIMED = 129, 2  # of --seconds: side of the crops, steps
-CUT_SHORT = {"warmup_iters": 0, "cutmix_prob": 1.0}  # so that both steps are whole ones
+# where a script has them: so that both steps are whole ones, and nothing is fetched
+IF_THERE = {"warmup_iters": 0, "cutmix_prob": 1.0, "weights_2": "none"}
 
 
 @dataclass
@@ -72,7 +73,7 @@ def arguments(name, recipe, backbone, amp, images):
     if hasattr(args, "batch_size_unlabeled"):
         ratio = args.batch_size_unlabeled / args.batch_size
         changed["batch_size_unlabeled"] = max(round(images * ratio), 1)
-    changed |= {key: value for key, value in CUT_SHORT.items() if hasattr(args, key)}
+    changed |= {key: value for key, value in IF_THERE.items() if hasattr(args, key)}
     return dataclasses.replace(args, **changed)
 
 

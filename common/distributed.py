@@ -148,6 +148,14 @@ def share(batch, group, name):
     return batch // group.world
 
 
+def layout(device):
+    """Returns the memory format for images and weights on a device: channels last.
+
+    But on MPS, where BN's gradients of channels last were wrong before torch 2.14.
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def sync_bn(net):
     """Returns a Network with SyncBN for BN; its weights, keys and modes stay.
 
@@ -201,9 +209,9 @@ def to_host(*tensors):
 def to_device(array, group):
     """Returns an array or tensor of the CPU on the device, without waiting for the device."""
     tensor = torch.as_tensor(array)
-    if group.device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(group.device, non_blocking=True)
+    if group.device.type == "cuda":  # on MPS a copy that nobody waits for may read what is freed
+        return tensor.pin_memory().to(group.device, non_blocking=True)
+    return tensor.to(group.device)
 
 
 def no_sync(net):

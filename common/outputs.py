@@ -72,6 +72,8 @@ def find_images(places, out):
     ]
     if not files:
         raise Refusal(f"{', '.join(places)}: no image there ({' '.join(SUFFIXES)})")
+    if len({folder.drive for folder in tops}) > 1:  # Windows
+        raise Refusal(f"{', '.join(places)}: images on several drives")
     top = os.path.commonpath(tops)
     items = {}
     for path in files:
@@ -86,8 +88,8 @@ def images_in(path):
     """Returns the image files that a folder, a list or a file stands for."""
     if path.is_dir():
         inside = (p.relative_to(path) for p in sorted(files_below(path)))
-        shown = (p for p in inside if p.suffix.lower() in SUFFIXES and "/." not in f"/{p}")
-        return [path / p for p in shown]
+        seen = (p for p in inside if not any(part.startswith(".") for part in p.parts))
+        return [path / p for p in seen if p.suffix.lower() in SUFFIXES]
     if path.suffix.lower() != ".txt":
         return [path]
     try:

@@ -65,13 +65,14 @@ MACHINE = {
     r"Too many open files|received 0 items of ancdata": (
         "too many open files: ulimit -n 4096, or --workers 0"
     ),
-    r"No space left on device|Disk quota exceeded": (
+    r"No space left on device|Disk quota exceeded|not enough space on the disk": (
         "no space left: free some, or give another --out"
     ),
-    r"Permission denied|Read-only file system|Operation not permitted": (
+    r"Permission denied|Read-only file system|Operation not permitted|Access is denied": (
         "not permitted: who owns the file or folder, and may it be written?"
     ),
-    r"can't allocate memory|Cannot allocate memory|out of memory|Unable to allocate": (
+    r"can't allocate memory|Cannot allocate memory|out of memory|Unable to allocate|"
+    r"not enough memory|paging file|error code: <1455>|Invalid buffer size": (
         "out of memory: a smaller --batch-size or --crop-size, --protocol slide or fewer --workers"
     ),
 }
@@ -97,6 +98,8 @@ def refusals(resume="the same command with --resume goes on"):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+    with contextlib.suppress(AttributeError):  # a name that the encoding of stdout lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             yield
@@ -270,7 +273,8 @@ class Run:
         load_networks(saved, networks)
         load_optimizer(saved, optimizer)
         load_state(saved, state)
-        self.meter = saved["meter"].to(self.group.device) * self.first  # all processes' in one
+        meter = saved["meter"].to(self._precise())  # before it moves: MPS has no float64
+        self.meter = meter.to(self.group.device) * self.first  # all processes' in one
         self.best = saved["best"]
         self.begin = saved["step"]
         self.spent = saved["time"]["elapsed_s"]
@@ -493,8 +497,7 @@ class Run:
         device but when something is due; then raises Refusal if a number was not finite, naming the
         step.
         """
-        precise = torch.float32 if self.group.device.type == "mps" else torch.float64
-        values = torch.stack([v.detach().to(precise) for v in logged.values()])
+        values = torch.stack([v.detach().to(self._precise()) for v in logged.values()])
         sums = torch.cat([values.new_ones(1), values])
         if len(self.meter) not in (0, len(sums)):
             raise Refusal(f"{self.folder}: the meter of its checkpoint is that of other numbers")
@@ -583,10 +586,14 @@ class Run:
             "world": self.group.world,
         }
 
+    def _precise(self):
+        """Returns the type of the log's sums: MPS has no float64."""
+        return torch.float32 if self.group.device.type == "mps" else torch.float64
+
     def _device(self):
         if self.group.device.type == "cuda":
             return torch.cuda.get_device_name()
-        return f"CPU, {platform.machine()}"
+        return f"{self.group.device.type.upper()}, {platform.machine()}"
 
     def say(self, text, step=None, numbers=()):
         """Prints one line from process 0, with step and ETA if step is given.
@@ -602,15 +609,16 @@ class Run:
                 if len(line) + len(number) + len(text) + 2 <= COLUMNS:
                     line += f"{number}  "
             text = line + text
-        if self.bar is not None:
-            self.bar.write(text, file=sys.stdout)
-        elif self.first:
+        if self.first:
             self._print(text)
 
     def _print(self, text):
         """Prints a line; where nobody reads any more, the run goes on: log.jsonl is the record."""
         try:
-            print(text, flush=True)
+            if self.bar is not None:
+                self.bar.write(text, file=sys.stdout)
+            else:
+                print(text, flush=True)
         except (OSError, ValueError):
             sys.stdout = open(os.devnull, "w")
 
@@ -645,11 +653,11 @@ class Run:
         self.log("done", self.args.total_iters, on=on, best_step=self.best["step"], **results)
         self.say(report(self.data, results, on))
         checkpoint = self.folder / ("best.pt" if "best" in results else "last.pt")
-        run = shlex.quote(str(self.folder))
+        run = shlex.quote(self.folder.as_posix())
         self.say(f"next: python predict.py {run} IMAGES --out pictures  # new images")
         self.say(f"      python predict.py {run} --split {on} --out scored  # errors, worst first")
         self.say(f"      python results/curves.py {run}")
-        file = shlex.quote(str(checkpoint))
+        file = shlex.quote(checkpoint.as_posix())
         self.say(f"      python {self.script.name} --eval-only --checkpoint {file}")
         for writer in (self.bar, self.tracker, self.file):
             if writer is not None:
@@ -660,7 +668,7 @@ class Run:
 def make_folder(folder):
     """Makes a folder and those above; returns False if it is there already. Raises Refusal."""
     with writing(folder):
-        above = next(p for p in (folder, *folder.parents) if p.exists())
+        above = next((p for p in (folder, *folder.parents) if p.exists()), folder)  # no such drive
         if not above.is_dir():
             raise Refusal(f"{above}: a file, no folder: give another --out")
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ def read_list(path, pattern, root=""):
         raise Refusal(f"{path}: not a readable list (UTF-16): save it as UTF-8")
     text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     rows = {}
+    text = text.replace(os.sep, "/")
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line:
             continue
@@ -69,7 +70,8 @@ def from_root(column, root):
     """Returns a column of a list without leading slashes; without root, where it is below that."""
     if root and os.path.isabs(column):
         for top in (os.path.abspath(root), os.path.realpath(root)):
-            if column.startswith(top + os.sep):
+            top = top.replace(os.sep, "/")
+            if column.startswith(top + "/"):
                 return column[len(top) :].lstrip("/")
     return column.lstrip("/")
 

@@ -1,5 +1,6 @@
 """Logs of runs: read, grouped by what differs but the seed, and named by it."""
 
+import glob
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -80,10 +81,18 @@ def read(place):
     return Log(path, start, kinds.get("train", []), kinds.get("eval", []), done)
 
 
+def expanded(place):
+    """Returns the paths that a pattern stands for, as Windows' shells leave it to the program."""
+    if Path(place).exists():
+        return [place]
+    return sorted(glob.glob(str(place))) or [place]
+
+
 def read_all(places):
     """Returns the Logs of run folders or log files, each given once. Raises Refusal."""
     if not places:
         raise Refusal("RUN...: give folders of runs, or their logs")
+    places = [found for place in places for found in expanded(place)]
     logs = [read(place) for place in places]
     seen = {}
     for place, log in zip(places, logs, strict=True):

@@ -11,7 +11,7 @@ import re
 import shutil
 import struct
 import zlib
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from xml.etree.ElementTree import fromstring
 
 import numpy as np
@@ -22,7 +22,7 @@ from PIL import Image
 import convert
 import predict
 import supervised
-from common import shapes
+from common import shapes, sources
 from common.data import FACTS, SPLITS, Data, Item, counts, read_mask, read_photograph, set_hash
 from common.sources import choose, load, read_list
 from convert import read_table
@@ -354,6 +354,17 @@ def test_what_nothing_reads_is_named(capsys):
     assert "no photograph by its suffix: " in refusal(command, check)
     Path("own/label_colors.txt").touch()
     assert "datumaro or CVAT" in refusal(load, own("own", dataset="cityscapes", num_classes=0))
+
+
+def test_paths_of_windows(monkeypatch):
+    """Backslashes in a list, also of absolute paths; a drive would lead an export's mask away."""
+    monkeypatch.setattr(convert, "Path", PureWindowsPath)
+    assert convert.key_of("C:/photos/a.png", {}) == "photos/a"
+    monkeypatch.setattr(sources.os, "sep", "\\")
+    monkeypatch.setattr(sources.os.path, "isabs", lambda path: path.startswith("C:"))
+    monkeypatch.setattr(sources.os.path, "abspath", lambda path: "C:\\my")
+    (path := Path("list.txt")).write_text("images\\train\\a.png\nC:\\my\\images\\train\\b.png")
+    assert list(read_list(path, FACTS["folder"]["key"], "my")) == ["a", "b"]
 
 
 def test_colours_that_were_numbered_anew_are_named(capsys):

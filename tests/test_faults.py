@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import platform
@@ -296,6 +297,7 @@ MACHINE = {
     "worker (pid 7) is killed by signal: Bus error": "--workers 0, or a larger /dev/shm",
     "[Errno 24] Too many open files": "ulimit -n 4096",
     "DefaultCPUAllocator: can't allocate memory": "a smaller --batch-size",
+    "DefaultCPUAllocator: not enough memory": "a smaller --batch-size",  # Windows
     os.strerror(errno.ENOSPC): "no space left: ",
     os.strerror(errno.EACCES): "not permitted: ",
 }
@@ -322,6 +324,13 @@ def test_an_optimizer_saved_by_an_older_torch_goes_on():
     group["betas"] = (0.5, 0.999)
     with pytest.raises(Refusal, match="betas of its group 0"):
         load_optimizer(saved, optimizer)
+
+
+def test_a_name_that_stdout_cannot_encode_is_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with run.refusals():
+        print("caf\xe9")
+    assert sys.stdout.buffer.getvalue() == b"caf\\xe9\n"
 
 
 @pytest.mark.parametrize("local, said", [("0", 1), ("1", 0)])

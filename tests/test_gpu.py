@@ -124,10 +124,18 @@ def test_what_mps_cannot_run_is_named(name):
         seen(name, "", device=MPS)
 
 
+def test_the_layout_of_mps_is_contiguous():
+    """Its BN had wrong gradients otherwise."""
+    found = {name: distributed.layout(torch.device(name)) for name in ("cpu", "cuda", "mps")}
+    assert found.pop("mps") == torch.contiguous_format
+    assert set(found.values()) == {torch.channels_last}
+
+
 def test_the_sums_of_the_log_are_float32_on_mps():
     one = Mock(signalled=False, begin=9, meter=torch.zeros(0), bad_step=torch.tensor(run.NEVER))
     one.group = Group(0, 1, torch.device("mps"))
     one.due.return_value = False
+    one._precise = lambda: run.Run._precise(one)
     run.Run.log_step(one, 1, {"loss": torch.tensor(0.5)}, 0.1, 0.0, {})
     assert one.meter.dtype == torch.float32 and one.meter.tolist() == [1, 0.5]
 

@@ -128,6 +128,12 @@ def runs():
     return ["b", "a", "lr", "open"]
 
 
+def test_patterns_are_paths_of_logs():
+    rows = sorted((ROOT / "results/camvid-lite").glob("cps-s?.jsonl"))
+    assert logs.expanded(str(rows[0])[:-7] + "?.jsonl") == [str(row) for row in rows]
+    assert logs.expanded("gone*") == ["gone*"]
+
+
 def test_seeds_are_one_curve_and_one_row_and_no_run_is_lost(runs, capsys):
     pytest.importorskip("matplotlib")
     table.main(runs)

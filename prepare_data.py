@@ -369,7 +369,7 @@ def turned_photographs(data):
 
 
 def palettes(data):
-    """Yields (mask, {number: colour}, numbers in use) of a Data, once for each palette."""
+    """Yields (mask, {number: colour}, numbers in use), of a Data's first mask of each palette."""
     known = set()  # as they are stored
     for path in dict.fromkeys(item.label for name in PARTS for item in getattr(data, name)):
         with contextlib.suppress(*UNREADABLE), Image.open(path or os.devnull) as image:
@@ -380,7 +380,7 @@ def palettes(data):
 
 
 def unlike_palettes(data):
-    """Returns a line on two masks of a Data that give a number two colours, in a list; [] if none.
+    """Returns a line on two palettes that give a number in use two colours, in a list, or [].
 
     Programs that make PNGs smaller keep the colours, and number them anew in every file.
     """
@@ -389,9 +389,9 @@ def unlike_palettes(data):
         for number in sorted(colours.keys() & used):
             colour, other = first.get(number, (colours[number], path))
             if colours[number] != colour:
-                where = f"{colour} in {other}, {colours[number]} in {path}"
+                where = f"{colour} in that of {other}, {colours[number]} in that of {path}"
                 why = f"if a program that makes files smaller has numbered colours anew, {CONVERT}"
-                return [f"warning: two colours of number {number}, {where}: {why}"]
+                return [f"warning: number {number} in two palettes, {where}: {why}"]
         first = {number: (colour, path) for number, colour in colours.items()} | first
     return []
 

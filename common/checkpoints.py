@@ -110,7 +110,8 @@ def load_networks(saved, networks, data=None):
 def load_optimizer(saved, optimizer):
     """Fills an optimizer, SGD or AdamW, from a checkpoint's dict: its momenta alone are taken.
 
-    Raises Refusal if a parameter has none, or if a group is another, but for its rate.
+    Raises Refusal if a parameter has none, or if a group is another, but for its rate and for what
+    it lacks.
     """
     content = saved["optimizer"]
     own = optimizer.state_dict()["param_groups"]

@@ -73,16 +73,12 @@ def setup(device="auto"):
 
 
 def device_of(cuda, local):
-    """Returns the CPU, or the GPU of a process of this machine. Raises Refusal.
-
-    Where a machine has fewer GPUs than processes, all of these refuse.
-    """
+    """Returns the CPU, or the GPU of a process of this machine. Raises Refusal if it has none."""
     if not cuda:
         return torch.device("cpu")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1))
-    if processes > torch.cuda.device_count():
+    if local >= torch.cuda.device_count():
         have = f"this machine has {torch.cuda.device_count()}: fewer, or --device cpu"
-        raise Refusal(f"no GPU for {processes} processes, {have}")
+        raise Refusal(f"no GPU for process {local}, {have}")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 

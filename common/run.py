@@ -69,7 +69,7 @@ MACHINE = {
         "no space left: free some, or give another --out"
     ),
     r"Permission denied|Read-only file system|Operation not permitted|Access is denied": (
-        "not permitted: who owns the file or folder, and may it be written?"
+        "not permitted: who owns the file or folder, and may it be read and written?"
     ),
     r"can't allocate memory|Cannot allocate memory|out of memory|Unable to allocate|"
     r"not enough memory|paging file|error code: <1455>|Invalid buffer size": (
@@ -98,7 +98,7 @@ def refusals(resume="the same command with --resume goes on"):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
-    with contextlib.suppress(AttributeError):  # a name that the encoding of stdout lacks
+    if getattr(sys.stdout, "errors", "") == "strict":  # a name that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
@@ -128,15 +128,16 @@ def refusals(resume="the same command with --resume goes on"):
     end_loaders()
     # where they stop alike, before there is a group or by a signal, one of each machine says it
     rank = os.environ.get("RANK", "0")
-    first = "0" in (rank, os.environ.get("LOCAL_RANK"))
-    alone = code == 2 and torch.distributed.is_initialized()
+    says = "0" in (rank, os.environ.get("LOCAL_RANK")) or not rank.isdecimal()
+    if code == 2 and not says:
+        if not torch.distributed.is_initialized():
+            time.sleep(10)  # torchrun ends all when one has ended: this one, if another has said it
+        says = True
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    if first or not rank.isdecimal() or alone:
+    if says:
         clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # the live line
         print(clear + line, file=sys.stderr, flush=True)
-    elif code == 2:
-        time.sleep(10)  # torchrun ends all when one has ended: that one has spoken
     os._exit(code)  # others may wait in a collective: no orderly end of the process group
 
 

@@ -9,7 +9,7 @@
 #   move by 15 pixels, nearly a stride, with the same weights; what was trained on crops of 513 and scored on images of
 #   512 sees everything shifted. The same network without tf_ does not.
 #   - At 16 k + 1 pixels the two rules of padding are one.
-#   - Scored at sizes of the parity of the training crop (pad the picture on the right and below), nothing moves.
+#   - Nothing moves between sizes of one remainder modulo 16, the stride (pad the picture on the right and below).
 #   (Source: timm/layers/padding.py, pad_same.)
 # Output seen (pixels by which the middle's features look further right and down than at 1025):
 #   resnet18: 1024: 0, 1026: 0, 1028: 0, 1032: 0

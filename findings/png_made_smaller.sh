@@ -8,7 +8,7 @@
 #   in the next, and the border of 255 is a class. zopflipng makes a palette of a grey mask, too: its values are colours
 #   then, and what reads the numbers (np.array(Image.open(path)), as all VOC code does) gets other classes. No value is
 #   out of range, and a viewer shows what it showed before.
-#   - Pillow's optimize=True keeps numbers; oxipng does with palette_reduction=False (without, it does not at any level).
+#   - Pillow's optimize=True keeps numbers; oxipng does with palette_reduction=False.
 #   - Undone: the colours are right, so a mask is what its colours are in the palette that it had.
 # Output seen, of the ids 0 1 15 20 255:
 #   palette, Pillow optimize: P 0 1 15 20 255

@@ -6,8 +6,8 @@
 # Behaviour: where optimizers are stepped by hand, which several of them ask for, lightning counts each optimizer's step
 #   (global_step): with two networks the run ends after six batches, with three after four, and says that max_steps was
 #   reached.
-#   - A schedule of max_steps (or estimated_stepping_batches, which is the same), stepped once a batch, is cut off in its
-#     middle: the last rate is half the first one. every_n_train_steps of ModelCheckpoint counts the same steps.
+#   - A schedule of max_steps (or estimated_stepping_batches, which is the same), stepped once a batch, is cut off: the
+#     last rate is 0.12 or 0.15 of 0.2, not 0.02. every_n_train_steps of ModelCheckpoint counts the same steps.
 #   - As meant: max_steps times the number of optimizers, or one optimizer over all parameters.
 #   - mmengine counts batches (OptimWrapperDict). (Source: lightning/pytorch/loops/optimization/manual.py.)
 # Output seen:

@@ -5,8 +5,8 @@
 # One would guess: the same step each time; accumulation and processes change where images are, not what is learned.
 # Behaviour: Trainer leaves out the division by the accumulated batches, and multiplies by the number of processes, for a
 #   model whose forward takes **kwargs, as that might average over num_items_in_batch itself. The semantic segmentation
-#   models (SegFormer, DPT, MobileViT, UperNet, BEiT, ...) take **kwargs and average over their own batch: their gradient,
-#   and the loss that is printed, is as many times too large: by the code 64 times with 8 batches on 8 GPUs.
+#   models (SegFormer, DPT, MobileViT, UperNet, BEiT, ...) take **kwargs and average over their own batch: their gradient
+#   is as many times too large: by the code 64 times with 8 batches on 8 GPUs, and so is the loss that is printed.
 #   - ViT for images hands the number on to its loss, and is right.
 #   - AdamW hides most of it; SGD, max_grad_norm and a comparison of runs do not.
 #   - As meant: model.accepts_loss_kwargs = False before Trainer is made.

@@ -841,7 +841,7 @@ def main(argv=None):
     except ImportError:
         raise Refusal("matplotlib: not installed; pip install -r requirements-dev.txt") from None
     distributed.setup(options.device)  # refuses a GPU that is not there
-    runs = [read_run(place) for place in options.runs]
+    runs = [read_run(found) for place in options.runs for found in logs.expanded(place)]
     views = Views(options)
     for name, draw in FIGURES.items():
         title = draw.__doc__.partition("\n")[0].rstrip(".")

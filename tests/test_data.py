@@ -374,7 +374,9 @@ def test_colours_that_were_numbered_anew_are_named(capsys):
         mask.putpalette(np.repeat(np.uint8(greys), 3).tobytes())
         mask.save(masks / f"{name}.png")
         command("check --dataset folder --num-classes 4 --data-root own")
-        told = f"(50, 50, 50) in {masks / 'b.png'}, (90, 90, 90) in {masks / 'd.png'}"
+        told = (
+            f"(50, 50, 50) in that of {masks / 'b.png'}, (90, 90, 90) in that of {masks / 'd.png'}"
+        )
         assert (told in capsys.readouterr().out) == (name == "d")
 
 

@@ -147,7 +147,7 @@ def share(batch, group, name):
 def layout(device):
     """Returns the memory format for images and weights on a device: channels last.
 
-    But on MPS, where BN's gradients of channels last were wrong before torch 2.14.
+    But on MPS, where BN's gradients of channels last may be wrong (pytorch's issue 175189).
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 

@@ -45,54 +45,34 @@ class Images(Dataset):
         return {"pixel_values": image, "labels": torch.tensor(i) if kind == "ViT" else mask}
 
 
-def segformer():
-    config = transformers.SegformerConfig(
-        num_labels=CLASSES,
-        depths=[1] * 4,
-        hidden_sizes=[8] * 4,
-        num_attention_heads=[1] * 4,
-        decoder_hidden_size=8,
-    )
-    return transformers.SegformerForSemanticSegmentation(config)
-
-
-def dpt():
-    config = transformers.DPTConfig(
-        num_labels=CLASSES,
-        image_size=SIDE,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=32,
-        backbone_out_indices=[0, 1, 2, 3],
-        neck_hidden_sizes=[8] * 4,
-        fusion_hidden_size=8,
-    )
-    return transformers.DPTForSemanticSegmentation(config)
-
-
-def mobilevit():
-    config = transformers.MobileViTConfig(
-        num_labels=CLASSES, image_size=SIDE, hidden_sizes=[16] * 3, neck_hidden_sizes=[8] * 7
-    )
-    return transformers.MobileViTForSemanticSegmentation(config)
-
-
-def vit():
-    config = transformers.ViTConfig(
-        num_labels=CLASSES,
-        image_size=SIDE,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        intermediate_size=16,
-    )
-    return transformers.ViTForImageClassification(config)
-
-
-MAKE = {"Segformer": segformer, "DPT": dpt, "MobileViT": mobilevit, "ViT": vit}
+TRANSFORMER = {"image_size": SIDE, "intermediate_size": 32, "num_attention_heads": 2}
+MODELS = {  # configuration, model, what makes it small
+    "Segformer": (
+        transformers.SegformerConfig,
+        transformers.SegformerForSemanticSegmentation,
+        {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4},
+    ),
+    "DPT": (
+        transformers.DPTConfig,
+        transformers.DPTForSemanticSegmentation,
+        {"hidden_size": 32, "num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}
+        | {"neck_hidden_sizes": [8] * 4, "fusion_hidden_size": 8}
+        | TRANSFORMER,
+    ),
+    "MobileViT": (
+        transformers.MobileViTConfig,
+        transformers.MobileViTForSemanticSegmentation,
+        {"image_size": SIDE, "hidden_sizes": [16] * 3, "neck_hidden_sizes": [8] * 7},
+    ),
+    "ViT": (
+        transformers.ViTConfig,
+        transformers.ViTForImageClassification,
+        {"hidden_size": 16, "num_hidden_layers": 1} | TRANSFORMER,
+    ),
+}
 torch.manual_seed(0)
-model = MAKE[kind.removesuffix("=False")]()
+config, make, small = MODELS[kind.removesuffix("=False")]
+model = make(config(num_labels=CLASSES, **small))
 if kind.endswith("=False"):
     model.accepts_loss_kwargs = False
 for module in model.modules():  # eval mode throughout: neither dropout nor BN tells batches apart

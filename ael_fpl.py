@@ -95,9 +95,9 @@ class Args:
     track: Literal["none", "trackio", "wandb"] = "none"  # log there too, if it is installed
     # -- data --
     # which images: shapes are generated, folder is any of your own
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] = (
-        "shapes"
-    )
+    dataset: Literal[
+        "shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "ade20k", "folder"
+    ] = "shapes"
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
@@ -181,7 +181,7 @@ class Args:
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
         "data_root": "dataset!=shapes",
         "cache": "dataset!=shapes",
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, no split_seed, split!=all|list",
+        "split_family": "dataset!=shapes|camvid|folder, no split_seed, split!=all|list",
         "split_seed": "split!=all, no labeled_list",
         "weights": "no init",
         # >>> method: network-needs
@@ -268,6 +268,7 @@ DATASETS = {
     "voc_aug": VOC,
     "cityscapes": CITYSCAPES,
     "coco": COCO,
+    "ade20k": VOC | dict(protocol="whole", split_family="unimatch"),  # no paper's
     "folder": FOLDER,
 }
 

@@ -103,7 +103,8 @@ class Args:
     split: Literal["val", "test"] | None = None  # predict and score this part of the data set
     # of --split; left out: the one trained on
     dataset: (
-        Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"] | None
+        Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "ade20k", "folder"]
+        | None
     ) = None
     # of --split, and of --precise-bn's images; left out: the one trained on
     data_root: str = ""

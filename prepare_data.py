@@ -1,9 +1,10 @@
-"""Real data sets in: published splits, VOC with SBD, Cityscapes, CamVid, COCO; checks, statistics.
+"""Real data sets in: lists, VOC with SBD, Cityscapes, CamVid, COCO, ADE20K; checks, statistics.
 
 python prepare_data.py splits --family cps        # the published lists, into data/splits
 python prepare_data.py voc                        # download, check, build SegmentationClassAug
 python prepare_data.py cityscapes                 # what is there, what is missing, and where it is
 python prepare_data.py coco                       # masks of 81 classes from the annotations
+python prepare_data.py ade20k                     # as cityscapes
 python prepare_data.py convert --from DIR --out my # masks of ids from 0/255, colours or an export
 python prepare_data.py make-split --dataset camvid --labels 30 --every-class --out lists/30.txt
 python prepare_data.py check --dataset folder --data-root DIR --num-classes 5
@@ -77,6 +78,7 @@ ARCHIVES = {  # of VOC and SBD: address, md5
     ),
 }
 ZIPS = {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip"}
+ADE20K = dict.fromkeys(("images", "annotations"), "ADEChallengeData2016.zip")
 VOC = ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets")  # lists last
 CAMVID = {"train": 367, "val": 101, "test": 233}  # images
 FOLDER_CROP = 513  # pixels: the scripts' own of --dataset folder, 512 in cps_fpl.py
@@ -161,6 +163,21 @@ def unpack(path, folder, wanted):
         file = folder / re.search(wanted, name)[1]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
+
+
+def unpack_absent(root, zips):
+    """Unpacks the folders of {folder: zip file}, both in root, that are not there yet.
+
+    They stand at the top of their zip file, or in its one folder.
+    """
+    for top, name in zips.items():
+        path = root / name
+        partial = root / f".partial-{top}"
+        if path.is_file() and not (root / top).exists():
+            print(f"{path}: {top} is unpacked, {path.stat().st_size / 1e9:.1f} GB", flush=True)
+            with scratch(partial):
+                unpack(path, partial, f"^(?:[^/]+/)?({top}/.+)")
+                place(partial, root, [top])
 
 
 @contextlib.contextmanager
@@ -297,6 +314,11 @@ def render(size, annotations, classes):
 
 
 # ---- what is on disk ----
+
+
+def published_parts(name):
+    """Returns {part: number of images} of a data set."""
+    return {part: entry["images"] for part, entry in SPLITS[name]["parts"].items()}
 
 
 def inventory(name, root, expected, where):
@@ -443,7 +465,7 @@ class Splits:
 
     family: Literal["cps", "u2pl", "cac", "unimatch"]  # whose; cac: its draws cac0, cac1, cac2
     source: From = ""  # folder with lists in any format, searched in place of the network
-    dataset: Literal["all", "voc", "voc_aug", "cityscapes", "coco"] = "all"
+    dataset: Literal["all", "voc", "voc_aug", "cityscapes", "coco", "ade20k"] = "all"
 
     def run(self):
         """Fetches what is not there. Raises Refusal at the end with all that --from lacks."""
@@ -457,8 +479,8 @@ class Splits:
         for dataset in datasets:
             families = [f for f in SPLITS[dataset] if f.startswith(("parts", self.family))]
             for family, split in ((f, s) for f in families for s in SPLITS[dataset][f]):
-                if (dataset, family, split) == ("coco", "parts", "train"):  # nobody published it
-                    continue
+                if family == "parts" and "url" not in SPLITS[dataset][family][split]:
+                    continue  # no list of it: the images in its folder
                 try:
                     fetch_list(dataset, family, split, self.source)
                 except Refusal as error:
@@ -515,17 +537,23 @@ class Cityscapes:
     def run(self):
         """Raises Refusal if something is missing."""
         root = Path(self.root)
-        for top, name in ZIPS.items():
-            path = root / name
-            partial = root / f".partial-{top}"
-            if path.is_file() and not (root / top).exists():
-                print(f"{path}: unpacked to {path.stat().st_size / 1e9:.1f} GB", flush=True)
-                with scratch(partial):
-                    unpack(path, partial, f"^({top}/.+)")
-                    place(partial, root, [top])
-        parts = SPLITS["cityscapes"]["parts"].items()
+        unpack_absent(root, ZIPS)
         where = f"{' and '.join(ZIPS.values())}, by login from https://www.cityscapes-dataset.com"
-        inventory("cityscapes", root, {part: entry["images"] for part, entry in parts}, where)
+        inventory("cityscapes", root, published_parts("cityscapes"), where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ade20k:
+    """What of ADE20K is there and what is missing; its zip file is unpacked if there."""
+
+    root: str = FACTS["ade20k"]["root"]  # folder with images and annotations, or their zip
+
+    def run(self):
+        """Raises Refusal if something is missing."""
+        root = Path(self.root)
+        unpack_absent(root, ADE20K)
+        where = f"{ADE20K['images']} from http://sceneparsing.csail.mit.edu"
+        inventory("ade20k", root, published_parts("ade20k"), where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -585,7 +613,7 @@ class Coco:
 class Source:
     """A data set in its folder."""
 
-    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "folder"]
+    dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "ade20k", "folder"]
     data_root: str = ""  # its folder; left out: data/<dataset>
     num_classes: Number = 0  # of --dataset folder; left out: those of its classes.csv
     ignore_index: Number = IGNORE  # of --dataset folder: the value in a mask that is no class
@@ -676,13 +704,14 @@ class Split(Source):
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
 
     NEEDS: ClassVar[dict] = Source.NEEDS | {
-        "split_family": "dataset=voc|voc_aug|cityscapes|coco, split!=all, no split_seed",
+        "split_family": "dataset!=shapes|camvid|folder, split!=all, no split_seed",
         "split_seed": "split!=all, no labeled_list",
     }
 
     def family(self):
         """Returns the split_family, that of cps_fpl.py where it is left out."""
-        return self.split_family or ("unimatch" if self.dataset == "coco" else "cps")
+        usual = "unimatch" if self.dataset in ("coco", "ade20k") else "cps"
+        return self.split_family or usual
 
     def load(self):
         """Returns the Data of these flags. Raises Refusal."""
@@ -836,7 +865,17 @@ def check_flags(command, argv):
 def main(argv=None):
     """Runs the command of the flags. Raises Refusal; Ctrl-C ends with exit code 130."""
     commands = (
-        Splits | Voc | Cityscapes | Camvid | Coco | Convert | Cache | MakeSplit | Check | Stats
+        Splits
+        | Voc
+        | Cityscapes
+        | Camvid
+        | Coco
+        | Ade20k
+        | Convert
+        | Cache
+        | MakeSplit
+        | Check
+        | Stats
     )
     try:
         command = cli(commands, argv)

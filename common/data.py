@@ -80,8 +80,8 @@ class Data:
         self.tables = {}  # end of a mask's name -> (256,) class of a value, 254: unknown
         for end, ids in (facts.get("ids", {}) | {"": range(self.num_classes)}).items():
             self.tables[end] = np.full(256, 254, np.uint8)
-            self.tables[end][: len(ids)] = ids
             self.tables[end][args.ignore_index] = IGNORE
+            self.tables[end][: len(ids)] = ids
 
     def hashes(self):
         """Returns {list: [number of images, set hash]}."""
@@ -117,8 +117,10 @@ class Data:
         label = table[values]
         if (label == 254).any():
             y, x = np.argwhere(label == 254)[0]
-            *_, last = np.flatnonzero(table < 254)
-            what = f"value {values[y, x]} at row {y}, column {x}; classes are 0 to {last}, and"
+            first, *_, last = np.flatnonzero(table < 254)
+            what = (
+                f"value {values[y, x]} at row {y}, column {x}; classes are {first} to {last}, and"
+            )
             raise Refusal(f"{item.label}: {what} {np.flatnonzero(table == IGNORE)[-1]} is ignored")
         return image, Image.fromarray(label)
 
@@ -381,12 +383,16 @@ def set_hash(keys):
 def counts(dataset, split):
     """Returns (labelled, unlabelled) images of a split, from the facts alone; (0, 0) if unknown.
 
-    1/r of any r, as --split-seed draws it, or a published name.
+    A published name, or 1/r of any r, as --split-seed draws it.
     """
-    known = {k: e["images"] for f in SPLITS.get(dataset, {}).values() for k, e in f.items()}
+    known = {
+        name: entry["images"]
+        for family in reversed(SPLITS.get(dataset, {}).values())  # the first wins: CAC's differ
+        for name, entry in family.items()
+    }
     pool = known.get("train", 0)
     labels = known.get(split, 0)
-    if fraction := re.fullmatch(r"1/([1-9]\d*)", split or ""):
+    if not labels and (fraction := re.fullmatch(r"1/([1-9]\d*)", split or "")):
         labels = math.ceil(pool / int(fraction[1]))
     if split == "all":
         return pool, pool

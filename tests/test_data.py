@@ -163,6 +163,7 @@ TABLES = [  # data set, flags, the name of a mask, {a value of it: its class or 
     ("camvid", {}, "k.png", {v: v for v in range(11)} | {11: 255, 255: 255}),
     ("cityscapes", {}, "k_labelTrainIds.png", {v: v for v in range(19)} | {255: 255}),
     ("cityscapes", {}, "k_gtFine_labelIds.png", TRAIN_IDS),
+    ("ade20k", {}, "k.png", {0: 255} | {v: v - 1 for v in range(1, 151)}),  # 255: another's masks
     ("folder", dict(num_classes=254), "k.png", {v: v for v in range(254)} | {255: 255}),
     ("folder", dict(num_classes=3, ignore_index=3), "k.png", {0: 0, 1: 1, 2: 2, 3: 255}),
 ]
@@ -177,7 +178,7 @@ def test_a_value_becomes_its_class_or_is_refused(name, changes, end, classes):
     Image.fromarray(known).save(item.label)
     label = np.asarray(data.read(item, True)[1])
     assert label.ravel().tolist() == [classes[value] for value in known.ravel().tolist()]
-    last = max(value for value, c in classes.items() if c != 255)
+    named = [value for value, c in classes.items() if c != 255]
     ignored = max(value for value, c in classes.items() if c == 255)
     strangers = sorted({*range(256)} - set(classes))
     for stranger in (*strangers[:2], *strangers[-2:]):
@@ -185,7 +186,8 @@ def test_a_value_becomes_its_class_or_is_refused(name, changes, end, classes):
         Image.fromarray(known).save(item.label)
         line = refusal(data.read, item, True)
         assert f"{end}: value {stranger} at row 5, column 7; " in line
-        assert line.endswith(f"classes are 0 to {last}, and {ignored} is ignored")
+        ends = f"classes are {min(named)} to {max(named)}, and {ignored} is ignored"
+        assert line.endswith(ends)
 
 
 A, B = NAMES[:2]
@@ -247,6 +249,7 @@ COUNTS = {  # labelled and unlabelled images of the papers' splits, and of r of 
     "voc_aug": {"1/2": (5291, 5291), "1/16": (662, 9920), "10582": (0, 0)},
     "cityscapes": {"1/3": (992, 1983), "list": (0, 0), "1/0": (0, 0)},
     "coco": {"1/512": (232, 118055), "all": (118287, 118287)},
+    "ade20k": {"1/16": (1263, 18947), "all": (20210, 20210)},
     "folder": {"1/2": (0, 0), "all": (0, 0)},
 }
 
@@ -261,7 +264,7 @@ def test_counts_are_those_of_the_papers_and_the_published_sets_those_of_the_proj
         if family != "parts" and (family[:3], split) != ("cac", "1/4"):  # CAC's: one fewer
             assert counts(name, split)[0] == one["images"]
     # read from the lists of each project
-    assert (len(found), entry(found)["set"]) == (65, "3365c239")
+    assert (len(found), entry(found)["set"]) == (73, "fee55d3b")
     assert set_hash(["c9", "a", "c10", "b"]) == entry(["a", "b", "c10", "c9"])["set"]
 
 

@@ -370,8 +370,8 @@ def test_a_list_is_fetched_once_checked_kept_in_its_order(server, capsys, monkey
 def test_a_list_that_cannot_be_fetched_is_refused_with_the_command_that_fetches_it(server, dataset):
     for family, split in ((f, s) for f in SPLITS[dataset] for s in SPLITS[dataset][f]):
         line = refusal(sources.fetch_list, dataset, family, split)
-        if (dataset, family, split) == ("coco", "parts", "train"):
-            assert line.endswith("they are those in its folder, train2017/*")
+        if family == "parts" and "url" not in SPLITS[dataset][family][split]:
+            assert line.endswith(f"in its folder, {FACTS[dataset]['parts'][split][0]}")
             continue
         words = line.partition("; python prepare_data.py ")[2].partition(", with")[0]
         assert line.startswith(str(sources.LISTS)) and "with --from DIR" in line and server.asked
@@ -573,22 +573,46 @@ def test_wrong_archives_leave_nothing_in_place(voc, monkeypatch, name, member, c
     assert not list(Path("data/voc").iterdir())
 
 
-def test_cityscapes_says_what_is_missing_and_is_unpacked_from_its_zips(capsys, monkeypatch):
-    root = Path("data/cityscapes")
-    trees.publish_parts(monkeypatch, "cityscapes")
-    trees.draw(root, "cityscapes, label ids")
+ZIPS = [  # layout, kind of its masks, zip files: (their one folder, what lies there); what is lost
+    (
+        *("cityscapes, label ids", "labelIds"),
+        {
+            "leftImg8bit_trainvaltest": ("", ["leftImg8bit"]),
+            "gtFine_trainvaltest": ("", ["gtFine"]),
+        },
+        ["jena*_labelIds.png", "lindau*_leftImg8bit.png", "frankfurt*_leftImg8bit.png"],
+    ),
+    (
+        *("ade20k", "class ids"),
+        {"ADEChallengeData2016": ("ADEChallengeData2016/", ["images", "annotations"])},
+        ["*train_00001609.png", "*val_00000001.jpg", "*val_00002000.jpg"],
+    ),
+]
+
+
+@pytest.mark.parametrize("layout, kind, zips, lost", ZIPS)
+def test_what_lies_in_zips_is_unpacked_and_what_is_missing_is_said(
+    layout, kind, zips, lost, capsys, monkeypatch
+):
+    name = trees.LAYOUTS[layout][0]
+    root = Path("data", name)
+    trees.publish_parts(monkeypatch, name)
+    trees.draw(root, layout)
     whole = contents(root)
-    for top in ("leftImg8bit", "gtFine"):
-        archive(root / f"{top}_trainvaltest.zip", {f"{top}/train/": ""} | whole)
-        shutil.rmtree(root / top)
-    command("cityscapes")
+    for file, (top, folders) in zips.items():
+        members = {f"{top}{folders[0]}/train/": ""}
+        archive(root / f"{file}.zip", members | {top + path: data for path, data in whole.items()})
+        for each in folders:
+            shutil.rmtree(root / each)
+    command(name)
     said = capsys.readouterr().out
-    assert "train: 4 of 4 images; masks: 4 labelIds\n" in said and "complete; next: python" in said
+    assert f"train: 4 of 4 images; masks: 4 {kind}\n" in said and "complete; next: python" in said
     assert contents(root) == whole and not list(root.glob(".*"))
-    for name in ("jena*_labelIds.png", "lindau*_leftImg8bit.png", "frankfurt*_leftImg8bit.png"):
-        os.remove(next(root.rglob(name)))
-    line = refusal(command, "cityscapes")
-    assert "train: 1 images without a mask, jena_000078_000019 first; val: 0 of 2 images" in line
+    for pattern in lost:
+        os.remove(next(root.rglob(pattern)))
+    line = refusal(command, name)
+    key = trees.KEYS[name]["train"][2]
+    assert f"train: 1 images without a mask, {key} first; val: 0 of 2 images" in line
 
 
 def test_coco_masks_hold_the_smaller_instance_on_top_and_crowds_below():
@@ -676,6 +700,7 @@ NEXT = [  # flags of check, what its next command has beside them
     ("--dataset voc --labeled-list l.txt --unlabeled-list u.txt", ""),
     ("--dataset cityscapes --split 1/2 --split-family u2pl --crop-size 33", ""),
     ("--dataset coco --split 1/32", "--split-family unimatch"),
+    ("--dataset ade20k --split 1/64", "--split-family unimatch"),
     ("--dataset coco --split 1/2 --split-seed 3", ""),
 ]
 

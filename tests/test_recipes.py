@@ -30,6 +30,7 @@ SPLITS = {  # the usual one first, "" where none is given; nobody published VOC'
     "voc_aug": [*SHARES.split(), "92", ""],
     "cityscapes": [*SHARES.split(), "186", ""],
     "coco": [*"1/512 1/256 1/128 1/64 1/32 1/8 all".split(), ""],
+    "ade20k": [*SHARES.split(), "1/128", ""],
     "folder": ["", "1/8", "all"],
     "camvid": ["", *SHARES.split()],
     "shapes": ["", *SHARES.split()],
@@ -135,7 +136,7 @@ def test_help_has_each_flag_with_its_sentence_its_choices_and_its_value_here(cap
 
 
 VOC_LIST = "--dataset voc --labeled-list l.txt --total-iters 9"
-FAMILY = "--dataset voc or voc_aug or cityscapes or coco and no --split-seed and "
+FAMILY = "--dataset other than shapes or camvid or folder and no --split-seed and "
 FAMILY += "--split other than all or list"
 NEEDS = [  # script, flag; flags with which it is idle, what it needs, flags with which it acts
     ("supervised", "--recipe official", "", "", None),

@@ -247,7 +247,7 @@ CASES = [
         ("make-split --dataset camvid --out l --labels 0", "--labels_0: from_1_to"),
         ("make-split --dataset camvid --out l --labels 1 --seed -1", "--seed_-1: from_0_to"),
         ("cache --dataset camvid --out c --max-gb 0", "--max-gb_0.0: from_1e-12"),
-        ("stats --dataset voc_aug --split-family cps", "or_coco_and_--split_other"),
+        ("stats --dataset voc_aug --split-family cps", "or_folder_and_--split_other"),
         ("check --dataset voc --split 1/8 --split-family cps --split-seed 0", "no_--split-seed"),
         ("check --dataset camvid --split-seed 1", "--split-seed_1_does_nothing needs_--split"),
         ("stats --dataset voc --split 1/8 --split-seed 1 --labeled-list l", "no_--labeled-list"),

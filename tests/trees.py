@@ -17,10 +17,12 @@ NAMES = [f"0001TP_{number:06d}" for number in range(6690, 6840, 30)]  # CamVid's
 VOC = ["2007_000032", "2008_000008", "2009_003377", "2011_000068"]
 CITY = "aachen_000000_000019 bad-honnef_000000_080169 jena_000078_000019 ulm_000001_000019".split()
 COCO = [f"{number:012}" for number in (9, 177254, 283213, 581929)]
+ADE = [f"ADE_train_{number:08}" for number in (1, 186, 1609, 20210)]
 KEYS = {
     "voc": {"train": VOC, "val": ["2007_000033", "2011_003276"]},
     "cityscapes": {"train": CITY, "val": ["frankfurt_000001_066574", "lindau_000000_000019"]},
     "coco": {"train": COCO, "val": ["000000000139", "000000581781"]},
+    "ade20k": {"train": ADE, "val": ["ADE_val_00000001", "ADE_val_00002000"]},
 }
 FINE = ["2008_000008", "2011_000068", *KEYS["voc"]["val"]]  # VOC's own masks; the rest is SBD's
 OFFICIAL = "leftImg8bit/{part}/{city}/{key}_leftImg8bit.png"
@@ -28,6 +30,7 @@ TRAIN_IDS = "gtFine/{part}/{city}/{key}_gtFine_labelTrainIds.png"
 LABEL_IDS = "gtFine/{part}/{city}/{key}_gtFine_labelIds.png"
 AUG, OWN = "SegmentationClassAug/{key}.png", "SegmentationClass/{key}.png"
 KIT, LISTS = "VOCdevkit/VOC2012/", ["train_aug", "val"]
+SCENES = ("images/{long}/{key}.jpg", "annotations/{long}/{key}.png")
 CPS = ["segmentation/{part}/{key}_gtFine.png"]
 PSMT = ("images/city_gt_fine/{part}/{key}_leftImg8bit", "annotation/city_gt_fine/{part}/{key}")
 LAYOUTS = {  # data set, image, masks (the preferred first), lists in ImageSets: train's, val's
@@ -42,6 +45,7 @@ LAYOUTS = {  # data set, image, masks (the preferred first), lists in ImageSets:
     "cityscapes, CPS": ("cityscapes", "images/{part}/{key}.png", CPS, []),
     "cityscapes, PS-MT": ("cityscapes", PSMT[0] + ".png", [PSMT[1] + "_gtFine.png"], []),
     "coco": ("coco", "{part}2017/{key}.jpg", ["masks/{key}.png"], []),
+    "ade20k": ("ade20k", SCENES[0], [SCENES[1]], []),
 }  # fmt: skip
 LINES = {  # of the lists of each project
     "voc": {
@@ -56,6 +60,7 @@ LINES = {  # of the lists of each project
         "A-FPL": "{city}/{key}_leftImg8bit.png",
     },
     "coco": {"UniMatch": "train2017/{key}.jpg masks/{key}.png", "PseudoSeg": "train2017/{key}"},
+    "ade20k": {"UniMatch V2": " ".join(SCENES)},
 }
 
 
@@ -104,7 +109,8 @@ def entry(keys, **more):
 def words(key, part="train"):
     """Returns what stands in the place of each {word} of a layout or a line."""
     fold = {"train": "train_aug"}.get(part, part)
-    return dict(key=key, part=part, fold=fold, city=key.split("_")[0])
+    long = {"train": "training", "val": "validation"}[part]
+    return dict(key=key, part=part, fold=fold, long=long, city=key.split("_")[0])
 
 
 def picture(path, mode, value, size=(8, 6)):

@@ -16,7 +16,7 @@ pixels by Copy-Paste, pixels in the loss. FPL replaces the loss with one pseudo 
   python ael_fpl.py --dataset camvid --split 1/8 --unsup-loss ce
   torchrun --nproc_per_node 8 ael_fpl.py --dataset cityscapes --split 1/16 --T 0.9
 
-Measured: the table in README.md. Papers, released code [D30] and this script: docs/ael_fpl.md.
+Measured: docs/results.md. Papers, released code [D30] and this script: docs/ael_fpl.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ Valpola (T&V, arXiv:1703.01780v6) instead. What this adds to its parent:
   torchrun --nproc_per_node 4 mean_teacher.py --dataset voc --split 732 --labeled-list FILE \
       --unlabeled-list FILE --cutmix
 
-Measured: the table in README.md. Paper, released code and this script: docs/mean_teacher.md.
+Measured: docs/results.md. Paper, released code and this script: docs/mean_teacher.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ DeepLabv3+ on the labelled images, nothing else: the floor under every other scr
   python supervised.py --dataset camvid --split 1/8
   torchrun --nproc_per_node 8 supervised.py --dataset cityscapes --split 1/16 --labeled-list FILE
 
-Measured: the table in README.md. Paper, released code and this script: docs/supervised.md.
+Measured: docs/results.md. Paper, released code and this script: docs/supervised.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ the classes that they are unlikely to be: a bank of them feeds a contrastive (L_
   torchrun --nproc_per_node 8 u2pl.py --dataset cityscapes --split 1/4
 
 This is the paper's L_c; no recipe is the released one, whose three defects interact [D16].
-Measured: the table in README.md. Paper, released code and this script: docs/u2pl.md.
+Measured: docs/results.md. Paper, released code and this script: docs/u2pl.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------

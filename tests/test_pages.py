@@ -66,6 +66,14 @@ def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
         assert table.inserted(page) == (ROOT / page).read_text(), "python results/table.py --write"
     page = (ROOT / "docs/results.md").read_text()
     assert set(differences.rows() + differences.by_class()) <= set(page.splitlines())
+    told = re.findall(
+        r"^\| .* (holds|does not hold|cannot be told) \|$", page.split("<!--")[1], re.M
+    )
+    known, wrong, open_ = map(told.count, ("holds", "does not hold", "cannot be told"))
+    words = f"Of {len(told)} claims {known} hold, {wrong} do not, and {open_} cannot be told"
+    assert words in " ".join(page.split())
+    own = re.findall(r"^\| FPL.* \| FPL Table .*$", PAGES[0].read_text(), re.M)
+    assert own == re.findall(r"^\| FPL.* \| FPL Table .*$", page, re.M)
     for path in sorted((ROOT / "results").glob("*/*.jsonl")):
         assert '"/' not in path.read_text(), f"{path}: a place on somebody's machine"
         start, train_lines, evals, done = table.read(path)

@@ -62,17 +62,6 @@ from common.run import machine_remedy, refusals, report
 
 # ---- 2. Options ------------------------------------------------------------------------------
 
-HEADS = {  # script -> the head of its networks
-    "supervised.py": "DeepLabV3Plus",
-    "mean_teacher.py": "DeepLabV3Plus",
-    "cps_fpl.py": "CPSHead",
-    "ael_fpl.py": "DeepLabV3Plus",
-    "u2pl.py": "U2PLHead",
-    "u2pl_ael.py": "U2PLHead",
-    "esl.py": "ESLHead",
-    "unimatch.py": "UniMatchHead",
-    "unimatch_v2.py": "DPTHead",
-}
 WHOLE = 4_000_000  # pixels; a larger image goes through in windows whatever the protocol
 WINDOW = 1024  # their side then
 SIZES = ((2, 97, 65), (1, 64, 128))  # images, height, width that an export is verified on
@@ -214,12 +203,24 @@ def with_root(saved, options):
     return saved
 
 
+def script_of(saved):
+    """Returns the script, imported, that wrote a checkpoint's dict. Raises Refusal."""
+    file = Path(__file__).with_name(Path(saved["script"]).name)
+    if not file.is_file() or "\ndef build(" not in file.read_text(encoding="utf-8"):
+        raise Refusal(f"{saved['path']}: of {saved['script']}, which is no script of this checkout")
+    return importlib.import_module(file.stem)
+
+
+def head_of(script):
+    """Returns the class of a script's head: the one whose name ends so, or DeepLabV3Plus."""
+    own = [value for name, value in vars(script).items() if name.endswith("Head")]
+    return own[0] if own else script.DeepLabV3Plus
+
+
 def build_source(saved, network=None, device="cpu", amp="none"):
     """Returns the Source of a checkpoint's dict. Raises Refusal."""
     path = saved["path"]
-    if saved["script"] not in HEADS:
-        raise Refusal(f"{path}: of {saved['script']}; known are {', '.join(HEADS)}")
-    script = importlib.import_module(Path(saved["script"]).stem)
+    script = script_of(saved)
     args = arguments(script, saved["args"], amp)
     rows = [ClassRow(*row) for row in saved.get("classes", ())]  # older ones name none
     data = Data(args, [], [], [], [], rows)
@@ -231,8 +232,8 @@ def build_source(saved, network=None, device="cpu", amp="none"):
     if name not in known:
         raise Refusal(f"{path}: no network {name}; --network takes {', '.join(known)}")
     parts = ["branch1", "branch2"] if name == "mean" else [name]
-    head = getattr(script, HEADS[saved["script"]])
     of_branch = getattr(script, "of_branch", lambda args, part: args)  # cps_fpl.py's may differ
+    head = head_of(script)
     networks = {
         part: script.build(of_branch(args, part), data.num_classes, head, group) for part in parts
     }
@@ -375,7 +376,8 @@ def one_T(source):
     """Returns the T of a run with FPL; None of others, and where each pixel chose among several."""
     T = source.saved["args"].get("T")
     several = T if isinstance(T, list) else [T]
-    return several[0] if len(several) == 1 else None
+    known = hasattr(source.script, "fuzzy_positive_assignment")
+    return several[0] if known and len(several) == 1 else None
 
 
 def described(source, sums):
@@ -388,9 +390,9 @@ def described(source, sums):
     found["entropy"] = (255 * entropy).round().clamp(0, 255)
     if one_T(source):
         p, _ = source.script.by_rank(prob)
-        found["K"] = source.script.fuzzy_positive_assignment(
-            p, one_T(source), k_max=source.args.k_max, strict=source.args.strict
-        )
+        given = vars(source.args)
+        rule = {name: given[name] for name in given.keys() & {"k_max", "strict"}}
+        found["K"] = source.script.fuzzy_positive_assignment(p, one_T(source), **rule)
     return as_arrays({name: value[0] for name, value in found.items()})
 
 
@@ -659,16 +661,22 @@ def main(argv=None):
     source = build_source(saved, options.network, group.device, options.amp)
     of = f"{source.name} of {source.saved['script']}, step {source.saved['step']}"
     print(f"{source.saved['path']}: {of}, {source.data.num_classes} classes", flush=True)
+    unread = []
     if options.out:
         if note := distributed.slow_bf16(options.amp, group.device):
             print(f"note: {note}", file=sys.stderr)
-        predict_and_write(options, source, group.device)
+        unread = predict_and_write(options, source, group.device)
     if options.onnx or options.program or options.safetensors:
         take_away(options, build_source(saved, options.network))
+    if unread:
+        raise Refusal(f"{len(unread)} images were not read, the first: {unread[0]}")
 
 
 def predict_and_write(options, source, device):
-    """Predicts images; writes what --csv, masks and --export ask for. Raises Refusal."""
+    """Predicts images; writes what --csv, masks and --export ask for.
+
+    Returns a line for each image that was not read.
+    """
     folder = Path(options.out)
     results, data, unread = predict_all(options, source, device)
     print(f"{folder}: {len(results)} images in {folder / 'classes'}", flush=True)
@@ -683,8 +691,7 @@ def predict_and_write(options, source, device):
         print(f"{folder / 'index.html'}: the same, and the worst images first")
     if options.export and not unread:
         print(outputs.write_archive(folder, options.export, results, source.data.palette))
-    if unread:
-        raise Refusal(f"{len(unread)} images were not read, the first: {unread[0]}")
+    return unread
 
 
 def take_away(options, source):

@@ -41,7 +41,7 @@ def checkpoint(name="supervised", step=600, dataset="camvid", **values):
     module = script(name)
     torch.manual_seed(0)
     args = merge(module.Args(dataset=dataset, weights="none", **values), module.preset)
-    head = getattr(module, predict.HEADS[f"{name}.py"])
+    head = predict.head_of(module)
     networks = {}
     for part in tiny.NETWORKS[name]:
         net = module.Network(args, len(FACTS[dataset]["classes"]), head)
@@ -88,7 +88,7 @@ def test_classes_are_those_of_the_scripts_own_evaluation(name):
             call("run", "in", "--out", out, "--window", window, *more)
             assert (tiny.pixels(out / "classes/a.png") == expected).all()
             assert tiny.pixels(out / "classes/sub/b.png").shape == (20, 30)
-    assert (out / "K/a.png").exists() == (name in ("cps_fpl", "ael_fpl"))
+    assert (out / "K/a.png").exists() == ("T" in source.saved["args"])
     with Image.open(out / "classes/a.png") as picture:
         colours = bytes(picture.getpalette())
     assert colours == source.data.palette.tobytes().ljust(768, b"\0")
@@ -130,7 +130,10 @@ def test_an_older_checkpoint_has_one_T_and_predict_shows_K_of_one_alone():
         "lr": 0.1,
     }
     for T, one in (([0.9], 0.9), (0.9, 0.9), ([0.8, 0.9], None), (None, None)):
-        assert predict.one_T(SimpleNamespace(saved={"args": {"T": T}})) == one
+        saved = {"args": {"T": T}}
+        for name, found in (("cps_fpl", one), ("u2pl", None)):  # another's T is something else
+            source = SimpleNamespace(saved=saved, script=script(name))
+            assert predict.one_T(source) == found
 
 
 def test_networks_scales_and_flip():
@@ -444,8 +447,11 @@ def test_exports_are_what_the_network_computes():
     pytest.importorskip("safetensors")
     checkpoint("cps_fpl")
     x = torch.randint(0, 256, (1, 3, 40, 56), dtype=torch.uint8)
-    words = "--onnx n.onnx --program n.pt2 --safetensors n.safetensors"
-    call("run", "--network", "branch2", *words.split())
+    photo("in/a.png")
+    listed(Path("in/b.png"), "no image")  # is named at the end
+    words = "--out o --onnx n.onnx --program n.pt2 --safetensors n.safetensors"
+    line = refusal(call, "run", "in", "--network", "branch2", *words.split())
+    assert line.startswith("1 images were not read, the first: ") and "in/b.png" in line
     session = onnxruntime.InferenceSession("n.onnx")
     by_onnx = torch.from_numpy(session.run(["logits"], {"image": x.numpy()})[0])
     by_torch = torch.export.load("n.pt2").module()(x)
@@ -518,8 +524,9 @@ def test_what_cannot_be_done_is_one_line(monkeypatch):
     assert "shape (2, 11, 97, 1), not (2, 11, 97, 65)" in refusal(
         predict.verified, lambda image: net(image)[..., :1], net
     )
-    known = "p.pt: of own.py; known are supervised.py"
-    assert known in refusal(predict.build_source, dict(script="own.py", path="p.pt"))
+    for name in ("own.py", "convert.py"):
+        line = refusal(predict.build_source, dict(script=name, path="p.pt"))
+        assert line == f"p.pt: of {name}, which is no script of this checkout"
     monkeypatch.setattr(predict, "segment", Mock(side_effect=MemoryError))
     for count, words in ((1, "--window 512"), (2, "a smaller --batch-size than 2")):
         line = refusal(call, "run", "own", "--out", "m", "--batch-size", count)

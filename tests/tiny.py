@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import predict
 from common import flags as flags_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,8 +46,6 @@ STATE = {  # what a checkpoint holds beside the networks
     "u2pl_ael": "confidence present draws bank pushed",
     "esl": "prototypes bank pushed",
 }
-
-HEADS = "CPSHead UniMatchHead U2PLHead ESLHead DeepLabV3Plus".split()
 
 
 def script(name):
@@ -125,7 +124,7 @@ def tiny_modules(module, bare=False):
             p.data *= 3  # keeps the signal alive
         return net
 
-    kind = next(name for name in HEADS if hasattr(module, name))
+    kind = predict.head_of(module).__name__
     features = kind in ("U2PLHead", "ESLHead")
     has_aux = features or kind == "DeepLabV3Plus"
     dropout = 0.1 if has_aux and not bare else 0.0

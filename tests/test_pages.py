@@ -19,6 +19,11 @@ def test_a_page_has_a_row_for_every_tag_of_its_script(name):
     assert tags == sorted(re.findall(r"^\| D(\d+) \|", page, re.M)) and set("123456") <= set(tags)
 
 
+def test_every_script_is_one_that_the_tests_know():
+    there = {path.stem for path in ROOT.glob("*.py") if "# >>> method: " in path.read_text()}
+    assert there == set(SCRIPTS)
+
+
 def commands():
     """Yields (place, words) of every printed command line."""
     texts = [(page.name, page.read_text(), r"    .*\b\w+\.py\b") for page in PAGES]

@@ -725,6 +725,8 @@ class Convert:
         rows, drawn = masks_of(self.source, self.strip, self.empty, known, given, lost)
         said = [f"{count} {what}" for what, count in sorted(lost.items())]
         if not drawn or (known and not known & set(drawn)):
+            first = [min(names) for names in (known, drawn) if names]
+            said += [f"names are such as {' and '.join(first)}"] * (len(first) == 2)
             raise Refusal(
                 f"--from {self.source}: no mask for any photograph of {images}: "
                 + "; ".join([*said, "see --part, --strip, --empty"])
@@ -739,8 +741,14 @@ class Convert:
                 raise Refusal(f"{self.source}: {key}: not as its tool has it ({error!r})") from None
             write(masks / f"{key}.png", png(label))
         print("\n".join(printable(f"id {row.id}: {row.name}") for row in rows))
+        void = [row.id for row in rows if row.value == 255 and row.id != IGNORE]
+        if void and len(rows) > 2 and not given:  # of two values it is the second class
+            print(f"note: value 255 is class {void[0]}: if it is no class, its id is to be 255")
         print(*(printable(f"lost: {line}\n") for line in said), sep="", end="")
-        print(f"{masks}: {len(drawn)} masks; names and colours: {out}/classes.csv")
+        print(f"{masks}: {len(drawn)} masks")
+        print(
+            f"{out}/classes.csv: names, colours and ids (255: no class), to change and call again"
+        )
         print(
             "next: python prepare_data.py check --dataset folder "
             f"--data-root {shlex.quote(self.out)}"

@@ -353,31 +353,37 @@ def inventory(name, root, expected, where):
 
 
 def survey(data, items, masks, title):
-    """Opens all items, with their masks if masks; returns (sizes, tallies, errors, found).
+    """Opens all items, with their masks if masks; returns (tallies, errors, found).
 
-    sizes: (W, H) of each that can be read. tallies: (N, 256) pixels of each class, 0 in a bad one.
-    errors: a line for each bad one. found: {file: sha1 of its pixels}, of those that can be read.
+    tallies: (N, 256) pixels of each class, 0 in a bad one. errors: a line for each bad one.
+    found: {image or key: ((W, H), sha1 of its pixels)}, of those that can be read.
     """
 
     if not items:
-        return [], np.zeros((0, 256), np.int64), [], {}
+        return np.zeros((0, 256), np.int64), [], {}
     found = {}
 
     def one(item):
-        """Returns size, tally and error of one item."""
+        """Returns tally and error of one item."""
         try:
             image, label = data.read(item, masks)
         except Refusal as error:
-            return None, np.zeros(256, np.int64), str(error)
-        if item.image:
-            found[item.image] = hashlib.sha1(repr(image.size).encode() + image.tobytes()).digest()
+            return np.zeros(256, np.int64), str(error)
+        pixels = hashlib.sha1(repr(image.size).encode() + image.tobytes())
+        found[item.image or item.key] = image.size, pixels.digest()
         values = np.asarray(label).ravel() if masks else np.zeros(0, np.int64)
-        return image.size, np.bincount(values, minlength=256), None
+        return np.bincount(values, minlength=256), None
 
     with ThreadPoolExecutor() as pool:
         rows = list(tqdm(pool.map(one, items), title, len(items), unit="file", disable=None))
-    sizes, tallies, errors = zip(*rows, strict=True)
-    return [*filter(None, sizes)], np.stack(tallies), [*filter(None, errors)], found
+    tallies, errors = zip(*rows, strict=True)
+    return np.stack(tallies), [*filter(None, errors)], found
+
+
+def sizes_of(items, found):
+    """Returns (W, H) of each image of items, found as survey has it."""
+    names = dict.fromkeys(item.image or item.key for item in items)
+    return [found[name][0] for name in names if name in found]
 
 
 def turned_photographs(data):
@@ -421,7 +427,7 @@ def unlike_palettes(data):
 def same_content(data, found):
     """Returns a line for each image of val or test whose pixels an image of another set has too.
 
-    found: {file: sha1 of its pixels}.
+    found: as survey has it.
     """
     sets = {"train": data.labeled + data.unlabeled, "val": data.val, "test": data.test}
     first = {}
@@ -671,7 +677,7 @@ class MakeSplit(Source):
         order = np.random.default_rng(self.seed).permutation(sorted(items)).tolist()
         chosen = order[:count]
         if self.every_class:
-            _, tallies, errors, _ = survey(data, [items[key] for key in order], True, "classes")
+            tallies, errors, _ = survey(data, [items[key] for key in order], True, "classes")
             if errors:
                 raise Refusal(errors[0])
             chosen = [order[i] for i in with_every_class(tallies[:, :IGNORE] > 0, count)]
@@ -730,17 +736,13 @@ class Check(Split):
         bad = []
         opened = set()
         found = {}
-        sizes = []  # (W, H) of the images to train on
         for name in PARTS:
             todo = [i for i in getattr(data, name) if (i.image or i.key) not in opened]
             if not todo:  # split all: the unlabelled are the labelled
                 continue
             opened.update(item.image or item.key for item in todo)
-            seen, errors = self.look_at(data, name, todo, found)
-            bad += errors
-            if name in ("labeled", "unlabeled"):
-                sizes += seen
-        self.tell_padding(sizes)
+            bad += self.look_at(data, name, todo, found)
+        crop = self.tell_padding(sizes_of(data.labeled + data.unlabeled, found))
         for line in turned_photographs(data) + unlike_palettes(data):
             print(printable(line))
         bad += same_content(data, found)
@@ -748,7 +750,8 @@ class Check(Split):
             print(*bad[:SHOWN], sep="\n", file=sys.stderr)
             raise Refusal(f"{len(bad)} bad files, the first {min(SHOWN, len(bad))} named above")
         print("every file can be read")
-        print(f"next: python cps_fpl.py {self.in_flags()}    # or another script")
+        flags = replace(self, crop_size=crop).in_flags()
+        print(f"next: python cps_fpl.py {flags}    # or another script")
 
     def in_flags(self):
         """Returns the flags with which any script trains on these images, as one types them.
@@ -768,14 +771,14 @@ class Check(Split):
     def look_at(self, data, name, todo, found):
         """Prints what a list of images holds, todo: those of it not yet opened.
 
-        found: as survey has it, which grows. Returns (sizes, errors), as survey does.
+        found: as survey has it, which grows. Returns errors, as survey does.
         """
         items = getattr(data, name)
         masks = name != "unlabeled"
-        sizes, tallies, errors, pixels = survey(data, todo, masks, name)
-        found.update(pixels)
+        tallies, errors, seen = survey(data, todo, masks, name)
+        found.update(seen)
         line = f"{name}: {len(items)} images, set {set_hash(item.key for item in items)}"
-        if sizes:
+        if sizes := sizes_of(items, found):
             ends = min(sizes, key=math.prod), max(sizes, key=math.prod)
             line += ", {}x{} to {}x{} pixels".format(*ends[0], *ends[1])
         total = tallies.sum(0)
@@ -788,13 +791,18 @@ class Check(Split):
             try:
                 data.require_pixels(total[:IGNORE], name)
             except Refusal as error:  # no class is there: none is named
-                return sizes, [str(error)]
-            for i in np.flatnonzero(total[: data.num_classes] == 0) if name == "labeled" else ():
-                print(f"warning: class {i} ({data.classes[i]}) is in no labelled mask")
-        return sizes, errors
+                return [str(error)]
+            absent = np.flatnonzero(total[: data.num_classes] == 0)
+            if len(absent) and name == "labeled":
+                names = ", ".join(f"{i} ({data.classes[i]})" for i in absent)
+                print(f"warning: in no labelled mask: {printable(names)}")
+        return errors
 
     def tell_padding(self, sizes):
-        """Warns where a crop is larger than most images; sizes: (W, H) of each."""
+        """Warns where a crop is larger than most images; sizes: (W, H) of each.
+
+        Returns --crop-size, or the one that it proposes.
+        """
         crop = self.crop_size or FOLDER_CROP * (self.dataset == "folder")
         sides = sorted(min(size) for size in sizes)
         small = sum(side < crop for side in sides)
@@ -805,6 +813,9 @@ class Check(Split):
                 f"warning: {small} of {len(sides)} images are smaller than a crop of {crop} "
                 f"pixels, the rest of it is padding{remedy}"
             )
+            if remedy:
+                return fits
+        return self.crop_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -824,7 +835,7 @@ class Stats(Split):
         names = [*data.classes, "ignored"]
         table = [[f"{name:16}" for name in ("class", *names)]]
         for name in ("labeled", "val"):
-            _, tallies, errors, _ = survey(data, getattr(data, name), True, name)
+            tallies, errors, _ = survey(data, getattr(data, name), True, name)
             if errors:
                 raise Refusal(errors[0])
             tallies = tallies[:, [*range(data.num_classes), IGNORE]]

@@ -441,13 +441,11 @@ def adaptive_weight(p, K, kind="concave", mean_over="positives"):
     if mean_over == "positives_and_next":
         mean = (total + rest) / (K + 1)
     gap = (mean - rest).clamp(min=0)  # below 0 by rounding only
+    if kind == "none":
+        return torch.ones_like(gap)
     if kind == "concave":
         return torch.log1p(50 * gap) / torch.log1p(50 * mean)
-    if kind == "linear":
-        return gap / mean
-    if kind == "convex":
-        return gap / (mean + 4 * rest)
-    return torch.ones_like(gap)
+    return gap / (mean + {"linear": 0, "convex": 4}[kind] * rest)
 
 
 def fuzzy_positive_loss(

@@ -19,6 +19,8 @@ def load_checkpoint(path, script=None):
 
     Raises Refusal if it is absent, damaged or, with script (a path), written by another script.
     """
+    if Path(path).is_dir():
+        raise Refusal(f"{path}: a folder; give its best.pt or last.pt")
     try:
         with zipfile.ZipFile(path) as file:
             if bad := file.testzip():  # torch.load does not check the sums
@@ -166,12 +168,17 @@ def load_init(path, networks, data):
         used.add(source)
         weights = saved["networks"][source]
         own_head = head_of(net.state_dict())
-        fits = names == data.classes and shapes(head_of(weights)) == shapes(own_head)
-        keeps_own = equal or not fits
-        if keeps_own:
+        why = ""  # the head stays random
+        if names != data.classes:
+            why = ", head random (other classes)"
+        elif shapes(head_of(weights)) != shapes(own_head):
+            why = ", head random (another head)"
+        elif equal:
+            why = ", head random (or both would be equal)"
+        if why:
             weights = {k: v for k, v in weights.items() if not k.startswith("head.")} | own_head
         load_networks(saved | {"networks": {name: weights}}, {name: net})
-        sentences.append(f"{name} from its {source}" + (", head random" if keeps_own else ""))
+        sentences.append(f"{name} from its {source}{why}")
     return f"{path}, step {saved['step']}: {'; '.join(sentences)}"
 
 

@@ -37,7 +37,10 @@ LOSSY_IN_TIFF = ("jpeg", "tiff_jpeg", "webp", "lerc")
 TIFF_KIND = 254  # tag of a page: bit 0 an overview of another page, bit 2 a transparency mask
 TIFF_BANDS = 277
 ORIENTATION = 274  # EXIF's and TIFF's tag
-CONVERT = "python prepare_data.py convert --from DIR --out NEW makes masks of ids"
+CONVERT = (  # what to do with masks of another kind
+    "python prepare_data.py convert --from DIR --out MY, where DIR has them outside of MY, "
+    "makes masks of ids"
+)
 
 
 class Item(NamedTuple):
@@ -121,7 +124,8 @@ class Data:
             what = (
                 f"value {values[y, x]} at row {y}, column {x}; classes are {first} to {last}, and"
             )
-            raise Refusal(f"{item.label}: {what} {np.flatnonzero(table == IGNORE)[-1]} is ignored")
+            what += f" {np.flatnonzero(table == IGNORE)[-1]} is ignored"
+            raise Refusal(f"{item.label}: {what}; if its ids are others, {CONVERT}")
         return image, Image.fromarray(label)
 
     def opened(self, path, read):
@@ -304,7 +308,8 @@ def check_photograph(image):
     codec, raw = raw_form(image)
     deep = codec.startswith("ppm") and image.tile[0][3][-1] > 255
     if deep or image.mode[0] in "IF" or ";16" in raw:  # PIL would clip or shift
-        return f"mode {image.mode} ({raw}), not 8 bits a channel: convert it"
+        how = "scale it to 8, all images alike (docs/formats.md)"
+        return f"mode {image.mode} ({raw}), not 8 bits a channel: {how}"
     if image.format != "TIFF":
         return ""
     bands = image.tag_v2.get(TIFF_BANDS, 1)

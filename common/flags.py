@@ -422,4 +422,4 @@ def papers_results(script):
         for split, miou in entry["miou"].items():
             flags = f"--dataset {entry['dataset']} --split {split} {entry['flags']}"
             lines.append(f"{miou:6.2f}  {flags:82}  {entry['source']}")
-    return "\n".join(lines)
+    return "\n".join(lines) or f"common/papers.json has no results for {Path(script).name}"

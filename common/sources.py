@@ -233,7 +233,8 @@ def training(args, tree):
     if args.dataset == "folder":  # a mask need not be there, but one that a list names must
         masked = [key for key, row in train.items() if row[1] or tree.file("train", key, [row], 1)]
     if not masked:
-        raise Refusal(f"{tree.root}: no image to train on with a mask; see docs/data.md")
+        lines = [f"{tree.root}: no image to train on with a mask", *tree.strays("train", train)]
+        raise Refusal("; ".join([*lines, "see docs/data.md"]))
     if published(args):
         labeled, unlabeled = named(args, masked)
     else:
@@ -396,6 +397,7 @@ class Tree:
                 what = ("image", "mask")[files.index(None)]
                 tried = dict.fromkeys(map(str, self.places(part, key, both, files.index(None))))
                 tried = ", ".join(tried) or "nothing: a link leads what its list names out of here"
+                tried = "; ".join([tried, *self.strays(part, known or rows)])
                 if what == "mask" and self.name.startswith("voc"):
                     command = f"prepare_data.py voc --root {shlex.quote(str(self.root))}"
                     tried += f"; python {command} makes SegmentationClassAug"

@@ -743,9 +743,9 @@ def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(ca
     assert out[-1] == f"next: python cps_fpl.py {CAM} --split 1/2    # or another script"
     start = f"labeled: 3 images, set {entry(NAMES[::2])['set']}, 8x6 to 8x6 pixels"
     assert out[0] == f"{start}, classes 0 to 4, 33.33 % ignored"
-    never = [line.split()[2] for line in out if line.startswith("warning")]
-    assert never == "1 2 3 5 6 7 8 9 10".split()
-    assert out[10] == f"unlabeled: 2 images, set {entry(NAMES[1::2])['set']}, 8x6 to 5x40 pixels"
+    assert out[1].startswith("warning: in no labelled mask: 1 (building), 2 (")
+    assert re.findall(r"\d+", out[1]) == "1 2 3 5 6 7 8 9 10".split()
+    assert out[2] == f"unlabeled: 2 images, set {entry(NAMES[1::2])['set']}, 8x6 to 5x40 pixels"
     # pixels of two sets, in files that differ; no class in val; a mask that is no image
     Image.open(root / f"train/{NAMES[1]}.png").save(root / "val/v0.png", compress_level=0)
     for name in ("v0", "v1"):

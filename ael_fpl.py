@@ -157,13 +157,13 @@ class Args:
     mean_over: Literal["positives", "positives_and_next"] | None = None
     balance: bool | None = None  # rescale FPL's loss to the value of cross-entropy
     threshold: Share | None = None  # no loss where the teacher is less confident than this
-    gamma: AtLeast0 = 2.0  # exponent of the teacher's confidence in Eq. (13)
+    gamma: AtLeast0 = 2.0  # exponent of the teacher's confidence in AEL Eq. (13)
     beta: AtLeast0 = 1.0  # exponent of the rate of equalization sampling
-    pooled: Count | None = None  # labelled images that are one group in Eq. (4) and (12)
-    bank_momentum: Share | None = None  # share of the confidence bank that Eq. (7) keeps
+    pooled: Count | None = None  # labelled images that are one group in AEL Eq. (4), (12)
+    bank_momentum: Share | None = None  # share of the bank that AEL Eq. (7) keeps
     skip_absent: bool = False  # absent classes leave the bank as it is; False: they count 0
     cutmix: bool = True  # adaptive CutMix; off: the student sees unlabelled images unmixed [D34]
-    region_area: Share | None = None  # CutMix: a region above this share is cut (Table 6)
+    region_area: Share | None = None  # CutMix: a region above this share is cut (AEL Table 6)
     bank_area: Share | None = None  # CutMix: share of a crop that makes a class present
     paste_draws: Number | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
     paste_prob: Share | None = None  # Copy-Paste: share of labelled images that are pasted onto
@@ -303,8 +303,9 @@ def preset(args):
 
 
 # >>> method: functions
-# Shapes: logits_s, logits_t, prob_t, p, order (B, C, H, W); K and results of FPL (B, H, W). s: the
-# student. t: its teacher; no gradient reaches it.
+# Shapes: logits_s, logits_t, prob_t (B, C, H, W), by class; p, order (B, C, H, W), by rank, the
+# teacher's likeliest class first; K and results of FPL (B, H, W). s: the student. t: its teacher;
+# no gradient reaches it.
 
 
 def upcast(x):
@@ -313,19 +314,19 @@ def upcast(x):
 
 
 def by_rank(prob_t):
-    """Returns (p, order): p^1 >= p^2 >= ... of Alg. 1, and whose they are. Ties: lowest class."""
+    """Returns (p, order): p^1 >= p^2 >= ... of FPL Alg. 1 and their classes. Ties: lowest first."""
     return prob_t.sort(dim=1, descending=True, stable=True)
 
 
 def cumulative_classes(p, T, strict=True):
-    """Alg. 1, n: how many of the likeliest classes it takes until V^n > T (or >= T [D14])."""
+    """FPL Alg. 1's n: how many of the likeliest classes it takes until V^n > T, or >= T [D14]."""
     V = p.cumsum(1)
     below = V <= T if strict else V < T
     return (below.sum(1) + 1).clamp(max=p.shape[1])
 
 
 def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
-    """Alg. 1: K = max(n - 1, 1) positive classes, int64; at most k_max, if that is not 0 [D13]."""
+    """FPL Alg. 1: K = max(n - 1, 1) positive classes, int64; at most k_max, if not 0 [D13]."""
     K = (cumulative_classes(p, T, strict) - 1).clamp(min=1)
     if k_max:
         K = K.clamp(max=k_max)
@@ -333,9 +334,10 @@ def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
 
 
 def fuzzy_positive_regularization(logits_s, order, K):
-    """Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
+    """FPL Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}).
 
-    Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
+    Y: the teacher's K likeliest classes. z: the student's logits. Its gradient is Eq. (8).
+    Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
     z = upcast(logits_s)
     first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
@@ -346,7 +348,7 @@ def fuzzy_positive_regularization(logits_s, order, K):
 
 
 def adaptive_weight(p, K, kind="concave", mean_over="positives"):
-    """Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
+    """FPL Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
 
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
@@ -367,7 +369,7 @@ def adaptive_weight(p, K, kind="concave", mean_over="positives"):
 def fuzzy_positive_loss(
     logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
 ):
-    """FPL's loss of every pixel: Eq. (7) times the weight of Eq. (11). Logits of any float type.
+    """Every pixel's loss: FPL Eq. (7) times its weight, Eq. (11). Logits of any float type.
 
     The definition; common/fused.py has a fast twin of this name (--fused).
     """
@@ -481,7 +483,7 @@ def draw_classes(prob, u):
 
 
 def draw_partners(bank, present, count, rng):
-    """AEL's adaptive CutMix: draws (count, 2) int64, classes by Eq. (9) and images that show them.
+    """AEL's adaptive CutMix: (count, 2) int64, classes by AEL Eq. (9) and images that show them.
 
     bank: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled image
     n; any image if nowhere.
@@ -602,8 +604,8 @@ def copy_paste(base, source, drawn, chosen):
 def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     """AEL's adaptive Copy-Paste of a step: a dict as batch["labeled"], covered by batch["paste"].
 
-    Classes are drawn from the confidence bank by Eq. (9), one set for each group of `pooled` images
-    [D19]. allowed: (C,) bool. rng: equal on all processes.
+    Classes are drawn from the confidence bank by AEL Eq. (9), one set for each group of `pooled`
+    images [D19]. allowed: (C,) bool. rng: equal on all processes.
     """
     # for each image: whether it is pasted onto, then its classes, those of its group's first
     shape = (group.world, args.batch_size // group.world, 1 + args.paste_draws)
@@ -1389,7 +1391,7 @@ def main(args):
             )
             unsup = unsup + unsup_l
             logged["unsup_l"] = logged_l["unsup"]
-        loss = sup + args.unsup_weight * unsup  # Eq. (1)
+        loss = sup + args.unsup_weight * unsup  # AEL Eq. (1)
         loss.backward()
         logged = {"loss": loss, "sup": sup} | logged
         logged["bank"] = state["confidence"].mean()

@@ -300,7 +300,7 @@ def upcast(x):
 
 
 def cumulative_classes(p, T, strict=True):
-    """Alg. 1, n: how many of the likeliest classes it takes until V^n > T (or >= T [D14])."""
+    """FPL Alg. 1's n: how many of the likeliest classes it takes until V^n > T, or >= T [D14]."""
     V = p.cumsum(1)
     below = V <= T if strict else V < T
     return (below.sum(1) + 1).clamp(max=p.shape[1])

@@ -551,7 +551,7 @@ def draw_classes(prob, u):
 
 
 def draw_partners(bank, present, count, rng):
-    """AEL's adaptive CutMix: draws (count, 2) int64, classes by Eq. (9) and images that show them.
+    """AEL's adaptive CutMix: (count, 2) int64, classes by AEL Eq. (9) and images that show them.
 
     bank: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled image
     n; any image if nowhere.
@@ -672,8 +672,8 @@ def copy_paste(base, source, drawn, chosen):
 def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     """AEL's adaptive Copy-Paste of a step: a dict as batch["labeled"], covered by batch["paste"].
 
-    Classes are drawn from the confidence bank by Eq. (9), one set for each group of `pooled` images
-    [D19]. allowed: (C,) bool. rng: equal on all processes.
+    Classes are drawn from the confidence bank by AEL Eq. (9), one set for each group of `pooled`
+    images [D19]. allowed: (C,) bool. rng: equal on all processes.
     """
     # for each image: whether it is pasted onto, then its classes, those of its group's first
     shape = (group.world, args.batch_size // group.world, 1 + args.paste_draws)

@@ -273,9 +273,10 @@ def preset(args):
 
 
 # >>> method: functions
-# Shapes: images (B, 3, H, W) uint8; logits, p, order (B, C, H, W); inside, K, conf, pseudo and
-# every loss of a pixel (B, H, W). s: of the view that learns. t: of the one that teaches; no
-# gradient reaches it. taught: {name: map}, what an image teaches at every pixel.
+# Shapes: images (B, 3, H, W) uint8; logits (B, C, H, W), by class; p, order (B, C, H, W), by rank,
+# the likeliest class first; inside, K, conf, pseudo and every loss of a pixel (B, H, W). s: of the
+# view that learns. t: of the one that teaches; no gradient reaches it. taught: {name: map}, what an
+# image teaches at every pixel.
 
 # ---- strong views ----
 
@@ -397,19 +398,19 @@ def upcast(x):
 
 
 def by_rank(prob_t):
-    """Returns (p, order): p^1 >= p^2 >= ... of Alg. 1, and whose they are. Ties: lowest class."""
+    """Returns (p, order): p^1 >= p^2 >= ... of FPL Alg. 1 and their classes. Ties: lowest first."""
     return prob_t.sort(dim=1, descending=True, stable=True)
 
 
 def cumulative_classes(p, T, strict=True):
-    """Alg. 1, n: how many of the likeliest classes it takes until V^n > T (or >= T [D14])."""
+    """FPL Alg. 1's n: how many of the likeliest classes it takes until V^n > T, or >= T [D14]."""
     V = p.cumsum(1)
     below = V <= T if strict else V < T
     return (below.sum(1) + 1).clamp(max=p.shape[1])
 
 
 def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
-    """Alg. 1: K = max(n - 1, 1) positive classes, int64; at most k_max, if that is not 0 [D13]."""
+    """FPL Alg. 1: K = max(n - 1, 1) positive classes, int64; at most k_max, if not 0 [D13]."""
     K = (cumulative_classes(p, T, strict) - 1).clamp(min=1)
     if k_max:
         K = K.clamp(max=k_max)
@@ -417,9 +418,10 @@ def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
 
 
 def fuzzy_positive_regularization(logits_s, order, K):
-    """Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}), Y the K likeliest.
+    """FPL Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}).
 
-    Its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
+    Y: the teacher's K likeliest classes. z: the student's logits. Its gradient is Eq. (8).
+    Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
     z = upcast(logits_s)
     first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
@@ -430,7 +432,7 @@ def fuzzy_positive_regularization(logits_s, order, K):
 
 
 def adaptive_weight(p, K, kind="concave", mean_over="positives"):
-    """Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
+    """FPL Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
 
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
@@ -451,7 +453,7 @@ def adaptive_weight(p, K, kind="concave", mean_over="positives"):
 def fuzzy_positive_loss(
     logits_s, logits_t, T, *, k_max=0, strict=True, weight="concave", mean_over="positives"
 ):
-    """FPL's loss of every pixel: Eq. (7) times the weight of Eq. (11). Logits of any float type.
+    """Every pixel's loss: FPL Eq. (7) times its weight, Eq. (11). Logits of any float type.
 
     The definition; common/fused.py has a fast twin of this name (--fused).
     """
@@ -531,7 +533,7 @@ def pixel_loss(logits_s, taught, args):
     """Returns the loss of every pixel, whether it is inside or not.
 
     ce: cross-entropy with the pseudo label, 0 where its confidence is below the threshold. fpl:
-    Eq. (7) times its weight, Eq. (11).
+    FPL Eq. (7) times its weight, Eq. (11).
     """
     if args.unsup_loss == "ce":
         nll = F.cross_entropy(upcast(logits_s), taught["pseudo"], reduction="none")

@@ -328,18 +328,18 @@ def adaptive_weight(p, K, kind="concave", mean_over="positives"):
 
     mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
     """
-    total = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]
+    positive_sum = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]  # over i in Y
     padded = F.pad(p, (0, 0, 0, 0, 0, 1))  # a class C + 1 of p = 0: K = C has a negative too
-    rest = padded.gather(1, K[:, None])[:, 0]  # max over j not in Y
-    mean = total / K
+    next_p = padded.gather(1, K[:, None])[:, 0]  # p^{K+1}, the max over j not in Y
+    mean = positive_sum / K
     if mean_over == "positives_and_next":
-        mean = (total + rest) / (K + 1)
-    gap = (mean - rest).clamp(min=0)  # below 0 by rounding only
+        mean = (positive_sum + next_p) / (K + 1)
+    gap = (mean - next_p).clamp(min=0)  # below 0 by rounding only
     if kind == "none":
         return torch.ones_like(gap)
     if kind == "concave":
         return torch.log1p(50 * gap) / torch.log1p(50 * mean)
-    return gap / (mean + {"linear": 0, "convex": 4}[kind] * rest)
+    return gap / (mean + {"linear": 0, "convex": 4}[kind] * next_p)
 
 
 def adaptive_assignment(logits_t, inside, args):

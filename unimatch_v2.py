@@ -417,6 +417,12 @@ def fuzzy_positive_assignment(p, T, *, k_max=0, strict=True):
     return K
 
 
+def positive_set(order, K):
+    """Y, the K likeliest classes of FPL Sec. 3.2: (B, C, H, W) bool, by class again."""
+    first_K = torch.arange(order.shape[1], device=order.device).view(-1, 1, 1) < K[:, None]
+    return torch.zeros_like(first_K).scatter(1, order, first_K)
+
+
 def fuzzy_positive_regularization(logits_s, order, K):
     """FPL Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}).
 
@@ -424,8 +430,7 @@ def fuzzy_positive_regularization(logits_s, order, K):
     Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
     """
     z = upcast(logits_s)
-    first_K = torch.arange(z.shape[1], device=z.device).view(-1, 1, 1) < K[:, None]
-    Y = torch.zeros_like(first_K).scatter(1, order, first_K)
+    Y = positive_set(order, K)
     positives = (-z).masked_fill(~Y, -torch.inf).logsumexp(1)  # the smooth -min of Eq. (6)
     negatives = z.masked_fill(Y, -torch.inf).logsumexp(1)  # its smooth max
     return F.softplus(positives + negatives)
@@ -464,18 +469,18 @@ def fuzzy_positive_loss(
 
 
 def adaptive_assignment(logits_t, inside, args):
-    """A-FPL's K, int64: by the T of --T whose positives fit a pixel's surroundings best.
+    """A-FPL's K (its code, IJCV 2025), int64: by the T of --T that fits a pixel's neighbours best.
 
-    They fit by the smallest KL(q || d), 1e-6 added to both: d is 1 / K for the K positives, q their
-    share of the positives of all pixels inside in the 5x5 square around the pixel, without it.
+    d: 1 / K on the pixel's K positives. q: each class's share of the positives of its neighbours,
+    the pixels inside of the 5x5 square around it but itself. Best is the smallest KL(q || d), with
+    1e-6 added to q and d; of equal ones the lowest T.
     """
     p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     best = torch.full_like(p[:, 0], torch.inf)
     chosen = torch.zeros_like(order[:, 0])
     for T in args.T:
         K = fuzzy_positive_assignment(p, T, k_max=args.k_max, strict=args.strict)
-        first_K = torch.arange(p.shape[1], device=p.device).view(-1, 1, 1) < K[:, None]
-        Y = torch.zeros_like(p).scatter(1, order, first_K.to(p.dtype))
+        Y = positive_set(order, K).to(p.dtype)
         counted = Y * inside[:, None]
         around = F.avg_pool2d(counted, 5, 1, 2, divisor_override=1) - counted
         q = around / around.sum(1, True).clamp(min=1) + 1e-6
@@ -618,8 +623,11 @@ def label_map(taught, args):
 
 def view_maps(number, view, logits_s, args):
     """Returns panels of a strong view, {title: map}; K, of what it is taught, with FPL alone."""
-    maps = {f"strong {number}": view["strong"], f"mixed {number}": view["image"]}
-    maps[f"label {number}"] = label_map(view, args)
+    maps = {
+        f"strong {number}": view["strong"],
+        f"mixed {number}": view["image"],
+        f"label {number}": label_map(view, args),
+    }
     if args.unsup_loss == "fpl":
         K = view["K"] if "K" in view else k_of(view["logits"], view["inside"], args)
         maps[f"K {number}"] = (K - 1) / 2

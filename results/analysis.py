@@ -29,7 +29,7 @@ from common.checkpoints import load_checkpoint, load_networks  # noqa: E402
 from common.data import IGNORE  # noqa: E402
 from common.flags import NO_NUMBER, fill, parse  # noqa: E402
 from common.sources import load  # noqa: E402
-from cps_fpl import by_rank, upcast  # noqa: E402
+from cps_fpl import by_rank, positive_set, upcast  # noqa: E402
 from predict import Counted  # noqa: E402
 
 # ---- gradients and scores ----
@@ -37,9 +37,7 @@ from predict import Counted  # noqa: E402
 
 def positives(prob_t, K):
     """The set Y of Alg. 1: True at the K likeliest classes; (B, C, H, W) bool."""
-    order = by_rank(prob_t)[1]
-    first_K = torch.arange(order.shape[1], device=order.device).view(-1, 1, 1) < K[:, None]
-    return torch.zeros_like(first_K).scatter(1, order, first_K)
+    return positive_set(by_rank(prob_t)[1], K)
 
 
 def one_label_gradient(logits_s, label):

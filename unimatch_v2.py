@@ -546,19 +546,19 @@ def pixel_loss(logits_s, taught, args):
     return pixel_fpl(logits_s, taught["logits"], taught.get("K"), args)
 
 
-def consistency(logits_s, taught, pixels, args):
-    """Returns the sum of the losses of pixels inside over `pixels`, a 0-dim tensor; a scalar.
+def consistency(logits_s, taught, count, args):
+    """Returns a view's loss, a scalar: the sum over the pixels inside, divided by count [D16].
 
-    Not confident pixels count in the denominator, as released [D16].
+    count: of inside_counts, 0-dim. Pixels below the threshold are among them, as released.
     """
-    return (pixel_loss(logits_s, taught, args) * taught["inside"]).sum() / pixels
+    return (pixel_loss(logits_s, taught, args) * taught["inside"]).sum() / count
 
 
-def shared_pixels(views, group):
-    """Returns by what each view's sum is divided, (len(views),): pixels inside per process [D16].
+def inside_counts(views, group):
+    """Returns for each view the pixels inside of an average process, (len(views),), never 0.
 
-    They are those of all processes over their number: as gradients are averaged, the mean is that
-    of the whole batch. Views: dicts with "inside". 1 where nothing is inside.
+    views: dicts with "inside". A loss divided by it becomes the mean over the batch of all
+    processes, as gradients are averaged over processes [D16].
     """
     inside = torch.stack([view["inside"].sum() for view in views])
     return distributed.reduced(inside).clamp(min=1) / group.world
@@ -1437,7 +1437,7 @@ def main(args):
         x_s = torch.cat([view["image"] for view in views])
         logits_s = student_parallel(x_s)["logits"].chunk(args.views)
         student.head.masks = None
-        rows = zip(logits_s, views, shared_pixels(views, group), strict=True)
+        rows = zip(logits_s, views, inside_counts(views, group), strict=True)
         strong = sum(consistency(*row, args) for row in rows) / args.views
         (strong / 2).backward()
         logged = {

@@ -84,9 +84,9 @@ def released_step(student, batch, args, number, group, everything=True):
     terms = []
     for logits, mask, partner in zip(strong, masks, partners, strict=True):
         mixed = unimatch.mixed(mask, taught, partner)
-        pixels = unimatch.shared_pixels([mixed], group)[0]
+        pixels = unimatch.inside_counts([mixed], group)[0]
         terms.append(unimatch.consistency(logits, mixed, pixels, args))
-    pixels = unimatch.shared_pixels([taught], group)[0]
+    pixels = unimatch.inside_counts([taught], group)[0]
     perturbed = unimatch.consistency(out["perturbed"][-count:], taught, pixels, args)
     sup = unimatch.supervised_loss({"logits": out["logits"][:n]}, labeled["label"].long(), args)
     unsup = 0.25 * terms[0] + 0.25 * terms[1] + 0.5 * perturbed

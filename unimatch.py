@@ -5,7 +5,7 @@ under strong augmentation and CutMix (FixMatch). UniMatch has two strong views, 
 whose image is weak but whose features lose half of their channels. A pseudo label counts where
 its confidence is at least --threshold; --unsup-loss fpl has none, but K labels a pixel (Alg. 1).
 
-  weak-to-strong consistency   lesson, pixel_loss, consistency
+  weak-to-strong consistency   make_target, pixel_loss, consistency
   strong views, CutMix         drawn_operations, strong_view, drawn_box, mixed, strong_views
   feature perturbation         feature_perturbation in UniMatchHead
   total loss                   total_loss
@@ -267,8 +267,8 @@ def preset(args):
 # >>> method: functions
 # Shapes: images (B, 3, H, W) uint8; logits (B, C, H, W), by class; p, order (B, C, H, W), by rank,
 # the likeliest class first; inside, K, conf, pseudo and every loss of a pixel (B, H, W). s: of the
-# view that learns. t: of the one that teaches; no gradient reaches it. taught: {name: map}, what an
-# image teaches at every pixel.
+# view that learns. t: of the one that teaches; no gradient reaches it. target: {name: map} of
+# make_target, which CutMix mixes as it mixes images.
 
 # ---- strong views ----
 
@@ -483,39 +483,40 @@ def pixel_fpl(logits_s, logits_t, K, args):
 # ---- consistency ----
 
 
-def lesson(logits_t, inside, args):
-    """Returns what an image teaches, {name: map}, detached: inside, which counts; and
+def make_target(logits_t, inside, args):
+    """Returns what the views of an image learn, {name: map}, detached.
 
-    ce: conf, the largest probability, and pseudo, its class, int64. fpl: logits, and with several
-    --T also K, whose surroundings are those before CutMix.
+    inside: the pixels that count. ce: also pseudo, the likeliest class, int64, and conf, its
+    probability. fpl: also logits, and with several --T K, chosen here, before CutMix, by neighbours
+    of the same image.
     """
     if args.unsup_loss == "ce":
         prob = F.softmax(upcast(logits_t.detach()), 1)
         return {"inside": inside, "conf": prob.amax(1), "pseudo": prob.argmax(1)}
-    taught = {"inside": inside, "logits": logits_t.detach()}
+    target = {"inside": inside, "logits": logits_t.detach()}
     if len(args.T) > 1:
-        taught["K"] = adaptive_assignment(logits_t, inside, args)
-    return taught
+        target["K"] = adaptive_assignment(logits_t, inside, args)
+    return target
 
 
-def pixel_loss(logits_s, taught, args):
+def pixel_loss(logits_s, target, args):
     """Returns the loss of every pixel, whether it is inside or not.
 
     ce: cross-entropy with the pseudo label, 0 where its confidence is below the threshold. fpl:
     FPL Eq. (7) times its weight, Eq. (11).
     """
     if args.unsup_loss == "ce":
-        nll = F.cross_entropy(upcast(logits_s), taught["pseudo"], reduction="none")
-        return nll * (taught["conf"] >= args.threshold)
-    return pixel_fpl(logits_s, taught["logits"], taught.get("K"), args)
+        nll = F.cross_entropy(upcast(logits_s), target["pseudo"], reduction="none")
+        return nll * (target["conf"] >= args.threshold)
+    return pixel_fpl(logits_s, target["logits"], target.get("K"), args)
 
 
-def consistency(logits_s, taught, count, args):
+def consistency(logits_s, target, count, args):
     """Returns a view's loss, a scalar: the sum over the pixels inside, divided by count [D16].
 
     count: of inside_counts, 0-dim. Pixels below the threshold are among them, as released.
     """
-    return (pixel_loss(logits_s, taught, args) * taught["inside"]).sum() / count
+    return (pixel_loss(logits_s, target, args) * target["inside"]).sum() / count
 
 
 def inside_counts(views, group):
@@ -545,16 +546,16 @@ def total_loss(sup, strong, perturbed, args):
 
 @torch.no_grad()
 def partner_images(student, unlabeled, step, args, group):
-    """Returns other crops as partners, {name: map} for each view: strong image and lesson [D10].
+    """Returns other crops as partners, {name: map} for each view: strong image, target [D10].
 
     The network labels their weak views in eval mode, as released [D11].
     """
     student.eval()
-    taught = lesson(student(unlabeled["image"])["logits"], unlabeled["inside"], args)
+    target = make_target(student(unlabeled["image"])["logits"], unlabeled["inside"], args)
     student.train()
     names = [f"partner{number}" for number in range(args.views)]
     views = [strong_views(unlabeled["image"], name, step, args, group) for name in names]
-    return [{"image": images, **taught} for images, _ in views]
+    return [{"image": images, **target} for images, _ in views]
 
 
 def masked_mean(x, mask):
@@ -593,16 +594,16 @@ def statistics(logits, inside, args, truth=None, K=None):
     }
 
 
-def label_map(taught, args):
+def label_map(target, args):
     """Returns an image's pseudo label as a panel, int64; -1, white, where it does not count."""
     if args.unsup_loss == "ce":
-        unused = ~taught["inside"] | (taught["conf"] < args.threshold)
-        return taught["pseudo"].masked_fill(unused, -1)
-    return taught["logits"].argmax(1).masked_fill(~taught["inside"], -1)
+        unused = ~target["inside"] | (target["conf"] < args.threshold)
+        return target["pseudo"].masked_fill(unused, -1)
+    return target["logits"].argmax(1).masked_fill(~target["inside"], -1)
 
 
 def view_maps(number, view, logits_s, args):
-    """Returns panels of a strong view, {title: map}; K, of what it is taught, with FPL alone."""
+    """Returns panels of a strong view, {title: map}; K, of its target, with FPL alone."""
     maps = {
         f"strong {number}": view["strong"],
         f"mixed {number}": view["image"],
@@ -1211,20 +1212,21 @@ def main(args):
             out = student_parallel(torch.cat([x_l, weak["image"]]))
             logits_l = out["logits"][: len(x_l)]
             logits_w = out["logits"][len(x_l) :]
-            taught = lesson(logits_w, weak["inside"], args)
+            target = make_target(logits_w, weak["inside"], args)
             views = []
             for number in range(args.views):
                 images, mask = strong_views(weak["image"], f"view{number}", step, args, group)
-                own = {"image": images, **taught}
+                own = {"image": images, **target}
                 partner = partners[number] if args.partner == "crop" else swapped(own)
                 views.append(mixed(mask, own, partner))
                 views[-1]["strong"] = images
-            counts = inside_counts([taught, *views], group)
+            counts = inside_counts([target, *views], group)
             sup = supervised_loss({"logits": logits_l}, y_l, args)
             perturbed = torch.zeros_like(sup)
             if args.feature_perturbation:  # learns what the image itself says, without CutMix
-                perturbed = consistency(out["perturbed"], taught, counts[0], args)
-            total_loss(sup, 0.0, perturbed, args).backward()  # now: frees its graph
+                perturbed = consistency(out["perturbed"], target, counts[0], args)
+            # total_loss is a weighted sum: its parts are differentiated apart, to free their graphs
+            total_loss(sup, 0.0, perturbed, args).backward()
         student.head.perturbed = 0
         x_s = torch.cat([view["image"] for view in views])
         logits_s = student_parallel(x_s)["logits"].chunk(args.views)
@@ -1236,7 +1238,7 @@ def main(args):
             "sup": sup,
             "strong": strong,
             "perturbed": perturbed,
-            **statistics(logits_w, weak["inside"], args, K=taught.get("K")),
+            **statistics(logits_w, weak["inside"], args, K=target.get("K")),
             **statistics(logits_l, y_l < IGNORE, args, y_l),
         }
         # <<< method: losses
@@ -1251,7 +1253,7 @@ def main(args):
             # >>> method: panels
             maps = {
                 "weak": weak["image"],
-                "its pseudo label": label_map(taught, args),
+                "its pseudo label": label_map(target, args),
                 "confidence": F.softmax(upcast(logits_w.detach()), 1).amax(1),
                 "K: 1, 2, 3 or more": (k_of(logits_w, weak["inside"], args) - 1) / 2,
             }

@@ -8,7 +8,7 @@ DINOv2 (arXiv:2304.07193) or DINOv3 (arXiv:2508.10104), and DPT (arXiv:2103.1341
 section 4.
 
   teacher                      update_teacher, ema_decay, the text of mean_teacher.py
-  weak-to-strong consistency   lesson, pixel_loss, consistency, the text of unimatch.py
+  weak-to-strong consistency   make_target, pixel_loss, consistency, the text of unimatch.py
   strong views, CutMix         drawn_operations, strong_view, drawn_box, mixed, strong_views
   complementary dropout        complementary_masks
   FPL Alg. 1, Eq. (7), (11)    fuzzy_positive_loss and what it calls, the text of ael_fpl.py
@@ -275,8 +275,8 @@ def preset(args):
 # >>> method: functions
 # Shapes: images (B, 3, H, W) uint8; logits (B, C, H, W), by class; p, order (B, C, H, W), by rank,
 # the likeliest class first; inside, K, conf, pseudo and every loss of a pixel (B, H, W). s: of the
-# view that learns. t: of the one that teaches; no gradient reaches it. taught: {name: map}, what an
-# image teaches at every pixel.
+# view that learns. t: of the one that teaches; no gradient reaches it. target: {name: map} of
+# make_target, which CutMix mixes as it mixes images.
 
 # ---- strong views ----
 
@@ -519,39 +519,40 @@ def pixel_fpl(logits_s, logits_t, K, args):
     )
 
 
-def lesson(logits_t, inside, args):
-    """Returns what an image teaches, {name: map}, detached: inside, which counts; and
+def make_target(logits_t, inside, args):
+    """Returns what the views of an image learn, {name: map}, detached.
 
-    ce: conf, the largest probability, and pseudo, its class, int64. fpl: logits, and with several
-    --T also K, whose surroundings are those before CutMix.
+    inside: the pixels that count. ce: also pseudo, the likeliest class, int64, and conf, its
+    probability. fpl: also logits, and with several --T K, chosen here, before CutMix, by neighbours
+    of the same image.
     """
     if args.unsup_loss == "ce":
         prob = F.softmax(upcast(logits_t.detach()), 1)
         return {"inside": inside, "conf": prob.amax(1), "pseudo": prob.argmax(1)}
-    taught = {"inside": inside, "logits": logits_t.detach()}
+    target = {"inside": inside, "logits": logits_t.detach()}
     if len(args.T) > 1:
-        taught["K"] = adaptive_assignment(logits_t, inside, args)
-    return taught
+        target["K"] = adaptive_assignment(logits_t, inside, args)
+    return target
 
 
-def pixel_loss(logits_s, taught, args):
+def pixel_loss(logits_s, target, args):
     """Returns the loss of every pixel, whether it is inside or not.
 
     ce: cross-entropy with the pseudo label, 0 where its confidence is below the threshold. fpl:
     FPL Eq. (7) times its weight, Eq. (11).
     """
     if args.unsup_loss == "ce":
-        nll = F.cross_entropy(upcast(logits_s), taught["pseudo"], reduction="none")
-        return nll * (taught["conf"] >= args.threshold)
-    return pixel_fpl(logits_s, taught["logits"], taught.get("K"), args)
+        nll = F.cross_entropy(upcast(logits_s), target["pseudo"], reduction="none")
+        return nll * (target["conf"] >= args.threshold)
+    return pixel_fpl(logits_s, target["logits"], target.get("K"), args)
 
 
-def consistency(logits_s, taught, count, args):
+def consistency(logits_s, target, count, args):
     """Returns a view's loss, a scalar: the sum over the pixels inside, divided by count [D16].
 
     count: of inside_counts, 0-dim. Pixels below the threshold are among them, as released.
     """
-    return (pixel_loss(logits_s, taught, args) * taught["inside"]).sum() / count
+    return (pixel_loss(logits_s, target, args) * target["inside"]).sum() / count
 
 
 def inside_counts(views, group):
@@ -613,16 +614,16 @@ def statistics(logits, inside, args, truth=None, K=None):
     }
 
 
-def label_map(taught, args):
+def label_map(target, args):
     """Returns an image's pseudo label as a panel, int64; -1, white, where it does not count."""
     if args.unsup_loss == "ce":
-        unused = ~taught["inside"] | (taught["conf"] < args.threshold)
-        return taught["pseudo"].masked_fill(unused, -1)
-    return taught["logits"].argmax(1).masked_fill(~taught["inside"], -1)
+        unused = ~target["inside"] | (target["conf"] < args.threshold)
+        return target["pseudo"].masked_fill(unused, -1)
+    return target["logits"].argmax(1).masked_fill(~target["inside"], -1)
 
 
 def view_maps(number, view, logits_s, args):
-    """Returns panels of a strong view, {title: map}; K, of what it is taught, with FPL alone."""
+    """Returns panels of a strong view, {title: map}; K, of its target, with FPL alone."""
     maps = {
         f"strong {number}": view["strong"],
         f"mixed {number}": view["image"],
@@ -1419,17 +1420,17 @@ def main(args):
         teacher.eval()
         with torch.no_grad():  # the teacher sees the weak view, and all channels of its features
             logits_w = teacher(weak["image"])["logits"]
-        taught = lesson(logits_w, weak["inside"], args)
+        target = make_target(logits_w, weak["inside"], args)
         views = []
         for number in range(args.views):
             images, mask = strong_views(weak["image"], f"view{number}", step, args, group)
-            own = {"image": images, **taught}
+            own = {"image": images, **target}
             views.append(mixed(mask, own, partners(own, args)))
             views[-1]["strong"] = images
         with distributed.no_sync(student_parallel):  # gradients are averaged in the last backward
             logits_l = student_parallel(x_l)["logits"]
             sup = supervised_loss({"logits": logits_l}, y_l, args)
-            (sup / 2).backward()  # now: frees its graph
+            (sup / 2).backward()  # L = (sup + strong) / 2, term by term: frees their graphs
         if args.views == 2 and args.complementary_dropout:
             width = SIZES[args.backbone].width
             masks = complementary_masks(len(images), width, args.kept_whole, group.device)
@@ -1444,7 +1445,7 @@ def main(args):
             "loss": ((sup + strong) / 2).detach(),
             "sup": sup,
             "strong": strong,
-            **statistics(logits_w, weak["inside"], args, K=taught.get("K")),
+            **statistics(logits_w, weak["inside"], args, K=target.get("K")),
             **statistics(logits_l, y_l < IGNORE, args, y_l),
         }
         # <<< method: losses
@@ -1461,7 +1462,7 @@ def main(args):
             # >>> method: panels
             maps = {
                 "weak": weak["image"],
-                "its pseudo label": label_map(taught, args),
+                "its pseudo label": label_map(target, args),
                 "confidence": F.softmax(upcast(logits_w.detach()), 1).amax(1),
                 "K: 1, 2, 3 or more": (k_of(logits_w, weak["inside"], args) - 1) / 2,
             }

@@ -166,7 +166,7 @@ def unimatch(flags):
     def case(x):
         script, args = importlib.import_module("unimatch"), arguments("unimatch", *flags.split())
         student, teacher, inside = x.logits(leaf=True), x.logits(), x.inside()
-        taught = script.lesson(teacher, inside, args)
+        taught = script.make_target(teacher, inside, args)
         loss = script.consistency(student, taught, inside.sum(), args)
         return {"loss": loss, **script.statistics(teacher, inside, args)}
 

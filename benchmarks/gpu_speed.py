@@ -300,8 +300,8 @@ BANKS = {
     "u2pl": "cutmix draw_features push_features negative_masks anchor_masks class_ranks".split(),
     "u2pl_ael": "draw_partners partner_mask copy_paste draw_features push_features".split(),
     "esl": "cutmix push_features part_ids part_sums update_prototypes soft_label".split(),
-    "unimatch": ["strong_views", "mixed", "lesson"],
-    "unimatch_v2": "strong_views mixed lesson complementary_masks".split(),
+    "unimatch": ["strong_views", "mixed", "make_target"],
+    "unimatch_v2": "strong_views mixed make_target complementary_masks".split(),
 }
 
 

@@ -136,8 +136,8 @@ def weak_to_strong(**changes):
     oracle = ael_oracle.weak_to_strong
 
     def product(case):
-        lesson = unimatch.lesson(case.t, case.inside, args)
-        return unimatch.consistency(case.z, lesson, 17.0, args), {}
+        target = unimatch.make_target(case.t, case.inside, args)
+        return unimatch.consistency(case.z, target, 17.0, args), {}
 
     return Row(
         f"consistency {changes}",

@@ -457,13 +457,13 @@ def unimatch_step(now, args):
         more = now.batch["unlabeled.2"]
         with torch.no_grad():
             logits = student.eval()(more["image"])["logits"]
-        other = more | unimatch.lesson(logits, more["inside"], args)
+        other = more | unimatch.make_target(logits, more["inside"], args)
         student.train()
     student.head.perturbed = n * args.feature_perturbation
     out = student(torch.cat([now.x_l, now.clean]))
     student.head.perturbed = 0
     logits_l, logits_w = out.pop("logits").split([len(now.x_l), n])
-    taught = unimatch.lesson(logits_w, now.inside, args)
+    taught = unimatch.make_target(logits_w, now.inside, args)
     views = strong_views(unimatch, now, args, taught, [i ^ 1 for i in range(n)], other)
     return fixmatch(unimatch, now, args, views, taught, logits_w.detach(), logits_l, **out)
 
@@ -474,7 +474,7 @@ def unimatch_v2_step(now, args):
     student.backbone.checkpointed = False  # recomputed blocks learn the same
     with torch.no_grad():
         logits_w = now.teacher.eval()(now.clean)["logits"]
-    taught = unimatch_v2.lesson(logits_w, now.inside, args)
+    taught = unimatch_v2.make_target(logits_w, now.inside, args)
     shown = list(range(n))[::-1] if args.partner == "reversed" else [i ^ 1 for i in range(n)]
     views = strong_views(unimatch_v2, now, args, taught, shown)
     logits_l = student(now.x_l)["logits"]

@@ -386,9 +386,9 @@ def update_prototypes(prototypes, sums, theta):
 def push_features(bank, pushed, sizes, offered):
     """First-in-first-out queues of sizes (C,), in place: a new feature takes the oldest one's row.
 
-    bank: (sum of sizes + 1, D), the rings one after another; the last row is no queue's and 0.
-    pushed: (C,) int64, features ever. offered: (C, n, D + 1), oldest first; those with a 0 at the
-    end are none.
+    bank: (sum of sizes + 1, D), the rings one after another; the last row, 0, is the fast twin's.
+    pushed: (C,) int64, how many features ever entered. offered: (C, n, D + 1), oldest first; last
+    in a row is 1 for a feature, 0 where there is none.
     """
     for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
         features = offered[c, offered[c, :, -1] > 0, :-1]

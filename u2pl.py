@@ -329,7 +329,7 @@ def quantiles(H, inside, *shares):
     low = H[position.floor().long()]
     high = H[position.ceil().long()]
     between = low + (high - low) * (position - position.floor())
-    return torch.where(low < high, between, low).to(H.dtype)
+    return torch.where(low < high, between, low).to(H.dtype)  # inf - inf, of nothing, is nan
 
 
 def reliable_labels(pseudo, H, gamma):
@@ -374,7 +374,10 @@ def class_ranks(prob):
 
 
 def candidates(H, inside, gamma, lower, negatives_from):
-    """Eq. (15), H > gamma; or Table 4's, H < lower, the reliable, or all [D30]. (B, h, w), bool."""
+    """Which pixels Eq. (15) may take, (B, h, w) bool: H > gamma, the unreliable ones [D30].
+
+    Or Table 4's others, reliable: H < lower, the quantile at alpha_t; all: every pixel inside.
+    """
     if negatives_from == "unreliable":
         return inside & (H > gamma)
     if negatives_from == "reliable":
@@ -383,9 +386,9 @@ def candidates(H, inside, gamma, lower, negatives_from):
 
 
 def negative_masks(rank, label, candidate, r_l, r_h):
-    """Eq. (13)-(16): N_c, pixels that are probably not c [D24]. (C, P).
+    """Eq. (13)-(16): N_c, pixels that are not c, or probably not if unlabelled [D24]. (C, P) bool.
 
-    rank: O. candidate: bool, of the last pixels, those of unlabelled images.
+    rank: O, (C, P). candidate: H > gamma_t of the unlabelled pixels, which are the last of P; bool.
     """
     c = torch.arange(len(rank), device=label.device)[:, None]
     labeled = len(label) - len(candidate)
@@ -412,9 +415,10 @@ def draw(pixels, count, u):
 
 @torch.no_grad()
 def draw_features(rep_t, masks, u):
-    """At most K of each N_c, no pixel twice [D25]: unit features and a 1, zeros after the last.
+    """At most K features of each N_c, no pixel twice [D25]: (C, K, D + 1), of unit length.
 
-    u: (C, K + 1). Returns (C, K, D + 1): of one shape, so that processes can exchange them.
+    u: (C, K + 1). Last in a row is 1 for a feature, 0 where N_c has fewer than K: all processes
+    have one shape, to exchange them.
     """
     K = u.shape[1] - 1
     features = rep_t.new_zeros(len(masks), K, rep_t.shape[1] + 1)
@@ -431,9 +435,9 @@ def draw_features(rep_t, masks, u):
 def push_features(bank, pushed, sizes, offered):
     """First-in-first-out queues of sizes (C,), in place: a new feature takes the oldest one's row.
 
-    bank: (sum of sizes + 1, D), the rings one after another; the last row is no queue's and 0.
-    pushed: (C,) int64, features ever. offered: (C, n, D + 1), oldest first; those with a 0 at the
-    end are none.
+    bank: (sum of sizes + 1, D), the rings one after another; the last row, 0, is the fast twin's.
+    pushed: (C,) int64, how many features ever entered. offered: (C, n, D + 1), oldest first; last
+    in a row is 1 for a feature, 0 where there is none.
     """
     for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
         features = offered[c, offered[c, :, -1] > 0, :-1]
@@ -1162,7 +1166,7 @@ def main(args):
         if since_warmup < 0:  # labels alone
             out = student_parallel(x_l)
             sup = supervised_loss(out, y_l, args)
-            unsup = weight = mean_H = torch.zeros_like(sup)
+            unsup = lambda_u = mean_H = torch.zeros_like(sup)
         else:
             if since_warmup == 0:
                 teacher.load_state_dict(student.state_dict())
@@ -1184,7 +1188,7 @@ def main(args):
                 alpha = unreliable_share(step, args)
                 gamma, lower = quantiles(H, inside, 1 - alpha, alpha)
                 y_u = reliable_labels(pseudo, H, gamma)
-                weight = unsup_weight(y_u, inside, args.eta)
+                lambda_u = unsup_weight(y_u, inside, args.eta)  # Eq. (8)
                 mean_H = (H * inside).sum() / inside.sum().clamp(min=1)
             unsup = cross_entropy(out["logits"][n:], y_u)  # Eq. (3) [D29]
         if since_warmup < 0 or args.unreliable_loss == "none":
@@ -1204,20 +1208,21 @@ def main(args):
                     C, args.anchors * (args.negatives + 1), dtype=torch.float64, device=group.device
                 )
                 features = pick(draw_features, args)(rep_t, N_c, u_offered)  # (C, keys, D + 1)
-                offered = distributed.gathered(features).transpose(0, 1).flatten(1, 2)  # of all
+                # (C, keys of all processes, D + 1)
+                offered = distributed.gathered(features).transpose(0, 1).flatten(1, 2)
                 if not args.bank:  # the negatives of this step alone
                     state["pushed"].zero_()
                 queues = (state["bank"], state["pushed"], sizes)
                 pick(push_features, args)(*queues, offered)  # Alg. 1: push, then sample
             pair_loss = pick(unreliable_loss, args)
             contrast, counted = pair_loss(as_rows(out["rep"]), rep_t, A_c, *queues, u_pairs, args)
-        loss = sup + weight * unsup + args.contrast_weight * contrast  # Eq. (1)
+        loss = sup + lambda_u * unsup + args.contrast_weight * contrast  # Eq. (1)
         loss.backward()
         logged = {
             "loss": loss,
             "sup": sup,
             "unsup": unsup,
-            "unsup_weight": weight,
+            "unsup_weight": lambda_u,
             "contrast": contrast,
             "classes": counted.sum(),
             "entropy": mean_H,

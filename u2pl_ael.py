@@ -357,7 +357,7 @@ def quantiles(H, inside, *shares):
     low = H[position.floor().long()]
     high = H[position.ceil().long()]
     between = low + (high - low) * (position - position.floor())
-    return torch.where(low < high, between, low).to(H.dtype)
+    return torch.where(low < high, between, low).to(H.dtype)  # inf - inf, of nothing, is nan
 
 
 def reliable_labels(pseudo, H, gamma):
@@ -402,9 +402,9 @@ def class_ranks(prob):
 
 
 def negative_masks(rank, label, candidate, r_l, r_h):
-    """Eq. (13)-(16): N_c, pixels that are probably not c [D24]. (C, P).
+    """Eq. (13)-(16): N_c, pixels that are not c, or probably not if unlabelled [D24]. (C, P) bool.
 
-    rank: O. candidate: bool, of the last pixels, those of unlabelled images.
+    rank: O, (C, P). candidate: H > gamma_t of the unlabelled pixels, which are the last of P; bool.
     """
     c = torch.arange(len(rank), device=label.device)[:, None]
     labeled = len(label) - len(candidate)
@@ -431,9 +431,10 @@ def draw(pixels, count, u):
 
 @torch.no_grad()
 def draw_features(rep_t, masks, u):
-    """At most K of each N_c, no pixel twice [D25]: unit features and a 1, zeros after the last.
+    """At most K features of each N_c, no pixel twice [D25]: (C, K, D + 1), of unit length.
 
-    u: (C, K + 1). Returns (C, K, D + 1): of one shape, so that processes can exchange them.
+    u: (C, K + 1). Last in a row is 1 for a feature, 0 where N_c has fewer than K: all processes
+    have one shape, to exchange them.
     """
     K = u.shape[1] - 1
     features = rep_t.new_zeros(len(masks), K, rep_t.shape[1] + 1)
@@ -450,9 +451,9 @@ def draw_features(rep_t, masks, u):
 def push_features(bank, pushed, sizes, offered):
     """First-in-first-out queues of sizes (C,), in place: a new feature takes the oldest one's row.
 
-    bank: (sum of sizes + 1, D), the rings one after another; the last row is no queue's and 0.
-    pushed: (C,) int64, features ever. offered: (C, n, D + 1), oldest first; those with a 0 at the
-    end are none.
+    bank: (sum of sizes + 1, D), the rings one after another; the last row, 0, is the fast twin's.
+    pushed: (C,) int64, how many features ever entered. offered: (C, n, D + 1), oldest first; last
+    in a row is 1 for a feature, 0 where there is none.
     """
     for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
         features = offered[c, offered[c, :, -1] > 0, :-1]
@@ -1501,7 +1502,8 @@ def main(args):
                     C, args.anchors * (args.negatives + 1), dtype=torch.float64, device=group.device
                 )
                 features = pick(draw_features, args)(rep_t, N_c, u_offered)  # (C, keys, D + 1)
-                offered = distributed.gathered(features).transpose(0, 1).flatten(1, 2)  # of all
+                # (C, keys of all processes, D + 1)
+                offered = distributed.gathered(features).transpose(0, 1).flatten(1, 2)
                 queues = (state["bank"], state["pushed"], sizes)
                 pick(push_features, args)(*queues, offered)  # Alg. 1: push, then sample
             rep_s = as_rows(torch.cat([out_l["rep"], out_u["rep"]]))

@@ -408,7 +408,7 @@ def adaptive_assignment(logits_t, inside, args):
 
 
 def pixel_fpl(logits_s, logits_t, K, args):
-    """FPL's loss of every pixel by the flags. K: of several --T; None: Alg. 1's of the one."""
+    """FPL's loss of every pixel by the flags. K: A-FPL's, of several --T; None: Alg. 1's."""
     if K is not None:  # the twin has one T
         p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
         weight = adaptive_weight(p, K, args.weight, args.mean_over)
@@ -645,7 +645,7 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
     """AEL Eq. (12): sum of weight * loss over sum of weight, per `pooled` images, then averaged.
 
     The loss is cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's. Where the
-    teacher is below the threshold it is 0, the weight remains [D18]. K: of several --T. Returns
+    teacher is below the threshold it is 0, the weight remains [D18]. K: A-FPL's, or None. Returns
     (what is minimized, logged): unsup, before the balance [D16]; balance; kept by sampling; conf_t;
     K_gt_1, stride 4.
     """
@@ -663,9 +663,9 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
         return x.sum((1, 2)).view(-1, pooled).sum(1)
 
     unsup = of_groups(weight * loss * certain) / of_groups(weight).clamp(min=1e-12)
-    total_loss = of_groups(loss.detach() * inside)
-    balance = of_groups(ce.detach() * inside) / total_loss.clamp(min=1e-12)
-    balance = balance.where(total_loss > 0, 1.0)
+    unweighted = of_groups(loss.detach() * inside)
+    balance = of_groups(ce.detach() * inside) / unweighted.clamp(min=1e-12)
+    balance = balance.where(unweighted > 0, 1.0)
     minimized = unsup
     if args.balance:
         minimized = unsup * balance

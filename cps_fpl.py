@@ -391,7 +391,10 @@ def negative_loss(logits_s, prob_t, threshold=0.2):
 
 
 def k_values(p, phase, args):
-    """K by --k-strategy: Alg. 1, its n, 2, 3, or 3, 2, 1 by thirds of training (supp. Table 5)."""
+    """K by --k-strategy: Alg. 1, its n, 2, 3, or 3, 2, 1 by thirds of training (supp. Table 5).
+
+    phase: the share of training that is done, in [0, 1).
+    """
     if args.k_strategy == "n-1":
         return fuzzy_positive_assignment(p, args.T[0], k_max=args.k_max, strict=args.strict)
     K = cumulative_classes(p, args.T[0], args.strict)
@@ -460,10 +463,11 @@ def loss_of_pixels(logits_s, logits_t, phase, args, K):
 
 
 def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
-    """What a network learns from the other one: (its loss, cross-entropy in its place), scalars.
+    """CPS's L12 or L21: (loss of the network that learns, cross-entropy in its place), scalars.
 
-    inside: (B, H, W) bool, what counts. K: of several --T. FPL with --balance: of each image, (B,).
-    Without --balance cross-entropy is only logged, and that of every fourth pixel each way.
+    logits_s: of that network. logits_t: of the other, detached here. inside: (B, H, W) bool, the
+    pixels that count. K: A-FPL's, or None. FPL with --balance: both of each image, (B,). Without it
+    cross-entropy is only logged, and is that of every fourth pixel each way.
     """
     if args.unsup_loss == "ce":
         pseudo = F.softmax(upcast(logits_t.detach()), 1).argmax(1)
@@ -482,10 +486,10 @@ def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
 
 
 def balanced(losses, args):
-    """Returns (the sum of what taught_loss returns for both networks, to be minimized; logged).
+    """Returns (L12 + L21, a scalar to be minimized; what is logged of it, {name: 0-dim}).
 
-    logged: unsup, the sum; balance: cross-entropy / unsup, with --balance FPL's factor, one for
-    each image [D16]: then both are means over images.
+    losses: taught_loss of both networks. unsup: the sum before --balance. balance: cross-entropy /
+    unsup, by which --balance multiplies FPL's sum, image by image [D16].
     """
     unsup = sum(loss for loss, _ in losses)
     ce = sum(ce for _, ce in losses)
@@ -499,7 +503,8 @@ def balanced(losses, args):
 def cross_loss(students, teachers, inside, phase, args, K=(None, None)):
     """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns (what is minimized, logged).
 
-    students, teachers: logits of both. inside: (B, H, W) bool, what counts. K: of several --T.
+    students, teachers: logits of both. inside: (B, H, W) bool, what counts. K: A-FPL's, or None.
+    Without CutMix; with it main takes the two losses apart, as each graph is freed by itself.
     """
     rows = zip(students, reversed(teachers), reversed(K), strict=True)
     losses = [taught_loss(z, t, inside, phase, args, K_t) for z, t, K_t in rows]
@@ -510,7 +515,7 @@ def cross_loss(students, teachers, inside, phase, args, K=(None, None)):
 def teacher_statistics(teachers, inside, phase, args, K=(None, None)):
     """Means over every fourth pixel inside each way, 0-dim: K; K_gt_1, its share (Fig. 4a); weight.
 
-    teachers: logits of both networks, (B, C, H, W). inside: (B, H, W) bool. K: of several --T.
+    teachers: logits of both networks, (B, C, H, W). inside: (B, H, W) bool. K: A-FPL's, or None.
     """
     p, _ = by_rank(F.softmax(upcast(torch.cat(teachers)[..., ::4, ::4]), 1))
     inside = torch.cat([inside, inside])[..., ::4, ::4]
@@ -1183,7 +1188,7 @@ def main(args):
         # >>> method: losses
         phase = step / args.total_iters
         cross = 0.0
-        K = [None, None]  # of both teachers with several --T; with one the loss finds it
+        K = [None, None]  # A-FPL's, of both teachers; with one --T the loss finds it
         logged = {}
         if args.unsup_weight and args.cutmix:
             u0 = batch["unlabeled"]
@@ -1198,6 +1203,7 @@ def main(args):
                     z1 = net(u1["image"])["logits"]
                     teachers.append(torch.where(mask, z1, z0))
                     K[i] = mixed_k(mask, (z0, u0["inside"]), (z1, u1["inside"]), args)
+            # cross_loss, one network at a time
             with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
                 losses = []
                 for net, z_t, K_t in zip(branches, reversed(teachers), reversed(K), strict=True):
@@ -1209,7 +1215,7 @@ def main(args):
                 cross, logged = balanced(losses, args)
                 if args.balance:  # a factor that both losses decide: both graphs are kept for it
                     (args.unsup_weight * cross).backward()
-            del losses, taught
+            del losses, taught  # their graphs
             cross = cross.detach()
         logits = []
         sup = 0.0

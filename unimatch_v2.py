@@ -503,7 +503,7 @@ def k_of(logits_t, inside, args, stride=1):
 
 
 def pixel_fpl(logits_s, logits_t, K, args):
-    """FPL's loss of every pixel by the flags. K: of several --T; None: Alg. 1's of the one."""
+    """FPL's loss of every pixel by the flags. K: A-FPL's, of several --T; None: Alg. 1's."""
     if K is not None:  # the twin has one T
         p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
         weight = adaptive_weight(p, K, args.weight, args.mean_over)
@@ -585,7 +585,7 @@ def masked_mean(x, mask):
 
 @torch.no_grad()
 def statistics(logits, inside, args, truth=None, K=None):
-    """Means over every fourth pixel inside each way, 0-dim. K: of several --T, if it is known.
+    """Means over every fourth pixel inside each way, 0-dim. K: A-FPL's, if it is known.
 
     commonest, of the class that is the likeliest one most often: near 1 where all images without
     labels become one class; confident, of conf >= 0.95; K; K_gt_1, of K > 1; weight. Or with the

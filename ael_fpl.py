@@ -101,7 +101,7 @@ class Args:
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose 1/r it is
+    # whose lists of that share
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
@@ -130,14 +130,14 @@ class Args:
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
     weight_decay: Share | None = None  # of the optimizer
-    # what decays, weights: neither BN nor biases
+    # which parameters decay, weights: all but BN's and biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
     ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
-    # before it BN's statistics are those of so many batches; 0: the running ones
+    # BN's statistics, in evaluation: means over so many labelled batches; 0: the running ones
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
@@ -1150,8 +1150,8 @@ class Images(Dataset):
 def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
-    By the protocol of args, whole: in one piece. slide: in windows. Never are there C maps of a
-    whole image.
+    By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
+    image at once.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
@@ -1196,7 +1196,7 @@ def window_starts(length, window):
 def likeliest(logits, size):
     """Returns the argmax over classes, (B, H, W), of (B, C, h, w) upsampled to size.
 
-    24 classes at a time. Ties go to the lowest class, as argmax has it.
+    24 classes at a time, to hold few such maps. Ties go to the lowest class, as argmax has it.
     """
     best, classes = upsample(logits[:, :24], size).max(1)
     for first in range(24, logits.shape[1], 24):

@@ -703,7 +703,7 @@ class Split(Source):
     """A data set with its split, as the scripts take it."""
 
     split: str = "all"  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose 1/r it is; left out: the family of cps_fpl.py
+    # whose lists of that share; left out: the family of cps_fpl.py
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # None: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split

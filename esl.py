@@ -307,10 +307,11 @@ def cumulative_classes(p, T, strict=True):
 
 
 def soft_label(prob, args):
-    """Eq. (3)-(5): y*, the classes with p >= delta, the p of rank C*, their sum made 1. As prob.
+    """Eq. (3)-(5): y*, as prob: p where p >= delta, over the sum of these p; 0 elsewhere.
 
-    C*: the fewest likeliest classes with sum >= eta, Eq. (4), or --top-k. All that equal delta are
-    kept, as Eq. (3) has them [D10]. soft: p. hard: the likeliest class alone, of ties the lowest.
+    delta: the C*-th largest p, C* the fewest likeliest classes with sum >= eta, Eq. (4); or their
+    number is --top-k. All that equal delta are kept, as Eq. (3) has them [D10]. Other labels, soft:
+    p; hard: the likeliest class alone, of ties the lowest.
     """
     if args.label == "soft":
         return prob
@@ -342,10 +343,10 @@ def aligned(x, size):
 
 
 def part_ids(E, prototypes, label):
-    """Eq. (7): k* = argmax_k cos(E_j, P_ck), c the class of pixel j; M as numbers. As label.
+    """Eq. (7): c K + k* of each pixel, as label; c: its label, k* = argmax_k cos(E_j, P_ck).
 
-    E: (B, D, h, w), the teacher's last stage, where k* is found for all classes at its own stride
-    [D23]; its length, which all cosines of a pixel share, is left out. prototypes: P, (C, K, D).
+    E: (B, D, h, w), the teacher's last stage; k* is found for all classes at its own stride [D23].
+    prototypes: P, (C, K, D). The length of E_j is left out: it divides all of a pixel's cosines.
     """
     C, K = prototypes.shape[:2]
     h, w = E.shape[2:]
@@ -424,7 +425,7 @@ def info_nce(z, bank, rows, sigma):
 
 
 def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
-    """L_CTR: mean of Eq. (10) over a class's anchors, then over all C classes [D20]; and how many.
+    """L_CTR: mean of Eq. (10) over a class's anchors, then all C classes [D20]; number of anchors.
 
     rep_s: (P, D), the student's. ids: (P,), C K where a pixel is no candidate. bank, pushed: of
     push_features, a ring for each part. u_anchors: (C, A + 1). u_entries: (C, A, 1 + N), for an
@@ -1199,12 +1200,13 @@ def main(args):
                 prob = F.softmax(out_t["logits"][n:], 1)
                 label = torch.cat([y_l, prob.argmax(1).masked_fill(~inside, IGNORE)])
                 ids = part_ids(out_t["encoder"], state["prototypes"], label)
-                found = part_sums(out_t["rep"], ids, C * K).transpose(0, 1)  # (C K, B, D + 1)
-                mu = torch.cat([F.normalize(found[..., :-1], dim=2), found[..., -1:]], 2)  # [D17]
+                # mu of Eq. (8), of each part and image, at unit length; last, its number of pixels
+                sums_z = part_sums(out_t["rep"], ids, C * K).transpose(0, 1)  # (C K, B, D + 1)
+                mu = torch.cat([F.normalize(sums_z[..., :-1], dim=2), sums_z[..., -1:]], 2)  # [D17]
                 offered = distributed.gathered(mu).transpose(0, 1).flatten(1, 2)  # of all processes
                 pick(push_features, args)(state["bank"], state["pushed"], sizes, offered)
-                sums = distributed.reduced(part_sums(out_t["encoder"], ids, C * K).sum(0))
-                state["prototypes"] = update_prototypes(state["prototypes"], sums, args.theta)
+                sums_E = distributed.reduced(part_sums(out_t["encoder"], ids, C * K).sum(0))
+                state["prototypes"] = update_prototypes(state["prototypes"], sums_E, args.theta)
                 ids_l, ids_u = ids.split([n, len(x_u)])
                 del out_t  # large
             else:
@@ -1233,7 +1235,7 @@ def main(args):
             contrast, anchors = pick(part_contrast, args)(
                 as_rows(out["rep"]), ids, state["bank"], state["pushed"], u_anchors, u_entries, args
             )
-            present = (sums[:, -1] > 0).sum()
+            present = (sums_E[:, -1] > 0).sum()
         else:
             contrast = 0.0 * out["rep"].float().sum()  # so that DDP sees all parameters
             anchors = present = torch.zeros_like(sup)

@@ -454,28 +454,28 @@ def class_confidence(prob, label, pooled, skip_absent=False):
     return torch.stack([mean.sum(0), counted.sum(0).to(total.dtype)])
 
 
-def update_confidence(bank, sums, momentum):
-    """AEL Eq. (7): bank (C,) <- momentum * bank + (1 - momentum) * mean confidence, in [0, 1].
+def update_confidence(confidence, sums, momentum):
+    """AEL Eq. (7): the bank (C,) becomes momentum * itself + (1 - momentum) * mean confidence.
 
     sums: class_confidence, of all processes. A class that no group counts stays as it is.
     """
-    new = momentum * bank + (1 - momentum) * sums[0] / sums[1].clamp(min=1)
-    return torch.where(sums[1] > 0, new, bank)
+    new = momentum * confidence + (1 - momentum) * sums[0] / sums[1].clamp(min=1)
+    return torch.where(sums[1] > 0, new, confidence)
 
 
-def confidence_after(bank, logits, label, args):
+def confidence_after(confidence, logits, label, args):
     """AEL Eq. (4), (7): the bank (C,) after a step, from labelled images of all processes.
 
     logits (B, C, H, W): the student's, detached here. label (B, H, W) int64: of this process.
     """
     prob = logits.detach().softmax(1)
     sums = class_confidence(prob, label, args.pooled, args.skip_absent)
-    return update_confidence(bank, distributed.reduced(sums), args.bank_momentum)
+    return update_confidence(confidence, distributed.reduced(sums), args.bank_momentum)
 
 
-def sampling_probability(bank, allowed=None, power=1.0):
-    """AEL Eq. (9): softmax((1 - bank)^power) over allowed classes, (C,) bool; 0 for the others."""
-    score = (1 - bank.double()).clamp(min=0) ** power
+def sampling_probability(confidence, allowed=None, power=1.0):
+    """AEL Eq. (9): softmax((1 - confidence)^power) over allowed classes, (C,) bool; 0 elsewhere."""
+    score = (1 - confidence.double()).clamp(min=0) ** power
     if allowed is not None:
         score = score.masked_fill(~allowed, -torch.inf)
     return score.softmax(0)
@@ -487,15 +487,15 @@ def draw_classes(prob, u):
     return torch.searchsorted(total, u * total[-1], right=True).clamp(max=len(prob) - 1)
 
 
-def draw_partners(bank, present, count, rng):
+def draw_partners(confidence, present, count, rng):
     """AEL's adaptive CutMix: (count, 2) int64, classes by AEL Eq. (9) and images that show them.
 
-    bank: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled image
-    n; any image if nowhere.
+    confidence: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled
+    image n; any image if nowhere.
     """
     if not present.shape[1]:
         raise Refusal("no unlabelled images to draw a partner from")
-    classes = draw_classes(sampling_probability(bank), torch.from_numpy(rng.random(count)))
+    classes = draw_classes(sampling_probability(confidence), torch.from_numpy(rng.random(count)))
     pairs = []
     for c in classes.tolist():
         images = present[c].nonzero()[:, 0].tolist() or range(present.shape[1])
@@ -579,13 +579,13 @@ def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
     later are drawn from both banks as they are [D27]; then the image bank takes in this step.
     With --no-cutmix all that is the same, and no mask has a box.
     """
-    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args)
+    confidence, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args)
     classes, partners = state["draws"][0].T.tolist()
-    draws = draw_partners(bank, state["present"], len(classes), rng)
+    draws = draw_partners(confidence, state["present"], len(classes), rng)
     state["draws"] = torch.cat([state["draws"][1:], draws[None]])
     for image, row in zip([*images, *partners], present, strict=True):
         state["present"][:, image] = row  # an image that comes twice: as it was seen last
-    own = own_slice(len(classes) if args.cutmix else 0, group)
+    own = own_slice(len(classes) if args.cutmix else 0, group)  # --no-cutmix: boxes of no image
     mask, regions = partner_mask(
         coarse.numpy(),
         classes[own],
@@ -621,9 +621,9 @@ def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     return copy_paste(batch["labeled"], batch["paste"], drawn, chosen)
 
 
-def equalization_rate(bank, beta=1.0):
-    """AEL's equalization sampling: s = ((1 - bank) / max(1 - bank))^beta, (C,) in [0, 1]."""
-    gap = (1 - bank).clamp(min=0)
+def equalization_rate(confidence, beta=1.0):
+    """AEL's equalization sampling: s = ((1 - conf_c) / max_c(1 - conf_c))^beta, (C,) in [0, 1]."""
+    gap = (1 - confidence).clamp(min=0)
     return (gap / gap.max().clamp(min=1e-12)) ** beta
 
 
@@ -644,10 +644,10 @@ def masked_mean(x, mask):
 def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
     """AEL Eq. (12): sum of weight * loss over sum of weight, per `pooled` images, then averaged.
 
-    The loss is cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's. Where the
-    teacher is below the threshold it is 0, the weight remains [D18]. K: A-FPL's, or None. Returns
-    (what is minimized, logged): unsup, before the balance [D16]; balance; kept by sampling; conf_t;
-    K_gt_1, stride 4.
+    weight: Eq. (13). loss: cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's;
+    0 where the teacher is below the threshold, whose weight counts [D18]. K: A-FPL's, or None.
+    Returns (what is minimized, logged): unsup, before the balance [D16]; balance; kept, the share
+    of pixels that sampling keeps; conf_t; K_gt_1, of every fourth pixel each way.
     """
     prob_t = F.softmax(upcast(logits_t.detach()), 1)
     conf_t = prob_t.amax(1)
@@ -1324,11 +1324,11 @@ def main(args):
         raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")
     allowed = torch.tensor([c in pasted for c in range(C)], device=group.device)
     rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
-    bank = torch.from_numpy(rng.random(C, np.float32))  # [D26]
+    confidence = torch.from_numpy(rng.random(C, np.float32))  # [D26]
     present = torch.zeros(C, len(data.unlabeled), dtype=torch.bool)
-    draws = [draw_partners(bank, present, args.batch_size_unlabeled, rng) for _ in range(4)]
+    draws = [draw_partners(confidence, present, args.batch_size_unlabeled, rng) for _ in range(4)]
     state = {
-        "confidence": distributed.to_device(bank, group),
+        "confidence": distributed.to_device(confidence, group),
         "present": present,
         "draws": torch.stack(draws),  # of the next four steps [D27]
     }

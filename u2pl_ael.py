@@ -497,7 +497,7 @@ def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
     return loss / counted.sum().clamp(min=1), counted
 
 
-# AEL. bank: the confidence bank (C,); present: (C, N), which classes the teacher saw in N images.
+# AEL. confidence: a bank (C,); present: a bank (C, N), which classes the teacher saw in N images.
 
 
 def class_confidence(prob, label, pooled, skip_absent=False):
@@ -518,28 +518,28 @@ def class_confidence(prob, label, pooled, skip_absent=False):
     return torch.stack([mean.sum(0), counted.sum(0).to(total.dtype)])
 
 
-def update_confidence(bank, sums, momentum):
-    """AEL Eq. (7): bank (C,) <- momentum * bank + (1 - momentum) * mean confidence, in [0, 1].
+def update_confidence(confidence, sums, momentum):
+    """AEL Eq. (7): the bank (C,) becomes momentum * itself + (1 - momentum) * mean confidence.
 
     sums: class_confidence, of all processes. A class that no group counts stays as it is.
     """
-    new = momentum * bank + (1 - momentum) * sums[0] / sums[1].clamp(min=1)
-    return torch.where(sums[1] > 0, new, bank)
+    new = momentum * confidence + (1 - momentum) * sums[0] / sums[1].clamp(min=1)
+    return torch.where(sums[1] > 0, new, confidence)
 
 
-def confidence_after(bank, logits, label, args):
+def confidence_after(confidence, logits, label, args):
     """AEL Eq. (4), (7): the bank (C,) after a step, from labelled images of all processes.
 
     logits (B, C, H, W): the student's, detached here. label (B, H, W) int64: of this process.
     """
     prob = logits.detach().softmax(1)
     sums = class_confidence(prob, label, args.pooled, args.skip_absent)
-    return update_confidence(bank, distributed.reduced(sums), args.bank_momentum)
+    return update_confidence(confidence, distributed.reduced(sums), args.bank_momentum)
 
 
-def sampling_probability(bank, allowed=None, power=1.0):
-    """AEL Eq. (9): softmax((1 - bank)^power) over allowed classes, (C,) bool; 0 for the others."""
-    score = (1 - bank.double()).clamp(min=0) ** power
+def sampling_probability(confidence, allowed=None, power=1.0):
+    """AEL Eq. (9): softmax((1 - confidence)^power) over allowed classes, (C,) bool; 0 elsewhere."""
+    score = (1 - confidence.double()).clamp(min=0) ** power
     if allowed is not None:
         score = score.masked_fill(~allowed, -torch.inf)
     return score.softmax(0)
@@ -551,15 +551,15 @@ def draw_classes(prob, u):
     return torch.searchsorted(total, u * total[-1], right=True).clamp(max=len(prob) - 1)
 
 
-def draw_partners(bank, present, count, rng):
+def draw_partners(confidence, present, count, rng):
     """AEL's adaptive CutMix: (count, 2) int64, classes by AEL Eq. (9) and images that show them.
 
-    bank: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled image
-    n; any image if nowhere.
+    confidence: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled
+    image n; any image if nowhere.
     """
     if not present.shape[1]:
         raise Refusal("no unlabelled images to draw a partner from")
-    classes = draw_classes(sampling_probability(bank), torch.from_numpy(rng.random(count)))
+    classes = draw_classes(sampling_probability(confidence), torch.from_numpy(rng.random(count)))
     pairs = []
     for c in classes.tolist():
         images = present[c].nonzero()[:, 0].tolist() or range(present.shape[1])
@@ -643,13 +643,13 @@ def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
     later are drawn from both banks as they are [D27]; then the image bank takes in this step.
     With --no-cutmix all that is the same, and no mask has a box.
     """
-    bank, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args)
+    confidence, present, coarse = teacher_sight(logits_t, inside, state["confidence"], args)
     classes, partners = state["draws"][0].T.tolist()
-    draws = draw_partners(bank, state["present"], len(classes), rng)
+    draws = draw_partners(confidence, state["present"], len(classes), rng)
     state["draws"] = torch.cat([state["draws"][1:], draws[None]])
     for image, row in zip([*images, *partners], present, strict=True):
         state["present"][:, image] = row  # an image that comes twice: as it was seen last
-    own = own_slice(len(classes) if args.cutmix else 0, group)
+    own = own_slice(len(classes) if args.cutmix else 0, group)  # --no-cutmix: boxes of no image
     mask, regions = partner_mask(
         coarse.numpy(),
         classes[own],
@@ -685,9 +685,9 @@ def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     return copy_paste(batch["labeled"], batch["paste"], drawn, chosen)
 
 
-def equalization_rate(bank, beta=1.0):
-    """AEL's equalization sampling: s = ((1 - bank) / max(1 - bank))^beta, (C,) in [0, 1]."""
-    gap = (1 - bank).clamp(min=0)
+def equalization_rate(confidence, beta=1.0):
+    """AEL's equalization sampling: s = ((1 - conf_c) / max_c(1 - conf_c))^beta, (C,) in [0, 1]."""
+    gap = (1 - confidence).clamp(min=0)
     return (gap / gap.max().clamp(min=1e-12)) ** beta
 
 

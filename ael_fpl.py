@@ -10,7 +10,7 @@ pixels by Copy-Paste, pixels in the loss. FPL replaces the loss with one pseudo 
   AEL Eq. (9)                     sampling_probability, draw_classes
   AEL CutMix, Copy-Paste          draw_partners, partner_mask, presence; copy_paste
   AEL Eq. (12), (13)              consistency_loss, pixel_weight, equalization_rate
-  A-FPL's choice of T             adaptive_assignment
+  A-FPL's T (code, IJCV 2025)     adaptive_assignment
 
   python ael_fpl.py                                       # generated shapes, no data needed
   python ael_fpl.py --dataset camvid --split 1/8 --unsup-loss ce
@@ -929,7 +929,7 @@ class DeepLabV3Plus(nn.Module):
 
 
 def two_blocks(inputs, width, outputs):
-    """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
+    """Returns a head of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
     layers = []
     for i in (inputs, width):
         layers += [conv_bn_relu(i, width, 3, bias=True), nn.Dropout2d(0.1)]

@@ -12,7 +12,7 @@ logits is pushed above all others (Eq. 7), with a weight (Eq. 11).
   supplement Tables 1-3, 5       T in preset, k_values
   Eq. (12)-(15), supp. Sec. 3    results/analysis.py
   CPS: network, CutMix           CPSHead, toggled_mask
-  A-FPL's choice of T            adaptive_assignment
+  A-FPL's T (code, IJCV 2025)    adaptive_assignment
 
   python cps_fpl.py                                       # generated shapes, no data needed
   python cps_fpl.py --dataset camvid --split 1/8 --recipe official

@@ -10,7 +10,7 @@ Valpola (T&V, arXiv:1703.01780v6) instead. What this adds to its parent:
   U2PL Eq. (3), (6)   consistency_ce, pseudo_labels
   U2PL Sec. 3.1       update_teacher; ema_decay is the released code's [D12]
   T&V Sec. 2, App. B  consistency_mse, sigmoid_rampup [D11]
-  U2PL Sec. 4.1       cutmix_box, cutmix
+  U2PL App. A         cutmix_box, cutmix: the "CutMix" row is MT with it
 
   python mean_teacher.py                                  # generated shapes, about a minute
   python mean_teacher.py --dataset camvid --split 1/8 --cutmix
@@ -535,7 +535,7 @@ class DeepLabV3Plus(nn.Module):
 
 
 def two_blocks(inputs, width, outputs):
-    """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
+    """Returns a head of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
     layers = []
     for i in (inputs, width):
         layers += [conv_bn_relu(i, width, 3, bias=True), nn.Dropout2d(0.1)]

@@ -732,7 +732,7 @@ class U2PLHead(DeepLabV3Plus):
 
 
 def two_blocks(inputs, width, outputs):
-    """Returns the classifier of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
+    """Returns a head of U2PL Sec. 4.1: two Conv-BN-ReLU(-Dropout) blocks and a 1x1."""
     layers = []
     for i in (inputs, width):
         layers += [conv_bn_relu(i, width, 3, bias=True), nn.Dropout2d(0.1)]

@@ -10,7 +10,7 @@ its confidence is at least --threshold; --unsup-loss fpl has none, but K labels 
   feature perturbation         feature_perturbation in UniMatchHead
   total loss                   total_loss
   FPL Alg. 1, Eq. (7), (11)    fuzzy_positive_loss and what it calls, the text of ael_fpl.py
-  A-FPL's choice of T          adaptive_assignment
+  A-FPL's T (code, IJCV 2025)  adaptive_assignment
 
   python unimatch.py                                      # generated shapes, no data needed
   python unimatch.py --dataset camvid --split 1/8 --views 1 --no-feature-perturbation   # FixMatch

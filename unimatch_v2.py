@@ -12,6 +12,7 @@ section 4.
   strong views, CutMix         drawn_operations, strong_view, drawn_box, mixed, strong_views
   complementary dropout        complementary_masks
   FPL Alg. 1, Eq. (7), (11)    fuzzy_positive_loss and what it calls, the text of ael_fpl.py
+  A-FPL's T (code, IJCV 2025)  adaptive_assignment
   DINOv2, DINOv3               ViT, Block; position_embedding; RoPE, apply_rope
   DPT                          Residual, DPTHead
   AdamW with two rates         make_optimizer

@@ -1449,11 +1449,11 @@ def main(args):
                 partners.prefetch(step, state["draws"])
                 u1 = partners.take(step)
             clean = {key: torch.cat([u0[key], u1[key]]) for key in u1}
-            with torch.no_grad():  # labels, H, p: teacher in eval mode, clean views [D41]
+            with torch.no_grad():  # [D41]
                 teacher.train()
-                out_lt = teacher(x_l)
+                out_lt = teacher(x_l)  # labelled: p, features, and BN's statistics
                 teacher.eval()
-                clean_t = teacher(clean["image"])["logits"]
+                clean_t = teacher(clean["image"])["logits"]  # unlabelled, unmixed: labels, H, p
             with timed(spent, "bank"):
                 mask, regions = adaptive_cutmix(
                     clean_t, clean["inside"], partners.images(step), state, rng, args, group
@@ -1464,7 +1464,7 @@ def main(args):
             mixed_t = torch.where(mask[:, None], z1, z0)
             teacher.train()
             with torch.no_grad():
-                out_ut = teacher(x_u)  # features, and BN's statistics
+                out_ut = teacher(x_u)  # unlabelled, mixed: features, and BN's statistics
                 prob_t = F.softmax(mixed_t, 1)
                 conf_t, pseudo = prob_t.max(1)
                 pseudo = pseudo.masked_fill(~inside, IGNORE)

@@ -139,7 +139,7 @@ class Args:
     # -- method --
     batch_size_unlabeled: Count | None = None  # unlabelled images per step, over all processes
     consistency: Literal["ce", "mse"] = "ce"  # hard pseudo labels, or squared distance (T&V)
-    consistency_weight: AtLeast0 = 1.0  # lambda_u, eta in U2PL Eq. (8)
+    consistency_weight: AtLeast0 = 1.0  # lambda_u of U2PL Eq. (1); its eta, as no pixel is left out
     rampup_iters: Number | None = None  # steps of the sigmoid ramp-up of that weight (T&V)
     warmup_iters: Number | None = None  # steps on labels alone; then the teacher starts as a copy
     ema_decay: Share = 0.99  # alpha of the teacher's moving average

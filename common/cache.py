@@ -186,7 +186,8 @@ def make(items, root, folder, most):
         raise Refusal("--dataset shapes is generated: it needs no cache")
     if folder.exists():
         raise Refusal(f"--out {folder} exists: delete it, or give another")
-    shutil.rmtree(partial, ignore_errors=not partial.exists())  # of a call that was killed
+    if partial.exists():
+        raise Refusal(f"{partial} exists: a call makes it now, or was killed: then delete it")
     partial.mkdir(parents=True)
     try:
         entries, total = write_pixels(files, root, partial / "pixels.bin", most)

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import signal
+import sys
 import time
+from multiprocessing import queues
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -44,6 +46,10 @@ def setup(device="auto"):
         return Group(0, 1, torch.device("mps"))
     cuda = device != "cpu" and torch.cuda.is_available()
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+        if tasks != "1":
+            line = f"one of {tasks} processes, a run of its own; as one run: torchrun, not srun"
+            print(f"note: {line}", file=sys.stderr, flush=True)
         return Group(0, 1, device_of(cuda, 0))
     numbers = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"]
     wrong = [n for n in numbers if not os.environ.get(n, "").isdecimal()]
@@ -125,9 +131,21 @@ def fresh_store(rank, world):
 
 
 def unstoppable(worker):
-    """For worker_init_fn: a loader process leaves signals to the process that trains."""
+    """For worker_init_fn: a loader process leaves signals to the process that trains.
+
+    It ends where it cannot hand on a batch, which Python drops: that process would wait for ever.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    queues.Queue._on_queue_feeder_error = staticmethod(end_loader)
+
+
+def end_loader(error, batch):
+    """Ends a loader process in one line."""
+    print(
+        f"a loader cannot hand on a batch: {error}; is TMPDIR short?", file=sys.stderr, flush=True
+    )
+    os._exit(1)
 
 
 def teardown():

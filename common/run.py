@@ -75,6 +75,13 @@ MACHINE = {
     r"not enough memory|paging file|error code: <1455>|Invalid buffer size": (
         "out of memory: a smaller --batch-size or --crop-size, --protocol slide or fewer --workers"
     ),
+    r"worker.*(exited unexpectedly|killed by signal)": (
+        "a loader has ended, by an error above or as Linux ends one where memory ends: "
+        "fewer --workers, or more memory"
+    ),
+    r"gloo.*(Connection (closed|reset) by peer|Broken pipe)": (
+        "another process has ended: its own line says why"
+    ),
 }
 
 
@@ -426,6 +433,10 @@ class Run:
         content["classes"] = self.data.named()
         content["sha256"] = self.sha256
         self._check_log()
+        with writing(self.folder / "log.jsonl"):
+            os.fsync(
+                self.file.fileno()
+            )  # a machine that dies takes no line that a checkpoint names
         content["log"] = {"bytes": self.file.tell(), "sha256": self.hash.hexdigest()}
         previous = None
         if name == "last.pt":
@@ -638,16 +649,24 @@ class Run:
             self.tracker.picture(path)
 
     def load_best(self, networks):
-        """Fills networks from best.pt; returns its step, or None with a word if it is not there."""
+        """Fills networks from best.pt; returns its step.
+
+        None with a word if it is not there for all processes: one alone would wait for the others.
+        """
         path = self.folder / "best.pt"
+        step = 0
+        wrong = f"{path}: not read by every process"
         try:
             saved = load_checkpoint(path, self.script)
             if saved["step"] != self.best["step"]:
                 raise Refusal(f"{path}: of step {saved['step']}, not of {self.best['step']}")
-            return load_networks(saved, networks)
+            step = load_networks(saved, networks)
         except Refusal as error:
-            self.say(f"{error}; only the last weights are scored")
-            return None
+            wrong = error
+        if reduced(torch.tensor(step), ReduceOp.MIN):
+            return step
+        self.say(f"{wrong}; only the last weights are scored")
+        return None
 
     def finish(self, results, on):
         """Logs and prints the scores of last and best, and the commands that show the next."""

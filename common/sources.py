@@ -184,7 +184,15 @@ def check_classes(args, tree, rows):
 def files_of(items):
     """Returns {real file: file as named} of Items; the keys of those that have none."""
     names = [item.image or item.key for item in items]
-    return {os.path.realpath(name): name for name in names}
+    real_folder = functools.cache(os.path.realpath)  # asked once: each file is one look, not six
+    found = {}
+    for name in names:
+        if os.path.islink(name):
+            found[os.path.realpath(name)] = name
+        else:
+            folder, file = os.path.split(name)
+            found[os.path.join(real_folder(folder), file)] = name
+    return found
 
 
 def tell_strays(tree, parts):

@@ -331,6 +331,9 @@ def test_making_one_leaves_nothing_behind_where_it_cannot():
     assert "exists" in refusal(command, MAKE)
     again = MAKE.replace("--out cache", "--out again")
     assert "not even the first" in refusal(command, again, "--max-gb", 1e-6)
+    Path("again.partial").mkdir()
+    assert "again.partial exists: a call makes it now" in refusal(command, again)
+    Path("again.partial").rmdir()
     (tree / "testannot/test1.png").write_bytes(b"no image")
     assert "test1.png: not readable" in refusal(command, again)
     assert sorted(os.listdir()) == ["cache", "my tree", "other"]

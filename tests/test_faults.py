@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from multiprocessing import queues
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -284,6 +285,24 @@ def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(
         said = capsys.readouterr().out
         assert said.endswith(f"best.pt: {why}; only the last weights are scored\n")
         monkeypatch.setattr(run, "load_checkpoint", lambda *_: {"step": 3})
+    one.best["step"] = 3
+    monkeypatch.setattr(run, "load_networks", lambda saved, _: saved["step"])
+    assert run.Run.load_best(one, {}) == 3
+    monkeypatch.setattr(run, "reduced", lambda step, op: step * 0)  # another process has it not
+    assert run.Run.load_best(one, {}) is None
+    assert "not read by every process; only the last" in capsys.readouterr().out
+
+
+def test_the_log_is_on_the_disk_before_the_checkpoint_that_names_it(tmp_path, monkeypatch):
+    one = Mock(folder=tmp_path, first=True, saved_best=0, script=Path("a.py"), sha256="0")
+    one.data.named.return_value = []
+    one.file = open(tmp_path / "log.jsonl", "ab")
+    one.hash.hexdigest.return_value = "1"
+    monkeypatch.setattr(run, "acting", lambda args: {})
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_ino))
+    run.Run._save(one, "best.pt", {}, step=1)
+    assert synced == [(tmp_path / name).stat().st_ino for name in ("log.jsonl", "best.pt")]
 
 
 @pytest.fixture
@@ -296,11 +315,30 @@ def exits(monkeypatch):
 MACHINE = {
     "worker (pid 7) is killed by signal: Bus error": "--workers 0, or a larger /dev/shm",
     "[Errno 24] Too many open files": "ulimit -n 4096",
+    "worker (pid(s) 7) exited unexpectedly": "fewer --workers",
+    "gloo/transport/tcp/pair.cc:554 Read error: Connection reset by peer": "another process has",
     "DefaultCPUAllocator: can't allocate memory": "a smaller --batch-size",
     "DefaultCPUAllocator: not enough memory": "a smaller --batch-size",  # Windows
     os.strerror(errno.ENOSPC): "no space left: ",
     os.strerror(errno.EACCES): "not permitted: ",
 }
+
+
+def test_a_loader_that_cannot_hand_on_a_batch_ends_in_one_line(exits, monkeypatch, capsys):
+    monkeypatch.setattr(queues.Queue, "_on_queue_feeder_error", None)
+    distributed.unstoppable(0)
+    with pytest.raises(SystemExit, match="1"):
+        queues.Queue._on_queue_feeder_error(OSError("AF_UNIX path too long"), None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "AF_UNIX path too long" in line and "TMPDIR" in line
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_processes_that_are_no_group_are_told_so(name, monkeypatch, capsys):
+    for count, told in (("1", False), ("8", True)):
+        monkeypatch.setenv(name, count)
+        assert distributed.setup("cpu").world == 1
+        assert ("one of 8 processes" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("text", MACHINE)

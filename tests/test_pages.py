@@ -66,6 +66,12 @@ def test_links_and_named_tests_lead_somewhere():
             assert f"def {name}(" in tests, f"{page.name}: {name}"
 
 
+def test_every_finding_has_its_line():
+    found = re.findall(r"\(\.\./findings/(\w+)\.sh\)", (ROOT / "docs/findings.md").read_text())
+    assert sorted(found) == sorted(path.stem for path in (ROOT / "findings").glob("*.sh"))
+    assert f"findings.md): {len(found)} places" in PAGES[0].read_text()
+
+
 def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
     for page in table.PAGES:
         assert table.inserted(page) == (ROOT / page).read_text(), "python results/table.py --write"

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ import torchvision
 from torch import nn
 
 import cps_fpl
+import predict
 import supervised
 import tiny
 import unimatch
@@ -21,6 +23,7 @@ from common import distributed, weights
 from common.distributed import Group
 from cps_fpl import CPSHead
 from esl import ESLHead
+from results import released
 from supervised import DeepLabV3Plus, Network, build, dilate, features, make_backbone, upsample
 from trees import refusal
 from u2pl import U2PLHead
@@ -502,6 +505,50 @@ def test_dpt_is_the_literal_one(small):
     expected = head([stage * masks for stage in stages], (9, 9))["logits"]
     head.masks = masks
     assert torch.equal(head(stages, (9, 9))["logits"], expected)
+
+
+THEIRS = {  # names of DPT: here, in UniMatch V2
+    "project": "projects", "resize": "resize_layers", "classify": "scratch.output_conv",
+    "narrow.0": "scratch.layer1_rn", "narrow.1": "scratch.layer2_rn",
+    "narrow.2": "scratch.layer3_rn", "narrow.3": "scratch.layer4_rn",
+    "before.0": "scratch.refinenet1.resConfUnit1", "after.0": "scratch.refinenet1.resConfUnit2",
+    "before.1": "scratch.refinenet2.resConfUnit1", "after.1": "scratch.refinenet2.resConfUnit2",
+    "before.2": "scratch.refinenet3.resConfUnit1", "after.2": "scratch.refinenet3.resConfUnit2",
+    "after.3": "scratch.refinenet4.resConfUnit2", "out.0": "scratch.refinenet1.out_conv",
+    "out.1": "scratch.refinenet2.out_conv", "out.2": "scratch.refinenet3.out_conv",
+    "out.3": "scratch.refinenet4.out_conv",
+}  # fmt: skip
+
+
+def test_a_released_checkpoint_has_its_weights_here(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(released, "BACKBONES", {32: "dinov2_vits14"})
+    monkeypatch.chdir(tmp_path)
+    nets, theirs = {}, {"epoch": 37, "previous_best": np.mean([86.1])}
+    for part, name in (("student", "model"), ("teacher", "model_ema")):
+        nets[part] = v2.Network(of_vit(), 21, v2.DPTHead)
+        state = {"module.backbone.mask_token": torch.zeros(1, 32)}
+        state["module.head.scratch.refinenet4.resConfUnit1.conv1.weight"] = torch.zeros(1)
+        for key, value in nets[part].state_dict().items():
+            here = next((n for n in THEIRS if key.startswith(f"head.{n}.")), None)
+            state["module." + (key.replace(here, THEIRS[here], 1) if here else key)] = value
+        theirs[name] = state
+    torch.save(theirs, "best.pth")
+    call = "best.pth --dataset {} --out {}"
+    released.main(call.format("voc", "new").split())
+    x = torch.randint(0, 256, (1, 3, 30, 45), dtype=torch.uint8)
+    for part, net in nets.items():
+        found, classes = predict.load("new", part)
+        assert torch.allclose(found(x), net(x)["logits"], atol=1e-5) and classes[15] == "person"
+    assert torch.load("new/best.pt", weights_only=True)["step"] == 38
+    torch.save({"model": {"a": torch.zeros(1)}}, "other.pth")
+    for words, line in (
+        (call.format("voc", "new"), "--out new exists"),
+        (call.format("coco", "n"), "2 keys do not fit dinov2_vits14 with DPT for the 81 classes"),
+        (call.format("voc", "n").replace("best", "other"), "no DINOv2 of dinov2_vits14"),
+        (call.format("voc", "n").replace("best", "no"), "no.pth: no such file"),
+    ):
+        assert line in refusal(released.main, words.split())
+    assert not Path("n").exists()
 
 
 def test_weights_are_metas_or_timms_and_nothing_else(small, tmp_path, monkeypatch):

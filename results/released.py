@@ -1,22 +1,21 @@
-"""A network that its authors released, as a checkpoint of the script here.
+"""A network that a released code has trained, as a checkpoint of the script here.
 
     python results/released.py best.pth --dataset voc --out runs/released
-    python unimatch_v2.py --eval-only --checkpoint runs/released/best.pt    # beside their number
     python predict.py runs/released photos --out pictures
     python unimatch_v2.py --dataset folder --num-classes 4 --init runs/released/best.pt
 
-Takes what unimatch_v2.py of UniMatch V2 saves, a .pth with student and teacher, and gives both the
-names that they have here. Every key must fit, but those of two parts that compute nothing: the
-token of pretraining's masks, and a unit of DPT that is never called [D6]. The step of the
-checkpoint is the number of their epochs.
+and --eval-only --checkpoint runs/released/best.pt of that script scores it. Takes what the codes of
+UniMatch V2, UniMatch (with a ResNet) and U2PL save: the names in the file say which it is. Every
+key has to fit, but those of parts that compute nothing. The checkpoint counts as one of a run's
+last step.
 """
 
-import re
+import importlib
 import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import unimatch_v2  # noqa: E402
 from common import Refusal  # noqa: E402
 from common.checkpoints import write_checkpoint  # noqa: E402
 from common.data import Data  # noqa: E402
@@ -34,72 +32,152 @@ from common.distributed import Group  # noqa: E402
 from common.flags import acting, cli, merge  # noqa: E402
 from common.run import refusals  # noqa: E402
 from common.weights import unfit  # noqa: E402
+from predict import head_of  # noqa: E402
 
-BACKBONES = {384: "dinov2_vits14", 768: "dinov2_vitb14", 1024: "dinov2_vitl14"}  # by their width
-UNUSED = ("backbone.mask_token", "head.scratch.refinenet4.resConfUnit1.")
-NAMES = {  # of DPT, there and here; the ViT has Meta's names in both
-    r"^head\.projects\.": "head.project.",
-    r"^head\.resize_layers\.": "head.resize.",
-    r"^head\.scratch\.layer(\d)_rn\.": "head.narrow.{}.",
-    r"^head\.scratch\.refinenet(\d)\.resConfUnit1\.": "head.before.{}.",
-    r"^head\.scratch\.refinenet(\d)\.resConfUnit2\.": "head.after.{}.",
-    r"^head\.scratch\.refinenet(\d)\.out_conv\.": "head.out.{}.",
-    r"^head\.scratch\.output_conv\.": "head.classify.",
-}
+
+class Code(NamedTuple):
+    """A released code: the script that stands for it, and what its files have under which names."""
+
+    script: str
+    mark: str  # a key that no other code has
+    parts: dict  # network here: where it lies in a file of several
+    unused: tuple  # how keys begin of what computes nothing
+    names: dict  # how keys begin there: here; other keys are the same
+
+
+FOUR = range(4)
+CODES = (
+    Code(
+        "unimatch_v2",
+        "head.projects.0.weight",
+        {"student": "model", "teacher": "model_ema"},
+        ("backbone.mask_token", "head.scratch.refinenet4.resConfUnit1."),  # [D6]
+        {
+            "head.projects.": "head.project.",
+            "head.resize_layers.": "head.resize.",
+            "head.scratch.output_conv.": "head.classify.",
+        }
+        | {f"head.scratch.layer{i + 1}_rn.": f"head.narrow.{i}." for i in FOUR}
+        | {f"head.scratch.refinenet{i + 1}.resConfUnit1.": f"head.before.{i}." for i in FOUR}
+        | {f"head.scratch.refinenet{i + 1}.resConfUnit2.": f"head.after.{i}." for i in FOUR}
+        | {f"head.scratch.refinenet{i + 1}.out_conv.": f"head.out.{i}." for i in FOUR},
+    ),
+    Code(
+        "unimatch",
+        "head.b0.0.weight",
+        {"student": "model"},
+        (),
+        {
+            "head.b4.gap.1.": "head.pool.0.",
+            "head.b4.gap.2.": "head.pool.1.",
+            "reduce.": "head.low.",
+            "fuse.0.": "head.decode.0.0.",
+            "fuse.1.": "head.decode.0.1.",
+            "fuse.3.": "head.decode.1.0.",
+            "fuse.4.": "head.decode.1.1.",
+            "classifier.": "head.classify.",
+        }
+        | {f"head.b{i}.": f"head.branches.{i}." for i in FOUR},
+    ),
+    Code(
+        "u2pl",
+        "decoder.low_conv.0.weight",
+        {"student": "model_state", "teacher": "teacher_state"},
+        (),
+        {
+            "encoder.": "backbone.",
+            "decoder.low_conv.": "head.low.",
+            "decoder.aspp.conv1.1.": "head.pool.0.",
+            "decoder.aspp.conv1.2.": "head.pool.1.",
+            "decoder.head.": "head.project.0.",
+            "auxor.aux.0.": "head.aux.0.0.",
+            "auxor.aux.1.": "head.aux.0.1.",
+            "auxor.aux.4.": "head.aux.2.",
+        }
+        | {f"decoder.aspp.conv{i + 2}.": f"head.branches.{i}." for i in FOUR}
+        | {
+            f"decoder.{there}.{i}.": f"head.{here}.{j}."
+            for there, here in (("classifier", "classify"), ("representation", "represent"))
+            for i, j in ((0, "0.0"), (1, "0.1"), (4, "2.0"), (5, "2.1"), (8, "4"))
+        },
+    ),
+)
+VITS = {384: "dinov2_vits14", 768: "dinov2_vitb14", 1024: "dinov2_vitl14"}  # by their width
+RESNETS = {6: "resnet50", 23: "resnet101"}  # by the blocks of layer3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Makes a checkpoint of unimatch_v2.py out of one of UniMatch V2's."""
+    """Makes a checkpoint of a script here out of one of UniMatch V2, UniMatch or U2PL."""
 
-    file: Annotated[str, tyro.conf.Positional]  # their best.pth or latest.pth
+    file: Annotated[str, tyro.conf.Positional]  # .pth of the released code
     dataset: Literal["voc", "voc_aug", "cityscapes", "coco", "ade20k"]  # that it was trained on
     out: str  # the folder to make; best.pt is written there
 
 
-def renamed(key):
-    """Returns the name that a parameter of theirs has in unimatch_v2.py."""
-    for pattern, name in NAMES.items():
-        if match := re.match(pattern, key):
-            number = int(match[1]) - 1 if match.groups() else 0  # they count from 1
-            return name.format(number) + key[match.end() :]
-    return key
+def read(path):
+    """Returns what torch.save wrote. Raises Refusal.
 
-
-def translated(state):
-    """Returns a state dict of theirs, with or without DDP's prefix, under the names here."""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    return {renamed(key): value for key, value in state.items() if not key.startswith(UNUSED)}
-
-
-def released(path):
-    """Returns (student, teacher, epochs) of a file: state dicts under the names here.
-
-    Scores in it may be numpy's numbers; beyond those no object is made. Raises Refusal.
+    Scores in it may be numpy's numbers; beyond those no object is made.
     """
     numbers = [np.dtype, type(np.dtype("float64"))]
-    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        numbers.append((np.float64(0).__reduce__()[0], f"{module}.scalar"))
+    scalar = np.float64(0).__reduce__()[0]
+    numbers += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
         with torch.serialization.safe_globals(numbers):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        student = saved.get("model", saved)
-        teacher = saved.get("model_ema", student)
-        return translated(student), translated(teacher), int(saved.get("epoch", -1)) + 1
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise Refusal(f"{path}: no such file") from None
     except Exception as error:
         line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        raise Refusal(f"{path}: no checkpoint of UniMatch V2 ({line})") from None
+        raise Refusal(f"{path}: no checkpoint of a released code ({line})") from None
 
 
-def args_of(state, dataset, path):
-    """Returns the Args of unimatch_v2.py for a network of theirs. Raises Refusal."""
-    width = getattr(state.get("backbone.cls_token"), "shape", (0,))[-1]
-    if width not in BACKBONES:
-        raise Refusal(f"{path}: no DINOv2 of {', '.join(BACKBONES.values())}, with DPT")
-    given = dict(dataset=dataset, split="all", backbone=BACKBONES[width], weights="none")
-    return merge(unimatch_v2.Args(**given), unimatch_v2.preset)
+def without_prefix(state):
+    """Returns a state dict without DDP's prefix."""
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def code_of(saved, path):
+    """Returns (the Code that wrote a file, {network here: its state dict there}). Raises Refusal.
+
+    A file may be one state dict alone, which is then that of all networks.
+    """
+    for code in CODES:
+        parts = {name: saved.get(there, saved) for name, there in code.parts.items()}
+        states = {name: without_prefix(part) for name, part in parts.items()}
+        if code.mark in states["student"]:
+            return code, states
+    scripts = ", ".join(code.script for code in CODES)
+    raise Refusal(f"{path}: none of the networks that the released codes of {scripts} save")
+
+
+def translated(state, code):
+    """Returns a state dict of a released code under the names of its script here."""
+    found = {}
+    for key, value in state.items():
+        if key.startswith(code.unused):
+            continue
+        begin = next((begin for begin in code.names if key.startswith(begin)), "")
+        found[code.names.get(begin, "") + key[len(begin) :]] = value
+    if code.script == "unimatch":  # its ASPP has the pooled features last, here they are first
+        weight = found["head.project.0.weight"]
+        width = weight.shape[1] // 5
+        found["head.project.0.weight"] = torch.cat([weight[:, -width:], weight[:, :-width]], 1)
+    return found
+
+
+def args_of(script, state, dataset):
+    """Returns the Args of a script here for a translated network."""
+    given = dict(dataset=dataset, split="all", weights="none")
+    if script.__name__ == "unimatch_v2":
+        given["backbone"] = VITS.get(state["backbone.cls_token"].shape[-1])
+    else:
+        blocks = {key.split(".")[2] for key in state if key.startswith("backbone.layer3.")}
+        given |= dict(backbone=RESNETS.get(len(blocks)), stem="deep")
+    if any(key.startswith("head.aux.") for key in state):
+        given["aux_weight"] = 0.4
+    return merge(script.Args(**given), script.preset)
 
 
 def main(argv=None):
@@ -108,24 +186,26 @@ def main(argv=None):
     folder = Path(options.out)
     if folder.exists():
         raise Refusal(f"--out {folder} exists: give another")
-    student, teacher, epochs = released(options.file)
-    args = args_of(student, options.dataset, options.file)
+    code, states = code_of(read(options.file), options.file)
+    script = importlib.import_module(code.script)
+    networks = {name: translated(state, code) for name, state in states.items()}
+    args = args_of(script, networks["student"], options.dataset)
     data = Data(args, [], [], [], [])
-    net = unimatch_v2.build(
-        args, data.num_classes, unimatch_v2.DPTHead, Group(0, 1, torch.device("cpu"))
-    )
-    networks = {"student": student, "teacher": teacher}
+    net = script.build(args, data.num_classes, head_of(script), Group(0, 1, torch.device("cpu")))
     for state in networks.values():
         if bad := unfit(state, net):
+            what = f"{args.backbone} of {code.script}.py for the {data.num_classes} classes"
             names = ", ".join(sorted(bad)[:3])
-            what = f"{args.backbone} with DPT for the {data.num_classes} classes of {data.name}"
-            raise Refusal(f"{options.file}: {len(bad)} keys do not fit {what} ({names})")
-    content = dict(script="unimatch_v2.py", args=acting(args), classes=data.named())
+            raise Refusal(
+                f"{options.file}: {len(bad)} keys do not fit {what} of {data.name} ({names})"
+            )
     folder.mkdir(parents=True)
-    write_checkpoint(folder / "best.pt", content | dict(networks=networks, step=epochs))
+    content = dict(script=f"{code.script}.py", args=acting(args), classes=data.named())
+    content |= dict(networks=networks, step=args.total_iters)
+    write_checkpoint(folder / "best.pt", content)
     file = shlex.quote((folder / "best.pt").as_posix())
-    print(f"{file}: student and teacher, {args.backbone}, {epochs} epochs")
-    print(f"next: python unimatch_v2.py --eval-only --checkpoint {file}")
+    print(f"{file}: {' and '.join(networks)}, {args.backbone}, {data.num_classes} classes")
+    print(f"next: python {code.script}.py --eval-only --checkpoint {file}")
 
 
 if __name__ == "__main__":

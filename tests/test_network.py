@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,9 @@ import tiny
 import unimatch
 import unimatch_v2 as v2
 from common import distributed, weights
+from common.data import FACTS
 from common.distributed import Group
+from common.flags import merge
 from cps_fpl import CPSHead
 from esl import ESLHead
 from results import released
@@ -507,48 +510,70 @@ def test_dpt_is_the_literal_one(small):
     assert torch.equal(head(stages, (9, 9))["logits"], expected)
 
 
-THEIRS = {  # names of DPT: here, in UniMatch V2
-    "project": "projects", "resize": "resize_layers", "classify": "scratch.output_conv",
-    "narrow.0": "scratch.layer1_rn", "narrow.1": "scratch.layer2_rn",
-    "narrow.2": "scratch.layer3_rn", "narrow.3": "scratch.layer4_rn",
-    "before.0": "scratch.refinenet1.resConfUnit1", "after.0": "scratch.refinenet1.resConfUnit2",
-    "before.1": "scratch.refinenet2.resConfUnit1", "after.1": "scratch.refinenet2.resConfUnit2",
-    "before.2": "scratch.refinenet3.resConfUnit1", "after.2": "scratch.refinenet3.resConfUnit2",
-    "after.3": "scratch.refinenet4.resConfUnit2", "out.0": "scratch.refinenet1.out_conv",
-    "out.1": "scratch.refinenet2.out_conv", "out.2": "scratch.refinenet3.out_conv",
-    "out.3": "scratch.refinenet4.out_conv",
-}  # fmt: skip
+# script: how keys begin here, and in the released code
+THEIRS = json.loads(Path(__file__).with_name("released.json").read_text())
 
 
-def test_a_released_checkpoint_has_its_weights_here(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(released, "BACKBONES", {32: "dinov2_vits14"})
+def as_released(name, net):
+    """Returns the state dict of a network as the released code of a script has it."""
+    found = {}
+    for key, value in net.state_dict().items():
+        if name == "unimatch" and key == "head.project.0.weight":
+            value = value.roll(-256, 1)  # the pooled features come last there
+        here = next((here for here in THEIRS[name] if key.startswith(here)), "")
+        found["module." + THEIRS[name].get(here, "") + key[len(here) :]] = value
+    return found
+
+
+FILES = {  # script: data set, names of the student and the teacher in a file, None: the file itself
+    "unimatch_v2": ("voc", "model", "model_ema"),
+    "unimatch": ("cityscapes", None, None),
+    "u2pl": ("cityscapes", "model_state", "teacher_state"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_released_checkpoint_computes_here_what_it_computed(name, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(released, "VITS", {32: "dinov2_vits14"})
+    monkeypatch.setattr(released, "RESNETS", {2: "resnet18"})
     monkeypatch.chdir(tmp_path)
-    nets, theirs = {}, {"epoch": 37, "previous_best": np.mean([86.1])}
-    for part, name in (("student", "model"), ("teacher", "model_ema")):
-        nets[part] = v2.Network(of_vit(), 21, v2.DPTHead)
-        state = {"module.backbone.mask_token": torch.zeros(1, 32)}
-        state["module.head.scratch.refinenet4.resConfUnit1.conv1.weight"] = torch.zeros(1)
-        for key, value in nets[part].state_dict().items():
-            here = next((n for n in THEIRS if key.startswith(f"head.{n}.")), None)
-            state["module." + (key.replace(here, THEIRS[here], 1) if here else key)] = value
-        theirs[name] = state
-    torch.save(theirs, "best.pth")
-    call = "best.pth --dataset {} --out {}"
-    released.main(call.format("voc", "new").split())
+    dataset, *places = FILES[name]
+    module = tiny.script(name)
+    backbone = {"unimatch_v2": {}}.get(name, dict(backbone="resnet18", stem="deep"))
+    args = merge(module.Args(dataset=dataset, weights="none", **backbone), module.preset)
+    nets, saved = {}, {"epoch": 37, "previous_best": np.mean([86.1])}
+    for part, place in zip(tiny.NETWORKS[name], places, strict=False):
+        nets[part] = module.Network(args, len(FACTS[dataset]["classes"]), predict.head_of(module))
+        state = as_released(name, nets[part].eval())
+        if name == "unimatch_v2":  # what computes nothing
+            state["module.backbone.mask_token"] = torch.zeros(1, 32)
+            state["module.head.scratch.refinenet4.resConfUnit1.conv1.bias"] = torch.zeros(1)
+        saved = saved | {place: state} if place else state
+    torch.save(saved, "best.pth")
+    released.main(["best.pth", "--dataset", dataset, "--out", "new"])
     x = torch.randint(0, 256, (1, 3, 30, 45), dtype=torch.uint8)
     for part, net in nets.items():
         found, classes = predict.load("new", part)
-        assert torch.allclose(found(x), net(x)["logits"], atol=1e-5) and classes[15] == "person"
-    assert torch.load("new/best.pt", weights_only=True)["step"] == 38
-    torch.save({"model": {"a": torch.zeros(1)}}, "other.pth")
-    for words, line in (
-        (call.format("voc", "new"), "--out new exists"),
-        (call.format("coco", "n"), "2 keys do not fit dinov2_vits14 with DPT for the 81 classes"),
-        (call.format("voc", "n").replace("best", "other"), "no DINOv2 of dinov2_vits14"),
-        (call.format("voc", "n").replace("best", "no"), "no.pth: no such file"),
-    ):
-        assert line in refusal(released.main, words.split())
+        assert torch.allclose(found(x), net(x)["logits"], atol=1e-5)
+        assert list(classes) == FACTS[dataset]["classes"]
+    assert predict.open_source("new").name == tiny.SCORED[name]
+    line = refusal(released.main, ["best.pth", "--dataset", "coco", "--out", "n"])
+    assert f"of {name}.py for the 81 classes of coco (head." in line
     assert not Path("n").exists()
+
+
+def test_what_is_no_released_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    torch.save({"model": {"a": torch.zeros(1)}}, "other.pth")
+    Path("bad.pth").write_bytes(b"no file")
+    for name, out, line in (
+        ("other.pth", "there", "--out there exists"),
+        ("other.pth", "n", "none of the networks that the released codes of unimatch_v2, unimatch"),
+        ("bad.pth", "n", "bad.pth: no checkpoint of a released code"),
+        ("no.pth", "n", "no.pth: no such file"),
+    ):
+        assert line in refusal(released.main, [name, "--dataset", "voc", "--out", out])
 
 
 def test_weights_are_metas_or_timms_and_nothing_else(small, tmp_path, monkeypatch):

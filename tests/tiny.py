@@ -124,7 +124,8 @@ def tiny_modules(module, bare=False):
             p.data *= 3  # keeps the signal alive
         return net
 
-    kind = predict.head_of(module).__name__
+    head = predict.head_of(module)
+    kind = next(name for name, value in vars(module).items() if value is head)
     features = kind in ("U2PLHead", "ESLHead")
     has_aux = features or kind == "DeepLabV3Plus"
     dropout = 0.1 if has_aux and not bare else 0.0

@@ -217,8 +217,8 @@ class Args:
 VOC = dict(
     backbone="resnet101", stem="v1c", weights="auto", output_stride=8, multi_grid=True,  # [D9]
     head_channels=256,
-    split_family="cps", crop_size=513, scales=(0.5, 2.0),
-    batch_size=16, batch_size_unlabeled=8,  # [D32]
+    split_family="cps", crop_size=513, scales=(0.5, 2.0),  # [D32]
+    batch_size=16, batch_size_unlabeled=8,
     total_iters=39_680, lr=0.00125, lr_head=10.0, weight_decay=8e-4, decay_on="all",  # [D10] [D11]
     aux_weight=0.4, ohem_kept=50_000 / 513**2, protocol="slide", precise_bn=0, workers=4,
     pooled=2, bank_momentum=0.999, region_area=0.03, bank_area=0.03, paste_not=(0,),  # [D20] [D31]

@@ -273,11 +273,11 @@ def preset(args):
         values["anchors"] = 64
         values["queue"] = 64
     else:
-        values["batch_size"] = 8  # 8 + 8 [D17]
+        values["batch_size"] = 8  # 8 + 8 [D4]
     batch_size = args.batch_size or values["batch_size"]
     _, steps = u2pl_schedule(args, args.batch_size_unlabeled or batch_size)
     if steps:
-        values["total_iters"] = steps  # [D19]
+        values["total_iters"] = steps  # [D4]
     values["batch_size_unlabeled"] = batch_size
     return values
 

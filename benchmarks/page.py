@@ -26,27 +26,33 @@ ESTIMATES = ROOT / "results" / "scaling.json"
 END = "<!-- end of table -->\n"
 HEAD = """# Performance
 
-Made by `python benchmarks/page.py`, a section for each JSON file of `benchmarks/gpu.py`, a machine,
-and for those of the benchmarks that need no GPU, which each section names. All of these:
-`python benchmarks/all.py`, with `--quick` in some minutes. The first,
+This page is made by `python benchmarks/page.py`, from JSON files that the benchmarks write.
 
-    python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json
+* On a GPU: `python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json`, a section for each
+  machine. It needs a checkout and requirements.txt alone (and a C compiler for `--compile`).
+* Without one: each section names its benchmark. All of these, one after another: `python
+  benchmarks/all.py`, with `--quick` in some minutes.
 
-needs a checkout and requirements.txt alone (and a C compiler for `--compile`). Its parts, by worth:
-every loss and a whole step of every script against the CPU in float64; no wait of the host, as far
-as torch reports it, between two lines of the log; `--deterministic`, kills, NCCL, checkpoints
-between devices, signals; then speed and memory, and `--compile`. What fits on which card is in
-[scaling.md](scaling.md#what-fits).
+What gpu.py does, by worth, so that a short time has the first parts:
+
+1. every loss and a whole step of every script against the CPU in float64;
+2. that the host waits nowhere between two lines of the log, as far as torch reports it;
+3. `--deterministic`, kills, NCCL, checkpoints between devices, signals;
+4. speed and memory, and `--compile`.
+
+What fits on which card is in [scaling.md](scaling.md#what-fits).
 """
 NONE = """
 ## Not measured on a GPU
 
-No file in `results/gpu/` yet: nothing in this repository was run on a GPU. On CPUs the same code
-runs in the suite (tests/test_gpu.py), and every script's step runs there on torch's fake CUDA
-tensors (`benchmarks/fake_cuda.py`): no wait between two lines of the log but the one that
-ael_fpl.py and u2pl_ael.py name, no operation on two devices, no floats of two types meeting under
-autocast. What has no fake or no deterministic kernel is listed in
-[reliability.md](reliability.md).
+There is no file in `results/gpu/` yet: nothing in this repository was run on a GPU. Two things
+stand in for it:
+
+* On CPUs the same code runs in the suite (tests/test_gpu.py).
+* Every script's step runs there on torch's fake CUDA tensors (`benchmarks/fake_cuda.py`): no wait
+  between two lines of the log but the one that ael_fpl.py and u2pl_ael.py name, no operation on two
+  devices, no floats of two types that meet under autocast. What has no fake or no deterministic
+  kernel is listed in [reliability.md](reliability.md#without-a-gpu-fake-cuda-tensors).
 """
 
 BF16 = """
@@ -132,11 +138,12 @@ def performance(runs):
 def fpl_loss(found):
     """Returns the section of FPL's loss on a CPU. found: what fpl_loss.py wrote."""
     text = "\n## FPL's loss on a CPU\n\n`python benchmarks/fpl_loss.py`, forward and backward, "
-    text += f"torch {found['torch']}, {found['threads']} thread(s). "
-    text += "Medians; ratio, [low..high], to cross-entropy with the "
-    text += "likeliest class\nby argmax; peak above the inputs, in tensors of the logits' size. "
-    text += "Large tensors cost a CPU page faults, the baseline's most of all:\nat smaller sizes "
-    text += "(`--quick`) ratios are larger.\n"
+    text += f"torch {found['torch']}, {found['threads']} thread(s).\n\n"
+    text += "* Cells: the time's ratio to cross-entropy with the likeliest class by argmax, median "
+    text += "and [low..high] of the\n  rounds. ms: the median time. peak: memory above the inputs, "
+    text += "in tensors of the logits' size.\n"
+    text += "* Large tensors cost a CPU page faults, and the baseline most of all: at smaller "
+    text += "sizes (`--quick`)\n  the ratios are larger.\n"
     rows = found["rows"]
     for size in dict.fromkeys((row["classes"], row["side"]) for row in rows):
         here = [row for row in rows if (row["classes"], row["side"]) == size]
@@ -155,11 +162,12 @@ def fpl_loss(found):
 
 def unimatch_step(found):
     """Returns the section of UniMatch's step. found: what unimatch_step.py wrote."""
-    text = "\n## UniMatch's step\n\n`python benchmarks/unimatch_step.py`, against the released "
-    text += f"order of work (docs/unimatch.md, D10, D11, D17); torch {found['torch']}.\nTime: CPU, "
+    text = "\n## UniMatch's step\n\n`python benchmarks/unimatch_step.py`: the two recipes against "
+    text += "the released order of work\n([unimatch.md](unimatch.md#implementation-details), D10, "
+    text += f"D11, D17); torch {found['torch']}.\n\nSeconds of a step, on a CPU, "
     text += f"{found['threads']} thread(s), ResNet-50, 2 + 2 images of {found['crop']}x"
-    text += f"{found['crop']}, {found['rounds']} rounds, load {found['load']:.1f}; ratio "
-    text += "[low..high] to the released order.\nPeak memory: computed on fake CUDA tensors, GB.\n"
+    text += f"{found['crop']}, {found['rounds']}\nrounds, load {found['load']:.1f}; ratio "
+    text += "[low..high] to the released order:\n"
     rows = []
     for order, row in found["time"].items():
         ratio = f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]"
@@ -170,7 +178,8 @@ def unimatch_step(found):
     for row in found["memory"]:
         shares = [f"{row[name]:.2f} ({row[name] / row[orders[0]]:.2f})" for name in orders]
         rows.append([row["dataset"], row["backbone"], row["images"], *shares])
-    text += "\n" + table(["recipe", "backbone", "images of each kind", *orders], rows)
+    text += "\nPeak memory in GB, computed on fake CUDA tensors; in brackets the ratio:\n\n"
+    text += table(["recipe", "backbone", "images of each kind", *orders], rows)
     rows = [[side, row["tensor"], row["blur"], row["PIL"]] for side, row in found["views"].items()]
     text += "\nA strong view on a CPU, ms, means over what is drawn:\n\n"
     return text + table(["side", "tensors, as here", "of it blur", "Pillow, as released"], rows)
@@ -184,9 +193,9 @@ def fpl_step(found):
     text += f"on {found['device']}, torch {found['torch']}, {found['backbone']} at stride "
     text += f"{found['stride']}, crop {found['crop']},\n{found['batch']} labelled and as many "
     text += f"unlabelled images, medians of {found['steps'] * found['rounds']} steps, load "
-    text += f"{found['load']:.1f}. FPL supplement Table 7, an epoch on\n8 V100: AEL 730 s, FPL+AEL "
-    text += "820 s (+12 %) on Cityscapes; 835 s and 985 s (+18 %) on VOC. A small crop:\n"
-    text += "differences of a few per cent, in either direction, are noise.\n\n"
+    text += f"{found['load']:.1f}. The crop is small: differences\nof a few per cent, in either "
+    text += "direction, are noise. FPL supplement Table 7 has, for an epoch on 8 V100:\nAEL 730 s, "
+    text += "FPL+AEL 820 s (+12 %) on Cityscapes; 835 s and 985 s (+18 %) on VOC.\n\n"
     rows = []
     for row in found["rows"]:
         cells = [f"{row['script']}.py, {row['classes']} classes", f"{row['ce']:.2f}"]
@@ -203,18 +212,14 @@ def ratio(row):
 
 def samples(found):
     """Returns the section of the input. found: what input.py wrote."""
-    text = (
-        "\n## Input\n\n`python benchmarks/input.py`: processor time of a training sample, from its "
-    )
-    text += (
-        "files and from the cache of decoded images\n([data.md](data.md#decoded-once---cache)), "
-    )
-    text += f"torch {found['torch']}, {found['rounds']} rounds, load {found['load']:.1f}. The same "
-    text += (
-        "samples bit for bit, as asserted.\nRatio [low..high] to the files; the files are in the "
-    )
-    text += "system's memory. First time: with the check of the pixels' sha1. Warp:\nfiles, with "
-    text += "Pillow's affine warp, as once, where torch now scales what the crop shows.\n\n"
+    text = "\n## Input\n\n`python benchmarks/input.py`: processor time of a training sample, torch "
+    text += f"{found['torch']}, {found['rounds']} rounds, load\n{found['load']:.1f}. The files are "
+    text += "in the system's memory. All ways give the same samples bit for bit, as asserted,\nbut "
+    text += "warp, which is within two grey levels.\n\n* files: from the image's files; of it "
+    text += "reading: the share that decodes them.\n* Ratios [low..high] to files: cache, from the "
+    text += "cache of decoded images\n  ([data.md](data.md#decoded-once---cache)); first time, "
+    text += "with the check of the pixels' sha1; warp, files\n  with Pillow's affine warp, as once,"
+    text += " where torch now scales what the crop shows.\n\n"
     rows = []
     for row in found["rows"]:
         ways = row["ways"]
@@ -242,8 +247,8 @@ def growth(found):
     text += "one thread, ResNet-18 at stride 16 where there is a network.\n"
     if part := found.get("classes"):
         text += about(part, "FPL's loss by the number of classes")
-        text += "Nanoseconds of a pixel and class,\nforward and backward, in channels-last; in "
-        text += "brackets the ratio to cross-entropy with the likeliest class by argmax.\n\n"
+        text += "Nanoseconds of a pixel\nand class, forward and backward, in channels-last; in "
+        text += "brackets the ratio to cross-entropy with the likeliest\nclass by argmax.\n\n"
         lines = {}
         for row in part["rows"]:
             cell = f"{row['ns']:.3g} ({row['ratio']:.2f})"
@@ -272,10 +277,8 @@ def growth(found):
         text += table(["processes", "s a step", "MiB at the peak of one", "load"], rows)
     if part := found.get("teacher"):
         text += about(part, "mean_teacher.py's pass that only moves BN")
-        text += (
-            "A step, crop 128, 4 + 4\nimages: the pass is what `--teacher-bn own`, the released "
-        )
-        text += "code's way and the default, adds to `average`.\n\n"
+        text += "A step, crop 128, 4 + 4\nimages. `--teacher-bn own`, the released code's way and "
+        text += "the default, has a pass of the teacher that\n`average` has not.\n\n"
         rows = [[f"`--teacher-bn {r['teacher_bn']}`", r["s"], ratio(r)] for r in part["rows"]]
         text += table(["", "s a step", "ratio"], rows)
     if part := found.get("labels"):
@@ -305,8 +308,8 @@ def networks(found):
         text += BF16
     if part := found.get("sizes"):
         text += about(part, "A step of supervised.py by network and crop")
-        text += "2 images, a single step each.\nSurplus: FPL's loss of 2 such images less "
-        text += "cross-entropy, as a share of that step.\n\n"
+        text += "2 images, a single step each.\nSurplus: what FPL's loss of 2 such images takes "
+        text += "more than cross-entropy, as a share of that step.\n\n"
         rows = []
         for row in part["rows"]:
             own = row["none"]

@@ -5,9 +5,9 @@
     python unimatch_v2.py --dataset folder --num-classes 4 --init runs/released/best.pt
 
 and --eval-only --checkpoint runs/released/best.pt of that script scores it. Takes what the codes of
-UniMatch V2, UniMatch (with a ResNet) and U2PL save: the names in the file say which it is. Every
-key has to fit, but those of parts that compute nothing. The checkpoint counts as one of a run's
-last step.
+UniMatch V2, UniMatch (with a ResNet), U2PL and CPS save, FPL's on CPS, too: the names in the file
+say which it is. Every key has to fit, but those of parts that compute nothing. The checkpoint
+counts as one of a run's last step.
 """
 
 import importlib
@@ -40,8 +40,9 @@ class Code(NamedTuple):
 
     script: str
     mark: str  # a key that no other code has
-    parts: dict  # network here: where it lies in a file of several
+    parts: dict  # network here: where it lies in a file of several, and how its keys begin there
     unused: tuple  # how keys begin of what computes nothing
+    last: dict  # weight here: how many input channels come last there and first here
     names: dict  # how keys begin there: here; other keys are the same
 
 
@@ -50,8 +51,9 @@ CODES = (
     Code(
         "unimatch_v2",
         "head.projects.0.weight",
-        {"student": "model", "teacher": "model_ema"},
+        {"student": ("model", ""), "teacher": ("model_ema", "")},
         ("backbone.mask_token", "head.scratch.refinenet4.resConfUnit1."),  # [D6]
+        {},
         {
             "head.projects.": "head.project.",
             "head.resize_layers.": "head.resize.",
@@ -65,8 +67,9 @@ CODES = (
     Code(
         "unimatch",
         "head.b0.0.weight",
-        {"student": "model"},
+        {"student": ("model", "")},
         (),
+        {"head.project.0.weight": 256},  # ASPP's pooled features
         {
             "head.b4.gap.1.": "head.pool.0.",
             "head.b4.gap.2.": "head.pool.1.",
@@ -82,8 +85,9 @@ CODES = (
     Code(
         "u2pl",
         "decoder.low_conv.0.weight",
-        {"student": "model_state", "teacher": "teacher_state"},
+        {"student": ("model_state", ""), "teacher": ("teacher_state", "")},
         (),
+        {},
         {
             "encoder.": "backbone.",
             "decoder.low_conv.": "head.low.",
@@ -101,6 +105,28 @@ CODES = (
             for i, j in ((0, "0.0"), (1, "0.1"), (4, "2.0"), (5, "2.1"), (8, "4"))
         },
     ),
+    Code(
+        "cps_fpl",
+        "head.aspp.map_convs.0.weight",
+        {"branch1": ("model", "branch1."), "branch2": ("model", "branch2.")},
+        (),
+        {"head.decode.0.0.weight": 48},  # low-level features
+        {
+            "head.aspp.map_convs.": "head.branches.",
+            "head.aspp.map_bn.": "head.project.0.0.",
+            "head.aspp.red_conv.": "head.project.1.",
+            "head.aspp.global_pooling_conv.": "head.pool.0.",
+            "head.aspp.global_pooling_bn.": "head.pool.1.0.",
+            "head.aspp.pool_red_conv.": "head.pool.2.",
+            "head.aspp.red_bn.": "head.norm.0.",
+            "head.reduce.": "head.low.",
+            "head.last_conv.0.": "head.decode.0.0.",
+            "head.last_conv.1.": "head.decode.0.1.",
+            "head.last_conv.3.": "head.decode.1.0.",
+            "head.last_conv.4.": "head.decode.1.1.",
+            "classifier.": "head.classify.",
+        },
+    ),
 )
 VITS = {384: "dinov2_vits14", 768: "dinov2_vitb14", 1024: "dinov2_vitl14"}  # by their width
 RESNETS = {6: "resnet50", 23: "resnet101"}  # by the blocks of layer3
@@ -108,7 +134,7 @@ RESNETS = {6: "resnet50", 23: "resnet101"}  # by the blocks of layer3
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Makes a checkpoint of a script here out of one of UniMatch V2, UniMatch or U2PL."""
+    """Makes a checkpoint of a script here out of one of a released code."""
 
     file: Annotated[str, tyro.conf.Positional]  # .pth of the released code
     dataset: Literal["voc", "voc_aug", "cityscapes", "coco", "ade20k"]  # that it was trained on
@@ -133,20 +159,23 @@ def read(path):
         raise Refusal(f"{path}: no checkpoint of a released code ({line})") from None
 
 
-def without_prefix(state):
-    """Returns a state dict without DDP's prefix."""
-    return {key.removeprefix("module."): value for key, value in state.items()}
-
-
-def code_of(saved, path):
-    """Returns (the Code that wrote a file, {network here: its state dict there}). Raises Refusal.
+def part_of(saved, place, begin):
+    """Returns the state dict of a network in what a file holds, without DDP's prefix and its own.
 
     A file may be one state dict alone, which is then that of all networks.
     """
+    state = {key.removeprefix("module."): value for key, value in saved.get(place, saved).items()}
+    return {key.removeprefix(begin): value for key, value in state.items() if key.startswith(begin)}
+
+
+def code_of(saved, path):
+    """Returns (the Code that wrote a file, {network here: its state dict there}).
+
+    Raises Refusal.
+    """
     for code in CODES:
-        parts = {name: saved.get(there, saved) for name, there in code.parts.items()}
-        states = {name: without_prefix(part) for name, part in parts.items()}
-        if code.mark in states["student"]:
+        states = {name: part_of(saved, *where) for name, where in code.parts.items()}
+        if all(code.mark in state for state in states.values()):
             return code, states
     scripts = ", ".join(code.script for code in CODES)
     raise Refusal(f"{path}: none of the networks that the released codes of {scripts} save")
@@ -159,11 +188,8 @@ def translated(state, code):
         if key.startswith(code.unused):
             continue
         begin = next((begin for begin in code.names if key.startswith(begin)), "")
-        found[code.names.get(begin, "") + key[len(begin) :]] = value
-    if code.script == "unimatch":  # its ASPP has the pooled features last, here they are first
-        weight = found["head.project.0.weight"]
-        width = weight.shape[1] // 5
-        found["head.project.0.weight"] = torch.cat([weight[:, -width:], weight[:, :-width]], 1)
+        key = code.names.get(begin, "") + key[len(begin) :]
+        found[key] = value.roll(code.last[key], 1) if key in code.last else value
     return found
 
 
@@ -189,7 +215,7 @@ def main(argv=None):
     code, states = code_of(read(options.file), options.file)
     script = importlib.import_module(code.script)
     networks = {name: translated(state, code) for name, state in states.items()}
-    args = args_of(script, networks["student"], options.dataset)
+    args = args_of(script, next(iter(networks.values())), options.dataset)
     data = Data(args, [], [], [], [])
     net = script.build(args, data.num_classes, head_of(script), Group(0, 1, torch.device("cpu")))
     for state in networks.values():

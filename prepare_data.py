@@ -316,9 +316,11 @@ def render(size, annotations, classes):
 # ---- what is on disk ----
 
 
-def published_parts(name):
-    """Returns {part: number of images} of a data set."""
-    return {part: entry["images"] for part, entry in SPLITS[name]["parts"].items()}
+def of_zips(name, root, zips, where):
+    """Unpacks zip files as unpack_absent does; then as inventory, by the published numbers."""
+    unpack_absent(root, zips)
+    parts = SPLITS[name]["parts"].items()
+    inventory(name, root, {part: entry["images"] for part, entry in parts}, where)
 
 
 def inventory(name, root, expected, where):
@@ -542,10 +544,8 @@ class Cityscapes:
 
     def run(self):
         """Raises Refusal if something is missing."""
-        root = Path(self.root)
-        unpack_absent(root, ZIPS)
         where = f"{' and '.join(ZIPS.values())}, by login from https://www.cityscapes-dataset.com"
-        inventory("cityscapes", root, published_parts("cityscapes"), where)
+        of_zips("cityscapes", Path(self.root), ZIPS, where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -556,10 +556,8 @@ class Ade20k:
 
     def run(self):
         """Raises Refusal if something is missing."""
-        root = Path(self.root)
-        unpack_absent(root, ADE20K)
         where = f"{ADE20K['images']} from http://sceneparsing.csail.mit.edu"
-        inventory("ade20k", root, published_parts("ade20k"), where)
+        of_zips("ade20k", Path(self.root), ADE20K, where)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,8 +100,8 @@ CODES = (
         }
         | {f"decoder.aspp.conv{i + 2}.": f"head.branches.{i}." for i in FOUR}
         | {
-            f"decoder.{there}.{i}.": f"head.{here}.{j}."
-            for there, here in (("classifier", "classify"), ("representation", "represent"))
+            f"decoder.{theirs}.{i}.": f"head.{ours}.{j}."
+            for theirs, ours in (("classifier", "classify"), ("representation", "represent"))
             for i, j in ((0, "0.0"), (1, "0.1"), (4, "2.0"), (5, "2.1"), (8, "4"))
         },
     ),
@@ -162,9 +162,13 @@ def read(path):
 def part_of(saved, place, begin):
     """Returns the state dict of a network in what a file holds, without DDP's prefix and its own.
 
-    A file may be one state dict alone, which is then that of all networks.
+    A file may be one state dict alone, which is then that of all networks. {} of anything else.
     """
-    state = {key.removeprefix("module."): value for key, value in saved.get(place, saved).items()}
+    found = saved.get(place, saved)
+    if not isinstance(found, dict):
+        return {}
+    tensors = {str(key): value for key, value in found.items() if torch.is_tensor(value)}
+    state = {key.removeprefix("module."): value for key, value in tensors.items()}
     return {key.removeprefix(begin): value for key, value in state.items() if key.startswith(begin)}
 
 
@@ -189,7 +193,9 @@ def translated(state, code):
             continue
         begin = next((begin for begin in code.names if key.startswith(begin)), "")
         key = code.names.get(begin, "") + key[len(begin) :]
-        found[key] = value.roll(code.last[key], 1) if key in code.last else value
+        if key in code.last and value.dim() == 4:
+            value = value.roll(code.last[key], 1)
+        found[key] = value
     return found
 
 
@@ -197,7 +203,8 @@ def args_of(script, state, dataset):
     """Returns the Args of a script here for a translated network."""
     given = dict(dataset=dataset, split="all", weights="none")
     if script.__name__ == "unimatch_v2":
-        given["backbone"] = VITS.get(state["backbone.cls_token"].shape[-1])
+        token = state.get("backbone.cls_token", torch.empty(0))  # (1, 1, width)
+        given["backbone"] = VITS.get(token.numel())
     else:
         blocks = {key.split(".")[2] for key in state if key.startswith("backbone.layer3.")}
         given |= dict(backbone=RESNETS.get(len(blocks)), stem="deep")

@@ -572,11 +572,24 @@ def test_a_released_checkpoint_computes_here_what_it_computed(name, small, tmp_p
 def test_what_is_no_released_checkpoint_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("there").mkdir()
-    torch.save({"model": {"a": torch.zeros(1)}}, "other.pth")
+    marks = {code.script: code.mark for code in released.CODES}
+    alone = {marks["unimatch"]: torch.zeros(3), "head.project.0.weight": torch.zeros(3)}
+    for name, content in {
+        "other": {"model": {"a": torch.zeros(1)}},
+        "keys": {1: torch.zeros(1)},
+        "tensor": {"model": torch.zeros(1)},
+        "words": {"model": {marks["unimatch"]: "text"}},
+        "one": alone,
+        "head": {marks["unimatch_v2"]: torch.zeros(1)},
+    }.items():
+        torch.save(content, f"{name}.pth")
     Path("bad.pth").write_bytes(b"no file")
+    none = "none of the networks that the released codes of unimatch_v2, unimatch"
     for name, out, line in (
         ("other.pth", "there", "--out there exists"),
-        ("other.pth", "n", "none of the networks that the released codes of unimatch_v2, unimatch"),
+        *((f"{name}.pth", "n", none) for name in ("other", "keys", "tensor", "words")),
+        ("one.pth", "n", "keys do not fit resnet101 of unimatch.py for the 21 classes of voc"),
+        ("head.pth", "n", "keys do not fit dinov2_vits14 of unimatch_v2.py"),
         ("bad.pth", "n", "bad.pth: no checkpoint of a released code"),
         ("no.pth", "n", "no.pth: no such file"),
     ):

@@ -205,7 +205,7 @@ def with_root(saved, options):
 
 def script_of(saved):
     """Returns the script, imported, that wrote a checkpoint's dict. Raises Refusal."""
-    file = Path(__file__).with_name(Path(saved["script"]).name)
+    file = Path(__file__).parent / Path(str(saved["script"])).name
     if not file.is_file() or "\ndef build(" not in file.read_text(encoding="utf-8"):
         raise Refusal(f"{saved['path']}: of {saved['script']}, which is no script of this checkout")
     return importlib.import_module(file.stem)

@@ -19,7 +19,7 @@ def load_checkpoint(path, script=None):
 
     Raises Refusal if it is absent, damaged or, with script (a path), written by another script.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):  # of any path, where Path's raises for one too long
         raise Refusal(f"{path}: a folder; give its best.pt or last.pt")
     try:
         with zipfile.ZipFile(path) as file:

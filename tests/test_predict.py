@@ -524,7 +524,7 @@ def test_what_cannot_be_done_is_one_line(monkeypatch):
     assert "shape (2, 11, 97, 1), not (2, 11, 97, 65)" in refusal(
         predict.verified, lambda image: net(image)[..., :1], net
     )
-    for name in ("own.py", "convert.py"):
+    for name in ("own.py", "convert.py", "", 3):
         line = refusal(predict.build_source, dict(script=name, path="p.pt"))
         assert line == f"p.pt: of {name}, which is no script of this checkout"
     monkeypatch.setattr(predict, "segment", Mock(side_effect=MemoryError))

@@ -259,6 +259,8 @@ def test_what_cannot_be_read_or_compared_is_refused_in_one_line(capsys):
     for words, line in (
         ("k mean.jsonl --out k.png", "mean.jsonl: no log of cps_fpl.py on unlabelled images (Key"),
         ("scores absent.pt", "absent.pt: no such checkpoint"),
+        ("scores .", ".: a folder; give its best.pt or last.pt"),
+        (f"scores {'a' * 300}", f"{'a' * 300}: damaged, or no checkpoint"),
     ):
         assert analysis.main(words.split()) == 2
         assert capsys.readouterr().err.startswith(f"analysis.py: {line}")

@@ -143,7 +143,9 @@ def unstoppable(worker):
 def end_loader(error, batch):
     """Ends a loader process in one line."""
     print(
-        f"a loader cannot hand on a batch: {error}; is TMPDIR short?", file=sys.stderr, flush=True
+        f"a loader cannot hand on a batch: {error}" + ": a shorter TMPDIR" * ("UNIX" in str(error)),
+        file=sys.stderr,
+        flush=True,
     )
     os._exit(1)
 

@@ -186,9 +186,12 @@ def make(items, root, folder, most):
         raise Refusal("--dataset shapes is generated: it needs no cache")
     if folder.exists():
         raise Refusal(f"--out {folder} exists: delete it, or give another")
-    if partial.exists():
-        raise Refusal(f"{partial} exists: a call makes it now, or was killed: then delete it")
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()  # of two calls at once one fails here
+    except FileExistsError:
+        why = "a call makes it now, or was killed: then delete it"
+        raise Refusal(f"{partial} exists: {why}") from None
     try:
         entries, total = write_pixels(files, root, partial / "pixels.bin", most)
         if not entries:

@@ -433,10 +433,8 @@ class Run:
         content["classes"] = self.data.named()
         content["sha256"] = self.sha256
         self._check_log()
-        with writing(self.folder / "log.jsonl"):
-            os.fsync(
-                self.file.fileno()
-            )  # a machine that dies takes no line that a checkpoint names
+        with writing(self.folder / "log.jsonl"):  # a power cut takes no line that is named below
+            os.fsync(self.file.fileno())
         content["log"] = {"bytes": self.file.tell(), "sha256": self.hash.hexdigest()}
         previous = None
         if name == "last.pt":

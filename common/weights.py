@@ -172,8 +172,8 @@ def read_state(weights, name=None):
         if "://" in weights:
             load = torch.hub.load_state_dict_from_url
             checked = {"check_hash": True, "weights_only": True, "file_name": name}
-            shown = os.environ.get("RANK", "0") == "0"
-            state = load(weights, map_location="cpu", progress=shown, **checked)
+            first = os.environ.get("RANK", "0") == "0"
+            state = load(weights, map_location="cpu", progress=first, **checked)
         elif weights.endswith(".safetensors"):
             from safetensors.torch import load_file
 

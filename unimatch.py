@@ -1220,17 +1220,17 @@ def main(args):
                 partner = partners[number] if args.partner == "crop" else swapped(own)
                 views.append(mixed(mask, own, partner))
                 views[-1]["strong"] = images
-            counts = inside_counts([target, *views], group)
+            pixels = inside_counts([target, *views], group)
             sup = supervised_loss({"logits": logits_l}, y_l, args)
             perturbed = torch.zeros_like(sup)
             if args.feature_perturbation:  # learns what the image itself says, without CutMix
-                perturbed = consistency(out["perturbed"], target, counts[0], args)
+                perturbed = consistency(out["perturbed"], target, pixels[0], args)
             # total_loss is a weighted sum: its parts are differentiated apart, to free their graphs
             total_loss(sup, 0.0, perturbed, args).backward()
         student.head.perturbed = 0
         x_s = torch.cat([view["image"] for view in views])
         logits_s = student_parallel(x_s)["logits"].chunk(args.views)
-        rows = zip(logits_s, views, counts[1:], strict=True)
+        rows = zip(logits_s, views, pixels[1:], strict=True)
         strong = sum(consistency(*row, args) for row in rows) / args.views
         total_loss(0.0, strong, 0.0, args).backward()
         logged = {

@@ -46,7 +46,7 @@ CELLS = (
     "test_recipes.py: test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers"
 )
 CITED = re.compile(
-    r"\b(?P<paper>FPL|AEL|ESL|U2PL|[A-Z][\w&]*[A-Z]\w*(?= (Eq|Alg|Sec|App)\. ))\b"
+    r"\b(?P<paper>FPL|AEL|ESL|U2PL|[A-Z][\w&]*[A-Z]\w*(?= (Eq\.|Alg\.|Sec\.|App\.|Table) ))\b"
     r"|(?P<supplement>\b[Ss]upp(lement|\.))"
     r"|(?P<kind>Eq\.|Alg\.|Table|Sec\.|App\.)s? "
     r"(?P<numbers>\(?A?\d+[\d.]*\d*\)?((, | and | to |-)\(?A?\d+\)?)*|[A-F]\b)"

@@ -324,6 +324,23 @@ MACHINE = {
 }
 
 
+class NoBatches(torch.utils.data.Dataset):
+    """Its items are functions, which no process can hand to another."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return lambda: index
+
+
+def test_a_loader_that_cannot_hand_on_a_batch_ends_instead_of_being_waited_for():
+    more = dict(num_workers=1, batch_size=None, worker_init_fn=distributed.unstoppable)
+    loader = torch.utils.data.DataLoader(NoBatches(), timeout=60, **more)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(loader)
+
+
 def test_a_loader_that_cannot_hand_on_a_batch_ends_in_one_line(exits, monkeypatch, capsys):
     monkeypatch.setattr(queues.Queue, "_on_queue_feeder_error", None)
     distributed.unstoppable(0)

@@ -254,7 +254,7 @@ def test_every_flag_has_an_effect_and_two_equal_runs_none(name, tmp_path):
         watch = take(script, argv, alone, steps, tiny=True, kmeans=True)
         found[words] = digest(watch.networks)
     assert found[""] == found.pop("  ")
-    assert len(set(found.values())) == len(found) > 1, found
+    assert len(set(found.values())) == len(found) > (10 if name in tiny.SCRIPTS[:9] else 1), found
 
 
 HEADS = dict.fromkeys(("u2pl", "u2pl_ael", "esl"), "features") | {"cps_fpl": "CPS"}  # else plain

@@ -471,6 +471,7 @@ def unimatch_step(now, args):
 def unimatch_v2_step(now, args):
     """A teacher, and two views whose features lose channels by turns."""
     student, n = now.student, len(now.clean)
+    assert student.backbone.checkpointed == (args.checkpoint_activations and now.number == 0)
     student.backbone.checkpointed = False  # recomputed blocks learn the same
     with torch.no_grad():
         logits_w = now.teacher.eval()(now.clean)["logits"]

@@ -1,7 +1,6 @@
 """Scale, flip and crop of image, label and inside; samples and streams; windows, scores, panels."""
 
 import itertools
-import random
 import zlib
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import default_collate
 
 import supervised
 from common import shapes
@@ -19,7 +17,6 @@ from common.data import Data, Item
 from common.distributed import Group
 from common.metrics import scores
 from common.pictures import colour, panels, with_legend
-from recorder import assert_close
 from supervised import Samples, Stream, augment, open_stream
 from trees import flags
 
@@ -112,21 +109,6 @@ def test_a_sample_is_the_literal_one_in_whatever_order(stream):
             expected = dict(image=image, label=label, inside=inside)
             assert samples[n].keys() == expected.keys()
             assert all(np.array_equal(samples[n][key], x) for key, x in expected.items())
-
-
-@pytest.mark.smoke
-@pytest.mark.parametrize("world, rank, start, workers", [(1, 0, 3, 0), (2, 1, 1, 2), (4, 3, 4, 0)])
-def test_a_process_has_its_share_of_each_batch(world, rank, start, workers):
-    """Whatever the number of workers and the step at which it begins; no global draw is made."""
-    data, args = ten_shapes(), flags(workers=workers)
-    before = torch.get_rng_state(), random.getstate()
-    batches = list(open_stream("labeled", data, args, Group(rank, world, CPU), start))
-    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
-    samples = Samples("labeled", Stream(data.labeled, 8, True, args.scales), data, args)
-    assert len(batches) == 4 - start
-    for step, batch in enumerate(batches, start):
-        numbers = range(8 * step, 8 * step + 8)[8 // world * rank :][: 8 // world]
-        assert_close(batch, default_collate([samples[n] for n in numbers]), 0)
 
 
 CLASSES = 3

@@ -128,12 +128,6 @@ def runs():
     return ["b", "a", "lr", "open"]
 
 
-def test_patterns_are_paths_of_logs():
-    rows = sorted((ROOT / "results/camvid-lite").glob("cps-s?.jsonl"))
-    assert logs.expanded(str(rows[0])[:-7] + "?.jsonl") == [str(row) for row in rows]
-    assert logs.expanded("gone*") == ["gone*"]
-
-
 def test_seeds_are_one_curve_and_one_row_and_no_run_is_lost(runs, capsys):
     pytest.importorskip("matplotlib")
     table.main(runs)
@@ -154,8 +148,8 @@ def test_seeds_are_one_curve_and_one_row_and_no_run_is_lost(runs, capsys):
     text = Path("x.html").read_text()
     assert text.count("data:image/png") == 3 and many in text  # curves, two confusions
     assert "<script" not in text and "http" not in text
-    old = sorted(map(str, (ROOT / "results").glob("*/*.jsonl")))  # older logs stay readable
-    names = logs.labels(logs.grouped(logs.read_all(old)))
+    old = logs.read_all([ROOT / "results/*/*.jsonl"])  # older logs stay readable
+    names = logs.labels(logs.grouped(old))
     assert len(set(names)) == len(names) < len(old)
 
 
@@ -170,17 +164,13 @@ def test_a_run_that_cannot_be_shown_is_refused_by_name(runs, monkeypatch):
 # ---- python results/compare.py, results/analysis.py ----
 
 
-def log_of_k(name, values, **args):
-    """Writes a log of shares, its last line half written."""
-    lines = [{"kind": "train", "step": 20 * i, "K_gt_1": v} for i, v in enumerate(values, 1)]
-    return write_log(name, *lines, end='{"kind": "train", "st', out=name, **args)
-
-
 def test_k_draws_the_share_and_prints_three_tenths(capsys):
     pytest.importorskip("matplotlib")
     falls = [0.9, 0.8, *[0.5] * 7, 0.4, 0.2, *[0.3] * 7, 0.1, 0.0]  # twenty lines: tenths of two
-    logs = log_of_k("a.jsonl", falls, T=0.9), log_of_k("b.jsonl", [0.25, 0.5, 1.0], T=0.95)
-    assert analysis.main(["k", *logs, "--out", "k.png"]) == 0
+    for name, T, shares in ("a.jsonl", 0.9, falls), ("b.jsonl", 0.95, [0.25, 0.5, 1.0]):
+        lines = [{"kind": "train", "step": 20 * i, "K_gt_1": v} for i, v in enumerate(shares, 1)]
+        write_log(name, *lines, end='{"kind": "train", "st', out=name, T=T)
+    assert analysis.main("k a.jsonl b.jsonl --out k.png".split()) == 0
     _, *lines = capsys.readouterr().out.splitlines()
     numbers = [re.findall(r"([\d.]+) %", line) for line in lines]
     assert numbers == [["85.00", "30.00", "5.00"], ["25.00", "50.00", "100.00"]]
@@ -276,7 +266,7 @@ def finish(name, seed, hit):
     counts = dict(hit=truth * hit // 100, truth=truth, predicted=truth)
     np.savez_compressed(run_table.counts_path(name, seed), **counts)
     iou = hit / (200 - hit)
-    score = {"miou": iou, "iou": [iou, *[0.5] * 10]}
+    score = {"miou": iou, "iou": [iou]}
     train = {"kind": "train", "time": {"elapsed_s": 60}}
     lines = [train, {"kind": "done", "last": score, "best": score}]
     listed(run_table.log_path(name, seed), *map(json.dumps, lines))
@@ -339,7 +329,6 @@ def test_what_is_missing_is_told_and_a_claim_holds_where_the_interval_is_above_z
     table = differences.tables()["docs/results.md"]
     assert "| CPS is above labels alone | FPL Table 1 | 41.4 to 48.7 | +" in table
     assert "| FPL improves CPS | FPL Table 1 | - | - | - | not yet told |" in table
-    assert f"| labels | 41.4 | {' | '.join(['50.0'] * 10)} |\n" in table  # its mean over seeds
 
 
 # ---- the papers' figures ----

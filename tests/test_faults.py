@@ -20,7 +20,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import convert
 import prepare_data
 import processes
 import supervised
@@ -440,24 +439,6 @@ def test_no_loader_is_forked_for_an_evaluation_beside_gloo(world, device, loader
     with pytest.raises(InterruptedError):
         supervised.evaluate(torch.nn.Identity(), Mock(), range(8), Mock(workers=2), group)
     assert loader.call_args.kwargs["num_workers"] == loaders
-
-
-def test_what_a_killed_conversion_left_goes_and_a_living_ones_stays(tmp_path):
-    old, new, other = (tmp_path / f".{name}" for name in ("a" * 32, "b" * 32, "hidden"))
-    for file, seconds in ((old, 100), (new, 0), (other, 100)):
-        file.touch()
-        os.utime(file, (0, time.time() - seconds))
-    convert.clear_left(tmp_path)
-    assert not old.exists() and new.exists() and other.exists()
-
-
-def test_check_tells_a_crop_larger_than_most_images(tmp_path, capsys):
-    root = tiny.draw_folder(tmp_path, 2)
-    prepare_data.main(f"check --dataset folder --data-root {root} --num-classes 2".split())
-    assert "warning: 8 of 8 images are smaller than a crop of" in capsys.readouterr().out
-    for crop, told in ((65, True), (64, False)):
-        prepare_data.Check(dataset="folder", crop_size=crop).tell_padding([(73, 64)])
-        assert ("train with --crop-size 49\n" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("parts, every, words", [

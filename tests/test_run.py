@@ -87,10 +87,6 @@ def test_a_run_leaves_its_log_checkpoints_and_pictures(name, finished):
         assert saved["sha256"] == found.log[0]["sha256"]  # the text that made it
         if file == "last.pt":
             assert list(saved["state"]) == tiny.STATE.get(name, "").split() and saved["step"] == 8
-            momentum = "exp_avg" if name == "unimatch_v2" else "momentum_buffer"
-            assert any(momentum in key for key in flat(saved))
-            for key, x in saved["state"].items():
-                assert torch.equal(x, found.steps[-1].state[key])
 
     panels = (found.out / "panels").iterdir()
     rows = {path.name: Image.open(path).height // 176 for path in panels}
@@ -272,9 +268,7 @@ def test_a_run_starts_from_the_networks_of_any_other(reader, finished, tree, tmp
         mine, words = recorder.watched(reader, argv).networks, []
         for name in NETWORKS[reader]:
             source = name if name in NETWORKS[writer] else NETWORKS[writer][0]
-            words.append(
-                f"{name} from its {source}{'' if fits else ', head random (another head)'}"
-            )
+            words.append(f"{name} from its {source}" + ", head random (another head)" * (not fits))
             given = saved["networks"][source].items()
             given = {key: x for key, x in given if fits or "backbone" in key}
             assert digest({"": mine[name]}) == digest({"": own[name].state_dict() | given})

@@ -167,8 +167,10 @@ def trained_on(folder, out, *more, classes=0):
     train(script("supervised"), [*own_folder(folder, out, classes, **once), *more])
 
 
-def test_bn_has_the_statistics_that_the_run_was_scored_with(capsys):
-    """--precise-bn: of the training images, or a note where these are not."""
+def test_bn_has_the_statistics_that_the_run_was_scored_with(monkeypatch, capsys):
+    """--precise-bn: of the training images, or a note where these are not. A note on bf16 too."""
+    monkeypatch.setattr(predict.distributed, "CPUINFO", Path("cpuinfo"))
+    Path("cpuinfo").touch()  # of a CPU without its instructions
     draw_folder(Path("mine"), 3)
     trained_on("mine", "run", "--precise-bn", "2", classes=3)
     done = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
@@ -180,7 +182,10 @@ def test_bn_has_the_statistics_that_the_run_was_scored_with(capsys):
     assert "running statistics" not in capsys.readouterr().err
     line = refusal(call, "run/last.pt", "moved/images/val", "--out", "o")
     assert "precise_bn 2 there, 0 here" in line
-    assert "running statistics" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "running statistics" in said and "note: --amp" not in said
+    refusal(call, "run/last.pt", "moved/images/val", "--out", "o", "--amp", "bf16")
+    assert "note: --amp bf16" in capsys.readouterr().err
 
 
 def test_images_of_every_kind_several_at_once_and_one_that_cannot_be_read():
@@ -248,16 +253,6 @@ def made(*words):
         assert path.read_text() == Path("o", path.name).read_text()
     assert files("o") == files(new)
     return files(new)
-
-
-def test_bf16_on_a_cpu_without_its_instructions_is_told(monkeypatch, capsys):
-    monkeypatch.setattr(predict.distributed, "CPUINFO", Path("cpuinfo"))
-    Path("cpuinfo").touch()
-    checkpoint()
-    photo("a.png")
-    for amp in ("none", "bf16"):
-        call("run", "a.png", "--out", amp, "--amp", amp)
-        assert ("note: --amp bf16" in capsys.readouterr().err) == (amp == "bf16")
 
 
 def test_files_are_of_the_image_and_the_mask_that_are_asked_for():

@@ -469,9 +469,7 @@ def test_first_prototypes_are_of_the_pixels_with_the_lowest_numbers(monkeypatch)
 
     data = SimpleNamespace(labeled=[0, 1], num_classes=3)
     data.read = lambda i, _: [Image.fromarray(x[i].numpy()) for x in (images, labels)]
-    monkeypatch.setattr(
-        esl, "kmeans", lambda x, K, u: F.pad(x, (0, 0, 0, 5_000 - len(x)), value=-1)
-    )
+    monkeypatch.setattr(esl, "kmeans", lambda x, *_: F.pad(x, (0, 0, 0, 5_000 - len(x)), value=-1))
 
     def prototypes(rank, world):
         net, args = lambda x: {"encoder": x.float()}, SimpleNamespace(seed=3, parts=2)

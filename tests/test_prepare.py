@@ -705,10 +705,8 @@ def test_the_next_command_of_check_is_of_what_was_checked(given, added):
 
 
 def test_the_crop_that_check_proposes_is_16_k_plus_1_and_half_of_the_images_fill_it(capsys):
-    sizes = [(40, 200), (50, 60), (300, 70), (99, 99)]
-    for crop, images, fits in (
-        *((100, sizes, 65), (60, sizes, None), (65, [(73, 64)], 49), (64, [(73, 64)], None)),
-    ):
+    four, one = [(40, 200), (50, 60), (300, 70), (99, 99)], [(73, 64)]
+    for crop, images, fits in (100, four, 65), (60, four, None), (65, one, 49), (64, one, None):
         prepare_data.Check(dataset="folder", crop_size=crop).tell_padding(images)
         said = capsys.readouterr().out
         assert said.endswith(f": train with --crop-size {fits}\n") if fits else not said

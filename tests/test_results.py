@@ -24,7 +24,6 @@ import supervised
 import unimatch
 from benchmarks import fpl_step, per_process
 from common import Refusal, metrics
-from common.data import FACTS
 from common.flags import run_name
 from oracles.fpl import order, printed, regularization
 from oracles.supervised import VOID, likeliest, nll
@@ -85,14 +84,11 @@ def test_a_tracker_gets_scores_per_class_and_panels(name, monkeypatch, capsys):
     found = dict(stub.init.call_args.kwargs)
     for logged in stub.log.call_args_list:
         found |= logged.args[0]
-    start, *_, done = map(json.loads, Path("run/log.jsonl").read_text().splitlines())
+    done = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     assert (found["name"], found["project"]) == ("run", "camvid")
     assert found["done/best/iou/sky"] == done["best"]["iou"][0] and found["train/loss"] > 0
     assert found["panels/val"] == "run/panels/000008-val.png" and "panels/train" in found
     assert "curves.py run" in capsys.readouterr().out
-    assert start["classes"] == list(FACTS["camvid"]["classes"])
-    for which in ("last", "best"):
-        assert metrics.scores(torch.tensor(done[which]["confusion"])) == done[which]
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(Refusal, match=f"--track {name}: not installed; pip install {name}"):
         train(supervised, [*argv, "--out", "other"])

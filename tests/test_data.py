@@ -269,8 +269,6 @@ def test_counts_are_those_of_the_papers_and_the_published_sets_those_of_the_proj
     assert set_hash(["c9", "a", "c10", "b"]) == entry(["a", "b", "c10", "c9"])["set"]
 
 
-# ---- the cache of decoded images ----
-
 MAKE = "cache --dataset camvid --data-root 'my tree' --out cache"
 
 

@@ -327,9 +327,6 @@ def test_what_is_missing_is_told_and_a_claim_holds_where_the_interval_is_above_z
     assert "| FPL improves CPS | FPL Table 1 | - | - | - | not yet told |" in table
 
 
-# ---- the papers' figures ----
-
-
 def test_weights_boundaries_and_stages_by_hand():
     rest, weights = figures.weight_curves(points=39)
     for x, concave, linear, convex in zip(rest, *weights.values(), strict=True):
@@ -422,9 +419,6 @@ def test_keep_holds_what_a_run_wrote_by_a_second_name(trained, monkeypatch):
     assert figures.read_run("esl/kept/000008.pt").last == 8
 
 
-# ---- the notebook ----
-
-
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     nbformat, nbclient, *_ = map(pytest.importorskip, "nbformat nbclient ipykernel".split())
     text = (ROOT / "docs/first_steps.ipynb").read_text()
@@ -437,9 +431,6 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
     assert "mIoU" in "".join(output.get("text", "") for output in outputs)
-
-
-# ---- the papers ----
 
 
 def test_every_numbered_item_has_a_function_and_a_test_or_a_reason():
@@ -603,8 +594,6 @@ def test_counts_of_ranks_equal_a_loop_over_pixels():
         expected[int(H > gamma), rank] += 1
     assert ranks.counts(prob, label, 0.2).tolist() == expected.tolist()
 
-
-# ---- python results/commands.py ----
 
 NEEDED = {  # a script, and a word of its flags or source: the rows that keep its number away
     ("cps_fpl", "FPL Table 1, FPL+CPS w/ cutmix"): "D9 D5 D18 D11",

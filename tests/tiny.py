@@ -179,10 +179,10 @@ def flags(tree, out, iters=8, log=2, evaluate=4, save=4, pictures=0, workers=0, 
     return ["--data-root", str(tree), "--out", str(out), *words.split()]
 
 
-def own_folder(root, out, classes, network="--backbone resnet18 --output-stride 16", **numbers):
+def own_folder(root, out, classes, **numbers):
     """Returns the flags of a small run on a folder of one's own."""
     words = [*flags(root, out, **numbers), "--dataset", "folder", "--num-classes", str(classes)]
-    return words + f"--weights none --lr 0.01 {network}".split()
+    return words + "--weights none --lr 0.01 --backbone resnet18 --output-stride 16".split()
 
 
 def resolved(module, argv):

@@ -86,6 +86,8 @@ ROWS = {  # in the order of their worth
     "esl-soft-labels": Row("esl.py", "--no-contrast", 4),
     "esl-hard-labels": Row("esl.py", "--no-contrast --label hard", 4),
     "u2pl-binary": Row("u2pl.py", "--unreliable-loss binary", 4),
+    "u2pl-ael": Row("u2pl_ael.py", "--unreliable-loss contrastive", 5),
+    "u2pl-ael-neither": Row("u2pl_ael.py", "--unreliable-loss none", 5),
     "cps-unlike": Row("cps_fpl.py", f"--unsup-loss ce {UNLIKE}", 6),
     "fpl-cps-unlike": Row("cps_fpl.py", f"--unsup-loss fpl {UNLIKE}", 6),
     "labels-1_8": Row("supervised.py", "", 1, MORE),

@@ -77,8 +77,16 @@ ARCHIVES = {  # of VOC and SBD: address, md5
         "82b4d87ceb2ed10f6038a1cba92111cb",
     ),
 }
-ZIPS = {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip"}
-ADE20K = dict.fromkeys(("images", "annotations"), "ADEChallengeData2016.zip")
+ZIPS = {  # data set: {folder: the zip file that has it}, where that comes from
+    "cityscapes": (
+        {"leftImg8bit": "leftImg8bit_trainvaltest.zip", "gtFine": "gtFine_trainvaltest.zip"},
+        "by login from https://www.cityscapes-dataset.com",
+    ),
+    "ade20k": (
+        dict.fromkeys(("images", "annotations"), "ADEChallengeData2016.zip"),
+        "from http://sceneparsing.csail.mit.edu",
+    ),
+}
 VOC = ("JPEGImages", "SegmentationClass", "SegmentationClassAug", "ImageSets")  # lists last
 CAMVID = {"train": 367, "val": 101, "test": 233}  # images
 FOLDER_CROP = 513  # pixels: the scripts' own of --dataset folder, 512 in cps_fpl.py
@@ -316,10 +324,16 @@ def render(size, annotations, classes):
 # ---- what is on disk ----
 
 
-def of_zips(name, root, zips, where):
-    """Unpacks zip files as unpack_absent does; then as inventory, by the published numbers."""
+def of_zips(name, folder):
+    """Unpacks a data set's zip files that lie in its folder; then says what of it is there.
+
+    Raises Refusal if something is missing.
+    """
+    root = Path(folder)
+    zips, source = ZIPS[name]
     unpack_absent(root, zips)
     parts = SPLITS[name]["parts"].items()
+    where = f"{' and '.join(dict.fromkeys(zips.values()))}, {source}"
     inventory(name, root, {part: entry["images"] for part, entry in parts}, where)
 
 
@@ -544,8 +558,7 @@ class Cityscapes:
 
     def run(self):
         """Raises Refusal if something is missing."""
-        where = f"{' and '.join(ZIPS.values())}, by login from https://www.cityscapes-dataset.com"
-        of_zips("cityscapes", Path(self.root), ZIPS, where)
+        of_zips("cityscapes", self.root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -556,8 +569,7 @@ class Ade20k:
 
     def run(self):
         """Raises Refusal if something is missing."""
-        where = f"{ADE20K['images']} from http://sceneparsing.csail.mit.edu"
-        of_zips("ade20k", Path(self.root), ADE20K, where)
+        of_zips("ade20k", self.root)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,50 @@ stand in for it:
   devices, no floats of two types that meet under autocast. What has no fake or no deterministic
   kernel is listed in [reliability.md](reliability.md#without-a-gpu-fake-cuda-tensors).
 """
+FPL_LOSS_HEAD = """
+## FPL's loss on a CPU
 
+`python benchmarks/fpl_loss.py`, forward and backward, torch {torch}, {threads} thread(s).
+
+* Cells: the time's ratio to cross-entropy with the likeliest class by argmax, median and
+  [low..high] of the rounds. ms: the median time. peak: memory above the inputs, in tensors of the
+  logits' size.
+* Large tensors cost a CPU page faults, and the baseline most of all: at smaller sizes (`--quick`)
+  the ratios are larger.
+"""
+UNIMATCH_STEP_HEAD = """
+## UniMatch's step
+
+`python benchmarks/unimatch_step.py`: the two recipes against the released order of work
+([unimatch.md](unimatch.md#implementation-details), D10, D11, D17); torch {torch}.
+
+Seconds of a step, on a CPU, {threads} thread(s), ResNet-50, 2 + 2 images of {crop}x{crop}, {rounds}
+rounds, load {load:.1f}; ratio [low..high] to the released order:
+
+"""
+FPL_STEP_HEAD = """
+## What FPL adds to a whole step
+
+`python benchmarks/fpl_step.py`, seconds of a step on {device}, torch {torch}, {backbone} at stride
+{stride}, crop {crop}, {batch} labelled and as many unlabelled images, medians of {all} steps, load
+{load:.1f}. The crop is small: differences of a few per cent, in either direction, are noise.
+FPL supplement Table 7 has, for an epoch on 8 V100: AEL 730 s, FPL+AEL 820 s (+12 %) on Cityscapes;
+835 s and 985 s (+18 %) on VOC.
+
+"""
+INPUT_HEAD = """
+## Input
+
+`python benchmarks/input.py`: processor time of a training sample, torch {torch}, {rounds} rounds,
+load {load:.1f}. The files are in the system's memory. All ways give the same samples bit for bit,
+as asserted, but warp, which is within two grey levels.
+
+* files: from the image's files; of it reading: the share that decodes them.
+* Ratios [low..high] to files: cache, from the cache of decoded images
+  ([data.md](data.md#decoded-once---cache)); first time, with the check of the pixels' sha1; warp,
+  files with Pillow's affine warp, as once, where torch now scales what the crop shows.
+
+"""
 BF16 = """
 On a CPU without such instructions `--amp bf16` takes longer than float32, twice to nine times as
 long ([findings/bf16_autocast_cpu.sh](../findings/bf16_autocast_cpu.sh)); on Linux a run says so.
@@ -129,6 +172,11 @@ def section(found):
     return text
 
 
+def ratio(row):
+    """Returns a ratio with its spread."""
+    return f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]"
+
+
 def performance(runs):
     """Returns docs/performance.md. runs: what gpu.py wrote, as dicts."""
     real = [run for run in runs if not run["tiny"] and run["gpus"]]
@@ -137,13 +185,7 @@ def performance(runs):
 
 def fpl_loss(found):
     """Returns the section of FPL's loss on a CPU. found: what fpl_loss.py wrote."""
-    text = "\n## FPL's loss on a CPU\n\n`python benchmarks/fpl_loss.py`, forward and backward, "
-    text += f"torch {found['torch']}, {found['threads']} thread(s).\n\n"
-    text += "* Cells: the time's ratio to cross-entropy with the likeliest class by argmax, median "
-    text += "and [low..high] of the\n  rounds. ms: the median time. peak: memory above the inputs, "
-    text += "in tensors of the logits' size.\n"
-    text += "* Large tensors cost a CPU page faults, and the baseline most of all: at smaller "
-    text += "sizes (`--quick`)\n  the ratios are larger.\n"
+    text = FPL_LOSS_HEAD.format(**found)
     rows = found["rows"]
     for size in dict.fromkeys((row["classes"], row["side"]) for row in rows):
         here = [row for row in rows if (row["classes"], row["side"]) == size]
@@ -151,7 +193,7 @@ def fpl_loss(found):
         lines = {}
         for row in here:
             line = lines.setdefault(row["call"], [row["call"]])
-            line.append(f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]")
+            line.append(ratio(row))
         for row in here[: len(lines)]:
             lines[row["call"]] += [f"{row['ms']:.0f}", f"{row['peak_tensors']:.1f}"]
         when = f"{here[0]['rounds']} rounds, load {here[0]['load']:.1f}"
@@ -162,17 +204,10 @@ def fpl_loss(found):
 
 def unimatch_step(found):
     """Returns the section of UniMatch's step. found: what unimatch_step.py wrote."""
-    text = "\n## UniMatch's step\n\n`python benchmarks/unimatch_step.py`: the two recipes against "
-    text += "the released order of work\n([unimatch.md](unimatch.md#implementation-details), D10, "
-    text += f"D11, D17); torch {found['torch']}.\n\nSeconds of a step, on a CPU, "
-    text += f"{found['threads']} thread(s), ResNet-50, 2 + 2 images of {found['crop']}x"
-    text += f"{found['crop']}, {found['rounds']}\nrounds, load {found['load']:.1f}; ratio "
-    text += "[low..high] to the released order:\n"
     rows = []
     for order, row in found["time"].items():
-        ratio = f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]"
-        rows.append([order, row["s"], ratio])
-    text += "\n" + table(["order", "s a step", "ratio"], rows)
+        rows.append([order, row["s"], ratio(row)])
+    text = UNIMATCH_STEP_HEAD.format(**found) + table(["order", "s a step", "ratio"], rows)
     orders = list(found["time"])
     rows = []
     for row in found["memory"]:
@@ -187,15 +222,7 @@ def unimatch_step(found):
 
 def fpl_step(found):
     """Returns the section of FPL supplement Table 7. found: what fpl_step.py wrote."""
-    text = (
-        "\n## What FPL adds to a whole step\n\n`python benchmarks/fpl_step.py`, seconds of a step "
-    )
-    text += f"on {found['device']}, torch {found['torch']}, {found['backbone']} at stride "
-    text += f"{found['stride']}, crop {found['crop']},\n{found['batch']} labelled and as many "
-    text += f"unlabelled images, medians of {found['steps'] * found['rounds']} steps, load "
-    text += f"{found['load']:.1f}. The crop is small: differences\nof a few per cent, in either "
-    text += "direction, are noise. FPL supplement Table 7 has, for an epoch on 8 V100:\nAEL 730 s, "
-    text += "FPL+AEL 820 s (+12 %) on Cityscapes; 835 s and 985 s (+18 %) on VOC.\n\n"
+    text = FPL_STEP_HEAD.format(**found, all=found["steps"] * found["rounds"])
     rows = []
     for row in found["rows"]:
         cells = [f"{row['script']}.py, {row['classes']} classes", f"{row['ce']:.2f}"]
@@ -205,21 +232,8 @@ def fpl_step(found):
     return text + table(["", "cross-entropy", "FPL", "FPL, `--fused off`", "GPU"], rows)
 
 
-def ratio(row):
-    """Returns a ratio with its spread."""
-    return f"{row['ratio']:.2f} [{row['low']:.2f}..{row['high']:.2f}]"
-
-
 def samples(found):
     """Returns the section of the input. found: what input.py wrote."""
-    text = "\n## Input\n\n`python benchmarks/input.py`: processor time of a training sample, torch "
-    text += f"{found['torch']}, {found['rounds']} rounds, load\n{found['load']:.1f}. The files are "
-    text += "in the system's memory. All ways give the same samples bit for bit, as asserted,\nbut "
-    text += "warp, which is within two grey levels.\n\n* files: from the image's files; of it "
-    text += "reading: the share that decodes them.\n* Ratios [low..high] to files: cache, from the "
-    text += "cache of decoded images\n  ([data.md](data.md#decoded-once---cache)); first time, "
-    text += "with the check of the pixels' sha1; warp, files\n  with Pillow's affine warp, as once,"
-    text += " where torch now scales what the crop shows.\n\n"
     rows = []
     for row in found["rows"]:
         ways = row["ways"]
@@ -229,7 +243,7 @@ def samples(found):
         others = ("cache", "cache, first time", "files, Pillow's warp")
         rows.append(cells + [ratio(ways[name]) for name in others])
     titles = ["image", "files, ms", "of it reading", "cache", "cache, first time", "warp"]
-    return text + table(titles, rows)
+    return INPUT_HEAD.format(**found) + table(titles, rows)
 
 
 def about(part, name):

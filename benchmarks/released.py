@@ -1,9 +1,11 @@
 """FPL's loss in the order of work of the released code, after the audit of it; written anew.
 
 Only what costs time is kept as it was: one-hot maps filled on the CPU and copied to the device, of
-which the last is not used; for each K a pass over the positives and negatives of all pixels, whose
-maps of C channels are filled by boolean indexing, though a pixel needs one of them; a clamp without
-effect. The numbers are those of `--recipe official` (K at most 3, >=, mean over K + 1).
+which the last is not used; for each K the positives and negatives of all pixels as maps of C
+channels, of which those of the pixels with this K are taken out by boolean indexing and put into
+the result by another; a clamp without effect. The numbers are those of `--recipe official` (K at
+most 3, >=, mean over K + 1). In maps of the logits' size (C = 19, 160x160) the forward pass of the
+released code allocates 77, with the backward pass 150; this function 80 and 157.
 """
 
 import torch
@@ -33,20 +35,19 @@ def released_loss(logits_s, logits_t, T):
     top, index = p.topk(4, 1)
     hots = one_hots(index, p.shape[1])
     running = top.cumsum(1)
-    K = torch.where(running[:, 1] >= T, 1, torch.where(running[:, 2] >= T, 2, 3))
-    loss = torch.zeros_like(top[:, 0]) - 1
-    weight = torch.zeros_like(top[:, 0])
-    planes = torch.zeros_like(p)
+    low = torch.zeros_like(logits_s) - 1
+    high = torch.zeros_like(logits_s) - 1
+    weight = torch.ones_like(top[:, 0])
+    left = torch.ones_like(weight, dtype=torch.bool)
     for k in (1, 2, 3):
-        planes = planes + hots[k - 1]
-        positive = planes > 0
-        low = -logits_s
-        low[~positive] = -FILL
-        high = logits_s.clone()
-        high[positive] = -FILL
-        every = F.softplus(low.logsumexp(1) + high.logsumexp(1), threshold=20)
-        here = K == k
-        loss[here] = every[here]
-        mean = running[:, k][here] / (k + 1)
-        weight[here] = weight_of(mean, top[:, k][here])
+        here = left & (running[:, k] >= T) if k < 3 else left
+        left = left & ~here
+        mean = running[:, k] / (k + 1)
+        weight[here] = weight_of(mean, top[:, k])[here]
+        positive = sum(hots[:k])
+        negative = 1 - positive
+        channels = here[:, None].expand_as(p).contiguous()
+        low[channels] = (-(logits_s * positive) - negative * FILL)[channels]
+        high[channels] = (logits_s * negative - positive * FILL)[channels]
+    loss = F.softplus(low.logsumexp(1) + high.logsumexp(1))
     return loss, torch.where(weight > 1, 1.0, weight)

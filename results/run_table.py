@@ -66,6 +66,7 @@ class Row(NamedTuple):
 
 
 FIXMATCH = "--views 1 --no-feature-perturbation"
+LONG = "--total-iters 1200 --eval-every 400"  # where labels alone end above 45
 UNLIKE = "--backbone-2 resnet18 --weights-2 none"  # the other student, from random weights
 ROWS = {  # in the order of their worth
     "labels": Row("supervised.py", "", 1),
@@ -103,9 +104,16 @@ for _split in (HALF, TWICE):
     ROWS[f"labels-{_name}"] = Row("supervised.py", "", 1, _split)
     ROWS[f"cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss ce", 6, _split)
     ROWS[f"fpl-cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss fpl", 6, _split)
-for _name, _split in (("labels", TWICE), ("all-labels", "all"), ("cps", TWICE), ("fpl-cps", TWICE)):
-    _row = ROWS[_name]
-    ROWS[f"full-{_name}"] = _row._replace(cost=3 * _row.cost, split=_split, size="full")
+for _size, _more, _cost in (("full", "", 3), ("long", LONG, 6)):
+    for _name in ("labels", "all-labels", "cps", "fpl-cps"):
+        _row = ROWS[_name]
+        ROWS[f"{_size}-{_name}"] = Row(
+            _row.script,
+            f"{_row.flags} {_more}".strip(),
+            _cost * _row.cost,
+            "all" if _row.split == "all" else TWICE,
+            "full",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -262,18 +262,15 @@ def u2pl_schedule(args, batch_size):
     return passes, passes * (images // batch)
 
 
+ESL = {"batch_size": 8, "anchors": 256, "queue": 256}  # 8 + 8 images [D4], in place of U2PL's 16
+SMALL = {"anchors": 64, "queue": 64}  # [D8]
+
+
 def preset(args):
     """Returns {flag: value} for the data set, split and backbone of args."""
     if args.recipe == "official":
         raise Refusal("--recipe official: no code of ESL was ever released; leave --recipe out")
-    values = u2pl_recipe(args)
-    values["anchors"] = 256
-    values["queue"] = 256
-    if args.dataset in ("shapes", "camvid"):  # [D8]
-        values["anchors"] = 64
-        values["queue"] = 64
-    else:
-        values["batch_size"] = 8  # 8 + 8 [D4]
+    values = u2pl_recipe(args) | (SMALL if args.dataset in ("shapes", "camvid") else ESL)
     batch_size = args.batch_size or values["batch_size"]
     _, steps = u2pl_schedule(args, args.batch_size_unlabeled or batch_size)
     if steps:

@@ -389,7 +389,7 @@ def nearest(x, size):
 
 
 def anchor_masks(prob, label, delta_p):
-    """Eq. (9)-(11): A_c, pixels of label c, 255 where unreliable [D22], with p(c) > delta_p."""
+    """Eq. (9)-(11): A_c [D16]: label c, 255 where unreliable [D22], and p(c) > delta_p."""
     c = torch.arange(prob.shape[1], device=label.device)[:, None]
     return (label == c) & (prob.T > delta_p)
 
@@ -402,7 +402,7 @@ def class_ranks(prob):
 
 
 def negative_masks(rank, label, candidate, r_l, r_h):
-    """Eq. (13)-(16): N_c, pixels that are not c, or probably not if unlabelled [D24]. (C, P) bool.
+    """Eq. (13)-(16): N_c [D16]: pixels not c, or probably not if unlabelled [D24]. (C, P) bool.
 
     rank: O, (C, P). candidate: H > gamma_t of the unlabelled pixels, which are the last of P; bool.
     """

@@ -265,6 +265,8 @@ def preset(args):
     values["crop_size"] = nearest_multiple(values["crop_size"], patch)
     if args.T and len(args.T) > 1 and args.fused == "on":
         raise Refusal("--fused on: the twin has one --T; leave --fused out")
+    if args.precise_bn:
+        raise Refusal("--precise-bn: there is no BN in a ViT and DPT; leave it out")
     return values
 
 
@@ -1389,8 +1391,6 @@ def main(args):
     # >>> method: state
     state = {}  # the teacher is among the networks
     check_fit(args, group.world, data.num_classes)
-    if args.precise_bn:
-        raise Refusal("--precise-bn: there is no BN in a ViT and DPT; leave it out")
     # <<< method: state
     for name, stream in streams(data, args).items():
         distributed.check_bn(trained, name, stream.batch, group)

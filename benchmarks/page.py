@@ -62,6 +62,7 @@ FPL_LOSS_HEAD = """
 * Cells: the time's ratio to cross-entropy with the likeliest class by argmax, median and
   [low..high] of the rounds. ms: the median time. peak: memory above the inputs, in tensors of the
   logits' size.
+* By the rules of the released code the twin is {least:.0f} to {most:.0f} times as fast as its order of work.
 * Large tensors cost a CPU page faults, and the baseline most of all: at smaller sizes (`--quick`)
   the ratios are larger.
 """
@@ -185,8 +186,13 @@ def performance(runs):
 
 def fpl_loss(found):
     """Returns the section of FPL's loss on a CPU. found: what fpl_loss.py wrote."""
-    text = FPL_LOSS_HEAD.format(**found)
     rows = found["rows"]
+    ms = {(row["classes"], row["teacher"], row["call"]): row["ms"] for row in rows}
+    faster = [
+        ms[(*case, "released order of work")] / ms[(*case, "twin, official")]
+        for case in {key[:2] for key in ms}
+    ]
+    text = FPL_LOSS_HEAD.format(**found, least=min(faster), most=max(faster))
     for size in dict.fromkeys((row["classes"], row["side"]) for row in rows):
         here = [row for row in rows if (row["classes"], row["side"]) == size]
         teachers = list(dict.fromkeys(row["teacher"] for row in here))

@@ -158,7 +158,7 @@ def fill(args, preset, argv=None):
     """
     filled = merge(args, preset)
     given = given_names(args, argv)
-    advise_rate(args, preset(args))
+    advise_batch(args, preset)
     check_ranges(filled)
     for name in vars(filled):
         value = getattr(filled, name)
@@ -274,15 +274,24 @@ def in_a_name(flag, value):
     return f"{flag}{value}"
 
 
-def advise_rate(args, recipe):
-    """Says which rate the linear rule would have for another batch size; --lr stays as it is."""
-    batch = recipe.get("batch_size")
-    lr = recipe.get("lr")
-    if args.lr is None and lr and args.batch_size not in (None, batch):
-        if args.batch_size > 0 and os.environ.get("RANK", "0") == "0":
-            rate = lr * args.batch_size / batch
-            with contextlib.suppress(OSError, ValueError):  # nobody need read it
-                print(f"--lr {lr:g} is kept; the linear rule would have {rate:g} for this batch")
+def advise_batch(args, preset):
+    """Says what another batch size leaves and what it moves: --lr stays, a number of passes too."""
+    values = preset(args)
+    usual = preset(replace(args, batch_size=None))
+    batch = usual.get("batch_size")
+    if not batch or args.batch_size in (None, batch):
+        return
+    lines = []
+    if args.lr is None and (lr := usual.get("lr")):
+        rate = lr * args.batch_size / batch
+        lines.append(f"--lr {lr:g} is kept; the linear rule would have {rate:g} for this batch")
+    steps = values.get("total_iters")
+    if args.total_iters is None and steps != usual.get("total_iters"):
+        usual_steps = usual["total_iters"]
+        lines.append(f"--total-iters {steps}: the passes of {usual_steps} steps of {batch} images")
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError, ValueError):  # nobody need read it
+            print("".join(f"{line}\n" for line in lines), end="")
 
 
 def rules(kind):

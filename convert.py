@@ -26,7 +26,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import Refusal, printable
-from common.data import IGNORE, LARGEST, ClassRow, read_classes, read_colours, voc_colours
+from common.data import (
+    IGNORE,
+    LARGEST,
+    ClassRow,
+    class_row,
+    read_classes,
+    read_colours,
+    voc_colours,
+)
 from common.shapes import polygon
 from common.sources import SUFFIXES, files_below, write
 
@@ -299,11 +307,14 @@ def studio_name(task):
     raise ValueError(f"task {task.get('id')} names no image")
 
 
+STUDIO_AREAS = "polygonlabels rectanglelabels ellipselabels brushlabels".split()
+
+
 def studio_area(result):
     """Returns (draw(), label) of a result, (None, "") where it has no area or is turned."""
     kind = result.get("type", "")
     labels = result.get("value", {}).get(kind)
-    if not labels or result.get("image_rotation"):
+    if kind not in STUDIO_AREAS or not labels or result.get("image_rotation"):
         return None, ""
     value = result["value"]
     width = result["original_width"]
@@ -388,7 +399,8 @@ def pictures_of(source, lost):
         except OSError as error:
             raise Refusal(f"{path}: {error.strerror or error}") from None
         except MALFORMED as error:
-            raise Refusal(f"{path}: not as its tool writes it ({error!r}){hint}") from None
+            why = f"not as its tool writes it ({type(error).__name__}: {error})"
+            raise Refusal(f"{path}: {why}{hint}") from None
         except ElementTree.ParseError as error:
             raise Refusal(f"{path}: not readable as XML ({error})") from None
     if not pictures:
@@ -434,13 +446,12 @@ def read_table(path):
         if not first and not second:
             raise Refusal(f"{path}:{number}: neither r g b name nor name:r,g,b, with a colour")
         if first:
-            name = first[4]
-            colour = first.groups()[:3]
+            *colour, name = first.groups()
         else:
-            name = second["name"].strip()
-            colour = second.groups()[1:4]
-        rows.append(ClassRow(len(rows), name, tuple(map(int, colour))))
-    check_count(len(rows), path)
+            name, *colour = second.groups()[:4]
+        entry = {"id": len(rows), "name": name, **dict(zip("rgb", colour, strict=True))}
+        check_count(len(rows) + 1, path)
+        rows.append(class_row(entry, f"{path}:{number}"))
     return rows
 
 
@@ -738,7 +749,8 @@ class Convert:
             try:
                 label = draw()
             except MALFORMED as error:
-                raise Refusal(f"{self.source}: {key}: not as its tool has it ({error!r})") from None
+                why = f"not as its tool has it ({type(error).__name__}: {error})"
+                raise Refusal(f"{self.source}: {key}: {why}") from None
             write(masks / f"{key}.png", png(label))
         print("\n".join(printable(f"id {row.id}: {row.name}") for row in rows))
         void = [row.id for row in rows if row.value == 255 and row.id != IGNORE]

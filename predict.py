@@ -50,12 +50,10 @@ from common.flags import (
     Number,
     Scales,
     as_fields,
+    check_needs,
     cli,
-    flag_of,
     given_names,
-    in_words,
     merge,
-    met,
     without_weights,
 )
 from common.run import machine_remedy, refusals, report
@@ -105,8 +103,8 @@ class Args:
     safetensors: str = ""  # write its weights as this file, and a model card beside it
 
     NEEDS: ClassVar[dict] = {  # flag: what it needs to act, as common/flags.py has it
-        **dict.fromkeys("amp batch_size window scales flip maps csv export".split(), "out"),
-        "overlays": "out",
+        **dict.fromkeys("amp batch_size window scales flip".split(), "out"),
+        **dict.fromkeys("maps csv export overlays".split(), "out"),
         "dataset": "split",
         "masks": "images",
         "upright": "images, no masks",
@@ -115,12 +113,7 @@ class Args:
 
 def checked(options, argv):
     """Returns options. Raises Refusal where one cannot act."""
-    given = given_names(options, argv)
-    for name in vars(options):
-        need = Args.NEEDS.get(name, "")
-        if name in given and not met(need, options, given):
-            value = getattr(options, name)
-            raise Refusal(f"{flag_of(name)} {value} does nothing {in_words(need)}")
+    check_needs(options, given_names(options, argv))
     if options.images and options.split:
         raise Refusal("images and --split: give one of them")
     for name, ending in ENDINGS.items():
@@ -339,8 +332,8 @@ def segment(source, images, window=0, maps=False):
 
     classes, as the script's predict has them; with maps confidence, entropy (over log C), both 255
     for 1, and K of Alg. 1, where the script has it and the checkpoint has a T. In one piece all
-    images go through the network at once, in windows one after the other. Memory grows with the
-    width of an image, not with its height, but for the results.
+    images go through the network at once, and memory grows with their pixels; in windows one after
+    the other, and but for the results it grows with an image's width, not with its height.
     """
     args = protocol_for(source.args, images[0, 0].numel(), window)
     if args.protocol == "slide":
@@ -481,9 +474,9 @@ def kinds_of(options, source):
 
 def segment_or_say(source, group, options, device):
     """Returns what segment does of a group of images. Raises Refusal where memory does not do."""
-    images = np.stack([np.array(image) for _, image, _ in group])
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
     try:
+        images = np.stack([np.array(image) for _, image, _ in group])
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
         return segment(source, pixels, options.window, options.maps)
     except (MemoryError, RuntimeError) as error:
         if not machine_remedy(error):
@@ -520,7 +513,8 @@ def need(flag, *modules):
     """Raises Refusal if a module that a flag wants is not installed."""
     absent = [name for name in modules if not importlib.util.find_spec(name)]
     if absent:
-        raise Refusal(f"{flag}: not installed; pip install {' '.join(absent)}")
+        names = " ".join(absent)
+        raise Refusal(f"{flag}: {names} not installed; pip install {names}")
 
 
 def verified(run, model):

@@ -15,7 +15,6 @@ python prepare_data.py cache --dataset cityscapes --out DIR   # decoded, for --c
 import contextlib
 import filecmp
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -39,7 +38,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common import Refusal, printable
+from common import Refusal, needs, printable
 from common.cache import data_folder, make
 from common.data import (
     CONVERT,
@@ -51,8 +50,8 @@ from common.data import (
     orientation,
     set_hash,
 )
-from common.flags import Above0, Count, Number, cli, flag_of, given_names, in_words, met
-from common.run import refusals
+from common.flags import Above0, Count, Number, check_needs, cli, given_names
+from common.run import machine_remedy, refusals
 from common.sources import (
     LISTS,
     Tree,
@@ -96,17 +95,6 @@ DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, 
 
 
 # ---- files, downloads, archives ----
-
-
-def needs(module):
-    """Returns a module that not every command needs. Raises Refusal if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        file = "requirements-dev.txt" if package == "matplotlib" else "requirements.txt"
-        remedy = f"pip install {package}, or -r {file}"
-        raise Refusal(f"{package} cannot be imported ({error}): {remedy}") from None
 
 
 def archive(name, root, source):
@@ -171,6 +159,8 @@ def unpack(path, folder, wanted):
         file = folder / re.search(wanted, name)[1]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
+    if not folder.exists():
+        raise Refusal(f"{path}: none of the files of {folder.parent} is in it; fetch it again")
 
 
 def unpack_absent(root, zips):
@@ -190,10 +180,10 @@ def unpack_absent(root, zips):
 
 @contextlib.contextmanager
 def scratch(partial):
-    """Removes the folder partial if a Refusal ends its use; a kill leaves it to the next."""
+    """Removes the folder partial if an error ends its use; a kill leaves it to the next."""
     try:
         yield
-    except Refusal:
+    except (OSError, Refusal):
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
@@ -618,7 +608,8 @@ class Coco:
                         write(root / mask, png(render(size, groups[image["id"]], classes)))
                     lines.append(f"{photo} {mask}\n")
             except MALFORMED as error:
-                raise Refusal(f"{path}: not as COCO has it ({error!r}); {where}") from None
+                why = f"not as COCO has it ({type(error).__name__}: {error})"
+                raise Refusal(f"{path}: {why}; {where}") from None
             write(root / f"{part}.txt", "".join(lines).encode())
             print(f"{root / part}.txt: {len(lines)} images")
         source = Source(dataset="coco", data_root=str(root))
@@ -873,16 +864,6 @@ class Stats(Split):
             print(f"{out}: drawn")
 
 
-def check_flags(command, argv):
-    """Raises Refusal for a flag that cannot act."""
-    given = given_names(command, argv)
-    for name in vars(command):
-        need = getattr(command, "NEEDS", {}).get(name, "")
-        if name in given and not met(need, command, given):
-            value = getattr(command, name)
-            raise Refusal(f"{flag_of(name)} {value} does nothing {in_words(need)}")
-
-
 def main(argv=None):
     """Runs the command of the flags. Raises Refusal; Ctrl-C ends with exit code 130."""
     commands = (
@@ -900,17 +881,15 @@ def main(argv=None):
     )
     try:
         command = cli(commands, argv)
-        check_flags(command, argv)
+        if isinstance(command, Source):
+            check_needs(command, given_names(command, argv))
         command.run()
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:  # | head
         raise
     except OSError as error:  # no permission, no space
-        raise Refusal(f"{error}") from None
+        raise Refusal(machine_remedy(error) or f"{error}") from None
 
 
 if __name__ == "__main__":
-    with refusals():
+    with refusals("the same command goes on"):
         main()

@@ -100,7 +100,7 @@ def parsed(words):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     options = parsed(sys.argv[1:])
-    with refusals():
+    with refusals("start again"):
         found = measure(options)
     if not options.quick:
         Path(options.out).write_text(json.dumps(found, indent=1) + "\n")

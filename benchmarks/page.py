@@ -62,7 +62,8 @@ FPL_LOSS_HEAD = """
 * Cells: the time's ratio to cross-entropy with the likeliest class by argmax, median and
   [low..high] of the rounds. ms: the median time. peak: memory above the inputs, in tensors of the
   logits' size.
-* By the rules of the released code the twin is {least:.0f} to {most:.0f} times as fast as its order of work.
+* By the rules of the released code the twin is {least:.0f} to {most:.0f} times as fast as its order
+  of work.
 * Large tensors cost a CPU page faults, and the baseline most of all: at smaller sizes (`--quick`)
   the ratios are larger.
 """

@@ -5,13 +5,11 @@ the pixels of all files one after another, and index.json, which says where each
 be deleted at any time: then the files themselves are read, to the same numbers.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shlex
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +18,7 @@ import numpy as np
 from PIL import Image, features
 from tqdm import tqdm
 
-from common import Refusal
+from common import Refusal, note
 from common.data import FACTS, data_flags, read_mask, read_photograph
 
 TOGETHER = 64  # files that are decoded before they are written
@@ -144,10 +142,8 @@ def with_cache(data, args):
     if len(missing) == len(files):
         where = f"no file of this run, below {data.cache.root}, is in it"
         raise Refusal(f"--cache {folder}: {where}: another --data-root, or {data.cache.again}")
-    if missing and os.environ.get("RANK", "0") == "0":
-        line = f"{len(missing)} of {len(files)} files are not in it, and are decoded"
-        with contextlib.suppress(OSError, ValueError):  # nobody need read it
-            print(f"note: --cache {folder}: {line}", file=sys.stderr, flush=True)
+    if missing:
+        note(f"--cache {folder}: {len(missing)} of {len(files)} files are not in it, but decoded")
     return data
 
 
@@ -199,7 +195,7 @@ def make(items, root, folder, most):
         index = {"decoders": decoders(), "bytes": total, "files": entries}
         (partial / "index.json").write_text(json.dumps(index))
         os.replace(partial, folder)
-    except (OSError, Refusal):  # no space, or a file that cannot be read
+    except BaseException:  # no space, a file that cannot be read, Ctrl-C
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return len(entries), len(files), total

@@ -34,8 +34,8 @@ def load_checkpoint(path, script=None):
         raise Refusal(f"{path}: no such checkpoint") from None
     except Exception as error:
         line = (str(error).splitlines() or [type(error).__name__])[0].split(". ")[0]
-        line = f"damaged, or no checkpoint of these scripts ({line})"
-        raise Refusal(f"{path}: {line}; give another --checkpoint, --init or --out") from None
+        line = f"damaged, or no checkpoint of these scripts ({line}); give another"
+        raise Refusal(f"{path}: {line} (of a released code: results/released.py)") from None
     if script and writer != Path(script).name:
         wrong = f"written by {writer}, not by {Path(script).name}"
         raise Refusal(f"{path}: {wrong}; --init starts from it")

@@ -18,7 +18,7 @@ from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_typ
 
 import tyro
 
-from common import Refusal
+from common import Refusal, note
 from common.checkpoints import load_checkpoint
 from common.distributed import Group, share
 from common.sources import load
@@ -108,8 +108,9 @@ def parse(cls, preset, argv=None):
     idle = [flag_of(n) for n in vars(args) if n in given & {*OF_TRAINING, *without_weights(given)}]
     if idle:
         raise Refusal(f"{', '.join(idle)}: of no use with --eval-only, which trains nothing")
-    path = args.checkpoint or "--eval-only needs --checkpoint"
-    saved = as_fields(cls, load_checkpoint(path, inspect.getfile(cls))["args"])
+    if not args.checkpoint:
+        raise Refusal("--eval-only needs --checkpoint FILE")
+    saved = as_fields(cls, load_checkpoint(args.checkpoint, inspect.getfile(cls))["args"])
     kept = set(saved) & set(vars(args)) - (set(NO_NUMBER) - {"data_root", "workers"})
     saved = {name: saved[name] for name in kept} | without_weights(vars(args))
     return cli(cls, argv, default=replace(args, **saved))
@@ -161,14 +162,21 @@ def fill(args, preset, argv=None):
     advise_batch(args, preset)
     check_ranges(filled)
     for name in vars(filled):
-        value = getattr(filled, name)
-        flag = flag_of(name)
-        if value is None and name != "split_seed" and not args.list_presets:
-            raise Refusal(f"no preset of {args.dataset} sets {flag}: give a value")
-        need = type(args).NEEDS.get(name, "")
-        if name in given and not met(need, filled, given):
-            raise Refusal(f"{flag} {value} does nothing {in_words(need)}")
+        if getattr(filled, name) is None and name != "split_seed" and not args.list_presets:
+            raise Refusal(f"no preset of {args.dataset} sets {flag_of(name)}: give a value")
+    check_needs(filled, given)
     return filled
+
+
+def check_needs(args, given):
+    """Raises Refusal for the first flag of those given that cannot act, as NEEDS of args says."""
+    for name in vars(args):
+        need = type(args).NEEDS.get(name, "")
+        if name in given and not met(need, args, given):
+            words = f"{flag_of(name)} {getattr(args, name)}".removesuffix(" True")
+            if getattr(args, name) is False:
+                words = flag_of(f"no_{name}")
+            raise Refusal(f"{words} does nothing {in_words(need)}")
 
 
 def given_names(args, argv=None):
@@ -276,22 +284,19 @@ def in_a_name(flag, value):
 
 def advise_batch(args, preset):
     """Says what another batch size leaves and what it moves: --lr stays, a number of passes too."""
-    values = preset(args)
     usual = preset(replace(args, batch_size=None))
     batch = usual.get("batch_size")
     if not batch or args.batch_size in (None, batch):
         return
-    lines = []
     if args.lr is None and (lr := usual.get("lr")):
         rate = lr * args.batch_size / batch
-        lines.append(f"--lr {lr:g} is kept; the linear rule would have {rate:g} for this batch")
-    steps = values.get("total_iters")
-    if args.total_iters is None and steps != usual.get("total_iters"):
-        usual_steps = usual["total_iters"]
-        lines.append(f"--total-iters {steps}: the passes of {usual_steps} steps of {batch} images")
-    if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError, ValueError):  # nobody need read it
-            print("".join(f"{line}\n" for line in lines), end="")
+        text = f"--lr {lr:g} is kept; the linear rule would have {rate:g} for this batch"
+        note(text, sys.stdout)
+    steps = preset(args).get("total_iters")
+    usual_steps = usual.get("total_iters")
+    if args.total_iters is None and steps != usual_steps:
+        text = f"--total-iters {steps}: the passes of {usual_steps} steps of {batch} images"
+        note(text, sys.stdout)
 
 
 def rules(kind):

@@ -65,11 +65,10 @@ def find_images(places, out):
             tops += [path] if path.is_dir() else [file.parent for file in inside]
             files += inside
     written = Path(os.path.realpath(out))
-    files = [
-        path
-        for path in dict.fromkeys(files)
-        if not Path(os.path.realpath(path)).is_relative_to(written)
-    ]
+    found = dict.fromkeys(files)
+    files = [path for path in found if not Path(os.path.realpath(path)).is_relative_to(written)]
+    if found and not files:
+        raise Refusal(f"{', '.join(places)}: all images there lie in --out {out}: give another")
     if not files:
         raise Refusal(f"{', '.join(places)}: no image there ({' '.join(SUFFIXES)})")
     if len({folder.drive for folder in tops}) > 1:  # Windows

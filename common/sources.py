@@ -3,7 +3,6 @@
 common/data.py says what a data set is and reads an image; prepare_data.py has the commands.
 """
 
-import contextlib
 import functools
 import hashlib
 import http.client
@@ -11,7 +10,6 @@ import math
 import os
 import re
 import shlex
-import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -21,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common import Refusal, printable, shapes
+from common import Refusal, note, shapes
 from common.cache import with_cache
 from common.data import CONVERT, FACTS, IGNORE, SPLITS, Data, Item, counts, read_classes, set_hash
 
@@ -196,13 +194,10 @@ def files_of(items):
 
 
 def tell_strays(tree, parts):
-    """Says once which files of a tree nothing reads: parts {part: rows}. Not on a closed stream."""
-    if os.environ.get("RANK", "0") != "0":
-        return
+    """Says once which files of a tree nothing reads: parts {part: rows}."""
     for part, rows in parts.items():
         for line in tree.strays(part, rows):
-            with contextlib.suppress(OSError, ValueError):
-                print(f"note: {printable(line)}", file=sys.stderr, flush=True)
+            note(line)
 
 
 def training(args, tree):

@@ -12,7 +12,6 @@ loss with respect to logits_s; all else (B, H, W).
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -24,13 +23,14 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import cps_fpl  # noqa: E402
-from common import Refusal, distributed  # noqa: E402
+from common import Refusal, distributed, needs  # noqa: E402
 from common.checkpoints import load_checkpoint, load_networks  # noqa: E402
 from common.data import IGNORE  # noqa: E402
-from common.flags import NO_NUMBER, fill, parse  # noqa: E402
+from common.flags import fill, parse  # noqa: E402
 from common.sources import load  # noqa: E402
 from cps_fpl import by_rank, positive_set, upcast  # noqa: E402
 from predict import Counted  # noqa: E402
+from results import logs  # noqa: E402
 
 # ---- gradients and scores ----
 
@@ -146,33 +146,15 @@ def least_negative_mass(n, K, T, classes):
 
 
 def read_k(path):
-    """Returns (flags, steps, shares of pixels with K > 1) of a log. Raises Refusal."""
+    """Returns (its Log, steps, shares of pixels with K > 1) of a run. Raises Refusal."""
+    log = logs.read(path)
     try:
-        whole = Path(path).read_text().rpartition("\n")[0]  # a running run's last line may be half
-        entries = [json.loads(line) for line in whole.splitlines()]
-        flags = next((e["args"] for e in entries if e["kind"] == "start"), {})
-        train = [(e["step"], e["K_gt_1"]) for e in entries if e["kind"] == "train"]
+        train = [(line["step"], line["K_gt_1"]) for line in log.train]
         steps, values = zip(*train, strict=True)  # ValueError without a line
-        return flags, steps, values
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return log, steps, values
+    except (ValueError, KeyError) as error:
         why = f"no log of cps_fpl.py on unlabelled images ({type(error).__name__}: {error})"
         raise Refusal(f"{path}: {why}") from None
-
-
-def labels(paths, flags):
-    """Returns a name per log: the flags in which they differ, or else folder and file."""
-    names = {}  # a set in the order of the flags
-    for own in flags:
-        names.update(dict.fromkeys(own))
-    differing = []
-    for name in names:
-        values = [own.get(name) for own in flags]
-        if name not in NO_NUMBER and any(value != values[0] for value in values):
-            differing.append(name)
-    words = [", ".join(f"{name} {own.get(name)}" for name in differing) for own in flags]
-    if len(flags) > 1 and len(set(words)) == len(flags):
-        return words
-    return ["/".join(Path(path).resolve().parts[-2:]) for path in paths]
 
 
 def parts_of_training(values):
@@ -184,15 +166,13 @@ def parts_of_training(values):
 
 def plot_k(paths, out):
     """Draws one curve per log into a PNG and prints three means of each. Raises Refusal."""
-    logs = [read_k(path) for path in paths]
-    try:
-        from matplotlib.figure import Figure  # without pyplot: saved by Agg, no display
-    except ImportError:
-        raise Refusal("matplotlib: not installed; pip install -r requirements-dev.txt") from None
+    runs = [read_k(path) for path in paths]
+    Figure = needs("matplotlib.figure").Figure  # without pyplot: saved by Agg, no display
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     print(f"{'pixels with K > 1':18}first tenth     middle  last tenth")
-    for name, (_, steps, values) in zip(labels(paths, [f for f, *_ in logs]), logs, strict=True):
+    names = logs.labels([[log] for log, *_ in runs])
+    for name, (_, steps, values) in zip(names, runs, strict=True):
         axes.plot(steps, [100 * v for v in values], marker="." * (len(steps) < 60), label=name)
         cells = (f"{100 * v:8.2f} %" for v in parts_of_training(values))
         print(f"{'to step ' + str(steps[-1]):18}" + "  ".join(cells) + f"   {name}")

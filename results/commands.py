@@ -23,7 +23,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from common import Refusal  # noqa: E402
-from common.flags import Above0, Count, cli, fill, parse  # noqa: E402
+from common.flags import Above0, Count, cli, fill, met, parse  # noqa: E402
 from common.run import refusals  # noqa: E402
 
 RELEASED = "supervised mean_teacher cps_fpl ael_fpl u2pl u2pl_ael unimatch"  # has code
@@ -56,7 +56,6 @@ REASONS = (  # scripts, data sets, a word of the flags or source, one that is no
         "D10: an image is mixed with another crop of itself, --partner crop",
     ),
 )  # fmt: skip
-PAIRS = "mean_teacher u2pl esl unimatch unimatch_v2"  # mix two images of one process
 
 
 @dataclasses.dataclass
@@ -88,12 +87,12 @@ def gpu_hours(args, rate):
     return args.total_iters * images * args.crop_size**2 / (1e6 * rate) / 3600
 
 
-def processes(script, args, most):
+def processes(args, most):
     """Returns the largest number of processes, at most `most`, that share the batches evenly."""
     parts = [args.batch_size // getattr(args, "pooled", 1)]
     unlabeled = getattr(args, "batch_size_unlabeled", 0)
     if unlabeled:
-        pairs = script in PAIRS.split()
+        pairs = met(getattr(type(args), "PAIRS", "never"), args)
         parts.append(unlabeled // 2 if pairs else unlabeled)
     return max(n for n in range(1, most + 1) if all(part % n == 0 for part in parts))
 
@@ -125,11 +124,11 @@ def main(options):
         print(f"        {args.total_iters:,} steps, about {hours:,.0f} GPU-hours")
         for reason in reasons(entry):
             print(f"        docs/{entry['script']}.md, {reason}")
-        count = processes(entry["script"], args, options.gpus)
+        count = processes(args, options.gpus)
         command = f"torchrun --nproc_per_node {count} {entry['script']}.py"
         print(f"        {command} {shlex.join(words)}\n")
 
 
 if __name__ == "__main__":
-    with refusals():
+    with refusals("start again"):
         main(cli(Options))

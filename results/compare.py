@@ -25,14 +25,17 @@ from common import Refusal  # noqa: E402
 from common.data import FACTS  # noqa: E402
 from common.flags import NO_NUMBER, cli  # noqa: E402
 from common.run import refusals  # noqa: E402
-from results.table import read  # noqa: E402
+from results import logs  # noqa: E402
 
 
 def load(path, score):
     """Returns name, facts, classes, iou (None: absent), miou of a run. Raises Refusal."""
-    file = Path(path, "log.jsonl") if Path(path).is_dir() else Path(path)
+    log = logs.read(path)
+    start = log.start
+    done = log.done
+    if not done:
+        raise Refusal(f"{log.path}: no line of kind done: let the run finish")
     try:
-        start, *_, done = read(file)
         args = start["args"]
         on = done["on"]
         iou = [v if v is None else round(100 * v, 2) for v in done[score]["iou"]]
@@ -45,15 +48,12 @@ def load(path, score):
         facts = {"data set": args["dataset"], "classes": ", ".join(classes)}
         facts["scored on"] = f"{on}, {sets[on]}"
         facts |= {"labelled": sets["labeled"], "seed": args["seed"], "steps": args["total_iters"]}
-        name = file.resolve().parent.name if file.name == "log.jsonl" else file.stem
         return SimpleNamespace(
-            name=name, facts=facts, classes=classes, iou=iou, miou=miou, flags=args
+            name=log.name, facts=facts, classes=classes, iou=iou, miou=miou, flags=args
         )
-    except IndexError:
-        raise Refusal(f"{file}: no line of kind done: let the run finish") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise Refusal(f"{file}: not the log of a finished run ({why})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise Refusal(f"{log.path}: not the log of a finished run ({why})") from None
 
 
 def hardest_first(a, b):
@@ -144,5 +144,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with refusals():
+    with refusals("start again"):
         main()

@@ -10,7 +10,6 @@ the confusion matrices.
 
 import base64
 import html
-import importlib.util
 import io
 import sys
 import textwrap
@@ -25,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from common import Refusal  # noqa: E402
+from common import Refusal, needs  # noqa: E402
 from common.flags import cli  # noqa: E402
 from common.outputs import STYLE, confusion_picture, put, put_text  # noqa: E402
 from common.run import refusals  # noqa: E402
@@ -148,8 +147,7 @@ def main(argv=None):
     for log in logs:
         if not (log.train or log.evals):
             raise Refusal(f"{log.path}: nothing to draw yet")
-    if not importlib.util.find_spec("matplotlib"):
-        raise Refusal("matplotlib is not installed: pip install matplotlib")
+    needs("matplotlib")
     groups = grouped(logs)
     lines = notes(groups)
     for group in groups:
@@ -165,5 +163,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with refusals():
+    with refusals("start again"):
         main()

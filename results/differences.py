@@ -20,7 +20,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from common.data import FACTS  # noqa: E402
-from results.run_table import COUNTS, ROWS, SEEDS, SPLIT, counts_path, log_path, miou  # noqa: E402
+from results.logs import spread  # noqa: E402
+from results.run_table import COUNTS, ROWS, SEEDS, SPLIT, counts_path, logs_of, miou  # noqa: E402
 from results.table import between  # noqa: E402
 
 MARKS = ("<!-- table: results/differences.py --write -->\n", "<!-- end of table -->\n")
@@ -64,8 +65,8 @@ CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is a
 
 def runs(name):
     """Returns {seed: the done line of a row's log}."""
-    paths = {seed: log_path(name, seed) for seed in SEEDS if log_path(name, seed).is_file()}
-    return {seed: json.loads(path.read_text().splitlines()[-1]) for seed, path in paths.items()}
+    logs = logs_of(name)
+    return {seed: json.loads(path.read_text().splitlines()[-1]) for seed, path in logs.items()}
 
 
 def resampled(name, seeds, drawn):
@@ -108,14 +109,6 @@ def verdict(seeds, interval):
     return "cannot be told"
 
 
-def spread(values):
-    """Returns "mean (lowest to highest)" of per cents, or their number where it is one."""
-    text = f"{sum(values) / len(values):.1f}"
-    if len(values) > 1:
-        text += f" ({min(values):.1f} to {max(values):.1f})"
-    return text
-
-
 def by_class():
     """Returns the lines of a table: test IoU of each class, last, per cent, mean over seeds."""
     classes = FACTS["camvid"]["classes"]
@@ -154,8 +147,8 @@ def rows():
     for name, row in ROWS.items():
         done = runs(name)
         if done:
-            last = spread([100 * line["last"]["miou"] for line in done.values()])
-            best = spread([100 * line["best"]["miou"] for line in done.values()])
+            last = spread([100 * line["last"]["miou"] for line in done.values()], 1)
+            best = spread([100 * line["best"]["miou"] for line in done.values()], 1)
             flags = f"{row.script} {row.flags}".strip()
             if row.split != SPLIT or row.size == "full":
                 flags += f" --split {row.split}"

@@ -19,13 +19,14 @@ are in eval mode with BN as evaluation has it, --precise-bn; of cps_fpl.py branc
 as in results/analysis.py. A "mini-batch" is an image.
 """
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,10 +40,10 @@ if str(ROOT) not in sys.path:
 
 import cps_fpl  # noqa: E402
 import u2pl  # noqa: E402
-from common import Refusal, distributed, metrics  # noqa: E402
+from common import Refusal, distributed, metrics, needs  # noqa: E402
 from common.checkpoints import load_checkpoint, writing  # noqa: E402
 from common.data import IGNORE  # noqa: E402
-from common.flags import Count, cli  # noqa: E402
+from common.flags import Count, check_needs, cli, given_names  # noqa: E402
 from common.outputs import put  # noqa: E402
 from common.pictures import colour  # noqa: E402
 from common.run import refusals  # noqa: E402
@@ -68,6 +69,8 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"
     # draw nothing: keep every last.pt that the runs write from now on, until they have ended
     keep: bool = False
+
+    NEEDS: ClassVar[dict] = dict.fromkeys("out images shown data_root device".split(), "no keep")
 
 
 class Missing(Exception):
@@ -143,16 +146,17 @@ def keep(places):
             last = folder / "last.pt"
             log = folder / "log.jsonl"
             ended = log.is_file() and '"kind": "done"' in log.read_text()
-            if last.is_file() and held.get(folder) != last.stat().st_mtime_ns:
-                new = folder / "kept/new"
-                with writing(new):
+            new = folder / "kept/new"
+            # between two names of a checkpoint there is no last.pt: the next look finds it
+            with writing(new), contextlib.suppress(FileNotFoundError):
+                if held.get(folder) != last.stat().st_mtime_ns:
                     new.parent.mkdir(exist_ok=True)
                     new.unlink(missing_ok=True)
                     os.link(last, new)
                     held[folder] = new.stat().st_mtime_ns
                     step = load_checkpoint(new)["step"]
                     os.replace(new, folder / f"kept/{step:06d}.pt")
-                print(f"{folder}: step {step}", flush=True)
+                    print(f"{folder}: step {step}", flush=True)
             if ended:
                 waiting.remove(folder)
         time.sleep(0.2)
@@ -652,6 +656,15 @@ def fpl_s2(runs, views):
     return Drawn(figure, numbers, claim, holds)
 
 
+def per_step(steps, lines):
+    """Returns a line for each step; lines: {name: a value a step}."""
+    found = []
+    for i, step in enumerate(steps):
+        text = ", ".join(f"{name} {values[i]:.3f}" for name, values in lines.items())
+        found.append(f"step {step}: {text}")
+    return found
+
+
 def fpl_s3(runs, views):
     """FPL supplement Fig. 3: cosine of G^f and G^v with the ideal gradient in case 2."""
     run = first(runs, "cps_fpl")
@@ -661,10 +674,7 @@ def fpl_s3(runs, views):
     lines = {name: [view.mean(column, 2) for view in found] for name, column in columns.items()}
     figure, [[ax]] = panels(1, 1, (5, 3))
     curves(ax, steps, lines, "case 2")
-    numbers = [run.name]
-    for i, step in enumerate(steps):
-        text = ", ".join(f"{name} {values[i]:.3f}" for name, values in lines.items())
-        numbers.append(f"step {step}: {text}")
+    numbers = [run.name, *per_step(steps, lines)]
     fuzzy, vanilla, rate = lines.values()
     holds = None
     if whole(fuzzy + vanilla):
@@ -681,10 +691,7 @@ def fpl_s4(runs, views):
     lines = {name: [view.mean(name, 2) for view in found] for name in ("|G^f|", "|G^ide|")}
     figure, [[ax]] = panels(1, 1, (5, 3))
     curves(ax, steps, lines, "case 2")
-    numbers = [run.name]
-    for i, step in enumerate(steps):
-        text = ", ".join(f"{name} {values[i]:.3f}" for name, values in lines.items())
-        numbers.append(f"step {step}: {text}")
+    numbers = [run.name, *per_step(steps, lines)]
     fuzzy, ideal = lines.values()
     holds = None
     if whole(fuzzy + ideal):
@@ -739,15 +746,17 @@ def u2pl_2(runs, views):
     palette = view.data.palette
     row = view.maps[0]
     figure, axes = panels(2, 2, (4, 3))
-    for ax, key, title in ((axes[0, 0], "entropy", "(a) entropy"), (axes[0, 1], "reliable", "(b)")):
+    titles = {"entropy": "(a) entropy", "reliable": "(b) reliable pseudo labels"}
+    for ax, (key, title) in zip(axes[0], titles.items(), strict=True):
         ax.imshow(colour(row[key], palette))
-        ax.set_title(f"{title} reliable pseudo labels" if title == "(b)" else title, fontsize=9)
+        ax.set_title(title, fontsize=9)
         ax.set_axis_off()
     numbers = [f"{run.name} ({run.script}.py), step {run.last}"]
-    for ax, (place, prob), title in zip(
-        axes[1], view.examples, ("(c) reliable", "(d) unreliable"), strict=True
+    pixels = {"(c) reliable": "yellow", "(d) unreliable": "red"}
+    for ax, (place, prob), (title, mark) in zip(
+        axes[1], view.examples, pixels.items(), strict=True
     ):
-        axes[0, 0].plot(*place[::-1], "x", markersize=9, color="yellow" if "c" in title else "red")
+        axes[0, 0].plot(*place[::-1], "x", markersize=9, color=mark)
         ax.bar(view.data.classes, prob, color=palette / 255)
         ax.set(ylim=(0, 1))
         ax.set_title(title, fontsize=9)
@@ -831,15 +840,13 @@ VERDICTS = {True: "holds here", False: "does not hold here", None: "cannot be to
 def main(argv=None):
     """Draws what the runs allow, and prints numbers and verdicts. Raises Refusal."""
     options = cli(Args, argv)
+    check_needs(options, given_names(options, argv))
     if not options.runs:
         raise Refusal("RUN...: give folders of runs, checkpoints or logs")
     if options.keep:
         keep(options.runs)
         return
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise Refusal("matplotlib: not installed; pip install -r requirements-dev.txt") from None
+    needs("matplotlib")
     distributed.setup(options.device)  # refuses a GPU that is not there
     runs = [read_run(found) for place in options.runs for found in logs.expanded(place)]
     views = Views(options)

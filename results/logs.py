@@ -197,11 +197,11 @@ def labels(groups):
     return named
 
 
-def spread(values):
+def spread(values, digits=2):
     """Returns the mean of numbers and, of several, their range, as text; "-" of none."""
     if not values:
         return "-"
-    text = f"{sum(values) / len(values):.2f}"
+    text = f"{sum(values) / len(values):.{digits}f}"
     if len(values) > 1:
-        text += f" ({min(values):.2f} to {max(values):.2f})"
+        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
     return text

@@ -92,5 +92,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with refusals():
+    with refusals("start again"):
         main(sys.argv[1:])

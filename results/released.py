@@ -242,5 +242,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with refusals():
+    with refusals("start again"):
         main()

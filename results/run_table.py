@@ -21,8 +21,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from common import Refusal  # noqa: E402
-from common.flags import Count, cli  # noqa: E402
+from common.flags import Count, check_needs, cli, given_names  # noqa: E402
 from common.run import refusals  # noqa: E402
 from predict import open_source  # noqa: E402
 
@@ -127,6 +126,8 @@ class Args:
     beside: Count = 2  # runs at a time, one thread each
     runs: str = "runs/camvid-lite"  # folder of the runs
 
+    NEEDS: ClassVar[dict] = dict.fromkeys("lite0 beside runs".split(), "camvid")
+
 
 # ---- what is there ----
 
@@ -134,6 +135,12 @@ class Args:
 def log_path(name, seed):
     """Returns where the log of a finished run lies."""
     return LOGS / f"{name}-s{seed}.jsonl"
+
+
+def logs_of(name):
+    """Returns {seed: path} of a row's logs that are there."""
+    paths = {seed: log_path(name, seed) for seed in SEEDS}
+    return {seed: path for seed, path in paths.items() if path.is_file()}
 
 
 def seconds(path):
@@ -147,15 +154,10 @@ def estimate(name):
 
     Where no run at all has ended, a step of supervised.py counts as a second.
     """
-    own = [seconds(log_path(name, seed)) for seed in SEEDS if log_path(name, seed).is_file()]
+    own = [seconds(path) for path in logs_of(name).values()]
     if own:
         return sum(own) / len(own)
-    unit = [
-        seconds(log_path(other, seed)) / ROWS[other].cost
-        for other in ROWS
-        for seed in SEEDS
-        if log_path(other, seed).is_file()
-    ]
+    unit = [seconds(path) / ROWS[row].cost for row in ROWS for path in logs_of(row).values()]
     steps = int(PROTOCOL.split("--total-iters ")[1].split()[0])
     return ROWS[name].cost * (sum(unit) / len(unit) if unit else steps)
 
@@ -171,7 +173,7 @@ def overview(rows, seeds):
     lines = []
     for name in rows:
         row = ROWS[name]
-        there = [str(seed) for seed in SEEDS if log_path(name, seed).is_file()]
+        there = map(str, logs_of(name))
         line = f"{name:18} {row.script:16} {row.size} size, split {row.split:5} {row.flags:42}"
         lines.append(f"{line} seeds there: {' '.join(there) or 'none'}")
     left = sum(estimate(name) for name, _ in missing(rows, seeds)) / 3600
@@ -255,6 +257,8 @@ def make(name, seed, args, stop):
             start_new_session=True,  # Ctrl-C reaches it by stop alone
         )
         stop.running.add(process)
+        if stop.asked.is_set():  # between the two lines above
+            process.send_signal(signal.SIGTERM)
         code = process.wait()
         stop.running.discard(process)
     if stop.asked.is_set():
@@ -290,7 +294,7 @@ def miou(hit, truth, predicted):
 
 
 def count_images(run):
-    """Returns {name of COUNTS: (test images, C) int32} of a run's last checkpoint, and the names.
+    """Returns {name of COUNTS: (test images, C) int32} of a run's last checkpoint.
 
     The sums over images are those of the confusion matrix that gave the run's last test scores.
     """
@@ -298,21 +302,21 @@ def count_images(run):
     script, args = source.script, source.args
     data = script.load(args)
     classes = data.num_classes
-    group = SimpleNamespace(rank=0, world=1, device=torch.device("cpu"))
     found = {name: [] for name in COUNTS.split()}
-    with script.evaluating(source.net, data, args, group):
-        for index in range(len(data.test)):
-            image, label = script.Images(data, data.test)[index]
-            pred = script.predict(source.net, image, args, classes)
-            confusion = script.metrics.confusion_matrix(pred, label, classes)
-            found["hit"].append(confusion.diag())
-            found["truth"].append(confusion.sum(1))
-            found["predicted"].append(confusion.sum(0))
+    images = script.Images(data, data.test)
+    for index in range(len(images)):
+        image, label = images[index]
+        pred = script.predict(source.net, image, args, classes)
+        confusion = script.metrics.confusion_matrix(pred, label, classes)
+        found["hit"].append(confusion.diag())
+        found["truth"].append(confusion.sum(1))
+        found["predicted"].append(confusion.sum(0))
     return {name: torch.stack(rows).numpy().astype(np.int32) for name, rows in found.items()}
 
 
 def main(args):
     """Prints what is there; with --camvid makes the rest. Raises Refusal."""
+    check_needs(args, given_names(args))
     rows = args.rows or tuple(ROWS)
     unknown = [name for name in rows if name not in ROWS]
     if unknown:
@@ -339,5 +343,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    with refusals():
+    with refusals("the same command goes on"):
         main(cli(Args))

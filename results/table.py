@@ -8,7 +8,6 @@ A log is evidence as its run wrote it: results/<script>/<name>.jsonl. A row link
 says at which commit the log was written.
 """
 
-import json
 import os.path
 import sys
 from pathlib import Path
@@ -63,13 +62,6 @@ HEAD_OF_RUNS = "| method | seeds | last | best | at step | minutes |\n|-|-|-|-|-
 HEAD = "| method | last | best (step) | minutes | log at its commit |\n|-|-|-|-|-|\n"
 
 
-def read(path):
-    """Returns (start, train lines, eval lines, done) of a log."""
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    kinds = {kind: [e for e in entries if e["kind"] == kind] for kind in ("train", "eval", "done")}
-    return entries[0], kinds["train"], kinds["eval"], kinds["done"][-1]
-
-
 def method(start):
     """Returns a row's words from the first line of its log: the method, then what is unusual."""
     args = start["args"]
@@ -112,11 +104,11 @@ def table(pattern, folder=ROOT):
 
     folder: that of the page, which links are relative to.
     """
-    found = [(path, *read(path)) for path in (ROOT / "results").glob(pattern)]
-    few = min(start["lists"]["labeled"][0] for _, start, *_ in found)
+    found = [logs.read(path) for path in (ROOT / "results").glob(pattern)]
+    few = min(log.start["lists"]["labeled"][0] for log in found)
     constants = set()
     rows = []
-    for path, start, train, _, done in found:
+    for path, start, train, _, done in found:  # a Log
         args = start["args"]
         labels = start["lists"]["labeled"][0]
         words = method(start)
@@ -214,5 +206,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with refusals():
+    with refusals("start again"):
         main(sys.argv[1:])

@@ -24,7 +24,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import unimatch  # noqa: E402
-from common import Refusal, distributed  # noqa: E402
+from common import Refusal, distributed, needs  # noqa: E402
 from common.checkpoints import load_checkpoint, load_networks  # noqa: E402
 from common.data import IGNORE  # noqa: E402
 from common.flags import fill, parse  # noqa: E402
@@ -46,11 +46,7 @@ STYLES = ("-", "--", ":")
 
 def figure():
     """Returns matplotlib's Figure, saved without a display. Raises Refusal."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Refusal("matplotlib: not installed; pip install -r requirements-dev.txt") from None
-    return Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    return needs("matplotlib.figure").Figure(figsize=(10, 4), dpi=120, layout="constrained")
 
 
 def save(picture, out):

@@ -13,6 +13,7 @@ import struct
 import time
 import zlib
 from pathlib import Path, PureWindowsPath
+from unittest.mock import Mock
 from xml.etree.ElementTree import fromstring
 
 import numpy as np
@@ -323,7 +324,7 @@ def test_a_cache_that_is_not_right_is_refused_with_its_remedy(name, change, word
     read_all(load(args))
 
 
-def test_making_one_leaves_nothing_behind_where_it_cannot():
+def test_making_one_leaves_nothing_behind_where_it_cannot(monkeypatch):
     tree = draw_tree(Path("my tree"))
     command(MAKE)
     assert "no file of this run" in refusal(load, own(folder(Path("other")), cache="cache"))
@@ -333,6 +334,10 @@ def test_making_one_leaves_nothing_behind_where_it_cannot():
     Path("again.partial").mkdir()
     assert "again.partial exists: a call makes it now" in refusal(command, again)
     Path("again.partial").rmdir()
+    with monkeypatch.context() as stopped:  # Ctrl-C
+        stopped.setattr("common.cache.decoded", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command(again)
     (tree / "testannot/test1.png").write_bytes(b"no image")
     assert "test1.png: not readable" in refusal(command, again)
     assert sorted(os.listdir()) == ["cache", "my tree", "other"]
@@ -602,7 +607,7 @@ MISTAKES = [  # what is converted, its content, more flags, words of the refusal
     (X, many(0), "", "1 images without a shape, which stay unlabelled without --empty"),
     (MASKS, None, "--empty", "--empty for an export"),
     (MASKS, None, "--strip k", "are such as a and mas; see --part, --strip"),
-    (MASKS, coco(), "", "(KeyError('imageWidth')); a folder with .json files is read as LabelMe's"),
+    (MASKS, coco(), "", "(KeyError: 'imageWidth'); a folder with .json files is read as LabelMe's"),
     (X, CVAT.replace(RUNS, "3"), "", "run lengths of 3 pixels, not 40"),
     (X, "<annotations><track/></annotations>", "", "tracks of a video: export it as CVAT"),
     (X, "<annotations/>", "", "x.xml: no annotated image in it"),

@@ -20,7 +20,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import prepare_data
 import processes
 import supervised
 import tiny
@@ -142,13 +141,6 @@ def test_ctrl_c_ends_at_once(tree, tmp_path):
         os.kill(pid, signal.SIGINT)
     text = finish(process, 130)
     assert text.endswith(f"stopped; {GOES_ON}") and "Traceback" not in text
-
-
-def test_ctrl_c_ends_prepare_data_with_130(monkeypatch, capsys):
-    monkeypatch.setattr(prepare_data, "cli", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(SystemExit, match="130"):
-        prepare_data.main([])
-    assert "the same command goes on" in capsys.readouterr().err
 
 
 def flip(path):

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from results import differences, table
+from results import differences, logs, table
 from tiny import ROOT, SCRIPTS, resolved
 from tiny import script as module_of
 
@@ -87,6 +87,6 @@ def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
     assert own == re.findall(r"^\| FPL.* \| FPL Table .*$", page, re.M)
     for path in sorted((ROOT / "results").glob("*/*.jsonl")):
         assert '"/' not in path.read_text(), f"{path}: a place on somebody's machine"
-        start, train_lines, evals, done = table.read(path)
+        _, start, train_lines, evals, done = logs.read(path)
         assert train_lines[-1]["step"] == done["step"] == start["args"]["total_iters"], path
         assert len(start["sha256"]) == 64 and evals and done["last"]["miou"] > 0, path

@@ -340,7 +340,9 @@ def test_folders_behind_links_are_read_once_and_one_that_cannot_be_read_is_named
     os.symlink("../far", "in/link")
     os.symlink("..", "far/loop")
     assert [item.key for item in outputs.find_images(["in", "in"], "o")] == ["link/a"]
-    assert "no image there" in refusal(outputs.find_images, ["in"], "in/link")
+    assert "in: all images there lie in --out in/link" in refusal(
+        outputs.find_images, ["in"], "in/link"
+    )
     monkeypatch.setattr(os, "scandir", Mock(side_effect=PermissionError(13, "denied", "in/link")))
     assert "in/link: not readable (denied)" in refusal(outputs.find_images, ["in"], "o")
 

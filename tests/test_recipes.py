@@ -174,9 +174,11 @@ def test_another_batch_size_says_what_it_leaves_and_what_it_moves(name, steps, c
     assert not capsys.readouterr().out
     resolved(script, "--dataset voc --split 92 --batch-size 4".split())
     rate = usual.lr * 4 / batch
-    lines = [f"--lr {usual.lr:g} is kept; the linear rule would have {rate:g} for this batch"]
+    lines = [f"note: --lr {usual.lr:g} is kept; the linear rule would have {rate:g} for this batch"]
     if steps:  # 80 passes over 10,490 images, of which each of 4 processes has 2,623
-        lines.append(f"--total-iters {80 * 2623}: the passes of {steps} steps of {batch} images")
+        lines.append(
+            f"note: --total-iters {80 * 2623}: the passes of {steps} steps of {batch} images"
+        )
     assert capsys.readouterr().out.splitlines() == lines
     resolved(script, "--dataset voc --split 92 --batch-size 4 --lr 1 --total-iters 9".split())
     assert not capsys.readouterr().out
@@ -224,6 +226,6 @@ def test_list_presets_prints_the_papers_results_and_their_flags_are_the_papers(n
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
-    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):  # on batches
+    with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):  # notes on batches
         found = {name: golden(name) for name in SCRIPTS}
     GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

@@ -133,7 +133,7 @@ FILES = [  # bytes; what is read of them, or words of the refusal; as a mask, th
 @pytest.mark.smoke
 @pytest.mark.parametrize("data, mask, photograph", FILES)
 def test_a_file_is_read_as_stored_or_refused_with_the_cause(data, mask, photograph):
-    path = Path("x.png")
+    path = Path("text.png")
     path.write_bytes(data)
     for read, found in ((read_mask, mask), (read_photograph, photograph)):
         if isinstance(found, str):
@@ -502,6 +502,7 @@ def label_studio():
     ]
     results.append(results[0] | dict(image_rotation=90))
     results = [result | STUDIO for result in results]
+    results.append(dict(type="choices", value={"choices": ["big"]}))  # of the image, without a size
     done = [dict(was_cancelled=True, result=[]), dict(result=results), dict(result=[])]
     task = dict(data={"n": 1, "image": "/data/upload/1/0123abcd-a.jpg"}, annotations=done)
     return json.dumps([task, dict(data={"image": "b.jpg"}, annotations=[])])
@@ -526,7 +527,7 @@ def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(name, capsy
     assert load(own("own", num_classes=0)).classes == ["background", "big", "pen"]
     lost = [line for line in capsys.readouterr().out.splitlines() if line.startswith("lost: 1 ")]
     # what has no area, or lies on a turned image; the image without a shape; a second annotation
-    assert len(lost) == {"l.json": 1, "s.json": 4, "c.json": 4}.get(name, 2)
+    assert len(lost) == {"l.json": 1, "s.json": 5, "c.json": 4}.get(name, 2)
     command(f"{line} --empty")
     if name in ("c.json", "x.xml"):
         assert np.array_equal(pixels("own/masks/train/b.png"), np.zeros((8, 12)))
@@ -620,6 +621,7 @@ MISTAKES = [  # what is converted, its content, more flags, words of the refusal
     (C, "{}", "", "neither COCO's, nor LabelMe's, nor Label Studio's"),
     (C, None, "", "--from c.json: no such file or folder"),
     (C, coco(), "--classes no.txt", "no.txt: not a readable table"),
+    (C, coco(), "--classes u.txt", "u.txt:1: colour (300, 2, 3): three numbers from 0 to 255"),
     (C, coco(), "--classes c.json", "c.json:1: neither r g b name nor name:r,g,b, with a colour"),
     (MASKS, None, "--strip _mask", "from: no masks ending in _mask in it"),
     *((where, None, "", f"--from {where} is, holds or is in {IN}") for where in ("own", IN, LINK)),
@@ -632,6 +634,7 @@ def test_what_cannot_be_converted_is_one_line_and_no_mask(name, text, more, word
     folder(Path("own"), ["a", "b"])
     os.symlink("own", "link")
     listed("t.txt", *(f"{i} 0 0 c{i}" for i in range(255)))
+    listed("u.txt", "300 2 3 a")
     if name == MASKS:
         picture(Path("from/mask.png"), "L", 1)
         listed("from/notes.txt")

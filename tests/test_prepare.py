@@ -600,6 +600,9 @@ def test_what_lies_in_zips_is_unpacked_and_what_is_missing_is_said(
     line = refusal(command, name)
     key = trees.KEYS[name]["train"][2]
     assert f"train: 1 images without a mask, {key} first; val: 0 of 2 images" in line
+    shutil.rmtree(root)
+    archive(root / f"{next(iter(zips))}.zip", {"readme.txt": b""})
+    assert "none of the files" in refusal(command, name) and len(os.listdir(root)) == 1
 
 
 def test_coco_masks_hold_the_smaller_instance_on_top_and_crowds_below():

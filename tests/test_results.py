@@ -405,6 +405,9 @@ def test_keep_holds_what_a_run_wrote_by_a_second_name(trained, monkeypatch):
     figures.main(["esl", "--keep"])  # it has ended: one look
     assert os.path.samefile("esl/last.pt", "esl/kept/000008.pt")
     os.remove("esl/last.pt")
+    figures.main(["esl", "--keep"])  # as between the two names of a checkpoint
+    line = refusal(figures.main, "esl --keep --shown 1".split())
+    assert line == "--shown 1 does nothing here: it needs no --keep"
     assert list(figures.read_run("esl").checkpoints) == [4, 8]
     assert figures.read_run("esl/kept/000008.pt").last == 8
 
@@ -613,9 +616,14 @@ def test_every_entry_has_its_command_steps_hours_and_the_rows_that_say_why(capsy
     lines = re.findall(r"torchrun --nproc_per_node 4 (\S+).py (.*)", out)
     args = [resolved(module_of(name), shlex.split(words)) for name, words in lines]
     assert len(args) == 4 and min(one.total_iters for one in args) >= 18_600
-    for name, count in (("esl", 4), ("cps_fpl", 8), ("mean_teacher", 8)):  # esl: 8 in pairs
-        args = resolved(module_of(name), "--dataset voc --split 92".split())
-        assert commands.processes(args, 8) == count
+    for name, more, count in (
+        ("esl", "", 4),  # 8 images in pairs
+        ("cps_fpl", "", 8),
+        ("mean_teacher", "--cutmix", 8),  # 16 in pairs
+        ("mean_teacher", "--no-cutmix", 16),
+    ):
+        args = resolved(module_of(name), f"--dataset voc --split 92 {more}".split())
+        assert commands.processes(args, 16) == count
     with pytest.raises(Refusal, match="--scripts fixmatch: only ael_fpl, cps_fpl, "):
         commands.main(commands.Options(scripts=("fixmatch",)))
 

@@ -13,6 +13,7 @@ features: a pixel is drawn to its part, and away from all other parts and classe
   python esl.py --dataset camvid --split 1/8 --no-contrast
   torchrun --nproc_per_node 4 esl.py --dataset cityscapes --split 1/4
 
+CamVid with 6 labels, test mIoU: 36.5, without contrast 36.6, labels alone 36.6 (three seeds).
 No code of the authors is public: what the paper leaves open is ours, [D10] and on in docs/esl.md.
 """
 

@@ -17,7 +17,8 @@ Valpola (T&V, arXiv:1703.01780v6) instead. What this adds to its parent:
   torchrun --nproc_per_node 4 mean_teacher.py --dataset voc --split 732 --labeled-list FILE \
       --unlabeled-list FILE --cutmix
 
-Measured: docs/results.md. Paper, released code and this script: docs/mean_teacher.md.
+CamVid with 6 labels, test mIoU: 27.6, with CutMix 33.0, labels alone 36.6 (three seeds).
+Paper, released code and this script: docs/mean_teacher.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------

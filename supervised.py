@@ -11,7 +11,8 @@ DeepLabv3+ on the labelled images, nothing else: the floor under every other scr
   python supervised.py --dataset camvid --split 1/8
   torchrun --nproc_per_node 8 supervised.py --dataset cityscapes --split 1/16 --labeled-list FILE
 
-Measured: docs/results.md. Paper, released code and this script: docs/supervised.md.
+CamVid, test mIoU: 36.6 with 6 labels, 40.7 with all (three seeds, docs/results.md).
+Paper, released code and this script: docs/supervised.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------

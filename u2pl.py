@@ -14,7 +14,8 @@ the classes that they are unlikely to be: a bank of them feeds a contrastive (L_
   torchrun --nproc_per_node 8 u2pl.py --dataset cityscapes --split 1/4
 
 This is the paper's L_c; no recipe is the released one, whose three defects interact [D16].
-Measured: docs/results.md. Paper, released code and this script: docs/u2pl.md.
+CamVid with 6 labels, test mIoU: 34.0, without contrast 34.3, labels alone 36.6 (three seeds).
+Paper, released code and this script: docs/u2pl.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ RUNS = [  # what is run in full; and with --quick, None: not at all
     ("networks.py", "--quick"),
     ("fpl_step.py", "--quick"),
     ("unimatch_step.py", "--quick --rounds 1"),
-    ("contrastive.py", None),
+    ("contrastive.py", "--images 4 --size 33 --channels 64 --first 3000 --rest 2000"),
     ("per_process.py", ""),
     ("peaks.py", "--classes 19 --width 400 --height 300 --out /dev/null"),
     ("predict.py", "--images 2 --repeats 1"),

@@ -1,16 +1,17 @@
 """U2PL's contrastive loss: u2pl.py's definition and common/fused.py, in time and peak memory.
 
-python benchmarks/contrastive.py             # 8 images, 129x129x256 features, 21 classes, full bank
+python benchmarks/contrastive.py             # writes results/contrastive.json
 python benchmarks/contrastive.py --negatives 50 --anchors 256
 python benchmarks/contrastive.py --check     # only that both compute the same, on a small case
 
 A call is: ranks, masks, features into the bank, anchors, negatives, Eq. (4), backward. The
 definition goes through it one class at a time (--fused off), its twin in common/fused.py all
 classes at once (--fused on). Both get the same random numbers, and their loss, gradient and banks
-are asserted to be equal before anything is timed. Time and memory are measured in processes of
-their own. Memory is what a call adds to the inputs and the bank, at its peak (on a CPU: resident
-pages, each allocation above 64 KiB returned when it is freed); the gradient of the features alone
-is one of its parts, the same for both.
+are asserted to be equal before anything is timed. Then they take turns in one process; ratios are
+to the definition, median and [lowest..highest] of the rounds. Memory is what a call adds to the
+inputs and the bank, at its peak, in a process of its own (on a CPU: resident pages, each allocation
+above 64 KiB returned when it is freed); the gradient of the features alone is one of its parts, the
+same for both.
 """
 
 import json
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -34,6 +36,8 @@ from common import fused  # noqa: E402
 from common.distributed import setup  # noqa: E402
 from common.flags import cli  # noqa: E402
 from common.run import refusals  # noqa: E402
+
+RESULT = ROOT / "results" / "contrastive.json"
 
 
 @dataclass
@@ -142,51 +146,67 @@ def resident(name):
             return int(line.split()[1]) / 1024
 
 
-def measured(args):
-    """Returns seconds of each round and the peak in MiB of one of the two."""
-    small = Args(images=2, size=9, keys=8, first=20, rest=10, device=args.device)
-    tensors, bank = inputs(small)  # whatever a first call sets up
-    call(args.only, bank, small, **tensors)
+def seconds(name, tensors, bank, args):
+    """Returns the time of a call: of the processor on a CPU, else of the clock."""
+    tensors["rep_s"].grad = None
+    clock = time.process_time
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+        clock = time.perf_counter
+    begin = clock()
+    call(name, bank, args, **tensors)
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - begin
+
+
+def warm(name, args):
+    """Sets up whatever a first call sets up."""
+    tensors, bank = inputs(Args(images=2, size=9, keys=8, first=20, rest=10, device=args.device))
+    call(name, bank, args, **tensors)
+
+
+def timed(args):
+    """Returns {name: seconds of each round}; the two take turns."""
+    for name in CALLS:
+        warm(name, args)
     tensors, bank = inputs(args)
-    cuda = args.device == "cuda"
-    seconds = []
-    peaks = []
-    for _ in range(args.rounds + 1):
-        tensors["rep_s"].grad = None
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() / 2**20
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-            before = resident("VmRSS")
-        begin = time.perf_counter()
-        call(args.only, bank, args, **tensors)
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        after = torch.cuda.max_memory_allocated() / 2**20 if cuda else resident("VmHWM")
-        peaks.append(after - before)
-    return {"seconds": seconds[1:], "peak": max(peaks[1:])}
+    found = {name: [] for name in CALLS}
+    for _ in range(args.rounds):
+        for name, times in found.items():
+            times.append(seconds(name, tensors, bank, args))
+    return found
 
 
-def in_a_process(name, args):
-    """Returns what `measured` says of one of the two: seconds without the peak's allocator."""
+def peak(args):
+    """Returns what a call of one of the two adds to its inputs and the bank, in MiB."""
+    warm(args.only, args)
+    tensors, bank = inputs(args)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        seconds(args.only, tensors, bank, args)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    seconds(args.only, tensors, bank, args)
+    return resident("VmHWM") - before
+
+
+def peak_in_a_process(name, args):
+    """Returns the peak of one of the two, in a process that returns memory when it is freed."""
     values = asdict(args) | {"only": name}
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in values.items() if k != "check"]
-    result = {}
-    for quantity, variables in {"seconds": {}, "peak": {"MALLOC_MMAP_THRESHOLD_": "65536"}}.items():
-        command = [sys.executable, __file__, *flags]
-        environment = os.environ | variables
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-        result[quantity] = json.loads(done.stdout.splitlines()[-1])[quantity]
-    return result
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, *flags]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(done.stdout.splitlines()[-1])
 
 
 def main(args):
-    """Checks, measures both and prints the table."""
+    """Checks, measures both, prints the table, and writes it where no flag is given."""
     if args.only:
-        return print(json.dumps(measured(args)))
+        return print(peak(args))
     setup(args.device)  # is it there?
     small = {"images": 4, "size": 33, "channels": 32, "first": 3000, "rest": 2000}
     for M, N in ((50, 256), (256, 50)):
@@ -196,23 +216,22 @@ def main(args):
         return
     error, gap = compared(args)
     print(f"this case: loss {error:.0e}, gradient {gap:.0e} apart (relative); banks equal")
-    found = {name: in_a_process(name, args) for name in CALLS}
-    gradient = args.images * args.size**2 * args.channels * 4 / 2**20
-    print(
-        f"{torch.get_num_threads()} thread(s), {args.device}, torch {torch.__version__}, load "
-        f"{os.getloadavg()[0]:.1f}; the features' gradient alone is {gradient:.0f} MiB"
-    )
-    median = {}
-    for name, result in found.items():
-        milliseconds = [1e3 * x for x in result["seconds"]]
-        median[name] = statistics.median(milliseconds)
+    times = timed(args)
+    rows = []
+    for name, own in times.items():
+        ratios = [a / b for a, b in zip(own, times["definition"], strict=True)]
+        row = {"name": name, "ms": 1e3 * statistics.median(own)}
+        row |= {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+        rows.append(row | {"peak_mib": peak_in_a_process(name, args)})
         print(
-            f"{name:10} {median[name]:8.0f} ms  [{min(milliseconds):.0f}..{max(milliseconds):.0f}]"
-            f"  peak {result['peak']:6.0f} MiB"
+            f"{name:10} {row['ms']:8.0f} ms  {row['ratio']:.2f} [{row['low']:.2f}.."
+            f"{row['high']:.2f}]  peak {rows[-1]['peak_mib']:6.0f} MiB"
         )
-    times = median["definition"] / median["fused"]
-    share = found["fused"]["peak"] / found["definition"]["peak"]
-    print(f"fused: {times:.1f} times faster, at {share:.2f} of the peak memory")
+    found = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    found |= {"load": os.getloadavg()[0], "args": asdict(args), "rows": rows}
+    found["gradient_mib"] = args.images * args.size**2 * args.channels * 4 / 2**20
+    if args == Args():
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

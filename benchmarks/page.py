@@ -21,6 +21,7 @@ FPL_STEP = ROOT / "results" / "fpl_step.json"
 INPUT = ROOT / "results" / "input.json"
 GROWTH = ROOT / "results" / "growth.json"
 NETWORKS = ROOT / "results" / "networks.json"
+CONTRASTIVE = ROOT / "results" / "contrastive.json"
 DINOV2 = ROOT / "results" / "dinov2_memory.json"
 ESTIMATES = ROOT / "results" / "scaling.json"
 END = "<!-- end of table -->\n"
@@ -66,6 +67,15 @@ FPL_LOSS_HEAD = """
   of work.
 * Large tensors cost a CPU page faults, and the baseline most of all: at smaller sizes (`--quick`)
   the ratios are larger.
+"""
+CONTRASTIVE_HEAD = """
+## U2PL's contrastive loss
+
+`python benchmarks/contrastive.py`: a call, from the teacher's outputs to the gradient, processor
+time of {threads} thread(s), torch {torch}, load {load:.1f}; {images} images, features
+{size}x{size}x{channels}, {classes} classes, full bank, M {anchors}, N {negatives}, {rounds} rounds.
+{gradient_mib:.0f} MiB of either peak are the gradient of the features.
+
 """
 UNIMATCH_STEP_HEAD = """
 ## UniMatch's step
@@ -207,6 +217,16 @@ def fpl_loss(found):
         titles = [f"{size[0]} classes, 2x{size[1]}x{size[1]}; {when}", *teachers]
         text += "\n" + table([*titles, f"ms, {teachers[0]}", "peak"], lines.values())
     return text
+
+
+def contrastive(found):
+    """Returns the section of U2PL's contrastive loss. found: what contrastive.py wrote."""
+    words = {"definition": "`--fused off`", "fused": "`--fused on`"}
+    rows = []
+    for row in found["rows"]:
+        rows.append([words[row["name"]], f"{row['ms']:.0f}", ratio(row), f"{row['peak_mib']:.0f}"])
+    text = CONTRASTIVE_HEAD.format(**found["args"], **found)
+    return text + table(["", "ms", "ratio", "peak above inputs and bank, MiB"], rows)
 
 
 def unimatch_step(found):
@@ -391,6 +411,7 @@ def pages():
     text = performance(runs)
     for path, section_of in (
         (FPL_LOSS, fpl_loss),
+        (CONTRASTIVE, contrastive),
         (UNIMATCH_STEP, unimatch_step),
         (FPL_STEP, fpl_step),
         (INPUT, samples),

@@ -70,6 +70,7 @@ UNLIKE = "--backbone-2 resnet18 --weights-2 none"  # the other student, from ran
 ROWS = {  # in the order of their worth
     "labels": Row("supervised.py", "", 1),
     "all-labels": Row("supervised.py", "", 1, "all"),
+    "labels-cps": Row("cps_fpl.py", "--unsup-weight 0", 3),  # labels alone, in CPS's networks
     "cps": Row("cps_fpl.py", "--unsup-loss ce", 6),
     "fpl-cps": Row("cps_fpl.py", "--unsup-loss fpl", 6),
     "ael": Row("ael_fpl.py", "--unsup-loss ce", 4),
@@ -101,10 +102,11 @@ ROWS = {  # in the order of their worth
 for _split in (HALF, TWICE):
     _name = _split.replace("/", "_")
     ROWS[f"labels-{_name}"] = Row("supervised.py", "", 1, _split)
+    ROWS[f"labels-cps-{_name}"] = Row("cps_fpl.py", "--unsup-weight 0", 3, _split)
     ROWS[f"cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss ce", 6, _split)
     ROWS[f"fpl-cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss fpl", 6, _split)
 for _size, _more, _cost in (("full", "", 3), ("long", LONG, 6)):
-    for _name in ("labels", "all-labels", "cps", "fpl-cps"):
+    for _name in ("labels", "all-labels", "labels-cps", "cps", "fpl-cps"):
         _row = ROWS[_name]
         ROWS[f"{_size}-{_name}"] = Row(
             _row.script,

@@ -72,6 +72,25 @@ def test_every_finding_has_its_line():
     assert f"findings.md): {len(found)} places" in PAGES[0].read_text()
 
 
+SAID = {  # the rows behind the numbers of a script's docstring, in order
+    "supervised": "labels all-labels",
+    "mean_teacher": "mt cutmix-mt labels",
+    "cps_fpl": "cps fpl-cps labels-cps",
+    "ael_fpl": "ael fpl-ael labels",
+    "u2pl": "u2pl u2pl-neither labels",
+    "u2pl_ael": "u2pl-ael u2pl-ael-neither labels",
+    "esl": "esl esl-soft-labels labels",
+    "unimatch": "fixmatch-1_8 fpl-fixmatch-1_8 labels-1_8",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_docstring_has_what_the_logs_say(name):
+    said = re.search("^CamVid.*mIoU: (.*three seeds.*)", module_of(name).__doc__, re.M)[1]
+    means = [differences.mean_miou(row, differences.SEEDS) for row in SAID[name].split()]
+    assert re.findall(r"\d+\.\d", said) == [f"{mean:.1f}" for mean in means]
+
+
 def test_the_tables_are_what_the_logs_say_and_every_log_is_whole():
     for page in table.PAGES:
         assert table.inserted(page) == (ROOT / page).read_text(), "python results/table.py --write"

@@ -298,18 +298,18 @@ def test_what_is_missing_is_told_and_a_claim_holds_where_the_interval_is_above_z
     pairs = ((60, 50), (70, 65), (66, 60))
     for seed, (better, worse) in enumerate(pairs):
         finish("cps", seed, better)
-        finish("labels", seed, worse)
-    rows = ("fpl-cps", "esl", "labels")  # by seed, then by cost
+        finish("labels-cps", seed, worse)
+    rows = ("fpl-cps", "esl", "labels-cps")  # by seed, then by cost
     missing = [("esl", 0), ("fpl-cps", 0), ("esl", 1), ("fpl-cps", 1)]
     assert run_table.missing(rows, (0, 1)) == missing
-    assert run_table.estimate("labels") == 60 and run_table.estimate("fpl-cps") == 6 * 35
-    assert run_table.overview(rows, (0, 1))[-1] == "4 runs left, 0.2 hours of one core"
-    seeds, gaps, interval = differences.difference("cps", "labels", draws=200)
+    assert run_table.estimate("labels-cps") == 60 and run_table.estimate("fpl-cps") == 6 * 15
+    assert run_table.overview(rows, (0, 1))[-1] == "4 runs left, 0.1 hours of one core"
+    seeds, gaps, interval = differences.difference("cps", "labels-cps", draws=200)
     expected = [100 * 2 / 3 * (a / (200 - a) - b / (200 - b)) for a, b in pairs]
     assert gaps == pytest.approx(expected)
     assert 0 < interval[0] < sum(gaps) / 3 < interval[1]
     assert differences.verdict(seeds, interval) == "holds"
-    back = differences.difference("labels", "cps", draws=200)
+    back = differences.difference("labels-cps", "cps", draws=200)
     assert differences.verdict(back[0], back[2]) == "does not hold"
     assert differences.verdict([0], interval) == "not yet told"
     table = differences.tables()["docs/results.md"]

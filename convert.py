@@ -433,7 +433,7 @@ def read_table(path):
     path = Path(path)
     if path.suffix == ".csv":
         return read_classes(path)
-    rows = []
+    entries = []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -449,10 +449,10 @@ def read_table(path):
             *colour, name = first.groups()
         else:
             name, *colour = second.groups()[:4]
-        entry = {"id": len(rows), "name": name, **dict(zip("rgb", colour, strict=True))}
-        check_count(len(rows) + 1, path)
-        rows.append(class_row(entry, f"{path}:{number}"))
-    return rows
+        entry = {"id": len(entries), "name": name, **dict(zip("rgb", colour, strict=True))}
+        entries.append((entry, f"{path}:{number}"))
+    check_count(len(entries), path)
+    return [class_row(*entry) for entry in entries]
 
 
 def check_count(count, source):

@@ -865,7 +865,7 @@ class Stats(Split):
 
 
 def main(argv=None):
-    """Runs the command of the flags. Raises Refusal; Ctrl-C ends with exit code 130."""
+    """Runs the command of the flags. Raises Refusal."""
     commands = (
         Splits
         | Voc

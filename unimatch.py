@@ -16,7 +16,7 @@ its confidence is at least --threshold; --unsup-loss fpl has none, but K labels 
   python unimatch.py --dataset camvid --split 1/8 --views 1 --no-feature-perturbation   # FixMatch
   torchrun --nproc_per_node 4 unimatch.py --dataset cityscapes --split 1/16 --unsup-loss fpl
 
-CamVid with 46 labels, test mIoU: FixMatch 39.6, with FPL 37.9, labels alone 40.0 (three seeds).
+CamVid with 46 labels, test mIoU: FixMatch 39.6, with FPL 37.9, supervised.py 40.0 (three seeds).
 Released code and this script: docs/unimatch.md.
 """
 

@@ -295,7 +295,7 @@ def advise_batch(args, preset):
     steps = preset(args).get("total_iters")
     usual_steps = usual.get("total_iters")
     if args.total_iters is None and steps != usual_steps:
-        text = f"--total-iters {steps}: the passes of {usual_steps} steps of {batch} images"
+        text = f"--total-iters {steps}: the recipe has {usual_steps} for a batch of {batch}"
         note(text, sys.stdout)
 
 

@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# torch 2.14.1 and 2.6.0 (CPU), numpy 2.2.6: what it takes to pick pixels by a boolean mask of the same shape.
+# torch 2.14.1 and 2.6.0 (CPU), numpy 2.2.6: what it takes to pick pixels by a boolean mask of the same shape, with one thread.
 #
 # One would guess: scores[mask] needs its result, as in NumPy, and that its shape does not matter; and that
 #   scores[mask] = x is no cheaper or dearer for another x.
 # Behaviour: torch makes an int64 index of every picked element for each dimension (nonzero) and picks by these. Of
 #   float32 maps (B, C, H, W) they are eight times the maps themselves; the backward pass makes them again. Of the
-#   same maps flattened they are twice; masked_select needs as much as its result beside it, and where nothing.
-#   To set picked elements to a number is a fill and needs nothing, to set them to other picked ones makes the indices
+#   same maps flattened they are twice. masked_select counts the mask in int64, which is twice the maps whatever is
+#   picked (and with several threads five times), where needs nothing. To set picked elements to a number is a fill and
+#   needs nothing, to set them to other picked ones makes the indices
 #   twice over. So a loss that takes the pixels of one kind out of its maps and puts their losses back, as some
-#   released codes do, holds nine times its logits for a moment; torch.where says the same with one.
+#   released codes do, holds up to nine times its logits for a moment, by the share that it takes; torch.where says
+#   the same with one.
 #   (Source: index and expandTensors in aten/src/ATen/native/TensorAdvancedIndexing.cpp and IndexingUtils.h.)
 # Output seen, memory at the peak above the inputs, in maps of float32, all elements picked; for both versions:
 #   numpy, scores[mask]: 1.0

@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 FIXMATCH = "--views 1 --no-feature-perturbation"
-LONG = "--total-iters 1200 --eval-every 400"  # where labels alone end above 45
+LONG = "--total-iters 1200 --eval-every 400"
 UNLIKE = "--backbone-2 resnet18 --weights-2 none"  # the other student, from random weights
 ROWS = {  # in the order of their worth
     "labels": Row("supervised.py", "", 1),
@@ -105,14 +105,14 @@ for _split in (HALF, TWICE):
     ROWS[f"labels-cps-{_name}"] = Row("cps_fpl.py", "--unsup-weight 0", 3, _split)
     ROWS[f"cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss ce", 6, _split)
     ROWS[f"fpl-cps-{_name}"] = Row("cps_fpl.py", "--unsup-loss fpl", 6, _split)
-for _size, _more, _cost in (("full", "", 3), ("long", LONG, 6)):
+for _size, _more, _cost, _split in (("full", "", 3, TWICE), ("long", LONG, 6, MORE)):
     for _name in ("labels", "all-labels", "labels-cps", "cps", "fpl-cps"):
         _row = ROWS[_name]
         ROWS[f"{_size}-{_name}"] = Row(
             _row.script,
             f"{_row.flags} {_more}".strip(),
             _cost * _row.cost,
-            "all" if _row.split == "all" else TWICE,
+            "all" if _row.split == "all" else _split,
             "full",
         )
 

@@ -177,7 +177,7 @@ def test_another_batch_size_says_what_it_leaves_and_what_it_moves(name, steps, c
     lines = [f"note: --lr {usual.lr:g} is kept; the linear rule would have {rate:g} for this batch"]
     if steps:  # 80 passes over 10,490 images, of which each of 4 processes has 2,623
         lines.append(
-            f"note: --total-iters {80 * 2623}: the passes of {steps} steps of {batch} images"
+            f"note: --total-iters {80 * 2623}: the recipe has {steps} for a batch of {batch}"
         )
     assert capsys.readouterr().out.splitlines() == lines
     resolved(script, "--dataset voc --split 92 --batch-size 4 --lr 1 --total-iters 9".split())

@@ -31,6 +31,8 @@ def needs(module):
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        file = "requirements-dev.txt" if package == "matplotlib" else "requirements.txt"
+        file = "requirements.txt"
+        if package == "matplotlib":
+            file = "requirements-dev.txt"
         remedy = f"pip install {package}, or -r {file}"
         raise Refusal(f"{package} cannot be imported ({error}): {remedy}") from None

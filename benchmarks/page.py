@@ -20,6 +20,7 @@ UNIMATCH_STEP = ROOT / "results" / "unimatch_step.json"
 FPL_STEP = ROOT / "results" / "fpl_step.json"
 INPUT = ROOT / "results" / "input.json"
 GROWTH = ROOT / "results" / "growth.json"
+FIRST_COMMAND = ROOT / "results" / "first_command.json"
 NETWORKS = ROOT / "results" / "networks.json"
 CONTRASTIVE = ROOT / "results" / "contrastive.json"
 DINOV2 = ROOT / "results" / "dinov2_memory.json"
@@ -54,6 +55,14 @@ stand in for it:
   between two lines of the log but the one that ael_fpl.py and u2pl_ael.py name, no operation on two
   devices, no floats of two types that meet under autocast. What has no fake or no deterministic
   kernel is listed in [reliability.md](reliability.md#without-a-gpu-fake-cuda-tensors).
+"""
+FIRST_COMMAND_HEAD = """
+## The README's first command
+
+`python benchmarks/first_command.py`: `python cps_fpl.py` from its start to its last line, wall
+time, medians of {rounds} runs in turns with an earlier commit; {threads} threads, torch {torch},
+load {load:.1f}.
+
 """
 FPL_LOSS_HEAD = """
 ## FPL's loss on a CPU
@@ -193,6 +202,15 @@ def performance(runs):
     """Returns docs/performance.md. runs: what gpu.py wrote, as dicts."""
     real = [run for run in runs if not run["tiny"] and run["gpus"]]
     return HEAD + ("".join(section(run) for run in real) or NONE)
+
+
+def first_command(found):
+    """Returns the section of the first command. found: what first_command.py wrote."""
+    rows = []
+    for row in found["rows"]:
+        rows.append([row["commit"], f"{row['s']:.1f}", ratio(row), f"{row['miou']:.2f}"])
+    titles = ["commit", "s", "ratio", "mIoU of the last weights on test, %"]
+    return FIRST_COMMAND_HEAD.format(**found) + table(titles, rows)
 
 
 def fpl_loss(found):
@@ -410,6 +428,7 @@ def pages():
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
     text = performance(runs)
     for path, section_of in (
+        (FIRST_COMMAND, first_command),
         (FPL_LOSS, fpl_loss),
         (CONTRASTIVE, contrastive),
         (UNIMATCH_STEP, unimatch_step),

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks.growth import spread  # noqa: E402
+from benchmarks.runs import spread  # noqa: E402
 from common import Refusal  # noqa: E402
 from common.run import refusals  # noqa: E402
 

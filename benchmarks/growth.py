@@ -39,6 +39,7 @@ import torch  # noqa: E402
 import esl  # noqa: E402
 from benchmarks import fpl_loss, steps  # noqa: E402
 from benchmarks.contrastive import resident  # noqa: E402
+from benchmarks.runs import spread  # noqa: E402
 from common import distributed  # noqa: E402
 
 RESULT = ROOT / "results" / "growth.json"
@@ -47,17 +48,6 @@ CROPS = (64, 128, 192, 256, 384)  # pixels
 BATCHES = (2, 4, 8)  # labelled images, and as many unlabelled ones
 ELEMENTS = 4e6  # of the logits, whatever the number of classes
 STEP = "--weights none --backbone resnet18 --output-stride 16 --head-channels 256".split()
-
-
-def spread(times):
-    """Returns {name: {s, ratio, low, high}} of {name: seconds of each round}, to the first name."""
-    base = next(iter(times.values()))
-    rows = {}
-    for name, own in times.items():
-        ratios = [a / b for a, b in zip(own, base, strict=True)]
-        rows[name] = {"s": statistics.median(own), "ratio": statistics.median(ratios)}
-        rows[name] |= {"low": min(ratios), "high": max(ratios)}
-    return rows
 
 
 def in_turns(calls, rounds):

@@ -35,7 +35,8 @@ import torch  # noqa: E402
 
 from benchmarks import fpl_loss, steps  # noqa: E402
 from benchmarks.contrastive import resident  # noqa: E402
-from benchmarks.growth import in_turns, spread, taken  # noqa: E402
+from benchmarks.growth import in_turns, taken  # noqa: E402
+from benchmarks.runs import spread  # noqa: E402
 from common import distributed  # noqa: E402
 
 RESULT = ROOT / "results" / "networks.json"

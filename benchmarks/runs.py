@@ -1,9 +1,10 @@
-"""Runs as others see them: their folders compared, their processes ended."""
+"""Runs as others see them: their folders compared, their processes ended, their times."""
 
 import contextlib
 import json
 import os
 import signal
+import statistics
 import time
 from pathlib import Path
 
@@ -86,3 +87,14 @@ def running(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def spread(times):
+    """Returns {name: {s, ratio, low, high}} of {name: seconds of each round}, to the first name."""
+    base = next(iter(times.values()))
+    rows = {}
+    for name, own in times.items():
+        ratios = [a / b for a, b in zip(own, base, strict=True)]
+        rows[name] = {"s": statistics.median(own), "ratio": statistics.median(ratios)}
+        rows[name] |= {"low": min(ratios), "high": max(ratios)}
+    return rows

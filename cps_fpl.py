@@ -1015,7 +1015,8 @@ def slide(net, image, window, num_classes):
     canvas = mean.repeat(1, canvas_h, canvas_w)
     canvas[:, top : top + h, left : left + w] = image
     starts = window_starts(canvas_h, window)
-    sums = torch.zeros(num_classes, window, canvas_w, device=image.device)  # of the rows from y on
+    # of the rows from y on; classes last in memory, as in networks' logits: argmax is faster so
+    sums = torch.zeros(window, canvas_w, num_classes, device=image.device).permute(2, 0, 1)
     for y, next_y in zip(starts, [*starts[1:], canvas_h], strict=True):
         for x in window_starts(canvas_w, window):
             part = canvas[None, :, y : y + window, x : x + window]

@@ -10,9 +10,9 @@ def confusion_matrix(pred, label, num_classes):
 
     pred: int64 of any shape, values in [0, C). label: same shape, ignored where it is >= C.
     """
-    truth = label.clamp(max=num_classes).long()  # no class: one more row, that is left out
-    index = (truth * num_classes + pred).flatten()
-    counts = torch.bincount(index, minlength=(num_classes + 1) * num_classes)
+    index = label.clamp(max=num_classes).long()  # no class: one more row, that is left out
+    index.mul_(num_classes).add_(pred)  # in place: one map of int64, not three
+    counts = torch.bincount(index.flatten(), minlength=(num_classes + 1) * num_classes)
     return counts.view(num_classes + 1, num_classes)[:num_classes]
 
 

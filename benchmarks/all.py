@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = [  # what is run in full; and with --quick, None: not at all
-    ("first_command.py", None),
+    ("before.py", None),
     ("fpl_loss.py", "--quick --rounds 2"),
     ("input.py", "--quick"),
     ("growth.py", "--quick"),

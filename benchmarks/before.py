@@ -1,15 +1,26 @@
-"""The README's first command, as it is and as it was: wall time and mIoU of whole runs, in turns.
+"""What this checkout's commit takes beside an earlier one, in turns: time, memory, mIoU.
 
-    python benchmarks/first_command.py   # results/first_command.json; two idle cores, 8 minutes
+    python benchmarks/before.py                    # results/before.json, 20 minutes
+    python benchmarks/before.py --parts command    # this part is made again
 
-Both commits are checked out in a temporary folder, and each runs `python cps_fpl.py` there by this
-Python and its packages, from its start to its last line: imports, generated pictures, training,
-panels, validation and test. Each runs once to warm the disk; then they take turns.
+command  the README's first command: wall time of `python cps_fpl.py` from its start to its last
+         line, and the mIoU of its last weights on test. It wants two idle cores.
+cps      two steps of cps_fpl.py with CutMix at crop 448, ResNet-18, 2 images of each kind: the
+         process's peak memory and processor time above those of the same command at crop 64, which
+         leaves libraries, weights and momentum out.
+calls    FPL's loss of both networks by the official recipe with its gradient, the confusion matrix,
+         predict's windows: benchmarks/before_parts.py, processor time of one thread. What they
+         return is equal, as asserted.
+
+Both commits are cloned into a temporary folder and run there, in turns, by this Python and its
+packages.
 """
 
 import argparse
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,8 +36,11 @@ from benchmarks.runs import spread  # noqa: E402
 from common import Refusal  # noqa: E402
 from common.run import refusals  # noqa: E402
 
-RESULT = ROOT / "results" / "first_command.json"
+RESULT = ROOT / "results" / "before.json"
 BEFORE = "a102efb"  # of 21 November 2026: the last commit before the work on speed began
+CPS = "--batch-size 2 --total-iters 2 --workers 0 --pictures-every 0 --eval-every 9 --device cpu"
+WIDTH = "--head-channels 256"  # of the head once; a flag since
+CALLS = [("cross_loss", 19), ("cross_loss", 150), ("confusion", 19), ("slide", 19), ("slide", 150)]
 
 
 def git(*words):
@@ -37,58 +51,142 @@ def git(*words):
     return done.stdout.strip()
 
 
-def run(checkout, folder):
-    """Runs the command; returns its wall seconds and the mIoU of the last weights on test, in %."""
-    words = [sys.executable, "cps_fpl.py", "--out", str(folder)]
-    begin = time.perf_counter()
-    done = subprocess.run(words, cwd=checkout, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
-    if done.returncode:
-        raise Refusal(f"{checkout}: {done.stderr.strip()[-300:]}")
-    line = next(line for line in done.stdout.splitlines() if line.startswith("mIoU  "))
-    return seconds, float(line.split()[1])
-
-
-def measure(options, scratch):
-    """Runs both commits in turns; returns what is written."""
-    before = git("rev-parse", "--short=7", options.before)
-    after = git("rev-parse", "--short=7", "HEAD")
+def cloned(before, scratch):
+    """Returns {commit: checkout} of the earlier commit and of this one."""
     if git("status", "--porcelain", "--", "*.py"):
         raise Refusal("scripts differ from the commit: commit first, a clone of it is run")
     checkouts = {}
-    for commit in (before, after):
+    for name in (before, "HEAD"):
+        commit = git("rev-parse", "--short=7", name)
         checkouts[commit] = scratch / commit
         git("clone", "--quiet", str(ROOT), str(checkouts[commit]))
         git("-C", str(checkouts[commit]), "checkout", "--quiet", commit)
-    times = {commit: [] for commit in checkouts}
-    scores = {}
-    for number in range(options.rounds + 1):
+    return checkouts
+
+
+def run(words, checkout, threads=None):
+    """Runs Python in a checkout; returns its output, wall and processor seconds and peak MiB."""
+    environment = dict(os.environ)
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *words], cwd=checkout, stdout=out, stderr=error, env=environment
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        for stream in (out, error):
+            stream.seek(0)
+        if process.returncode:
+            raise Refusal(f"{checkout.name}, {' '.join(words)}: {error.read().strip()[-300:]}")
+        found = {"out": out.read(), "wall_s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime}
+    return found | {"peak_mib": usage.ru_maxrss / 1024}
+
+
+def in_turns(checkouts, rounds, call):
+    """Returns {commit: [what call(commit, checkout) returns in each round]}."""
+    found = {commit: [] for commit in checkouts}
+    for _ in range(rounds):
         for commit, checkout in checkouts.items():
-            seconds, scores[commit] = run(checkout, scratch / f"{commit}-{number}")
-            print(f"{commit}  {seconds:.1f} s  {scores[commit]:.2f} mIoU", flush=True)
-            if number:  # the first warms
-                times[commit].append(seconds)
-    rows = [
-        {"commit": commit, **row, "miou": scores[commit]} for commit, row in spread(times).items()
-    ]
-    load = os.getloadavg()[0]
-    about = {"rounds": options.rounds, "torch": torch.__version__, "load": load}
-    return about | {"threads": torch.get_num_threads(), "rows": rows}
+            row = call(commit, checkout)
+            print(f"  {commit}  {row}", flush=True)
+            found[commit].append(row)
+    return found
+
+
+def compared(found, name):
+    """Returns rows, one a commit: the median of a value and its ratio to the earlier commit."""
+    times = {commit: [row[name] for row in rows] for commit, rows in found.items()}
+    return [{"commit": commit, **row} for commit, row in spread(times).items()]
+
+
+def command(checkouts, scratch, options):
+    """The first command: a row a commit, with its mIoU."""
+
+    def call(commit, checkout):
+        out = tempfile.mkdtemp(dir=scratch)
+        done = run(["cps_fpl.py", "--out", out], checkout)
+        (miou,) = re.findall(r"^mIoU  +([\d.]+)", done["out"], re.MULTILINE)
+        return {"s": done["wall_s"], "miou": float(miou)}
+
+    in_turns(checkouts, 1, call)  # warms the disk
+    found = in_turns(checkouts, options.rounds, call)
+    rows = compared(found, "s")
+    for row in rows:
+        row["miou"] = found[row["commit"]][-1]["miou"]
+    return rows
+
+
+def cps(checkouts, scratch, options):
+    """Two steps of CPS: rows of the processor time and of the peak."""
+    first = next(iter(checkouts))
+
+    def call(commit, checkout):
+        words = ["cps_fpl.py", *CPS.split(), *(WIDTH.split() if commit != first else [])]
+        done = []
+        for side in (64, options.crop):
+            out = tempfile.mkdtemp(dir=scratch)
+            done.append(run([*words, "--crop-size", str(side), "--out", out], checkout, threads=1))
+        small, large = done
+        return {name: large[name] - small[name] for name in ("cpu_s", "peak_mib")}
+
+    found = in_turns(checkouts, max(options.rounds // 2, 1), call)
+    rows = []
+    for name in ("cpu_s", "peak_mib"):
+        rows += [{"what": name, **row} for row in compared(found, name)]
+    return rows
+
+
+def calls(checkouts, scratch, options):
+    """Calls of before_parts.py: rows of their processor seconds, equal in what they return."""
+    rows = []
+    for part, classes in CALLS:
+        words = [str(ROOT / "benchmarks" / "before_parts.py"), part, "--classes", str(classes)]
+        values = {}
+
+        def call(commit, checkout, words=words, values=values):
+            found = json.loads(run(words, checkout, threads=1)["out"])
+            values[commit] = found["value"]
+            return {"s": found["s"]}
+
+        print(f" {part}, {classes} classes")
+        found = in_turns(checkouts, options.rounds, call)
+        assert same(*values.values()), (part, classes)
+        rows += [{"what": part, "classes": classes, **row} for row in compared(found, "s")]
+    return rows
+
+
+def same(a, b):
+    """Is what two calls returned the same? Floats may differ by rounding."""
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) else a == b
+
+
+PARTS = {"command": command, "cps": cps, "calls": calls}
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--before", default=BEFORE, help="the commit to compare with")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--crop", type=int, default=448, help="of the part cps")
     options = parser.parse_args()
+    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        found = measure(options, Path(scratch))
-    for row in found["rows"]:
-        print(f"{row['commit']}  {row['s']:.1f} s, ratio {row['ratio']:.2f}  {row['miou']:.2f}")
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+        checkouts = cloned(options.before, Path(scratch))
+        for name in options.parts:
+            print(name)
+            about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            rows = PARTS[name](checkouts, scratch, options)
+            about |= {"rounds": options.rounds, "crop": options.crop, "load": os.getloadavg()[0]}
+            found[name] = about | {"rows": rows}
+            RESULT.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

@@ -20,7 +20,7 @@ UNIMATCH_STEP = ROOT / "results" / "unimatch_step.json"
 FPL_STEP = ROOT / "results" / "fpl_step.json"
 INPUT = ROOT / "results" / "input.json"
 GROWTH = ROOT / "results" / "growth.json"
-FIRST_COMMAND = ROOT / "results" / "first_command.json"
+BEFORE = ROOT / "results" / "before.json"
 NETWORKS = ROOT / "results" / "networks.json"
 CONTRASTIVE = ROOT / "results" / "contrastive.json"
 DINOV2 = ROOT / "results" / "dinov2_memory.json"
@@ -56,13 +56,11 @@ stand in for it:
   devices, no floats of two types that meet under autocast. What has no fake or no deterministic
   kernel is listed in [reliability.md](reliability.md#without-a-gpu-fake-cuda-tensors).
 """
-FIRST_COMMAND_HEAD = """
-## The README's first command
+BEFORE_HEAD = """
+## Beside an earlier commit
 
-`python benchmarks/first_command.py`: `python cps_fpl.py` from its start to its last line, wall
-time, medians of {rounds} runs in turns with an earlier commit; {threads} threads, torch {torch},
-load {load:.1f}.
-
+`python benchmarks/before.py` runs both commits in turns and writes medians, with ratios [low..high]
+to the earlier one.
 """
 FPL_LOSS_HEAD = """
 ## FPL's loss on a CPU
@@ -204,13 +202,35 @@ def performance(runs):
     return HEAD + ("".join(section(run) for run in real) or NONE)
 
 
-def first_command(found):
-    """Returns the section of the first command. found: what first_command.py wrote."""
-    rows = []
-    for row in found["rows"]:
-        rows.append([row["commit"], f"{row['s']:.1f}", ratio(row), f"{row['miou']:.2f}"])
-    titles = ["commit", "s", "ratio", "mIoU of the last weights on test, %"]
-    return FIRST_COMMAND_HEAD.format(**found) + table(titles, rows)
+def before(found):
+    """Returns the section of the comparison with an earlier commit. found: what before.py wrote."""
+    text = BEFORE_HEAD
+    if part := found.get("command"):
+        text += about(part, "The README's first command")
+        text += f"{part['threads']} threads, wall time.\n\n"
+        rows = [[r["commit"], f"{r['s']:.1f}", ratio(r), f"{r['miou']:.2f}"] for r in part["rows"]]
+        text += table(["commit", "s", "ratio", "mIoU of the last weights on test, %"], rows)
+    if part := found.get("cps"):
+        text += about(part, "Two steps of CPS with CutMix")
+        text += (
+            f"ResNet-18, crop\n{part['crop']}, 2 images of each kind, above those of crop 64.\n\n"
+        )
+        titles = {"cpu_s": "processor time, s", "peak_mib": "peak memory, MiB"}
+        rows = [[titles[r["what"]], r["commit"], r["s"], ratio(r)] for r in part["rows"]]
+        text += table(["", "commit", "", "ratio"], rows)
+    if part := found.get("calls"):
+        text += about(part, "Single calls")
+        text += "Equal in what they\nreturn, as asserted; processor time of one thread.\n\n"
+        titles = {
+            "cross_loss": "FPL of both networks, recipe official, with its gradient",
+            "confusion": "confusion matrix, 1024x2048",
+            "slide": "argmax of summed windows of 800, 1024x2048",
+        }
+        rows = []
+        for r in part["rows"]:
+            rows.append([titles[r["what"]], r["classes"], r["commit"], 1000 * r["s"], ratio(r)])
+        text += table(["", "C", "commit", "ms", "ratio"], rows)
+    return text
 
 
 def fpl_loss(found):
@@ -428,7 +448,7 @@ def pages():
     runs = [json.loads(path.read_text()) for path in sorted(RUNS.glob("*.json"))]
     text = performance(runs)
     for path, section_of in (
-        (FIRST_COMMAND, first_command),
+        (BEFORE, before),
         (FPL_LOSS, fpl_loss),
         (CONTRASTIVE, contrastive),
         (UNIMATCH_STEP, unimatch_step),

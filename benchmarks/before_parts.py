@@ -1,0 +1,107 @@
+"""Parts of a step in the checkout that this is started in, whichever it is: for before.py.
+
+    cd CHECKOUT && python benchmarks/before_parts.py cross_loss --classes 19
+
+Prints one line of JSON: the processor seconds of a call, median of --calls, once warm, and what the
+call returns, to be compared.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path[0] = str(Path.cwd())  # not this folder, which has a predict.py too
+
+import torch  # noqa: E402
+
+import cps_fpl  # noqa: E402
+import supervised  # noqa: E402
+from common import metrics  # noqa: E402
+
+ELEMENTS = 1e7  # of the logits, whatever the number of classes
+
+
+def random(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def cross_loss(classes):
+    """Returns a function: FPL's loss of both networks by the official recipe, and its gradient."""
+    several = hasattr(cps_fpl, "adaptive_assignment")  # T is a tuple since A-FPL is there
+    args = SimpleNamespace(unsup_loss="fpl", T=(0.9,) if several else 0.9, k_strategy="n-1")
+    args.k_max = 3
+    args.strict = False
+    args.weight = "concave"
+    args.mean_over = "positives_and_next"
+    args.balance = True
+    args.fused = "auto"
+    side = round((ELEMENTS / 2 / classes) ** 0.5)
+    students = [random(2, classes, side, side).requires_grad_() for _ in range(2)]
+    teachers = [1.5 * random(2, classes, side, side) for _ in range(2)]
+    inside = torch.ones(2, side, side, dtype=torch.bool)
+
+    def call():
+        for z in students:
+            z.grad = None
+        loss, _ = cps_fpl.cross_loss(students, teachers, inside, 0.5, args)
+        loss.backward()
+        return [float(loss.detach()), *(float(z.grad.double().norm()) for z in students)]
+
+    return call
+
+
+def confusion(classes):
+    """Returns a function: the confusion matrix of one image of Cityscapes' size."""
+    pred = torch.randint(0, classes, (1024, 2048))
+    label = torch.randint(0, classes, (1024, 2048), dtype=torch.uint8)
+    label[torch.rand(label.shape) < 0.1] = 255
+    return lambda: metrics.confusion_matrix(pred, label, classes).tolist()
+
+
+def slide(classes):
+    """Returns a function: the classes of an image of Cityscapes' size, in windows of 800 pixels.
+
+    Each window's logits lie ready, channels-last as a network makes them.
+    """
+    logits = supervised.upsample(random(1, classes, 200, 200), (800, 800))
+    image = torch.zeros(3, 1024, 2048, dtype=torch.uint8)
+    args = SimpleNamespace(protocol="slide", crop_size=800)
+
+    @torch.no_grad()
+    def call():
+        pred = supervised.predict(lambda x: {"logits": logits}, image, args, classes)
+        if pred.ndim == 3:  # once it returned logits
+            pred = pred.argmax(0)
+        return hashlib.sha1(pred.numpy()).hexdigest()
+
+    return call
+
+
+PARTS = {"cross_loss": cross_loss, "confusion": confusion, "slide": slide}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=list(PARTS))
+    parser.add_argument("--classes", type=int, required=True)
+    parser.add_argument("--calls", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    call = PARTS[options.part](options.classes)
+    value = call()
+    seconds = []
+    for _ in range(options.calls):
+        begin = time.process_time()
+        call()
+        seconds.append(time.process_time() - begin)
+    print(json.dumps({"s": statistics.median(seconds), "value": value}))
+
+
+if __name__ == "__main__":
+    main()

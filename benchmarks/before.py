@@ -106,8 +106,8 @@ def command(checkouts, scratch, options):
     """The first command: a row a commit, with its mIoU."""
 
     def call(commit, checkout):
-        out = tempfile.mkdtemp(dir=scratch)
-        done = run(["cps_fpl.py", "--out", out], checkout)
+        out = Path(tempfile.mkdtemp(dir=scratch), "run")
+        done = run(["cps_fpl.py", "--out", str(out)], checkout)
         (miou,) = re.findall(r"^mIoU  +([\d.]+)", done["out"], re.MULTILINE)
         return {"s": done["wall_s"], "miou": float(miou)}
 
@@ -127,8 +127,9 @@ def cps(checkouts, scratch, options):
         words = ["cps_fpl.py", *CPS.split(), *(WIDTH.split() if commit != first else [])]
         done = []
         for side in (64, options.crop):
-            out = tempfile.mkdtemp(dir=scratch)
-            done.append(run([*words, "--crop-size", str(side), "--out", out], checkout, threads=1))
+            out = Path(tempfile.mkdtemp(dir=scratch), "run")
+            flags = ["--crop-size", str(side), "--out", str(out)]
+            done.append(run([*words, *flags], checkout, threads=1))
         small, large = done
         return {name: large[name] - small[name] for name in ("cpu_s", "peak_mib")}
 

@@ -39,7 +39,7 @@ from common.run import refusals  # noqa: E402
 RESULT = ROOT / "results" / "before.json"
 BEFORE = "a102efb"  # of 21 November 2026: the last commit before the work on speed began
 CPS = "--batch-size 2 --total-iters 2 --workers 0 --pictures-every 0 --eval-every 9 --device cpu"
-WIDTH = "--head-channels 256"  # of the head once; a flag since
+AS_ONCE = "--head-channels 256 --precise-bn 0"  # what the earlier commit has no flags for
 CALLS = [("cross_loss", 19), ("cross_loss", 150), ("confusion", 19), ("slide", 19), ("slide", 150)]
 
 
@@ -124,7 +124,7 @@ def cps(checkouts, scratch, options):
     first = next(iter(checkouts))
 
     def call(commit, checkout):
-        words = ["cps_fpl.py", *CPS.split(), *(WIDTH.split() if commit != first else [])]
+        words = ["cps_fpl.py", *CPS.split(), *(AS_ONCE.split() if commit != first else [])]
         done = []
         for side in (64, options.crop):
             out = Path(tempfile.mkdtemp(dir=scratch), "run")

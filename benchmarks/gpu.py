@@ -57,7 +57,10 @@ PLAN = [
     Part("loss speed", SPEED, "loss_speed", 50, "FPL's loss against cross-entropy"),
     Part("step speed", SPEED, "step_speed", 50, "steps and images per second, memory"),
     Part("shares", SPEED, "shares", 30, "where the time of a step goes"),
-    Part("compile", CHECKS, "compiled", 45, "--compile: losses, graphs, the first step"),
+    Part(
+        "evaluation", SPEED, "evaluation_speed", 12, "predict by both protocols; batches of windows"
+    ),
+    Part("compile", CHECKS, "compiled", 33, "--compile: losses, graphs, the first step"),
     Part("camvid", RUNS, "camvid", 0, "the protocol camvid-small"),
 ]
 LONG = ("steps", "step speed", "compile", "camvid")  # these share what is over of the time

@@ -5,6 +5,7 @@ equal before the first round. Medians with the smallest and the largest round.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import itertools
 import statistics
@@ -280,11 +281,11 @@ def one_speed(name, flags, words, options, report):
 
 # ---- where the time of a step goes ----
 
-# the functions of each script by what they are for; a name that is gone is an error
+# the functions of each script by what they are for; a name that no step calls is an error
 LOSSES = {
     "supervised": ["supervised_loss"],
-    "mean_teacher": ["supervised_loss", "consistency_ce", "consistency_mse"],
-    "cps_fpl": "supervised_loss cross_loss teacher_statistics label_statistics".split(),
+    "mean_teacher": ["supervised_loss", "consistency_ce"],
+    "cps_fpl": "supervised_loss taught_loss teacher_statistics label_statistics".split(),
     "ael_fpl": ["supervised_loss", "consistency_loss"],
     "u2pl": ["supervised_loss", "cross_entropy", "unreliable_loss"],
     "u2pl_ael": ["supervised_loss", "equalized_cross_entropy", "unreliable_loss"],
@@ -295,7 +296,7 @@ LOSSES = {
 BANKS = {
     "supervised": [],
     "mean_teacher": ["cutmix"],
-    "cps_fpl": ["toggled_mask"],
+    "cps_fpl": ["cutmix_masks", "mixed_k"],
     "ael_fpl": "draw_partners partner_mask copy_paste class_confidence presence".split(),
     "u2pl": "cutmix draw_features push_features negative_masks anchor_masks class_ranks".split(),
     "u2pl_ael": "draw_partners partner_mask copy_paste draw_features push_features".split(),
@@ -310,6 +311,7 @@ class Clock:
 
     def __init__(self, cuda):
         self.cuda, self.seconds, self.open = cuda, {}, []
+        self.called = set()  # names of functions
 
     def now(self):
         """The time when all that was asked for is done."""
@@ -321,6 +323,7 @@ class Clock:
         """Returns the function with its time noted."""
 
         def call(*args, **kwargs):
+            self.called.add(function.__name__)
             begin = self.now()
             self.open.append(0.0)
             try:
@@ -406,7 +409,54 @@ def one_share(name, flags, words, options, report):
         batches = steps.random_batches(classes=19, pin=report.cuda)
         how = {"after": after, "batches": batches, "classes": 19, "tiny": options.tiny}
         steps.take(name, flags, Group(0, 1, report.device), warm + count, **how)
+    never = {*LOSSES[name], *BANKS[name]} - clock.called
+    assert not never, f"{name}.py calls nowhere {', '.join(sorted(never))}"
     whole = end[0] - begin[0]
     parts = {part: round(100 * s / whole, 1) for part, s in sorted(clock.seconds.items())}
     parts["all else"] = round(100 - sum(parts.values()), 1)
     report.row(words, step_ms=1e3 * whole / count, **parts, note="per cent of a step")
+
+
+# ---- evaluation ----
+
+
+def evaluation_speed(options, report):
+    """predict of one image by both protocols; its windows one by one, and three at a time.
+
+    slide takes them one by one: the last two rows say whether this device would gain by batches.
+    """
+    for amp in ("none",) if options.tiny else ("bf16", "none"):
+        what = amp, options, report
+        report.attempt(f"evaluation, {amp}", lambda w=what: one_evaluation(*w), seconds=4)
+
+
+def one_evaluation(amp, options, report):
+    """Adds the rows of one precision: milliseconds of an image, or of a window."""
+    script = importlib.import_module("supervised")
+    height, width, side = (40, 72, 33) if options.tiny else (1024, 2048, 800)
+    backbone = "resnet18" if options.tiny else "resnet101"
+    args = steps.resolved(script, step_flags("supervised", backbone, side, amp, False))
+    group = Group(0, 1, report.device)
+    net = script.build(args, 19, script.DeepLabV3Plus, group).eval()
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, device=report.device)
+    windows = image[:, :side, :side].repeat(3, 1, 1, 1)
+    clock = Clock(report.cuda)
+
+    def measure(name, call, count=1):
+        """Adds a row: milliseconds of a call for each of the images or windows in it."""
+        seconds = []
+        for _ in range(2 if options.tiny else 6):
+            begin = clock.now()
+            call()
+            seconds.append(clock.now() - begin)
+        words = {"none": "TF32", "bf16": "bf16"}[amp]
+        report.row(f"{name}, {words}", ms=1e3 * statistics.median(seconds[1:]) / count)
+
+    with torch.no_grad():
+        for protocol in ("whole", "slide"):
+            how = dataclasses.replace(args, protocol=protocol)
+            measure(
+                f"{height}x{width}, {protocol}", lambda a=how: script.predict(net, image, a, 19)
+            )
+        measure(f"a window of {side}, one by one", lambda: net(windows[:1]))
+        measure(f"a window of {side}, three at a time", lambda: net(windows), 3)

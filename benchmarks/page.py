@@ -183,6 +183,7 @@ def section(found):
         "FPL's loss, forward and backward": measured(rows, "loss speed", speed),
         "Steps": measured(rows, "step speed", steps),
         "Shares of a step, per cent": shares(rows),
+        "Evaluation, an image or a window": measured(rows, "evaluation", ["ms"]),
         "`--compile`": measured(rows, "compile", compiled),
         "camvid-small": measured(rows, "camvid", ["last", "best", "minutes"]),
     }

@@ -39,6 +39,8 @@ from common.run import refusals  # noqa: E402
 RESULT = ROOT / "results" / "before.json"
 BEFORE = "a102efb"  # of 21 November 2026: the last commit before the work on speed began
 CPS = "--batch-size 2 --total-iters 2 --workers 0 --pictures-every 0 --eval-every 9 --device cpu"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # memory that is freed, so that the peak is that
 AS_ONCE = "--head-channels 256 --precise-bn 0"  # what the earlier commit has no flags for
 CALLS = [("cross_loss", 19), ("cross_loss", 150), ("confusion", 19), ("slide", 19), ("slide", 150)]
 
@@ -64,11 +66,12 @@ def cloned(before, scratch):
     return checkouts
 
 
-def run(words, checkout, threads=None):
-    """Runs Python in a checkout; returns its output, wall and processor seconds and peak MiB."""
-    environment = dict(os.environ)
-    if threads:
-        environment["OMP_NUM_THREADS"] = str(threads)
+def run(words, checkout, **settings):
+    """Runs Python in a checkout; returns its output, wall and processor seconds and peak MiB.
+
+    settings: of its environment.
+    """
+    environment = os.environ | settings
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         begin = time.perf_counter()
         process = subprocess.Popen(
@@ -129,7 +132,7 @@ def cps(checkouts, scratch, options):
         for side in (64, options.crop):
             out = Path(tempfile.mkdtemp(dir=scratch), "run")
             flags = ["--crop-size", str(side), "--out", str(out)]
-            done.append(run([*words, *flags], checkout, threads=1))
+            done.append(run([*words, *flags], checkout, **ONE_THREAD, **GIVEN_BACK))
         small, large = done
         return {name: large[name] - small[name] for name in ("cpu_s", "peak_mib")}
 
@@ -148,7 +151,7 @@ def calls(checkouts, scratch, options):
         values = {}
 
         def call(commit, checkout, words=words, values=values):
-            found = json.loads(run(words, checkout, threads=1)["out"])
+            found = json.loads(run(words, checkout, **ONE_THREAD)["out"])
             values[commit] = found["value"]
             return {"s": found["s"]}
 

@@ -1,6 +1,6 @@
 """What this checkout's commit takes beside an earlier one, in turns: time, memory, mIoU.
 
-    python benchmarks/before.py                    # results/before.json, 20 minutes
+    python benchmarks/before.py                    # results/before.json, half an hour
     python benchmarks/before.py --parts command    # this part is made again
 
 command  the README's first command: wall time of `python cps_fpl.py` from its start to its last
@@ -136,7 +136,7 @@ def cps(checkouts, scratch, options):
         small, large = done
         return {name: large[name] - small[name] for name in ("cpu_s", "peak_mib")}
 
-    found = in_turns(checkouts, max(options.rounds // 2, 1), call)
+    found = in_turns(checkouts, options.rounds, call)
     rows = []
     for name in ("cpu_s", "peak_mib"):
         rows += [{"what": name, **row} for row in compared(found, name)]

@@ -229,8 +229,8 @@ def before(found):
         }
         rows = []
         for r in part["rows"]:
-            rows.append([titles[r["what"]], r["classes"], r["commit"], 1000 * r["s"], ratio(r)])
-        text += table(["", "C", "commit", "ms", "ratio"], rows)
+            rows.append([titles[r["what"]], r["classes"], r["commit"], r["s"], ratio(r)])
+        text += table(["", "C", "commit", "s", "ratio"], rows)
     return text
 
 

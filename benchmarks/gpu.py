@@ -43,27 +43,27 @@ class Part(NamedTuple):
     name: str
     module: str
     function: str
-    seconds: int  # at most; the last ones take what is left
+    seconds: int  # of 8 minutes; 0: what is left
     question: str
 
 
 CHECKS, RUNS, SPEED = (f"benchmarks.gpu_{name}" for name in ("checks", "runs", "speed"))
 PLAN = [
-    Part("losses", CHECKS, "losses", 40, "every loss, bank and percentile against the CPU"),
+    Part("losses", CHECKS, "losses", 30, "every loss, bank and percentile against the CPU"),
     Part("steps", CHECKS, "whole_steps", 75, "a whole step of every script against the CPU"),
-    Part("waits", CHECKS, "waits", 45, "20 steps without a wait of the host"),
+    Part("waits", CHECKS, "waits", 50, "20 steps without a wait of the host"),
     Part("repeats", RUNS, "repeats", 75, "--deterministic; SIGKILL and --resume"),
-    Part("processes", RUNS, "processes", 70, "NCCL, no_sync, CPU <-> CUDA, signals"),
-    Part("loss speed", SPEED, "loss_speed", 50, "FPL's loss against cross-entropy"),
-    Part("step speed", SPEED, "step_speed", 50, "steps and images per second, memory"),
+    Part("processes", RUNS, "processes", 60, "NCCL, no_sync, CPU <-> CUDA, signals"),
+    Part("loss speed", SPEED, "loss_speed", 45, "FPL's loss against cross-entropy"),
+    Part("step speed", SPEED, "step_speed", 45, "steps and images per second, memory"),
     Part("shares", SPEED, "shares", 30, "where the time of a step goes"),
     Part(
-        "evaluation", SPEED, "evaluation_speed", 12, "predict by both protocols; batches of windows"
+        "evaluation", SPEED, "evaluation_speed", 15, "predict by both protocols; batches of windows"
     ),
-    Part("compile", CHECKS, "compiled", 33, "--compile: losses, graphs, the first step"),
+    Part("compile", CHECKS, "compiled", 55, "--compile: losses, graphs, the first step"),
     Part("camvid", RUNS, "camvid", 0, "the protocol camvid-small"),
 ]
-LONG = ("steps", "step speed", "compile", "camvid")  # these share what is over of the time
+MORE = 3  # what is over of the time goes to all parts, up to so many times their seconds
 
 
 @dataclass
@@ -79,14 +79,14 @@ class Options:
     tiny: bool = False  # small networks and pictures, few rounds: does the code run?
     part: str = ""  # in a process of its own: the one part to do
     rows: str = ""  # likewise: the file that its rows go to
-    seconds: float = 0.0  # likewise: how long it has
+    until: float = 0.0  # likewise: when it has to end, seconds since 1970
 
 
 class Report:
     """Where a part leaves its rows: one line of JSON each, at once."""
 
     def __init__(self, options):
-        self.options, self.until = options, time.time() + options.seconds
+        self.options, self.until = options, options.until
         self.cuda = options.device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda", 0) if self.cuda else torch.device("cpu")
 
@@ -153,10 +153,11 @@ def run_part(part, options, seconds):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         rows = Path(folder) / "rows"
         rows.touch()
-        words = asdict(options) | {"part": part.name, "rows": str(rows), "seconds": seconds}
+        begin = time.time()
+        words = asdict(options) | {"part": part.name, "rows": str(rows), "until": begin + seconds}
         command = [sys.executable, __file__, "--child", json.dumps([part, words])]
         environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TMPDIR": folder}
-        begin, error = time.time(), Path(folder) / "stderr"
+        error = Path(folder) / "stderr"
         with open(error, "w") as stream:
             pipes = {"stdout": subprocess.DEVNULL, "stderr": stream}
             process = subprocess.Popen(command, env=environment, cwd=ROOT, **pipes)
@@ -218,8 +219,10 @@ def main(options):
         plan = [part for part in plan if part.name != "camvid"]
     over = max(60 * options.minutes - sum(part.seconds for part in plan), 0)
     for number, part in enumerate(plan):
-        rest = [one for one in plan[number:] if one.name in LONG]
-        seconds = part.seconds + over / len(rest) if part in rest else part.seconds
+        rest = sum(one.seconds for one in plan[number:])
+        seconds = until - time.time() - 5  # the last one's, camvid
+        if part.seconds:
+            seconds = part.seconds * min(1 + over / rest, MORE)
         if options.tiny:
             seconds = 600  # a CPU that others use too
         seconds = min(seconds, until - time.time() - 5)
@@ -228,7 +231,7 @@ def main(options):
             rows.append({"part": part.name, "name": "the part itself", "note": "no time left"})
         else:
             rows += run_part(part, options, seconds)
-        over += part.seconds - (time.time() - begin)  # what a part leaves goes to the long ones
+        over += part.seconds - (time.time() - begin)  # what a part leaves goes to the others
         over = max(over, 0)
         for row in rows:
             if row["part"] == part.name:

@@ -157,7 +157,8 @@ def shares(rows):
     """Returns the table of the parts of a step, in per cent."""
     found = of(rows, "shares")
     names = sorted(
-        {key for row in found for key in row} - {"part", "name", "note", "step_ms", "ok"}
+        {key for row in found if "step_ms" in row for key in row}
+        - {"part", "name", "note", "step_ms", "ok"}
     )
     return measured(rows, "shares", ["step_ms", *names]) if names else ""
 
@@ -168,28 +169,42 @@ def section(found):
     rows = found["rows"]
     checks = [row for row in rows if row.get("ok") is not None]
     failed = [row for row in checks if not row["ok"]]
+    unsaid = [row for row in rows if "ok" in row and row["ok"] is None]
+    state = found["git"] or "?"
+    commit = state[:12] + "-dirty" * state.endswith("-dirty")
     text = f"\n## {found['device']}\n\n"
-    text += f"{found['date']}, commit {(found['git'] or '?')[:12]}, torch {versions['torch']}, "
+    text += f"{found['date']}, commit {commit}, torch {versions['torch']}, "
     text += f"CUDA {versions['cuda']}, cuDNN {versions['cudnn']}, {found['gpus']} GPU(s) of "
     text += f"{found['memory_gb']} GB, {found['minutes']:g} minutes.\n"
-    text += f"{len(checks) - len(failed)} of {len(checks)} checks passed.\n"
-    if failed:
-        words = [[row["part"], row["name"], row.get("error"), row.get("note")] for row in failed]
-        text += "\nFailed:\n\n" + table(["part", "check", "error", "note"], words)
+    text += (
+        f"{len(checks) - len(failed)} of {len(checks)} checks passed, {len(unsaid)} say nothing: "
+    )
+    text += "no time left, no memory, or nothing to compare.\n"
+    for title, some in (("Failed", failed), ("Not said", unsaid)):
+        if some:
+            text += f"\n{title}:\n\n" + judged(some)
     compiled = ["error", "graphs", "graph_breaks", "first_step_s"]
-    speed = ["ms", "low", "high", "ratio", "over_limit", "peak_tensors"]
+    speed = ["ms", "low", "high", "ratio", "over_limit", "peak_tensors", "gb_per_s"]
     steps = ["steps_per_s", "images_per_s", "peak_gb"]
     parts = {
         "FPL's loss, forward and backward": measured(rows, "loss speed", speed),
         "Steps": measured(rows, "step speed", steps),
         "Shares of a step, per cent": shares(rows),
         "Evaluation, an image or a window": measured(rows, "evaluation", ["ms"]),
+        "The loader": measured(rows, "shares", ["images_per_s"]),
         "`--compile`": measured(rows, "compile", compiled),
         "camvid-small": measured(rows, "camvid", ["last", "best", "minutes"]),
     }
     for title, body in parts.items():
         text += f"\n### {title}\n\n{body}" if body else ""
-    return text
+    return text + "\n### All checks\n\n" + judged([row for row in checks if row["ok"]])
+
+
+def judged(rows):
+    """Returns a table of rows of checks."""
+    titles = ["part", "check", "error", "limit", "note"]
+    keys = ["part", "name", "error", "limit", "note"]
+    return table(titles, [[row.get(key) for key in keys] for row in rows])
 
 
 def ratio(row):

@@ -34,7 +34,7 @@ def differences(folder, other, but=()):
     wrong = []
     but = {"out", "resume", *but}
     for name in ("last.pt", "best.pt"):
-        one, two = (flat(torch.load(f / name, weights_only=True)) for f in (folder, other))
+        one, two = (flat(torch.load(f / name, "cpu", weights_only=True)) for f in (folder, other))
         clock = {".time.elapsed_s", ".log.bytes", ".log.sha256"}
         for key in sorted((set(one) | set(two)) - clock - {f".args.{name}" for name in but}):
             a, b = one.get(key), two.get(key)

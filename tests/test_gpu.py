@@ -150,7 +150,7 @@ PARTS = [
 def test_every_part_runs_on_a_cpu(part, tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "MODES", FEW)
     camvid, rows = draw_tree(tmp_path / "camvid"), tmp_path / "rows"
-    options = gpu.Options(str(tmp_path / "out.json"), device="cpu", tiny=True, seconds=600)
+    options = gpu.Options(str(tmp_path / "out.json"), device="cpu", tiny=True)
     options.part, options.rows, options.camvid = "part", str(rows), str(camvid)
     report = gpu.Report(options)
     getattr(importlib.import_module(part.module), part.function)(options, report)

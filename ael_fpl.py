@@ -647,15 +647,16 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
 
     weight: Eq. (13). loss: cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's;
     0 where the teacher is below the threshold, whose weight counts [D18]. K: A-FPL's, or None.
-    Returns (what is minimized, logged): unsup, before the balance [D16]; balance; kept, the share
-    of pixels that sampling keeps; conf_t; K_gt_1, of every fourth pixel each way.
+    Returns (what is minimized, logged): unsup, before the balance [D16]; balance, without --balance
+    of every fourth pixel each way; kept, the share of pixels that sampling keeps; conf_t; K_gt_1,
+    of every fourth pixel too.
     """
     prob_t = F.softmax(upcast(logits_t.detach()), 1)
-    conf_t = prob_t.amax(1)
-    ce = F.cross_entropy(upcast(logits_s), prob_t.argmax(1), reduction="none")
-    loss = ce
+    conf_t, pseudo = prob_t.max(1)
     if args.unsup_loss == "fpl":
         loss = pixel_fpl(logits_s, logits_t, K, args)
+    else:
+        loss = F.cross_entropy(upcast(logits_s), pseudo, reduction="none")
     weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma) * inside
     certain = conf_t >= args.threshold
 
@@ -664,8 +665,12 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
         return x.sum((1, 2)).view(-1, pooled).sum(1)
 
     unsup = of_groups(weight * loss * certain) / of_groups(weight).clamp(min=1e-12)
-    unweighted = of_groups(loss.detach() * inside)
-    balance = of_groups(ce.detach() * inside) / unweighted.clamp(min=1e-12)
+    stride = 1 if args.balance else 4  # only logged then
+    seen = inside[..., ::stride, ::stride]
+    unweighted = of_groups(loss.detach()[..., ::stride, ::stride] * seen)
+    z = upcast(logits_s.detach()[..., ::stride, ::stride])
+    ce = F.cross_entropy(z, pseudo[..., ::stride, ::stride], reduction="none")
+    balance = of_groups(ce * seen) / unweighted.clamp(min=1e-12)
     balance = balance.where(unweighted > 0, 1.0)
     minimized = unsup
     if args.balance:

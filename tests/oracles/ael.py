@@ -27,8 +27,9 @@ def consistency(students, teachers, inside, rate, chances, pooled, width, flags)
             weight = hit * max(q) ** flags.gamma * (u >= 1 - rate[likeliest(z)])
             certain = max(q) >= flags.threshold  # below it the loss is 0, the weight remains [D18]
             terms.append((weight, (certain * loss, scaled(slope, certain))))
-            ce_sum += hit * nll(z, likeliest(t))[0]
-            plain += hit * loss
+            if hit and (fourth or flags.balance):  # without it the balance is only logged
+                ce_sum += nll(z, likeliest(t))[0]
+                plain += loss
             if hit:
                 parts["kept"].append(weight > 0)
                 parts["conf_t"].append(max(q))

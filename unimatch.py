@@ -1012,7 +1012,7 @@ def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
     By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
-    image at once.
+    large image at once; slide holds a window's, and those of a row of windows.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]

@@ -3,8 +3,9 @@
     python benchmarks/all.py           # hours of one core; writes results/ and the pages
     python benchmarks/all.py --quick   # small, five minutes of two cores; nothing is written
 
---quick says that all of them run and that what they compare is equal; its ratios are of sizes too
-small to mean much. A benchmark that fails is named at the end, and the exit code is 1.
+--quick says that they run and that what they compare is equal; its ratios are of sizes too small to
+mean much. before.py, memory.py and precise_bn.py have no short form and are left out. A benchmark
+that fails is named at the end, and the exit code is 1.
 """
 
 import argparse

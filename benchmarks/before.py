@@ -7,7 +7,7 @@ command  the README's first command: wall time of `python cps_fpl.py` from its s
          line, and the mIoU of its last weights on test. It wants two idle cores.
 cps      two steps of cps_fpl.py with CutMix at crop 448, ResNet-18, 2 images of each kind: the
          process's peak memory and processor time above those of the same command at crop 64, which
-         leaves libraries, weights and momentum out.
+         leaves libraries, weights, momentum, gradients and the checkpoint out.
 calls    FPL's loss of both networks by the official recipe with its gradient, the confusion matrix,
          predict's windows: benchmarks/before_parts.py, processor time of one thread. What they
          return is equal, as asserted.

@@ -282,15 +282,26 @@ def test_the_input_is_normalized_and_logits_are_float32_and_reach_every_paramete
     assert small.shape[2] == 9 and torch.equal(upsample(small, (33, 50)), large)
 
 
-@pytest.mark.parametrize("name, stride", [("tf_efficientnet_lite0", 8), ("convnext_atto", 16)])
-def test_a_network_of_timm_learns_with_its_own_normalization(name, stride):
+OF_TIMM = [("tf_efficientnet_lite0", 8), ("convnext_atto", 16)]
+OF_TIMM += [("mobilenetv3_small_050", 16), ("resnet18d", 16)]
+
+
+@pytest.mark.parametrize("name, stride", OF_TIMM)
+def test_a_network_of_timm_takes_a_step_with_its_own_normalization(name, stride):
     timm = pytest.importorskip("timm")
-    net = Network(flags(f"timm/{name}", stride=stride, head_channels=8), 5, DeepLabV3Plus)
+    more = {"lr": 0.01, "lr_head": 1.0, "decay_on": "weights", "weight_decay": 1e-4}
+    args = flags(f"timm/{name}", stride=stride, head_channels=8, **more)
+    net = Network(args, 5, DeepLabV3Plus)
     assert net.backbone.feature_info.reduction() == [4, 8, stride, stride]
     mean = timm.get_pretrained_cfg(name).mean
     assert (net.mean.flatten() / 255).tolist() == pytest.approx(mean)
-    net(torch.randint(0, 256, (2, 3, 65, 97), dtype=torch.uint8))["logits"].sum().backward()
-    assert all(p.grad is not None for p in net.parameters())
+    before = [p.detach().clone() for p in net.parameters()]
+    x = torch.randint(0, 256, (2, 3, 65, 97), dtype=torch.uint8)
+    net(x)["logits"].square().sum().backward()
+    supervised.make_optimizer([net], args).step()
+    assert all(p.grad is not None and p.isfinite().all() for p in net.parameters())
+    moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
+    assert sum(moved) > 0.8 * len(moved)  # not behind a BN that starts as 0, as timm's ResNets do
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/tf_efficientnet_lite0", "timm/resnet18d"])

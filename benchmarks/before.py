@@ -13,7 +13,7 @@ calls    FPL's loss of both networks by the official recipe with its gradient, t
          return is equal, as asserted.
 
 Both commits are cloned into a temporary folder and run there, in turns, by this Python and its
-packages.
+packages. A shallow clone has not the earlier one: git fetch --unshallow.
 """
 
 import argparse

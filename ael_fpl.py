@@ -665,7 +665,7 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
         return x.sum((1, 2)).view(-1, pooled).sum(1)
 
     unsup = of_groups(weight * loss * certain) / of_groups(weight).clamp(min=1e-12)
-    stride = 1 if args.balance else 4  # only logged then
+    stride = 1 if args.balance else 4  # without --balance it is only logged
     seen = inside[..., ::stride, ::stride]
     unweighted = of_groups(loss.detach()[..., ::stride, ::stride] * seen)
     z = upcast(logits_s.detach()[..., ::stride, ::stride])

@@ -7,7 +7,8 @@ command  the README's first command: wall time of `python cps_fpl.py` from its s
          line, and the mIoU of its last weights on test. It wants two idle cores.
 cps      two steps of cps_fpl.py with CutMix at crop 448, ResNet-18, 2 images of each kind: the
          process's peak memory and processor time above those of the same command at crop 64, which
-         leaves libraries, weights, momentum, gradients and the checkpoint out.
+         leaves libraries, weights, momentum, gradients and the checkpoint out. Freed memory is
+         given back at once, which costs both some time.
 calls    FPL's loss of both networks by the official recipe with its gradient, the confusion matrix,
          predict's windows: benchmarks/before_parts.py, processor time of one thread. What they
          return is equal, as asserted.
@@ -40,8 +41,8 @@ RESULT = ROOT / "results" / "before.json"
 BEFORE = "a102efb"  # of 21 November 2026: the last commit before the work on speed began
 CPS = "--batch-size 2 --total-iters 2 --workers 0 --pictures-every 0 --eval-every 9 --device cpu"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # memory that is freed, so that the peak is that
-AS_ONCE = "--head-channels 256 --precise-bn 0"  # what the earlier commit has no flags for
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory: the peak is of what is in use
+OLD_DEFAULTS = "--head-channels 256 --precise-bn 0"  # what the earlier commit has no flags for
 CALLS = [("cross_loss", 19), ("cross_loss", 150), ("confusion", 19), ("slide", 19), ("slide", 150)]
 
 
@@ -63,6 +64,8 @@ def cloned(before, scratch):
         checkouts[commit] = scratch / commit
         git("clone", "--quiet", str(ROOT), str(checkouts[commit]))
         git("-C", str(checkouts[commit]), "checkout", "--quiet", commit)
+    if len(checkouts) < 2:
+        raise Refusal(f"--before {before} is this commit")
     return checkouts
 
 
@@ -127,7 +130,7 @@ def cps(checkouts, scratch, options):
     first = next(iter(checkouts))
 
     def call(commit, checkout):
-        words = ["cps_fpl.py", *CPS.split(), *(AS_ONCE.split() if commit != first else [])]
+        words = ["cps_fpl.py", *CPS.split(), *(OLD_DEFAULTS.split() if commit != first else [])]
         done = []
         for side in (64, options.crop):
             out = Path(tempfile.mkdtemp(dir=scratch), "run")
@@ -186,9 +189,13 @@ def main():
         checkouts = cloned(options.before, Path(scratch))
         for name in options.parts:
             print(name)
-            about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            about = {"torch": torch.__version__, "rounds": options.rounds}
+            if name == "command":
+                about["threads"] = torch.get_num_threads()
+            if name == "cps":
+                about["crop"] = options.crop
             rows = PARTS[name](checkouts, scratch, options)
-            about |= {"rounds": options.rounds, "crop": options.crop, "load": os.getloadavg()[0]}
+            about["load"] = os.getloadavg()[0]
             found[name] = about | {"rows": rows}
             RESULT.write_text(json.dumps(found, indent=1) + "\n")
     return 0

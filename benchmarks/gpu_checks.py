@@ -6,6 +6,7 @@ device's: a limit is a multiple of what float32 costs there, or a floor that is 
 
 import contextlib
 import importlib
+import math
 import time
 import traceback
 from argparse import Namespace
@@ -348,8 +349,9 @@ def judge(report, name, found, own, truth, floor, times=TIMES):
             kind = "gradient"
         allowed = times * apart(own[key], truth[key])
         error = apart(value, truth[key])
-        if not bool(torch.isfinite(value.double()).all()):
+        if not math.isfinite(allowed) or not bool(torch.isfinite(value.double()).all()):
             error = float("inf")
+            allowed = 0.0
         elif allowed > CAP[kind]:
             unsaid.append(key)
             continue
@@ -374,7 +376,7 @@ def one_step(name, flags, device, float64=False, tiny=False):
 
     def before(watch):
         """Notes the weights; in float64 the banks become it too."""
-        watch.start = watch.values()
+        watch.start = {key: value.clone() for key, value in watch.values().items()}
         for key, value in watch.state.items():
             if float64 and torch.is_tensor(value) and value.is_floating_point():
                 watch.state[key] = value.double()

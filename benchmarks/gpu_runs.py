@@ -120,11 +120,14 @@ def repeats(options, report):
 
 
 def killed_in_mid_run(children, until):
-    """Kills each child by SIGKILL once it has logged step 6 and saved; returns those it hit."""
+    """Kills each child by SIGKILL at step 10 or later, after the checkpoint of step 8.
+
+    Returns those it hit.
+    """
     hit, waiting = set(), dict(children)
     while waiting and time.time() < until:
         for name, child in list(waiting.items()):
-            if child.reached(6):
+            if child.reached(10):
                 child.process.kill()
                 hit.add(name)
             if name in hit or child.process.poll() is not None:
@@ -245,7 +248,7 @@ def accumulated(report):
 def ended(child, word, report):
     """A signal ends a run with its code; after SIGTERM the step that it ended in is saved."""
     number, code = ENDS[word]
-    hit = child.send_after(4, number, soon(report))
+    hit = child.send_after(10, number, soon(report))
     begin = time.time()
     found = child.wait(soon(report, 20))
     seconds = round(time.time() - begin, 2)
@@ -259,7 +262,7 @@ def ended(child, word, report):
 
 def carried(child, first, second, options, report):
     """A run that was killed on one device goes on from its checkpoint on another."""
-    hit = child.send_after(4, signal.SIGKILL, soon(report))
+    hit = child.send_after(10, signal.SIGKILL, soon(report))
     child.wait(soon(report))
     begun = child.steps_logged()
     flags = flags_of("supervised", child.out, second, ENDLESS, "--resume")

@@ -73,8 +73,8 @@ FPL_LOSS_HEAD = """
 * By the rules of the released code the twin is {least:.0f} to {most:.0f} times as fast as its order
   of work.
 * Large tensors cost a CPU page faults, and the baseline most of all. Where they fit the caches or
-  memory is kept, the ratios are larger: to 2.6 at C = 21 and 309x309, to 4.3 at C = 150 and 115x115
-  in the table [by the number of classes](#fpls-loss-by-the-number-of-classes).
+  memory is kept, the ratios are larger: see the table
+  [by the number of classes](#fpls-loss-by-the-number-of-classes).
 """
 CONTRASTIVE_HEAD = """
 ## U2PL's contrastive loss

@@ -163,6 +163,11 @@ def test_every_part_runs_on_a_cpu(part, tmp_path, monkeypatch):
     assert '"ok": false' in rows.read_text().splitlines()[-1]
 
 
+def test_a_step_that_is_compared_moves_the_weights():
+    watch = gpu_checks.one_step("supervised", "--crop-size 32", torch.device("cpu"), tiny=True)
+    assert gpu_checks.step_values(watch)["change of the weights"].norm() > 0
+
+
 def test_the_pages_are_what_page_py_writes():
     for path, text in page.pages().items():
         assert path.read_text() == text, f"python benchmarks/page.py: {path.name}"

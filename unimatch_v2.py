@@ -577,7 +577,7 @@ def complementary_masks(images, channels, whole, device):
     first = 2 * torch.empty(images, channels, device=device).bernoulli_(0.5)
     masks = torch.stack([first, 2 - first])
     kept = torch.randperm(images, device=device)[: int(images * whole)]
-    masks.index_fill_(1, kept, 1.0)  # no wait, as for the 1.0 of an assignment on CUDA
+    masks.index_fill_(1, kept, 1.0)  # an assigned 1.0 would make the host wait for CUDA
     return masks[..., None, None]
 
 

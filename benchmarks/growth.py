@@ -45,6 +45,7 @@ from common import distributed  # noqa: E402
 RESULT = ROOT / "results" / "growth.json"
 CLASSES = (2, 8, 21, 81, 150, 365, 1000)
 CROPS = (64, 128, 192, 256, 384)  # pixels
+ROUNDS = {"batch": 1, "processes": 2}  # parts whose number of rounds is fixed
 BATCHES = (2, 4, 8)  # labelled images, and as many unlabelled ones
 ELEMENTS = 4e6  # of the logits, whatever the number of classes
 STEP = "--weights none --backbone resnet18 --output-stride 16 --head-channels 256".split()
@@ -207,7 +208,8 @@ def main():
     found = json.loads(RESULT.read_text()) if RESULT.exists() and not options.quick else {}
     for name in options.parts:
         rows = PARTS[name](options)
-        about = {"torch": torch.__version__, "rounds": options.rounds, "steps": options.steps}
+        rounds = ROUNDS.get(name, options.rounds)
+        about = {"torch": torch.__version__, "rounds": rounds, "steps": options.steps}
         found[name] = about | {"load": os.getloadavg()[0], "rows": rows}
         for row in rows:
             shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())

@@ -5,6 +5,7 @@ is what oracles cannot say of FPL's. Numbers worked out by hand, draws, contrast
 """
 
 import itertools
+import shutil
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -386,3 +387,13 @@ def test_what_is_not_finite_is_seen(kernel):
     for logits in ((spoilt, clean), (clean, spoilt)):
         loss, _ = fused.fpl_loss(*logits, 0.0, fpl_oracle.printed())
         assert loss.isnan().nonzero().tolist() == [[1, 0, 0]]
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler")
+def test_what_inductor_makes_of_it_is_the_same(monkeypatch):
+    """On a CPU; benchmarks/gpu.py has the kernel for GPUs."""
+    monkeypatch.setattr(fused, "fpl_of_pixels", torch.compile(fused.fpl_of_pixels))
+    t = torch.randn(1, 4, 16, 1)
+    t[..., :8, :] = t[..., :8, :].round()  # ties
+    assert_same(3 * torch.randn(t.shape), t, fpl_oracle.printed())

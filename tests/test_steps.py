@@ -27,9 +27,11 @@ import u2pl
 import u2pl_ael
 import unimatch
 import unimatch_v2
+from benchmarks.runs import bits, flat
 from common.distributed import Group
-from processes import digest
+from processes import Forked, digest, finish
 from recorder import assert_close
+from tiny import ROOT
 
 ALONE = Group(0, 1, torch.device("cpu"))
 
@@ -664,3 +666,38 @@ def test_every_step_is_the_literal_one(name, row, tree, tmp_path, capsys):
         line = f"--ranks {args.ranks}: cut to {cut}, as there are 11 classes\n"
         said = capsys.readouterr().out.count(line)
         assert said == (args.unreliable_loss != "none" and cut != args.ranks)
+
+
+JOINED = {  # of cps_fpl.py: what takes a graph at a time, and what takes all in one backward
+    "with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):": "if True:",
+    "if not args.balance:": "if False:",
+    "if args.balance:  # a factor": "if False:  # a factor",
+    "cross = cross.detach()\n": "pass\n",
+    "if args.cutmix:\n                sup_of_net": "if False:\n                sup_of_net",
+    "if not args.cutmix:\n            loss": "if True:\n            loss",
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("recipe", ["paper", "official"])
+def test_a_graph_at_a_time_makes_the_weights_of_one_backward(tree, tmp_path, processes, recipe):
+    """Bit for bit, moments of SGD too."""
+    apart = ROOT / "cps_fpl.py"
+    text = apart.read_text()
+    for own, joined in JOINED.items():
+        assert text.count(own) == 1, own
+        text = text.replace(own, joined)
+    (tmp_path / "joined").mkdir()
+    joined = tmp_path / "joined" / "cps_fpl.py"
+    joined.write_text(text)
+    found = []
+    for script in (apart, joined):
+        out = tmp_path / f"run{len(found)}"
+        argv = tiny.flags(tree, out, iters=3, evaluate=9, save=9, batch=4)
+        argv += f"--recipe {recipe} --unsup-weight 2.5 --T 0.3".split()
+        finish(Forked([script, *argv], processes))
+        found.append(torch.load(out / "last.pt", weights_only=True))
+    for name in ("networks", "optimizer"):
+        one, two = (flat(content[name]) for content in found)
+        assert one.keys() == two.keys()
+        assert all(bits(one[key]) == bits(two[key]) for key in one if torch.is_tensor(one[key]))

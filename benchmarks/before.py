@@ -1,6 +1,6 @@
 """What this checkout's commit takes beside an earlier one, in turns: time, memory, mIoU.
 
-    python benchmarks/before.py                    # results/before.json, half an hour
+    python benchmarks/before.py                    # results/before.json, an hour
     python benchmarks/before.py --parts command    # this part is made again
 
 command  the README's first command: wall time of `python cps_fpl.py` from its start to its last
@@ -9,6 +9,10 @@ cps      two steps of cps_fpl.py with CutMix at crop 448, ResNet-18, 2 images of
          process's peak memory and processor time above those of the same command at crop 64, which
          leaves libraries, weights, momentum, gradients and the checkpoint out. Freed memory is
          given back at once, which costs both some time.
+input    samples of images drawn as Cityscapes and VOC have them (benchmarks/input.py), with masks
+         and without: processor time of one thread; then steps of supervised.py on the former, of
+         whose log data_ms is, with crops of 800 and no worker. This commit from files and from
+         --cache.
 calls    FPL's loss of both networks by the official recipe with its gradient, the confusion matrix,
          predict's windows: benchmarks/before_parts.py, processor time of one thread. What they
          return is equal, as asserted.
@@ -22,6 +26,7 @@ import json
 import math
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +38,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import prepare_data  # noqa: E402
+from benchmarks import input as images  # noqa: E402
 from benchmarks.runs import spread  # noqa: E402
 from common import Refusal  # noqa: E402
 from common.run import refusals  # noqa: E402
@@ -40,6 +47,12 @@ from common.run import refusals  # noqa: E402
 RESULT = ROOT / "results" / "before.json"
 BEFORE = "a102efb"  # of 21 November 2026: the last commit before the work on speed began
 CPS = "--batch-size 2 --total-iters 2 --workers 0 --pictures-every 0 --eval-every 9 --device cpu"
+DATA = (
+    "--dataset folder --num-classes 19 --backbone resnet18 --weights none --crop-size 800"
+    " --batch-size 2 --total-iters 3 --log-every 1 --eval-every 9 --workers 0 --pictures-every 0"
+    " --device cpu"
+)
+PARTS_FILE = ROOT / "benchmarks" / "before_parts.py"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory: the peak is of what is in use
 OLD_DEFAULTS = "--head-channels 256 --precise-bn 0"  # what the earlier commit has no flags for
@@ -150,7 +163,7 @@ def calls(checkouts, scratch, options):
     """Calls of before_parts.py: rows of their processor seconds, equal in what they return."""
     rows = []
     for part, classes in CALLS:
-        words = [str(ROOT / "benchmarks" / "before_parts.py"), part, "--classes", str(classes)]
+        words = [str(PARTS_FILE), part, "--classes", str(classes)]
         values = {}
 
         def call(commit, checkout, words=words, values=values):
@@ -165,6 +178,50 @@ def calls(checkouts, scratch, options):
     return rows
 
 
+def samples(checkouts, scratch, options):
+    """Samples of images: rows of the seconds of one, and of data_ms in a run's log."""
+    now = list(checkouts)[-1]
+    ways = checkouts | {f"{now}, cache": checkouts[now]}
+    rows = []
+    for kind, (size, suffix, grain, crop) in images.KINDS.items():
+        data = Path(scratch, suffix)
+        images.draw(data, size, suffix, grain, 12)
+        source = dict(dataset="folder", data_root=str(data), num_classes=19)
+        prepare_data.Cache(**source, out=f"{data}-cache").run()
+        for masks in (False, True):
+            words = [str(PARTS_FILE), "samples", "--classes", "19", "--data", str(data)]
+            words += ["--crop", str(crop), *["--masks"] * masks]
+
+            def call(way, checkout, words=words, data=data):
+                cached = ["--cache", f"{data}-cache"] * way.endswith("cache")
+                found = json.loads(run([*words, *cached], checkout, **ONE_THREAD)["out"])
+                return {"s": found["s"] / 12}
+
+            found = in_turns(ways, options.rounds, call)
+            about = {"what": f"{kind}, crop {crop}", "masks": masks}
+            rows += [about | row for row in compared(found, "s")]
+    return rows + [{"what": "data_ms", **row} for row in data_ms(ways, scratch, options)]
+
+
+def data_ms(ways, scratch, options):
+    """Returns a row for each way: seconds that a step's data took, by its log."""
+    data = Path(scratch, "png")
+
+    def call(way, checkout):
+        out = Path(tempfile.mkdtemp(dir=scratch), "run")
+        words = ["supervised.py", "--data-root", str(data), "--out", str(out), *DATA.split()]
+        if way not in list(ways)[:1]:
+            words += OLD_DEFAULTS.split()
+        if way.endswith("cache"):
+            words += ["--cache", f"{data}-cache"]
+        run(words, checkout, **ONE_THREAD)
+        lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+        steps = [line["time"]["data_ms"] for line in lines if line["kind"] == "train"]
+        return {"s": statistics.median(steps) / 1e3}
+
+    return compared(in_turns(ways, 2, call), "s")
+
+
 def same(a, b):
     """Is what two calls returned the same? Floats may differ by rounding."""
     if isinstance(a, list):
@@ -172,7 +229,7 @@ def same(a, b):
     return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) else a == b
 
 
-PARTS = {"command": command, "cps": cps, "calls": calls}
+PARTS = {"command": command, "cps": cps, "input": samples, "calls": calls}
 
 
 def main():

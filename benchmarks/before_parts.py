@@ -3,7 +3,8 @@
     cd CHECKOUT && python benchmarks/before_parts.py cross_loss --classes 19
 
 Prints one line of JSON: the processor seconds of a call, median of --calls, once warm, and what the
-call returns, to be compared.
+call returns, to be compared. samples returns nothing, as both commits do not make equal ones
+(docs/supervised.md, D3).
 """
 
 import argparse
@@ -21,7 +22,7 @@ import torch  # noqa: E402
 
 import cps_fpl  # noqa: E402
 import supervised  # noqa: E402
-from common import metrics  # noqa: E402
+from common import distributed, metrics  # noqa: E402
 
 ELEMENTS = 1e7  # of the logits, whatever the number of classes
 
@@ -31,8 +32,9 @@ def logits(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-def cross_loss(classes):
+def cross_loss(options):
     """Returns a function: FPL's loss of both networks by the official recipe, and its gradient."""
+    classes = options.classes
     several = hasattr(cps_fpl, "adaptive_assignment")  # T is a tuple since A-FPL is there
     args = SimpleNamespace(
         unsup_loss="fpl",
@@ -60,19 +62,21 @@ def cross_loss(classes):
     return call
 
 
-def confusion(classes):
+def confusion(options):
     """Returns a function: the confusion matrix of one image of Cityscapes' size."""
+    classes = options.classes
     pred = torch.randint(0, classes, (1024, 2048))
     label = torch.randint(0, classes, (1024, 2048), dtype=torch.uint8)
     label[torch.rand(label.shape) < 0.1] = 255
     return lambda: metrics.confusion_matrix(pred, label, classes)
 
 
-def slide(classes):
+def slide(options):
     """Returns a function: the classes of an image of Cityscapes' size, in windows of 800 pixels.
 
     Each window's logits lie ready, channels-last as a network makes them.
     """
+    classes = options.classes
     made = supervised.upsample(logits(1, classes, 200, 200), (800, 800))
     image = torch.zeros(3, 1024, 2048, dtype=torch.uint8)
     args = SimpleNamespace(protocol="slide", crop_size=800)
@@ -87,7 +91,45 @@ def slide(classes):
     return call
 
 
-PARTS = {"cross_loss": cross_loss, "confusion": confusion, "slide": slide}
+def samples(options):
+    """Returns a function that makes six batches of two images of the folder --data.
+
+    With --masks the labelled images of cps_fpl.py, else those without masks.
+    """
+    args = SimpleNamespace(
+        dataset="folder",
+        data_root=options.data,
+        cache=options.cache,
+        split="1/2",
+        split_seed=None,
+        split_family=None,
+        labeled_list="",
+        unlabeled_list="",
+        num_classes=options.classes,
+        ignore_index=255,
+        seed=0,
+        crop_size=options.crop,
+        scales=(0.5, 2.0),
+        batch_size=2,
+        batch_size_unlabeled=2,
+        unsup_weight=1.0,
+        cutmix=False,
+        same_image_cutmix=False,
+        workers=0,
+        total_iters=10**4,
+    )
+    alone = distributed.Group(0, 1, torch.device("cpu"))
+    name = "labeled" if options.masks else "unlabeled"
+    stream = cps_fpl.open_stream(name, cps_fpl.load(args), args, alone, 0)
+
+    def call():
+        for _ in range(6):
+            next(stream)
+
+    return call
+
+
+PARTS = {"cross_loss": cross_loss, "confusion": confusion, "slide": slide, "samples": samples}
 
 
 def main():
@@ -95,10 +137,14 @@ def main():
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--classes", type=int, required=True)
     parser.add_argument("--calls", type=int, default=3)
+    parser.add_argument("--data", help="of samples: a folder of images")
+    parser.add_argument("--cache", default="", help="its decoded images")
+    parser.add_argument("--masks", action="store_true")
+    parser.add_argument("--crop", type=int)
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    call = PARTS[options.part](options.classes)
+    call = PARTS[options.part](options)
     value = call()
     seconds = []
     for _ in range(options.calls):

@@ -42,6 +42,7 @@ KINDS = {  # (width, height), suffix, grain in grey levels, crop
     "VOC-sized JPEG": ((500, 375), "jpg", 12, 512),
 }
 SCALES = (0.5, 2.0)
+LENGTHS = (2_975, 10_582, 118_287)  # of Cityscapes' list, VOC's and COCO's
 
 
 def draw(root, size, suffix, grain, count):
@@ -189,8 +190,37 @@ def compared(root, cache, with_label, crop, rounds):
     return timed(ways, numbers, rounds)
 
 
+def orders(rounds):
+    """Returns [{images, us, drawn_us}]: to find which image a sample shows, for lists of 3 lengths.
+
+    us: as Samples do; drawn_us: drawing the whole order for every sample, as once.
+    """
+    rows = []
+    for length in LENGTHS:
+        stream = Stream(list(range(length)), 1, False, SCALES)
+        found = Samples("labeled", stream, None, SimpleNamespace(seed=0, crop_size=1))
+        numbers = range(length - 100, length + 100)  # over the end of a lap
+
+        def drawn(number, found=found, length=length):
+            lap, place = divmod(number, length)
+            return np.random.default_rng([*found.order_seed, lap]).permutation(length)[place]
+
+        assert [found.which(n) for n in numbers] == [drawn(n) for n in numbers]
+        times = {found.which: [], drawn: []}
+        for _ in range(rounds):
+            for which, own in times.items():
+                begin = time.process_time()
+                for number in numbers:
+                    which(number)
+                own.append(1e6 * (time.process_time() - begin) / len(numbers))
+        own, whole = (statistics.median(times[which]) for which in (found.which, drawn))
+        rows.append({"images": length, "us": own, "drawn_us": whole})
+        print(f"which of {length:7}: {own:.2f} us, drawn for every sample {whole:.0f} us")
+    return rows
+
+
 def measure(count, rounds):
-    """Returns {where, rows}; prints the rows as they come."""
+    """Returns {where, rows, orders}; prints the rows as they come."""
     rows = []
     for kind, (size, suffix, grain, crop) in KINDS.items():
         with tempfile.TemporaryDirectory() as top:
@@ -209,7 +239,7 @@ def measure(count, rounds):
                     spread = f"[{way['low']:.2f}..{way['high']:.2f}]"
                     print(f"  {name:22}{way['ms']:8.2f} ms  {way['ratio']:5.2f} {spread}")
     where = {"torch": torch.__version__, "load": os.getloadavg()[0], "rounds": rounds}
-    return where | {"rows": rows}
+    return where | {"rows": rows, "orders": orders(rounds)}
 
 
 def main():

@@ -1,5 +1,5 @@
 """Makes docs/performance.md from results/gpu/*.json and the JSON files of the other benchmarks, the
-cards and estimates of docs/scaling.md, and the table of memory of docs/unimatch_v2.md.
+tables of docs/scaling.md, the speed in docs/predict.md and the memory in docs/unimatch_v2.md.
 
 python benchmarks/page.py           # writes the pages
 python benchmarks/page.py --check   # exit code 1 if one of them is not what it would write
@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "results" / "gpu"
 PERFORMANCE, SCALING = ROOT / "docs" / "performance.md", ROOT / "docs" / "scaling.md"
 UNIMATCH_V2 = ROOT / "docs" / "unimatch_v2.md"
+PREDICT = ROOT / "docs" / "predict.md"
 MEMORY = ROOT / "results" / "memory.json"
 FPL_LOSS = ROOT / "results" / "fpl_loss.json"
 UNIMATCH_STEP = ROOT / "results" / "unimatch_step.json"
@@ -25,6 +26,8 @@ NETWORKS = ROOT / "results" / "networks.json"
 CONTRASTIVE = ROOT / "results" / "contrastive.json"
 DINOV2 = ROOT / "results" / "dinov2_memory.json"
 ESTIMATES = ROOT / "results" / "scaling.json"
+PER_PROCESS = ROOT / "results" / "per_process.json"
+PREDICTED = ROOT / "results" / "predict.json"
 END = "<!-- end of table -->\n"
 HEAD = """# Performance
 
@@ -99,10 +102,9 @@ FPL_STEP_HEAD = """
 ## What FPL adds to a whole step
 
 `python benchmarks/fpl_step.py`, seconds of a step on {device}, torch {torch}, {backbone} at stride
-{stride}, crop {crop}, {batch} labelled and as many unlabelled images, medians of {all} steps, load
-{load:.1f}. The crop is small: differences of a few per cent, in either direction, are noise.
-FPL supplement Table 7 has, for an epoch on 8 V100: AEL 730 s, FPL+AEL 820 s (+12 %) on Cityscapes;
-835 s and 985 s (+18 %) on VOC.
+{stride}, crop {crop}, {batch} labelled and as many unlabelled images, medians of {rounds} rounds of
+{steps} steps, load {load:.1f}; ratio [low..high] to cross-entropy. FPL supplement Table 7 has, for
+an epoch on 8 V100: AEL 730 s, FPL+AEL 820 s (+12 %) on Cityscapes; 835 s and 985 s (+18 %) on VOC.
 
 """
 INPUT_HEAD = """
@@ -240,6 +242,17 @@ def before(found):
         titles = {"cpu_s": "processor time, s", "peak_mib": "peak memory, MiB"}
         rows = [[titles[r["what"]], r["commit"], r["s"], ratio(r)] for r in part["rows"]]
         text += table(["", "commit", "", "ratio"], rows)
+    if part := found.get("input"):
+        text += about(part, "Samples")
+        text += (
+            "One image, processor time of one\nthread; data_ms: the log's, of a step of two images "
+            "of the first kind with masks, loaded without workers.\n\n"
+        )
+        rows = []
+        for r in part["rows"]:
+            masks = {True: "with its mask", False: "alone"}.get(r.get("masks"), "a step")
+            rows.append([f"{r['what']}, {masks}", r["commit"], 1e3 * r["s"], ratio(r)])
+        text += table(["", "commit", "ms", "ratio"], rows)
     if part := found.get("calls"):
         text += about(part, "Single calls")
         text += "Equal in what they\nreturn, as asserted; processor time of one thread.\n\n"
@@ -309,12 +322,12 @@ def unimatch_step(found):
 
 def fpl_step(found):
     """Returns the section of FPL supplement Table 7. found: what fpl_step.py wrote."""
-    text = FPL_STEP_HEAD.format(**found, all=found["steps"] * found["rounds"])
+    text = FPL_STEP_HEAD.format(**found)
     rows = []
     for row in found["rows"]:
-        cells = [f"{row['script']}.py, {row['classes']} classes", f"{row['ce']:.2f}"]
+        cells = [f"{row['script']}.py, {row['classes']} classes", f"{row['modes']['ce']['s']:.2f}"]
         for mode in ("fpl", "definition"):
-            cells.append(f"{row[mode]:.2f} ({100 * (row[mode] / row['ce'] - 1):+.0f} %)")
+            cells.append(f"{row['modes'][mode]['s']:.2f}, {ratio(row['modes'][mode])}")
         rows.append([*cells, "not measured on a GPU" if found["device"] == "cpu" else "this row"])
     return text + table(["", "cross-entropy", "FPL", "FPL, `--fused off`", "GPU"], rows)
 
@@ -330,7 +343,11 @@ def samples(found):
         others = ("cache", "cache, first time", "files, Pillow's warp")
         rows.append(cells + [ratio(ways[name]) for name in others])
     titles = ["image", "files, ms", "of it reading", "cache", "cache, first time", "warp"]
-    return INPUT_HEAD.format(**found) + table(titles, rows)
+    text = INPUT_HEAD.format(**found) + table(titles, rows)
+    text += "\nWhich image a sample shows, microseconds: the order of a lap is drawn once, not for "
+    text += "every sample.\n\n"
+    rows = [[f"{row['images']:,}", row["us"], row["drawn_us"]] for row in found["orders"]]
+    return text + table(["images", "drawn once", "drawn for every sample"], rows)
 
 
 def about(part, name):
@@ -448,6 +465,36 @@ def estimates(found):
     return table([*titles, *(f"{n} GPUs" for n in found["rows"][0]["gpus"])], rows)
 
 
+def per_process(found):
+    """Returns the table of gradients of docs/scaling.md. found: what per_process.py wrote."""
+    rows = []
+    for name, far in found["rows"].items():
+        if "1" not in far:
+            cells = (f"{x:.1f} %" if x is not None else "refused" for x in far.values())
+            rows.append([name, *cells])
+    (again,) = (far["1"] for far in found["rows"].values() if "1" in far)
+    text = table(["loss", *(f"{n} processes" for n in found["processes"])], rows)
+    text += "\nL_c draws its anchors and negatives: two draws of one process are "
+    return text + f"{again:.1f} % apart.\n"
+
+
+def predicted(found):
+    """Returns the table of docs/predict.md. found: what benchmarks/predict.py wrote."""
+    rows = []
+    for row in found["rows"]:
+        network = f"ResNet-18 on {found['threads']} cores"
+        if row["elsewhere"]:
+            network = f"another device's, {row['elsewhere']:g} ms an image"
+        cells = [f"{row[kind]['rate']:.2f}" for kind in ("plain", "overlapped")]
+        peaks = [f"{row[kind]['peak_gib']:.2f}" for kind in ("plain", "overlapped")]
+        rows.append([network, *cells, f"{row['ratio']:.2f}", *peaks])
+    size = f"{found['width']}x{found['height']}"
+    about = f"{found['images']} images of {size}, medians of {found['repeats']}, "
+    about += f"torch {found['torch']}, load {found['load']:.1f}.\n\n"
+    titles = ["network", "plain, images a s", "overlapped", "ratio", "peak GiB", "overlapped"]
+    return about + table(titles, rows)
+
+
 def replaced(text, body, script):
     """Returns a page with the table between the marks of a script replaced."""
     begin = f"<!-- table: benchmarks/{script} -->\n"
@@ -486,10 +533,16 @@ def pages():
         scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())), "page.py")
     if ESTIMATES.exists():
         scaling = replaced(scaling, estimates(json.loads(ESTIMATES.read_text())), "scaling.py")
+    if PER_PROCESS.exists():
+        body = per_process(json.loads(PER_PROCESS.read_text()))
+        scaling = replaced(scaling, body, "per_process.py")
+    predict = PREDICT.read_text()
+    if PREDICTED.exists():
+        predict = replaced(predict, predicted(json.loads(PREDICTED.read_text())), "predict.py")
     own = UNIMATCH_V2.read_text()
     if DINOV2.exists():
         own = replaced(own, dinov2(json.loads(DINOV2.read_text())), "page.py")
-    return {PERFORMANCE: text, SCALING: scaling, UNIMATCH_V2: own}
+    return {PERFORMANCE: text, SCALING: scaling, UNIMATCH_V2: own, PREDICT: predict}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """What another number of processes changes: losses of one batch, whole and in parts.
 
-    python benchmarks/per_process.py   # prints the table of docs/scaling.md
+    python benchmarks/per_process.py   # writes results/per_process.json, seconds
 
 8 images of 32x32 pixels with 19 classes and random logits, some surer than others, up to half of
 an image padding, a fifth of the labels void. The batch is what 1, 2, 4 or 8 processes share; the
-gradient of a step is the mean of theirs, as DDP makes it. Printed: how far it is from that of one
-process, |difference| / |gradient|, in per cent. L_c of U2PL draws anchors and negatives: there the
-second number is two draws of one process apart.
+gradient of a step is the mean of theirs, as DDP makes it. Printed and written: how far it is from
+that of one process, |difference| / |gradient|, in per cent. L_c of U2PL draws anchors and
+negatives: the last row is how far two draws of one process are apart.
 """
 
+import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ ael_fpl, cps_fpl, supervised, u2pl = map(
     importlib.import_module, ("ael_fpl", "cps_fpl", "supervised", "u2pl")
 )
 
+RESULT = ROOT / "results" / "per_process.json"
 COUNTS = (2, 4, 8)  # processes
 N, C, SIDE = 8, 19, 32
 FPL = SimpleNamespace(
@@ -137,27 +140,35 @@ def apart(found, whole):
     return 100 * float((found - whole).norm() / whole.norm())
 
 
-def cell(loss_of, given, processes, whole):
-    """Returns how far the gradient of so many processes is from that of one, in words."""
-    if loss_of is LOSSES[GROUPS] and N // processes < 2:
-        return "refused"  # by the script: --pooled 2 does not divide a process's images
-    return f"{apart(gradient(loss_of, given, processes), whole):.1f} %"
+def rows(given):
+    """Yields (loss, {processes: per cent, or None where the script refuses so many})."""
+    for name, loss_of in LOSSES.items():
+        whole = gradient(loss_of, given, 1)
+        found = {}
+        for count in COUNTS:
+            refused = name == GROUPS and N // count < 2  # --pooled 2 divides no process's images
+            far = None if refused else apart(gradient(loss_of, given, count), whole)
+            found[str(count)] = far
+        yield name, found
+    draws = [gradient(u2pl_contrast(seed), given, 1) for seed in (1, 0)]
+    yield "U2PL L_c, another draw", {"1": apart(*draws)}
 
 
 def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default=str(RESULT))
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    given = batch()
-    print("| loss | " + " | ".join(f"{count} processes" for count in COUNTS) + " |")
-    print("|-|" + "-|" * len(COUNTS))
-    for name, loss_of in LOSSES.items():
-        whole = gradient(loss_of, given, 1)
-        cells = [cell(loss_of, given, count, whole) for count in COUNTS]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    again = apart(gradient(u2pl_contrast(1), given, 1), gradient(u2pl_contrast(0), given, 1))
-    print(f"\nU2PL L_c, another draw of one process: {again:.1f} %")
+    found = {}
+    for name, row in rows(batch()):
+        found[name] = row
+        cells = ("refused" if far is None else f"{far:.1f} %" for far in row.values())
+        print(f"{name:40}" + "".join(f"{cell:>10}" for cell in cells))
+    written = {"torch": torch.__version__, "processes": COUNTS, "rows": found}
+    Path(options.out).write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(f"per_process.py {' '.join(sys.argv[1:])}: takes no words")
     main()

@@ -1,26 +1,29 @@
 """predict.py against a plain loop over the script's predict: images per second and peak memory.
 
-python benchmarks/predict.py                          # 24 photographs of noise, 480x360
+python benchmarks/predict.py                # 24 photographs of noise; results/predict.json
 python benchmarks/predict.py --elsewhere 15           # the network on another device, 15 ms
 python benchmarks/predict.py --width 8000 --height 6000 --images 1 --repeats 1 --classes 21
 
 Both read the same JPEG files with the same network of random weights (ResNet-18, stride 16) and
 write the same classes and overlays. The plain loop reads, predicts and writes one image after the
 other; predict.py reads ahead and writes behind. Every run is a process of its own, the two in
-turns; the median of the repeats is printed, with the largest resident memory of a process.
+turns; the median of the repeats is printed and written, with the largest resident memory of a
+process.
 
 On a CPU the network takes nearly all of the time and there is little to overlap. --elsewhere puts a
 wait in its place, as long as an accelerator would compute, during which both cores are free.
 """
 
 import json
+import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +41,9 @@ from common.checkpoints import write_checkpoint  # noqa: E402
 from common.flags import acting, cli, merge  # noqa: E402
 from common.run import refusals  # noqa: E402
 
+RESULT = ROOT / "results" / "predict.json"
+SIZES = ("images", "width", "height", "classes", "threads")  # flags that a run is given
+
 
 @dataclass
 class Options:
@@ -50,7 +56,9 @@ class Options:
     repeats: int = 3
     threads: int = torch.get_num_threads()  # of the network
     maps: bool = False  # confidence and entropy too
-    elsewhere: float = 0  # milliseconds that a stand-in for the network waits; 0: the network
+    # milliseconds that a stand-in for the network waits, one case after another; 0: the network
+    elsewhere: tuple[float, ...] = (10, 20, 0)
+    out: str = str(RESULT)
     # run once in folder, print seconds and bytes
     child: Literal["", "plain", "overlapped"] = ""
     folder: str = ""
@@ -100,15 +108,15 @@ class Elsewhere(torch.nn.Module):
 
 
 def put_elsewhere(options):
-    """Has predict.open_source return a Source whose network is the stand-in."""
-    opened = predict.open_source
-    net = Elsewhere(options.elsewhere / 1000, options.classes)
+    """Has predict.build_source return a Source whose network is the stand-in."""
+    built = predict.build_source
+    net = Elsewhere(options.elsewhere[0] / 1000, options.classes)
     supervised.likeliest = net.likeliest
 
-    def open_source(*given):
-        return opened(*given)._replace(net=net)
+    def build_source(*given):
+        return built(*given)._replace(net=net)
 
-    predict.open_source = open_source
+    predict.build_source = build_source
 
 
 def plain(options, folder):
@@ -134,7 +142,7 @@ def overlapped(options, folder):
 def child(options):
     """Runs one of the two, and prints seconds and bytes as JSON."""
     torch.set_num_threads(options.threads)
-    if options.elsewhere:
+    if options.elsewhere[0]:
         put_elsewhere(options)
     begin = time.time()
     {"plain": plain, "overlapped": overlapped}[options.child](options, Path(options.folder))
@@ -143,43 +151,50 @@ def child(options):
     print(json.dumps([seconds, kibibytes * 1024]))
 
 
+def case(options, folder):
+    """Runs both in turns with options.elsewhere[0]; returns their row of the result."""
+    runs = {"plain": [], "overlapped": []}
+    for repeat in range(options.repeats):
+        for kind in sorted(runs, reverse=bool(repeat % 2)):
+            runs[kind].append(one_run(options, folder, kind))
+    row = {"elsewhere": options.elsewhere[0]}
+    for kind, found in runs.items():
+        seconds = sorted(s for s, _ in found)
+        row[kind] = {"rate": options.images / statistics.median(seconds), "s": seconds}
+        row[kind]["peak_gib"] = max(size for _, size in found) / 2**30
+    row["ratio"] = row["overlapped"]["rate"] / row["plain"]["rate"]
+    return row
+
+
+def one_run(options, folder, kind):
+    """Returns seconds and bytes of a process that runs one of the two."""
+    shutil.rmtree(folder / kind, ignore_errors=True)
+    words = [f"--{name}={getattr(options, name)}" for name in SIZES]
+    words += ["--elsewhere", str(options.elsewhere[0]), "--child", kind, "--folder", str(folder)]
+    words += ["--maps"] * options.maps
+    command = [sys.executable, __file__, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(options):
-    """Draws, runs both in turns, and prints a line for each."""
-    rows = {"plain": [], "overlapped": []}
+    """Draws, runs all cases, prints a line for each of both and writes the rows."""
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         draw(options, Path(name))
-        for repeat in range(options.repeats):
-            for kind in sorted(rows, reverse=bool(repeat % 2)):
-                folder = Path(name) / kind
-                if folder.exists():
-                    folder.rename(Path(name) / f"{kind}-{repeat}")
-                words = [f"--{key}={value}" for key, value in asdict(options).items()]
-                words = [w for w in words if not w.startswith(("--maps", "--child", "--folder"))]
-                words += ["--child", kind, "--folder", name, *["--maps"] * options.maps]
-                done = subprocess.run(
-                    [sys.executable, __file__, *words],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                )
-                rows[kind].append(json.loads(done.stdout.splitlines()[-1]))
-    report(options, rows)
-
-
-def report(options, rows):
-    """Prints a line for each of the two, and the ratio of their medians."""
-    size = f"{options.width}x{options.height}"
-    network = f"waits {options.elsewhere} ms" if options.elsewhere else "computes here"
-    print(f"{options.images} images of {size}, {options.threads} threads, the network {network}")
-    medians = {}
-    for kind, found in rows.items():
-        seconds = sorted(row[0] for row in found)
-        medians[kind] = statistics.median(seconds)
-        memory = max(row[1] for row in found) / 2**30
-        rate = options.images / medians[kind]
-        spread = f"{seconds[0]:.2f} to {seconds[-1]:.2f} s"
-        print(f"{kind:11} {rate:8.2f} images a second ({spread}), peak memory {memory:.2f} GiB")
-    print(f"overlapped is {medians['plain'] / medians['overlapped']:.2f} times as fast")
+        for wait in options.elsewhere:
+            row = case(replace(options, elsewhere=(wait,)), Path(name))
+            rows.append(row)
+            print(f"network: {f'waits {wait} ms' if wait else 'computes here'}")
+            for kind in ("plain", "overlapped"):
+                one = row[kind]
+                spread = f"{one['s'][0]:.2f} to {one['s'][-1]:.2f} s"
+                memory = f"peak memory {one['peak_gib']:.2f} GiB"
+                print(f"{kind:11} {one['rate']:8.2f} images a second ({spread}), {memory}")
+            print(f"overlapped is {row['ratio']:.2f} times as fast", flush=True)
+    about = {name: getattr(options, name) for name in (*SIZES, "repeats", "maps")}
+    found = about | {"torch": torch.__version__, "load": os.getloadavg()[0], "rows": rows}
+    Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

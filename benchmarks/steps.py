@@ -40,6 +40,7 @@ MODES = {
     "cps_fpl": {
         "FPL": "",
         "FPL, recipe official": "--recipe official",
+        "FPL, twin": "--fused on",
         "CPS": "--unsup-loss ce",
         "FPL without CutMix": "--no-cutmix",
         "soft labels": "--unsup-loss soft",

@@ -272,7 +272,7 @@ def positives(p, last, rest, K):
     last, rest: the probabilities ranked K and K + 1. Where they are equal, the lowest classes of
     that probability are taken.
     """
-    if p.is_cuda or (rest == last).any():  # rare; to ask would be to wait for a GPU
+    if p.device.type != "cpu" or (rest == last).any():  # rare; to ask is to wait for a GPU
         equal = p == last
         place = (p > last).sum(0) + equal.cumsum(0)  # 1 is the first, for those that are equal
         return p.copy_((p > last) | equal & (place <= K))
@@ -355,7 +355,7 @@ class FPL(torch.autograd.Function):
         loss = torch.empty_like(upcast(logits_s[:, 0]), memory_format=torch.contiguous_format)
         pseudo = torch.empty_like(loss, dtype=torch.int64)
         pixels = loss.shape[1:].numel()
-        size = pixels if loss.is_cuda else min(CHUNK, pixels)
+        size = min(CHUNK, pixels) if loss.device.type == "cpu" else pixels
         space = loss.new_empty(4, logits_s.shape[1], size)
         for maps in zip(logits_s, logits_t, loss, pseudo, gradient, strict=True):
             chunks = [x.flatten(-2).split(size, -1) for x in maps]

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 from collections import Counter
 from contextlib import nullcontext
 from unittest.mock import Mock
@@ -39,12 +40,13 @@ def seen(name, flags, count=1, device=GPU, tiny=True):
     """Returns what fake CUDA noted of some steps.
 
     Nothing waits but for AEL's boxes, drawn on the host from what its teacher sees. No two float
-    types meet but in U2PL's percentiles: between two numbers of float32, at a place in float64.
+    types meet but in U2PL's percentiles, between two numbers of float32, at a place in float64, and
+    in the sums in float64 of FPL's twin (where there is Triton, its kernel's own).
     """
     unlabeled = "" if name == "supervised" else "--batch-size-unlabeled 2"
     words = f"{flags} --crop-size 32 --batch-size 2 --device cuda {unlabeled}".split()
     found = fake_cuda.fake_steps(name, words, count, device, tiny=tiny)
-    assert [wrong for wrong in found.mixed if "quantiles(" not in wrong.where] == []
+    assert [x for x in found.mixed if not re.search(r"quantiles\(|running_sum\(", x.where)] == []
     waits = Counter(wait.where for wait in found.waits)
     assert list(waits.values()) == [count] * ("ael" in name)
     assert all("distributed.to_host" in where for where in waits)
@@ -56,7 +58,7 @@ def seen(name, flags, count=1, device=GPU, tiny=True):
 def test_a_step_waits_nowhere_and_stays_on_the_device(name, mode):
     """Nor does float64 come there, which MPS does not have, but for the sums of the log."""
     found = seen(name, steps.MODES[name][mode], count=2 if mode in FIRST[name] else 1)
-    if name not in IN_FLOAT64:
+    if name not in IN_FLOAT64 and mode != "FPL, twin":
         assert {wide.where.split(":")[0] for wide in found.wide} == {"run.py"}
 
 

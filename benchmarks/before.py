@@ -6,9 +6,9 @@
 command  the README's first command: wall time of `python cps_fpl.py` from its start to its last
          line, and the mIoU of its last weights on test. It wants two idle cores.
 cps      two steps of cps_fpl.py with CutMix at crop 448, ResNet-18, 2 images of each kind: the
-         process's peak memory and processor time above those of the same command at crop 64, which
-         leaves libraries, weights, momentum, gradients and the checkpoint out. Freed memory is
-         given back at once, which costs both some time.
+         process's processor time without that of its imports, and its peak memory above libraries
+         (what a process has that imports cps_fpl.py) and weights and momentum (the length of
+         last.pt). Freed memory is given back at once, which costs both commits some time.
 input    samples of images drawn as Cityscapes and VOC have them (benchmarks/input.py), with masks
          and without: processor time of one thread; then steps of supervised.py on the former, of
          whose log data_ms is, with crops of 800 and no worker. This commit from files and from
@@ -143,14 +143,14 @@ def cps(checkouts, scratch, options):
     first = next(iter(checkouts))
 
     def call(commit, checkout):
-        words = ["cps_fpl.py", *CPS.split(), *(OLD_DEFAULTS.split() if commit != first else [])]
-        done = []
-        for side in (64, options.crop):
-            out = Path(tempfile.mkdtemp(dir=scratch), "run")
-            flags = ["--crop-size", str(side), "--out", str(out)]
-            done.append(run([*words, *flags], checkout, **ONE_THREAD, **GIVEN_BACK))
-        small, large = done
-        return {name: large[name] - small[name] for name in ("cpu_s", "peak_mib")}
+        out = Path(tempfile.mkdtemp(dir=scratch), "run")
+        words = ["cps_fpl.py", *CPS.split(), "--crop-size", str(options.crop), "--out", str(out)]
+        words += OLD_DEFAULTS.split() if commit != first else []
+        libraries = run(["-c", "import cps_fpl"], checkout, **ONE_THREAD, **GIVEN_BACK)
+        steps = run(words, checkout, **ONE_THREAD, **GIVEN_BACK)
+        above = {name: steps[name] - libraries[name] for name in ("cpu_s", "peak_mib")}
+        above["peak_mib"] -= (out / "last.pt").stat().st_size / 2**20
+        return above
 
     found = in_turns(checkouts, options.rounds, call)
     rows = []

@@ -235,9 +235,9 @@ def before(found):
     if part := found.get("cps"):
         text += about(part, "Two steps of CPS with CutMix")
         text += (
-            f"ResNet-18, crop\n{part['crop']}, 2 images of each kind, above those of crop 64, "
-            "which has libraries, weights, momentum,\ngradients and the checkpoint. With "
-            "`--balance True` both graphs are kept: no such gain.\n\n"
+            f"ResNet-18, crop\n{part['crop']}, 2 images of each kind. Memory above libraries, "
+            "weights and momentum. With\n`--balance True` both graphs are kept, as each image's "
+            "factor comes from both losses: no such gain.\n\n"
         )
         titles = {"cpu_s": "processor time, s", "peak_mib": "peak memory, MiB"}
         rows = [[titles[r["what"]], r["commit"], r["s"], ratio(r)] for r in part["rows"]]

@@ -584,15 +584,15 @@ def of_branch(args, name):
 
 
 class Average(nn.ModuleList):
-    """Two networks scored as one: "logits" is the logarithm of their mean probabilities.
+    """Networks scored as one: "logits" is the logarithm of their mean probabilities.
 
     Probabilities are of each pixel of x, whatever upsampled says.
     """
 
     def forward(self, x, upsampled=True):
-        log_p, other = (F.log_softmax(net(x)["logits"], 1) for net in self)
-        # finite where all p round to 0
-        return {"logits": torch.logaddexp(log_p, other).sub_(math.log(2))}
+        log_p = torch.stack([F.log_softmax(net(x)["logits"], 1) for net in self])
+        # finite where all p round to 0, and in an ONNX file too
+        return {"logits": log_p.logsumexp(0) - np.log(len(self))}
 
 
 # <<< method: functions

@@ -2,17 +2,17 @@
 
     python benchmarks/before.py                    # results/before.json, an hour
     python benchmarks/before.py --parts command    # this part is made again
+    python benchmarks/before.py --rounds 1 --out FILE
 
 command  the README's first command: wall time of `python cps_fpl.py` from its start to its last
          line, and the mIoU of its last weights on test. It wants two idle cores.
 cps      two steps of cps_fpl.py with CutMix at crop 448, ResNet-18, 2 images of each kind: the
-         process's processor time without that of its imports, and its peak memory above libraries
-         (what a process has that imports cps_fpl.py) and weights and momentum (the length of
-         last.pt). Freed memory is given back at once, which costs both commits some time.
+         process's processor time but for its imports, and its peak memory above libraries (of a
+         process that imports cps_fpl.py), weights and momentum (the length of last.pt). Freed
+         memory is given back at once, which costs both commits some time.
 input    samples of images drawn as Cityscapes and VOC have them (benchmarks/input.py), with masks
-         and without: processor time of one thread; then steps of supervised.py on the former, of
-         whose log data_ms is, with crops of 800 and no worker. This commit from files and from
-         --cache.
+         and without: processor time of one thread. Then supervised.py on the former with crops of
+         800 and without workers: data_ms of its log. This commit from files and from --cache.
 calls    FPL's loss of both networks by the official recipe with its gradient, the confusion matrix,
          predict's windows: benchmarks/before_parts.py, processor time of one thread. What they
          return is equal, as asserted.
@@ -83,7 +83,7 @@ def cloned(before, scratch):
 
 
 def run(words, checkout, **settings):
-    """Runs Python in a checkout; returns its output, wall and processor seconds and peak MiB.
+    """Runs Python in a checkout; returns its output, wall and processor seconds.
 
     settings: of its environment.
     """
@@ -101,7 +101,7 @@ def run(words, checkout, **settings):
         if process.returncode:
             raise Refusal(f"{checkout.name}, {' '.join(words)}: {error.read().strip()[-300:]}")
         found = {"out": out.read(), "wall_s": seconds, "cpu_s": usage.ru_utime + usage.ru_stime}
-    return found | {"peak_mib": usage.ru_maxrss / 1024}
+    return found
 
 
 def in_turns(checkouts, rounds, call):
@@ -146,11 +146,13 @@ def cps(checkouts, scratch, options):
         out = Path(tempfile.mkdtemp(dir=scratch), "run")
         words = ["cps_fpl.py", *CPS.split(), "--crop-size", str(options.crop), "--out", str(out)]
         words += OLD_DEFAULTS.split() if commit != first else []
-        libraries = run(["-c", "import cps_fpl"], checkout, **ONE_THREAD, **GIVEN_BACK)
-        steps = run(words, checkout, **ONE_THREAD, **GIVEN_BACK)
-        above = {name: steps[name] - libraries[name] for name in ("cpu_s", "peak_mib")}
-        above["peak_mib"] -= (out / "last.pt").stat().st_size / 2**20
-        return above
+        peak = [str(PARTS_FILE), "peak"]
+        libraries = run(peak, checkout, **ONE_THREAD, **GIVEN_BACK)
+        steps = run([*peak, *words], checkout, **ONE_THREAD, **GIVEN_BACK)
+        most, least = (float(done["out"].splitlines()[-1]) for done in (steps, libraries))
+        weights = (out / "last.pt").stat().st_size / 2**20
+        seconds = steps["cpu_s"] - libraries["cpu_s"]
+        return {"cpu_s": seconds, "peak_mib": most - least - weights}
 
     found = in_turns(checkouts, options.rounds, call)
     rows = []
@@ -184,7 +186,7 @@ def samples(checkouts, scratch, options):
     ways = checkouts | {f"{now}, cache": checkouts[now]}
     rows = []
     for kind, (size, suffix, grain, crop) in images.KINDS.items():
-        data = Path(scratch, suffix)
+        data = scratch / suffix
         images.draw(data, size, suffix, grain, 12)
         source = dict(dataset="folder", data_root=str(data), num_classes=19)
         prepare_data.Cache(**source, out=f"{data}-cache").run()
@@ -197,6 +199,7 @@ def samples(checkouts, scratch, options):
                 found = json.loads(run([*words, *cached], checkout, **ONE_THREAD)["out"])
                 return {"s": found["s"] / 12}
 
+            print(f" {kind}, masks: {masks}")
             found = in_turns(ways, options.rounds, call)
             about = {"what": f"{kind}, crop {crop}", "masks": masks}
             rows += [about | row for row in compared(found, "s")]
@@ -205,13 +208,16 @@ def samples(checkouts, scratch, options):
 
 def data_ms(ways, scratch, options):
     """Returns a row for each way: seconds that a step's data took, by its log."""
-    data = Path(scratch, "png")
+    data = scratch / "png"
+    first = next(iter(ways))
 
     def call(way, checkout):
+        for file in scratch.glob("png*/**/*"):  # not what a disk takes
+            if file.is_file():
+                file.read_bytes()
         out = Path(tempfile.mkdtemp(dir=scratch), "run")
         words = ["supervised.py", "--data-root", str(data), "--out", str(out), *DATA.split()]
-        if way not in list(ways)[:1]:
-            words += OLD_DEFAULTS.split()
+        words += OLD_DEFAULTS.split() if way != first else []
         if way.endswith("cache"):
             words += ["--cache", f"{data}-cache"]
         run(words, checkout, **ONE_THREAD)
@@ -219,7 +225,7 @@ def data_ms(ways, scratch, options):
         steps = [line["time"]["data_ms"] for line in lines if line["kind"] == "train"]
         return {"s": statistics.median(steps) / 1e3}
 
-    return compared(in_turns(ways, 2, call), "s")
+    return compared(in_turns(ways, options.rounds, call), "s")
 
 
 def same(a, b):
@@ -240,10 +246,12 @@ def main():
     parser.add_argument("--before", default=BEFORE, help="the commit to compare with")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--crop", type=int, default=448, help="of the part cps")
+    parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    found = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    with tempfile.TemporaryDirectory() as scratch:
-        checkouts = cloned(options.before, Path(scratch))
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        checkouts = cloned(options.before, scratch)
         for name in options.parts:
             print(name)
             about = {"torch": torch.__version__, "rounds": options.rounds}
@@ -254,7 +262,7 @@ def main():
             rows = PARTS[name](checkouts, scratch, options)
             about["load"] = os.getloadavg()[0]
             found[name] = about | {"rows": rows}
-            RESULT.write_text(json.dumps(found, indent=1) + "\n")
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

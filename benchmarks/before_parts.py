@@ -1,15 +1,20 @@
 """Parts of a step in the checkout that this is started in, whichever it is: for before.py.
 
     cd CHECKOUT && python benchmarks/before_parts.py cross_loss --classes 19
+    cd CHECKOUT && python benchmarks/before_parts.py peak cps_fpl.py --batch-size 2
 
-Prints one line of JSON: the processor seconds of a call, median of --calls, once warm, and what the
-call returns, to be compared. samples returns nothing, as both commits do not make equal ones
-(docs/supervised.md, D3).
+The second runs a script as its command line would, or with no words none, and prints the MiB that
+its process held at its peak (what a parent is told of a child is at least the parent's own). The
+first prints one line of JSON: the processor seconds of a call, median of --calls, once warm, and
+what the call returns, to be compared. samples returns nothing, as both commits do not make equal
+ones (docs/supervised.md, D3).
 """
 
 import argparse
 import hashlib
 import json
+import re
+import runpy
 import statistics
 import sys
 import time
@@ -132,6 +137,15 @@ def samples(options):
 PARTS = {"cross_loss": cross_loss, "confusion": confusion, "slide": slide, "samples": samples}
 
 
+def peak(words):
+    """Runs the script that the words name; prints the process's peak in MiB as its last line."""
+    if words:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+    status = Path("/proc/self/status").read_text()
+    print(int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=list(PARTS))
@@ -157,4 +171,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["peak"]:
+        peak(sys.argv[2:])
+    else:
+        main()

@@ -235,9 +235,9 @@ def before(found):
     if part := found.get("cps"):
         text += about(part, "Two steps of CPS with CutMix")
         text += (
-            f"ResNet-18, crop\n{part['crop']}, 2 images of each kind. Memory above libraries, "
-            "weights and momentum. With\n`--balance True` both graphs are kept, as each image's "
-            "factor comes from both losses: no such gain.\n\n"
+            f"ResNet-18, crop\n{part['crop']}, 2 images of each kind. Time without imports; memory "
+            "above libraries, weights and\nmomentum. With `--balance True` both graphs are kept, "
+            "as each image's factor comes from both losses: no gain.\n\n"
         )
         titles = {"cpu_s": "processor time, s", "peak_mib": "peak memory, MiB"}
         rows = [[titles[r["what"]], r["commit"], r["s"], ratio(r)] for r in part["rows"]]
@@ -245,8 +245,8 @@ def before(found):
     if part := found.get("input"):
         text += about(part, "Samples")
         text += (
-            "One image, processor time of one\nthread; data_ms: the log's, of a step of two images "
-            "of the first kind with masks, loaded without workers.\n\n"
+            "One image, processor time of one\nthread; data_ms: wall time in the log of a step of "
+            "two images of the first kind with masks, without workers.\n\n"
         )
         rows = []
         for r in part["rows"]:
@@ -351,7 +351,7 @@ def samples(found):
 
 
 def about(part, name):
-    """Returns the heading of a part of growth.json or networks.json, and its circumstances."""
+    """Returns the heading of a part of a JSON file that has parts, and its circumstances."""
     text = f"\n### {name}\n\n"
     text += f"torch {part['torch']}, {part['rounds']} rounds, load {part['load']:.1f}. "
     return text
@@ -469,37 +469,36 @@ def per_process(found):
     """Returns the table of gradients of docs/scaling.md. found: what per_process.py wrote."""
     rows = []
     for name, far in found["rows"].items():
-        if "1" not in far:
-            cells = (f"{x:.1f} %" if x is not None else "refused" for x in far.values())
-            rows.append([name, *cells])
-    (again,) = (far["1"] for far in found["rows"].values() if "1" in far)
+        rows.append([name, *(f"{x:.1f} %" if x is not None else "refused" for x in far.values())])
     text = table(["loss", *(f"{n} processes" for n in found["processes"])], rows)
     text += "\nL_c draws its anchors and negatives: two draws of one process are "
-    return text + f"{again:.1f} % apart.\n"
+    return text + f"{found['draws']:.1f} % apart.\n"
 
 
 def predicted(found):
     """Returns the table of docs/predict.md. found: what benchmarks/predict.py wrote."""
     rows = []
     for row in found["rows"]:
-        network = f"ResNet-18 on {found['threads']} cores"
+        network = f"ResNet-18, {found['threads']} threads"
         if row["elsewhere"]:
             network = f"another device's, {row['elsewhere']:g} ms an image"
         cells = [f"{row[kind]['rate']:.2f}" for kind in ("plain", "overlapped")]
         peaks = [f"{row[kind]['peak_gib']:.2f}" for kind in ("plain", "overlapped")]
         rows.append([network, *cells, f"{row['ratio']:.2f}", *peaks])
     size = f"{found['width']}x{found['height']}"
-    about = f"{found['images']} images of {size}, medians of {found['repeats']}, "
-    about += f"torch {found['torch']}, load {found['load']:.1f}.\n\n"
-    titles = ["network", "plain, images a s", "overlapped", "ratio", "peak GiB", "overlapped"]
-    return about + table(titles, rows)
+    text = f"{found['images']} images of {size}, medians of {found['repeats']}, "
+    text += f"torch {found['torch']}, load {found['load']:.1f}.\n\n"
+    titles = ["network", "plain, images a s", "overlapped", "ratio"]
+    return text + table([*titles, "plain, peak GiB", "overlapped"], rows)
 
 
 def replaced(text, body, script):
     """Returns a page with the table between the marks of a script replaced."""
     begin = f"<!-- table: benchmarks/{script} -->\n"
     pattern = re.escape(begin) + ".*?" + re.escape(END)
-    return re.sub(pattern, lambda _: begin + body + END, text, flags=re.DOTALL)
+    text, count = re.subn(pattern, lambda _: begin + body + END, text, flags=re.DOTALL)
+    assert count == 1, f"the page has {count} tables of {script}"
+    return text
 
 
 def dinov2(found):
@@ -510,6 +509,14 @@ def dinov2(found):
         line.append(f"{row['fixed_gb']:.2f} + {row['image_gb']:.2f}")
     modes = ["as it is", "`--checkpoint-activations`", "`--freeze` of all blocks"]
     return table(["backbone", "crop", *modes], [[*key, *line] for key, line in cells.items()])
+
+
+def made(path, section_of):
+    """Returns what a function makes of a JSON file; ends with its name where it has other keys."""
+    try:
+        return section_of(json.loads(path.read_text()))
+    except KeyError as error:
+        sys.exit(f"{path.relative_to(ROOT)} has no {error}: make it again with its benchmark")
 
 
 def pages():
@@ -527,21 +534,20 @@ def pages():
         (NETWORKS, networks),
     ):
         if path.exists():
-            text += section_of(json.loads(path.read_text()))
+            text += made(path, section_of)
     scaling = SCALING.read_text()
     if MEMORY.exists():
-        scaling = replaced(scaling, cards(json.loads(MEMORY.read_text())), "page.py")
+        scaling = replaced(scaling, made(MEMORY, cards), "page.py")
     if ESTIMATES.exists():
-        scaling = replaced(scaling, estimates(json.loads(ESTIMATES.read_text())), "scaling.py")
+        scaling = replaced(scaling, made(ESTIMATES, estimates), "scaling.py")
     if PER_PROCESS.exists():
-        body = per_process(json.loads(PER_PROCESS.read_text()))
-        scaling = replaced(scaling, body, "per_process.py")
+        scaling = replaced(scaling, made(PER_PROCESS, per_process), "per_process.py")
     predict = PREDICT.read_text()
     if PREDICTED.exists():
-        predict = replaced(predict, predicted(json.loads(PREDICTED.read_text())), "predict.py")
+        predict = replaced(predict, made(PREDICTED, predicted), "predict.py")
     own = UNIMATCH_V2.read_text()
     if DINOV2.exists():
-        own = replaced(own, dinov2(json.loads(DINOV2.read_text())), "page.py")
+        own = replaced(own, made(DINOV2, dinov2), "page.py")
     return {PERFORMANCE: text, SCALING: scaling, UNIMATCH_V2: own, PREDICT: predict}
 
 

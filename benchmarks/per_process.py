@@ -6,7 +6,7 @@
 an image padding, a fifth of the labels void. The batch is what 1, 2, 4 or 8 processes share; the
 gradient of a step is the mean of theirs, as DDP makes it. Printed and written: how far it is from
 that of one process, |difference| / |gradient|, in per cent. L_c of U2PL draws anchors and
-negatives: the last row is how far two draws of one process are apart.
+negatives: the last line is how far two draws of one process are apart.
 """
 
 import argparse
@@ -146,12 +146,10 @@ def rows(given):
         whole = gradient(loss_of, given, 1)
         found = {}
         for count in COUNTS:
-            refused = name == GROUPS and N // count < 2  # --pooled 2 divides no process's images
+            refused = name == GROUPS and N // count < 2  # --pooled 2 does not divide one image
             far = None if refused else apart(gradient(loss_of, given, count), whole)
             found[str(count)] = far
         yield name, found
-    draws = [gradient(u2pl_contrast(seed), given, 1) for seed in (1, 0)]
-    yield "U2PL L_c, another draw", {"1": apart(*draws)}
 
 
 def main():
@@ -162,11 +160,15 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     found = {}
-    for name, row in rows(batch()):
+    given = batch()
+    print(" " * 40 + "".join(f"{count:>10}" for count in COUNTS))
+    for name, row in rows(given):
         found[name] = row
         cells = ("refused" if far is None else f"{far:.1f} %" for far in row.values())
         print(f"{name:40}" + "".join(f"{cell:>10}" for cell in cells))
-    written = {"torch": torch.__version__, "processes": COUNTS, "rows": found}
+    again = apart(*(gradient(u2pl_contrast(seed), given, 1) for seed in (1, 0)))
+    print(f"U2PL L_c, two draws of one process: {again:.1f} %")
+    written = {"torch": torch.__version__, "processes": COUNTS, "rows": found, "draws": again}
     Path(options.out).write_text(json.dumps(written, indent=1) + "\n")
 
 

@@ -1,8 +1,8 @@
 """predict.py against a plain loop over the script's predict: images per second and peak memory.
 
 python benchmarks/predict.py                # 24 photographs of noise; results/predict.json
-python benchmarks/predict.py --elsewhere 15           # the network on another device, 15 ms
-python benchmarks/predict.py --width 8000 --height 6000 --images 1 --repeats 1 --classes 21
+python benchmarks/predict.py --elsewhere 15 --out ""          # another device, 15 ms an image
+python benchmarks/predict.py --width 8000 --height 6000 --images 1 --elsewhere 0 --out ""
 
 Both read the same JPEG files with the same network of random weights (ResNet-18, stride 16) and
 write the same classes and overlays. The plain loop reads, predicts and writes one image after the
@@ -58,7 +58,7 @@ class Options:
     maps: bool = False  # confidence and entropy too
     # milliseconds that a stand-in for the network waits, one case after another; 0: the network
     elsewhere: tuple[float, ...] = (10, 20, 0)
-    out: str = str(RESULT)
+    out: str = str(RESULT)  # "": no file
     # run once in folder, print seconds and bytes
     child: Literal["", "plain", "overlapped"] = ""
     folder: str = ""
@@ -194,7 +194,8 @@ def main(options):
             print(f"overlapped is {row['ratio']:.2f} times as fast", flush=True)
     about = {name: getattr(options, name) for name in (*SIZES, "repeats", "maps")}
     found = about | {"torch": torch.__version__, "load": os.getloadavg()[0], "rows": rows}
-    Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+    if options.out:
+        Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ is what oracles cannot say of FPL's. Numbers worked out by hand, draws, contrast
 
 import itertools
 import shutil
+import sysconfig
 from operator import attrgetter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import ael_fpl
 import cps_fpl
@@ -314,6 +317,7 @@ def test_eq_12_with_labels_of_a_sure_teacher_is_consistency_loss(divide_by, pool
 
 # ---- common/fused.py: which is taken, FPL's borders, its kernel for GPUs in an interpreter ----
 
+COMPILER = shutil.which("g++") and Path(sysconfig.get_paths()["include"], "Python.h").exists()
 RULES = [
     dict(k_max=3),
     dict(k_strategy="n", weight="linear", strict=False, mean_over="positives_and_next"),
@@ -390,10 +394,13 @@ def test_what_is_not_finite_is_seen(kernel):
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor wants a C++ compiler")
+@pytest.mark.skipif(not COMPILER, reason="inductor wants a C++ compiler and Python's headers")
 def test_what_inductor_makes_of_it_is_the_same(monkeypatch):
-    """On a CPU; benchmarks/gpu.py has the kernel for GPUs."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    counters.clear()
     monkeypatch.setattr(fused, "fpl_of_pixels", torch.compile(fused.fpl_of_pixels))
     t = torch.randn(1, 4, 16, 1)
     t[..., :8, :] = t[..., :8, :].round()  # ties
     assert_same(3 * torch.randn(t.shape), t, fpl_oracle.printed())
+    assert counters["stats"]["unique_graphs"] > 0  # it was compiled

@@ -58,8 +58,9 @@ def seen(name, flags, count=1, device=GPU, tiny=True):
 def test_a_step_waits_nowhere_and_stays_on_the_device(name, mode):
     """Nor does float64 come there, which MPS does not have, but for the sums of the log."""
     found = seen(name, steps.MODES[name][mode], count=2 if mode in FIRST[name] else 1)
-    if name not in IN_FLOAT64 and mode != "FPL, twin":
-        assert {wide.where.split(":")[0] for wide in found.wide} == {"run.py"}
+    if name not in IN_FLOAT64:
+        files = {"run.py"} | ({"fused.py"} if mode == "FPL, twin" else set())
+        assert {wide.where.split(":")[0] for wide in found.wide} == files
 
 
 RESNET = "--backbone resnet18 --output-stride 16 --amp bf16"

@@ -1,6 +1,6 @@
 """predict.py against a plain loop over the script's predict: images per second and peak memory.
 
-python benchmarks/predict.py                # 24 photographs of noise; results/predict.json
+python benchmarks/predict.py                # 60 photographs of noise; results/predict.json
 python benchmarks/predict.py --elsewhere 15 --out ""          # another device, 15 ms an image
 python benchmarks/predict.py --width 8000 --height 6000 --images 1 --elsewhere 0 --out ""
 
@@ -49,7 +49,7 @@ SIZES = ("images", "width", "height", "classes", "threads")  # flags that a run 
 class Options:
     """What is predicted, and how often."""
 
-    images: int = 24
+    images: int = 60
     width: int = 480  # pixels
     height: int = 360
     classes: int = 11

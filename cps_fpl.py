@@ -407,16 +407,20 @@ def k_values(p, phase, args):
     return K.clamp(max=p.shape[1])
 
 
-def mixed_k(mask, own, partner, args):
-    """Returns A-FPL's K of images after CutMix, with several --T; None with one.
+def mixed_teacher(net, mask, own, partner, args):
+    """What a network says of images after CutMix: (logits, and with several --T A-FPL's K or None).
 
-    mask: (B, 1, H, W) bool. own, partner: logits and inside of what is mixed, where K is chosen:
-    surroundings are those of a pixel's own image.
+    mask: (B, 1, H, W) bool. own, partner: the batches that are mixed. The network sees both clean;
+    what it says of them is mixed, and so is K: surroundings are those of a pixel's own image.
     """
+    z_own = net(own["image"])["logits"]
+    z_partner = net(partner["image"])["logits"]
+    logits = torch.where(mask, z_partner, z_own)
     if len(args.T) == 1:
-        return None
-    K = adaptive_assignment(*own, args)
-    return torch.where(mask[:, 0], adaptive_assignment(*partner, args), K)
+        return logits, None
+    K = adaptive_assignment(z_own, own["inside"], args)
+    K_partner = adaptive_assignment(z_partner, partner["inside"], args)
+    return logits, torch.where(mask[:, 0], K_partner, K)
 
 
 def k_maps(logits, inside, phase, args, stride=1):
@@ -1191,6 +1195,7 @@ def main(args):
         # >>> method: losses
         phase = step / args.total_iters
         cross = 0.0
+        logits = []
         K = [None, None]  # A-FPL's, of both teachers; with one --T the loss finds it
         logged = {}
         if args.unsup_weight and args.cutmix:
@@ -1199,13 +1204,9 @@ def main(args):
             mask = cutmix_masks(args, step, group)  # True: u1, the partner, is seen
             x_mixed = torch.where(mask, u1["image"], u0["image"])
             inside = torch.where(mask[:, 0], u1["inside"], u0["inside"])
-            teachers = []
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
-                for i, net in enumerate(branches):
-                    z0 = net(u0["image"])["logits"]
-                    z1 = net(u1["image"])["logits"]
-                    teachers.append(torch.where(mask, z1, z0))
-                    K[i] = mixed_k(mask, (z0, u0["inside"]), (z1, u1["inside"]), args)
+                mixed = (mixed_teacher(net, mask, u0, u1, args) for net in branches)
+                teachers, K = zip(*mixed, strict=True)
             # cross_loss, one network at a time
             with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
                 losses = []
@@ -1220,7 +1221,6 @@ def main(args):
                     (args.unsup_weight * cross).backward()
             del losses, taught  # their graphs
             cross = cross.detach()
-        logits = []
         sup = 0.0
         for net in branches:
             z_l = net(x_l)["logits"]

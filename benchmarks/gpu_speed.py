@@ -329,7 +329,7 @@ push_features"""
 BANKS = {
     "supervised": [],
     "mean_teacher": ["cutmix"],
-    "cps_fpl": ["cutmix_masks", "mixed_k"],
+    "cps_fpl": ["cutmix_masks"],
     "ael_fpl": AEL.split(),
     "u2pl": f"cutmix candidates {U2PL}".split(),
     "u2pl_ael": f"{AEL} {U2PL}".split(),

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = [  # what is run in full; and with --quick, None: not at all
     ("before.py", None),
-    ("fpl_loss.py", "--quick --rounds 2"),
+    ("fpl_loss.py", "--quick --rounds 1"),
     ("input.py", "--quick"),
     ("growth.py", "--quick"),
     ("networks.py", "--quick"),
@@ -27,7 +27,7 @@ RUNS = [  # what is run in full; and with --quick, None: not at all
     ("contrastive.py", "--images 4 --size 33 --channels 64 --first 3000 --rest 2000"),
     ("per_process.py", "--out /dev/null"),
     ("peaks.py", "--classes 19 --width 400 --height 300 --out /dev/null"),
-    ("predict.py", "--images 2 --repeats 1 --out /dev/null"),
+    ("predict.py", "--images 2 --repeats 1 --elsewhere 10 --out /dev/null"),
     ("scaling.py", "--quick"),
     ("memory.py", None),
     ("dinov2.py", "--quick"),

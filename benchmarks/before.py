@@ -197,7 +197,7 @@ def samples(checkouts, scratch, options):
             def call(way, checkout, words=words, data=data):
                 cached = ["--cache", f"{data}-cache"] * way.endswith("cache")
                 found = json.loads(run([*words, *cached], checkout, **ONE_THREAD)["out"])
-                return {"s": found["s"] / 12}
+                return {"s": found["s"] / 12}  # a call makes six batches of two
 
             print(f" {kind}, masks: {masks}")
             found = in_turns(ways, options.rounds, call)

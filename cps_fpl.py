@@ -471,7 +471,7 @@ def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
     """CPS's L12 or L21: (loss of the network that learns, cross-entropy in its place), scalars.
 
     logits_s: of that network. logits_t: of the other, detached here. inside: (B, H, W) bool, the
-    pixels that count. K: A-FPL's, or None. FPL with --balance: both of each image, (B,). Without it
+    pixels that count. K: A-FPL's, or None. FPL with --balance: both of each image, (B,). Else
     cross-entropy is only logged, and is that of every fourth pixel each way.
     """
     if args.unsup_loss == "ce":
@@ -484,9 +484,8 @@ def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
         z = upcast(logits_s.detach())
         nll = F.cross_entropy(z, pseudo, ignore_index=IGNORE, reduction="none")
         return image_means(loss, inside), image_means(nll, inside)
-    stride = 1 if args.balance else 4
-    sampled = logits_s.detach()[..., ::stride, ::stride]
-    ce = cross_entropy(sampled, pseudo[..., ::stride, ::stride])
+    sampled = logits_s.detach()[..., ::4, ::4]
+    ce = cross_entropy(sampled, pseudo[..., ::4, ::4])
     return masked_mean(loss, inside), ce
 
 
@@ -509,7 +508,7 @@ def cross_loss(students, teachers, inside, phase, args, K=(None, None)):
     """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns (what is minimized, logged).
 
     students, teachers: logits of both. inside: (B, H, W) bool, what counts. K: A-FPL's, or None.
-    Without CutMix; with it main takes the two losses apart, as each graph is freed by itself.
+    With CutMix and without --balance main takes the two apart, as each graph is freed by itself.
     """
     rows = zip(students, reversed(teachers), reversed(K), strict=True)
     losses = [taught_loss(z, t, inside, phase, args, K_t) for z, t, K_t in rows]
@@ -1194,11 +1193,13 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
         phase = step / args.total_iters
-        cross = 0.0
+        mixes = args.unsup_weight and args.cutmix
+        cross = sup = 0.0
         logits = []
-        K = [None, None]  # A-FPL's, of both teachers; with one --T the loss finds it
+        losses = []
+        teachers = K = [None, None]  # K: A-FPL's, of both teachers; with one --T the loss finds it
         logged = {}
-        if args.unsup_weight and args.cutmix:
+        if mixes:
             u0 = batch["unlabeled"]
             u1 = batch[partner(args)]
             mask = cutmix_masks(args, step, group)  # True: u1, the partner, is seen
@@ -1207,29 +1208,29 @@ def main(args):
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
                 mixed = (mixed_teacher(net, mask, u0, u1, args) for net in branches)
                 teachers, K = zip(*mixed, strict=True)
-            # cross_loss, one network at a time
+        if mixes and args.balance:  # a factor that both losses decide: both graphs are kept for it
             with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
-                losses = []
-                for net, z_t, K_t in zip(branches, reversed(teachers), reversed(K), strict=True):
+                students = (net(x_mixed)["logits"] for net in branches)
+                cross, logged = cross_loss(students, teachers, inside, phase, args, K)
+                (args.unsup_weight * cross).backward()
+        # one network after the other: graphs and gradient of one are freed before the next one's
+        for net, z_t, K_t in zip(branches, reversed(teachers), reversed(K), strict=True):
+            if mixes and not args.balance:
+                with distributed.no_sync(net):
                     taught, ce = taught_loss(net(x_mixed)["logits"], z_t, inside, phase, args, K_t)
-                    if not args.balance:
-                        (args.unsup_weight * taught).backward()  # now: frees its graph
-                        taught = taught.detach()
-                    losses.append((taught, ce))
-                cross, logged = balanced(losses, args)
-                if args.balance:  # a factor that both losses decide: both graphs are kept for it
-                    (args.unsup_weight * cross).backward()
-            del losses, taught  # their graphs
-            cross = cross.detach()
-        sup = 0.0
-        for net in branches:
+                    (args.unsup_weight * taught).backward()
+                losses.append((taught, ce))
             z_l = net(x_l)["logits"]
             sup_of_net = supervised_loss({"logits": z_l}, y_l, args)
             if args.cutmix:
-                sup_of_net.backward()  # now: frees its graph before that of the other network
-                sup_of_net = sup_of_net.detach()
+                sup_of_net.backward()
+            if args.cutmix and not args.balance and net is branches[0]:
+                optimizer.step()  # of this network, as the other one has no gradient yet
+                optimizer.zero_grad(set_to_none=True)
             logits.append(z_l)
             sup = sup + sup_of_net
+        if losses:
+            cross, logged = balanced(losses, args)
         if args.unsup_weight and not args.cutmix:  # labelled images teach as well [D21]
             z_u = [net(batch["unlabeled"]["image"])["logits"] for net in branches]
             teachers = [torch.cat(pair) for pair in zip(logits, z_u, strict=True)]
@@ -1254,13 +1255,12 @@ def main(args):
         run.log_step(done, logged, args.lr * decay, begin, spent)
         if run.due(done, args.pictures_every):
             # >>> method: panels
-            prob_t = F.softmax(logits[1].detach(), 1)
-            p, _ = by_rank(prob_t)
+            p, order = by_rank(F.softmax(logits[1].detach(), 1))
             K = k_maps(logits[1], batch["labeled"]["inside"], phase, args)
             maps = {
                 "image": x_l,
                 "truth": y_l,
-                "pseudo label": prob_t.argmax(1),
+                "pseudo label": order[:, 0],
                 "K: 1, 2, 3 or more": (K - 1) / 2,
                 "branch 1": logits[0].argmax(1),
                 "weight": adaptive_weight(p, K, args.weight, args.mean_over),

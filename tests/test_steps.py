@@ -145,9 +145,13 @@ def cps_fpl_step(now, args):
         K = [several_k(args, mask, *zip(view, insides, strict=True)) for view in views]
         mixed = blend(mask, first["image"], second["image"])
         inside = blend(mask, *insides)
-        students = [net(mixed)["logits"] for net in pair]
+        students = [net(mixed)["logits"] for net in pair if args.balance]
         maps |= {"mixed": mixed, "its pseudo label": teachers[1].argmax(1)}
-    labeled = [net(now.x_l)["logits"] for net in pair]
+    labeled = []
+    for net in pair:
+        if args.unsup_weight and args.cutmix and not args.balance:
+            students.append(net(mixed)["logits"])
+        labeled.append(net(now.x_l)["logits"])
     if args.unsup_weight and not args.cutmix:  # labelled images teach as well
         others = [net(now.clean)["logits"] for net in pair]
         students = teachers = [torch.cat(logits) for logits in zip(labeled, others, strict=True)]
@@ -670,10 +674,11 @@ def test_every_step_is_the_literal_one(name, row, tree, tmp_path, capsys):
 
 JOINED = {  # of cps_fpl.py: what takes a graph at a time, and what takes all in one backward
     "with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):": "if True:",
-    "if not args.balance:": "if False:",
-    "if args.balance:  # a factor": "if False:  # a factor",
-    "cross = cross.detach()\n": "pass\n",
-    "if args.cutmix:\n                sup_of_net": "if False:\n                sup_of_net",
+    "with distributed.no_sync(net):": "if True:",
+    "(args.unsup_weight * cross).backward()": "pass",
+    "(args.unsup_weight * taught).backward()": "pass",
+    "sup_of_net.backward()": "pass",
+    "if args.cutmix and not args.balance and net is branches[0]:": "if False:",
     "if not args.cutmix:\n            loss": "if True:\n            loss",
 }
 

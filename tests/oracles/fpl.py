@@ -142,7 +142,7 @@ def cross_loss(students, teachers, inside, progress, width, flags):
     balanced = flags.balance and flags.unsup_loss == "fpl"
     size = 2 if balanced else len(students)
     sampled = inside
-    if not flags.balance and flags.unsup_loss != "ce":
+    if not balanced and flags.unsup_loss != "ce":
         fourth = every_fourth(inside[0], width)
         sampled = [[a and b for a, b in zip(mask, fourth, strict=True)] for mask in inside]
     others = [teachers[i ^ 1] for i in range(len(teachers))]

@@ -1197,7 +1197,7 @@ def main(args):
         cross = sup = 0.0
         logits = []
         losses = []
-        teachers = K = [None, None]  # K: A-FPL's, of both teachers; with one --T the loss finds it
+        K = [None, None]  # A-FPL's, of both teachers; with one --T the loss finds it
         logged = {}
         if mixes:
             u0 = batch["unlabeled"]
@@ -1214,20 +1214,21 @@ def main(args):
                 cross, logged = cross_loss(students, teachers, inside, phase, args, K)
                 (args.unsup_weight * cross).backward()
         # one network after the other: graphs and gradient of one are freed before the next one's
-        for net, z_t, K_t in zip(branches, reversed(teachers), reversed(K), strict=True):
+        for i, net in enumerate(branches):
             if mixes and not args.balance:
                 with distributed.no_sync(net):
-                    taught, ce = taught_loss(net(x_mixed)["logits"], z_t, inside, phase, args, K_t)
+                    taught, ce = taught_loss(
+                        net(x_mixed)["logits"], teachers[1 - i], inside, phase, args, K[1 - i]
+                    )
                     (args.unsup_weight * taught).backward()
                 losses.append((taught, ce))
-            z_l = net(x_l)["logits"]
-            sup_of_net = supervised_loss({"logits": z_l}, y_l, args)
+            logits.append(net(x_l)["logits"])
+            sup_of_net = supervised_loss({"logits": logits[i]}, y_l, args)
             if args.cutmix:
                 sup_of_net.backward()
-            if args.cutmix and not args.balance and net is branches[0]:
+            if args.cutmix and not args.balance and i == 0:
                 optimizer.step()  # of this network, as the other one has no gradient yet
                 optimizer.zero_grad(set_to_none=True)
-            logits.append(z_l)
             sup = sup + sup_of_net
         if losses:
             cross, logged = balanced(losses, args)

@@ -6,7 +6,7 @@
 
 command  the README's first command: wall time of `python cps_fpl.py` from its start to its last
          line, and the mIoU of its last weights on test. It wants two idle cores.
-cps      two steps of cps_fpl.py with CutMix at crop 448, ResNet-18, 2 images of each kind: the
+cps      two steps of cps_fpl.py by each recipe, CutMix, crop 448, ResNet-18, 2 images a kind: the
          process's processor time but for its imports, and its peak memory above libraries (of a
          process that imports cps_fpl.py), weights and momentum (the length of last.pt). Freed
          memory is given back at once, which costs both commits some time.
@@ -139,12 +139,23 @@ def command(checkouts, scratch, options):
 
 
 def cps(checkouts, scratch, options):
-    """Two steps of CPS: rows of the processor time and of the peak."""
+    """Two steps of CPS by each recipe: rows of the processor time and of the peak."""
+    rows = []
+    for recipe in ("paper", "official"):
+        found = in_turns(checkouts, options.rounds, two_steps(checkouts, scratch, options, recipe))
+        for name in ("cpu_s", "peak_mib"):
+            rows += [{"recipe": recipe, "what": name, **row} for row in compared(found, name)]
+    return rows
+
+
+def two_steps(checkouts, scratch, options, recipe):
+    """Returns the function that takes the steps in a checkout, for in_turns."""
     first = next(iter(checkouts))
 
     def call(commit, checkout):
         out = Path(tempfile.mkdtemp(dir=scratch), "run")
         words = ["cps_fpl.py", *CPS.split(), "--crop-size", str(options.crop), "--out", str(out)]
+        words += ["--recipe", recipe]
         words += OLD_DEFAULTS.split() if commit != first else []
         peak = [str(PARTS_FILE), "peak"]
         libraries = run(peak, checkout, **ONE_THREAD, **GIVEN_BACK)
@@ -154,11 +165,7 @@ def cps(checkouts, scratch, options):
         seconds = steps["cpu_s"] - libraries["cpu_s"]
         return {"cpu_s": seconds, "peak_mib": most - least - weights}
 
-    found = in_turns(checkouts, options.rounds, call)
-    rows = []
-    for name in ("cpu_s", "peak_mib"):
-        rows += [{"what": name, **row} for row in compared(found, name)]
-    return rows
+    return call
 
 
 def calls(checkouts, scratch, options):

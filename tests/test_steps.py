@@ -678,7 +678,7 @@ JOINED = {  # of cps_fpl.py: what takes a graph at a time, and what takes all in
     "(args.unsup_weight * cross).backward()": "pass",
     "(args.unsup_weight * taught).backward()": "pass",
     "sup_of_net.backward()": "pass",
-    "if args.cutmix and not args.balance and net is branches[0]:": "if False:",
+    "if args.cutmix and not args.balance and i == 0:": "if False:",
     "if not args.cutmix:\n            loss": "if True:\n            loss",
 }
 

@@ -423,6 +423,16 @@ def mixed_teacher(net, mask, own, partner, args):
     return logits, torch.where(mask[:, 0], K_partner, K)
 
 
+@torch.no_grad()
+def foreseen(net, image):
+    """Logits of a pass in training mode that will be made again: BN's statistics stay, detached."""
+    before = [buffer.clone() for buffer in net.buffers()]
+    logits = net(image)["logits"]
+    for buffer, value in zip(net.buffers(), before, strict=True):
+        buffer.copy_(value)
+    return logits
+
+
 def k_maps(logits, inside, phase, args, stride=1):
     """Returns K of every stride-th pixel each way: by --k-strategy, of A-FPL for several --T."""
     if len(args.T) > 1:
@@ -484,16 +494,16 @@ def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
         z = upcast(logits_s.detach())
         nll = F.cross_entropy(z, pseudo, ignore_index=IGNORE, reduction="none")
         return image_means(loss, inside), image_means(nll, inside)
-    sampled = logits_s.detach()[..., ::4, ::4]
-    ce = cross_entropy(sampled, pseudo[..., ::4, ::4])
+    ce = cross_entropy(logits_s.detach()[..., ::4, ::4], pseudo[..., ::4, ::4])
     return masked_mean(loss, inside), ce
 
 
 def balanced(losses, args):
     """Returns (L12 + L21, a scalar to be minimized; what is logged of it, {name: 0-dim}).
 
-    losses: taught_loss of both networks. unsup: the sum before --balance. balance: cross-entropy /
-    unsup, by which --balance multiplies FPL's sum, image by image [D16].
+    losses: taught_loss of both networks, or (0.0, 0.0) for one whose turn is to come. unsup: the
+    sum before --balance. balance: cross-entropy / unsup, by which --balance multiplies FPL's sum,
+    image by image [D16].
     """
     unsup = sum(loss for loss, _ in losses)
     ce = sum(ce for _, ce in losses)
@@ -508,7 +518,7 @@ def cross_loss(students, teachers, inside, phase, args, K=(None, None)):
     """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns (what is minimized, logged).
 
     students, teachers: logits of both. inside: (B, H, W) bool, what counts. K: A-FPL's, or None.
-    With CutMix and without --balance main takes the two apart, as each graph is freed by itself.
+    Without CutMix; with it main takes the two losses apart, as each graph is freed by itself.
     """
     rows = zip(students, reversed(teachers), reversed(K), strict=True)
     losses = [taught_loss(z, t, inside, phase, args, K_t) for z, t, K_t in rows]
@@ -1196,7 +1206,7 @@ def main(args):
         mixes = args.unsup_weight and args.cutmix
         cross = sup = 0.0
         logits = []
-        losses = []
+        losses = [(0.0, 0.0), (0.0, 0.0)]  # taught_loss of each network
         K = [None, None]  # A-FPL's, of both teachers; with one --T the loss finds it
         logged = {}
         if mixes:
@@ -1208,30 +1218,28 @@ def main(args):
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
                 mixed = (mixed_teacher(net, mask, u0, u1, args) for net in branches)
                 teachers, K = zip(*mixed, strict=True)
-        if mixes and args.balance:  # a factor that both losses decide: both graphs are kept for it
-            with distributed.no_sync(branches[0]), distributed.no_sync(branches[1]):
-                students = (net(x_mixed)["logits"] for net in branches)
-                cross, logged = cross_loss(students, teachers, inside, phase, args, K)
-                (args.unsup_weight * cross).backward()
+                if args.balance and args.unsup_loss == "fpl":  # both factors take both losses
+                    losses[1] = taught_loss(
+                        foreseen(branches[1], x_mixed), teachers[0], inside, phase, args, K[0]
+                    )
         # one network after the other: graphs and gradient of one are freed before the next one's
         for i, net in enumerate(branches):
-            if mixes and not args.balance:
+            if mixes:
                 with distributed.no_sync(net):
-                    taught, ce = taught_loss(
+                    losses[i] = taught_loss(
                         net(x_mixed)["logits"], teachers[1 - i], inside, phase, args, K[1 - i]
                     )
-                    (args.unsup_weight * taught).backward()
-                losses.append((taught, ce))
+                    cross, logged = balanced(losses, args)
+                    (args.unsup_weight * cross).backward()
+                losses[i] = [x.detach() for x in losses[i]]
             logits.append(net(x_l)["logits"])
             sup_of_net = supervised_loss({"logits": logits[i]}, y_l, args)
             if args.cutmix:
                 sup_of_net.backward()
-            if args.cutmix and not args.balance and i == 0:
+            if args.cutmix and i == 0:
                 optimizer.step()  # of this network, as the other one has no gradient yet
                 optimizer.zero_grad(set_to_none=True)
             sup = sup + sup_of_net
-        if losses:
-            cross, logged = balanced(losses, args)
         if args.unsup_weight and not args.cutmix:  # labelled images teach as well [D21]
             z_u = [net(batch["unlabeled"]["image"])["logits"] for net in branches]
             teachers = [torch.cat(pair) for pair in zip(logits, z_u, strict=True)]

@@ -984,12 +984,13 @@ def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
     By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
-    large image at once; slide holds a window's, and those of a row of windows.
+    large image at once; slide holds a window's, and of several windows those of their row.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
-    rows = [logits.argmax(0) for logits in slide(net, image, args.crop_size, num_classes)]
-    return torch.cat(rows)
+    return torch.cat(
+        [logits.argmax(0) for logits in slide(net, image, args.crop_size, num_classes)]
+    )
 
 
 def slide(net, image, window, num_classes):
@@ -999,13 +1000,15 @@ def slide(net, image, window, num_classes):
     than a window stands in the middle of the mean colour.
     """
     h, w = image.shape[1:]
-    canvas_h = max(h, window)
-    canvas_w = max(w, window)
-    top = (canvas_h - h) // 2
-    left = (canvas_w - w) // 2
+    top = max(window - h, 0) // 2
+    left = max(window - w, 0) // 2
     mean = image.new_tensor([round(m) for m in MEAN]).view(3, 1, 1)
-    canvas = mean.repeat(1, canvas_h, canvas_w)
+    canvas = mean.repeat(1, max(h, window), max(w, window))
     canvas[:, top : top + h, left : left + w] = image
+    _, canvas_h, canvas_w = canvas.shape
+    if canvas_h == canvas_w == window:  # one window: its logits are the sums
+        yield net(canvas[None])["logits"][0, :, top : top + h, left : left + w]
+        return
     starts = window_starts(canvas_h, window)
     # of the rows from y on; classes last in memory, as in networks' logits: argmax is faster so
     sums = torch.zeros(window, canvas_w, num_classes, device=image.device).permute(2, 0, 1)
@@ -1014,7 +1017,7 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: there is one window
+        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: one row
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1022,9 +1025,8 @@ def slide(net, image, window, num_classes):
 
 def window_starts(length, window):
     """Returns where windows begin, 2/3 of a window apart; the last is shifted inside."""
-    last = length - window
     stride = math.ceil(2 * window / 3)
-    return [min(start, last) for start in range(0, last + stride, stride)]
+    return [min(start, length - window) for start in range(0, length - window + stride, stride)]
 
 
 def likeliest(logits, size):

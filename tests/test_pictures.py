@@ -138,7 +138,8 @@ class Placed(torch.nn.Module):
         self.upsampled = upsampled
         self.modes.add((self.training, torch.is_grad_enabled()))
         self.windows.append(x[0].clone())
-        return {"logits": score(x[0])[None].float()}
+        logits = score(x[0])[None].float()
+        return {"logits": logits.contiguous(memory_format=torch.channels_last)}
 
 
 def starts(size, side):

@@ -33,8 +33,10 @@ from common import fused, metrics  # noqa: E402
 from common.flags import cli  # noqa: E402
 from common.run import refusals  # noqa: E402
 
+WINDOW = 1017  # pixels of a side
 FILE = ROOT / "results" / "peaks.json"
-LIMITS = {"contrast": 1024, "whole": 2048, "slide": 2048}  # MiB, for 150 classes
+# MiB, for 150 classes; window: of a map of all classes, which is 592, and half of another
+LIMITS = {"contrast": 1024, "whole": 2048, "slide": 2048, "window": 888}
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Options:
     height: int = 3000
     features: int = 256  # of the projection
     out: str = str(FILE)
-    only: Literal["", "contrast", "whole", "slide"] = ""  # one, in this process
+    only: Literal["", "contrast", "whole", "slide", "window"] = ""  # one, in this process
 
 
 def contrast(options):
@@ -94,12 +96,19 @@ class Coarse(torch.nn.Module):
 
 
 def evaluation(options):
-    """Returns a function that scores one image by the protocol of options.only."""
+    """Returns a function that scores one image by the protocol of options.only.
+
+    window: by slide, an image that one window shows.
+    """
     args = steps.resolved(supervised, ["--dataset", "folder", "--num-classes", options.classes])
+    size = options.height, options.width
     args = replace(args, protocol=options.only)
+    if options.only == "window":
+        size = WINDOW, WINDOW
+        args = replace(args, protocol="slide", crop_size=WINDOW)
     net = Coarse(options.classes)
-    image = torch.zeros(3, options.height, options.width, dtype=torch.uint8)
-    label = torch.zeros(options.height, options.width, dtype=torch.uint8)
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    label = torch.zeros(size, dtype=torch.uint8)
     if options.only == "whole":
         net(image[None], upsampled=False)
 

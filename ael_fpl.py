@@ -672,9 +672,7 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
     ce = F.cross_entropy(z, pseudo[..., ::stride, ::stride], reduction="none")
     balance = of_groups(ce * seen) / unweighted.clamp(min=1e-12)
     balance = balance.where(unweighted > 0, 1.0)
-    minimized = unsup
-    if args.balance:
-        minimized = unsup * balance
+    minimized = unsup * balance if args.balance else unsup
     if K is None:
         p, _ = by_rank(prob_t[..., ::4, ::4])
         K = fuzzy_positive_assignment(p, args.T[0], k_max=args.k_max, strict=args.strict)
@@ -1377,39 +1375,57 @@ def main(args):
             labeled = adaptive_copy_paste(batch, state["confidence"], allowed, rng, args, group)
         x_l = labeled["image"]
         y_l = labeled["label"]
-        out = student_parallel(x_l)
-        sup = supervised_loss(out, y_l, args)
-        clean = {key: torch.cat([u0[key], u1[key]]) for key in u1}
-        with torch.no_grad():
+        with distributed.no_sync(student_parallel):  # gradients are averaged in the last backward
+            out = student_parallel(x_l)
+            sup = supervised_loss(out, y_l, args)
+            with torch.no_grad():
+                if args.consistency_on == "all":
+                    labeled_t = teacher(x_l)["logits"]
+                clean_t = teacher(torch.cat([u0["image"], u1["image"]]))["logits"]
+            with timed(spent, "bank"):
+                mask, regions = adaptive_cutmix(
+                    clean_t,
+                    torch.cat([u0["inside"], u1["inside"]]),
+                    partners.images(step),
+                    state,
+                    rng,
+                    args,
+                    group,
+                )
+                state["confidence"] = confidence_after(
+                    state["confidence"], out["logits"], y_l, args
+                )
+            rate = equalization_rate(state["confidence"], args.beta)
+            loss = sup
             if args.consistency_on == "all":
-                labeled_t = teacher(x_l)["logits"]
-            clean_t = teacher(clean["image"])["logits"]
-        with timed(spent, "bank"):
-            mask, regions = adaptive_cutmix(
-                clean_t, clean["inside"], partners.images(step), state, rng, args, group
-            )
-            state["confidence"] = confidence_after(state["confidence"], out["logits"], y_l, args)
+                several = len(args.T) > 1
+                K = adaptive_assignment(labeled_t, labeled["inside"], args) if several else None
+                unsup_l, logged_l = consistency_loss(
+                    out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args, K
+                )
+                loss = sup + args.unsup_weight * unsup_l
+            loss.backward()  # now: frees its graph before that of the mixed images
         x_u = torch.where(mask[:, None], u1["image"], u0["image"])
         inside = torch.where(mask, u1["inside"], u0["inside"])
         z0, z1 = clean_t.chunk(2)
         mixed_t = torch.where(mask[:, None], z1, z0)
         K = mixed_k(mask[:, None], (z0, u0["inside"]), (z1, u1["inside"]), args)
-        logits_s = student_parallel(x_u)["logits"]
-        rate = equalization_rate(state["confidence"], args.beta)
-        unsup, logged = consistency_loss(logits_s, mixed_t, inside, rate, 1, args, K)  # Eq. (12)
+        out_u = student_parallel(x_u)
+        unsup, logged = consistency_loss(  # Eq. (12)
+            out_u["logits"], mixed_t, inside, rate, 1, args, K
+        )
+        # the auxiliary head learns from labels alone; so that DDP sees all parameters
+        unused = 0.0 * out_u["aux"].sum() if args.aux_weight else 0.0
+        (args.unsup_weight * unsup + unused).backward()
         if args.consistency_on == "all":
-            if len(args.T) > 1:
-                K = adaptive_assignment(labeled_t, labeled["inside"], args)
-            unsup_l, logged_l = consistency_loss(
-                out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args, K
-            )
-            unsup = unsup + unsup_l
             logged["unsup_l"] = logged_l["unsup"]
-        loss = sup + args.unsup_weight * unsup  # AEL Eq. (1)
-        loss.backward()
-        logged = {"loss": loss, "sup": sup} | logged
-        logged["bank"] = state["confidence"].mean()
-        logged["regions"] = torch.full_like(loss, regions / len(x_u))
+        logged = {
+            "loss": loss + args.unsup_weight * unsup,  # AEL Eq. (1)
+            "sup": sup,
+            **logged,
+            "bank": state["confidence"].mean(),
+            "regions": torch.full_like(loss, regions / len(x_u)),
+        }
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
@@ -1425,7 +1441,9 @@ def main(args):
         if run.due(done, args.pictures_every):
             # >>> method: panels
             conf_t = F.softmax(mixed_t, 1).amax(1)
-            weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma)
+            weight = pixel_weight(
+                conf_t, out_u["logits"], rate, torch.rand_like(conf_t), args.gamma
+            )
             maps = {
                 "labelled, pasted": x_l,
                 "label": y_l,
@@ -1433,7 +1451,7 @@ def main(args):
                 "box": mask,
                 "pseudo label": mixed_t.argmax(1),
                 "weight": weight * inside,
-                "student": logits_s.argmax(1),
+                "student": out_u["logits"].argmax(1),
             }
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)

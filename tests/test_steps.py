@@ -233,15 +233,16 @@ def ael_fpl_step(now, args):
     with torch.no_grad():
         on_labels = now.teacher(now.x_l)["logits"] if args.consistency_on == "all" else None
     mixed = ael_mixed(now, args)
-    logits = now.student(mixed.image)["logits"]
     rate = ael_fpl.equalization_rate(bank, args.beta)
+    if args.consistency_on == "all":  # before the mixed images: it draws random numbers
+        K = several_k(args, None, (on_labels, now.inside_l))
+        given = out["logits"], on_labels, now.inside_l, rate, args.pooled, args, K
+        more, parts_l = ael_fpl.consistency_loss(*given)
+    logits = now.student(mixed.image)["logits"]
     K = several_k(args, mixed.mask, *mixed.views)
     given = logits, mixed.logits, mixed.inside, rate, 1, args, K
     whole, parts = ael_fpl.consistency_loss(*given)
     if args.consistency_on == "all":
-        K = several_k(args, None, (on_labels, now.inside_l))
-        given = out["logits"], on_labels, now.inside_l, rate, args.pooled, args, K
-        more, parts_l = ael_fpl.consistency_loss(*given)
         whole = whole + more
         parts["unsup_l"] = parts_l["unsup"]
     loss = sup + args.unsup_weight * whole
@@ -677,34 +678,46 @@ def test_every_step_is_the_literal_one(name, row, tree, tmp_path, capsys):
         assert said == (args.unreliable_loss != "none" and cut != args.ranks)
 
 
-JOINED = {  # of cps_fpl.py: what takes a graph at a time, and what takes all in one backward
-    "with distributed.no_sync(net):": "if True:",
-    "(args.unsup_weight * cross).backward()": "pass",
-    "losses[i] = [x.detach() for x in losses[i]]": "pass",
-    'if args.balance and args.unsup_loss == "fpl":  # both': "if False:  # both",
-    "sup_of_net.backward()": "pass",
-    "if args.cutmix and i == 0:": "if False:",
-    "if not args.cutmix:\n            loss": "if True:\n            loss",
+JOINED = {  # what takes a graph at a time, and what takes all in one backward
+    "cps_fpl": {
+        "with distributed.no_sync(net):": "if True:",
+        "(args.unsup_weight * cross).backward()": "pass",
+        "losses[i] = [x.detach() for x in losses[i]]": "pass",
+        'if args.balance and args.unsup_loss == "fpl":  # both': "if False:  # both",
+        "sup_of_net.backward()": "pass",
+        "if args.cutmix and i == 0:": "if False:",
+        "if not args.cutmix:\n            loss": "if True:\n            loss",
+    },
+    "ael_fpl": {
+        "with distributed.no_sync(student_parallel):": "if True:",
+        "loss.backward()": "pass",
+        "(args.unsup_weight * unsup + unused).backward()": (
+            "(loss + args.unsup_weight * unsup).backward()"
+        ),
+    },
 }
 
 
-@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("recipe", ["paper", "official"])
-def test_a_graph_at_a_time_makes_the_weights_of_one_backward(tree, tmp_path, processes, recipe):
+@pytest.mark.parametrize("name, processes", [("cps_fpl", 1), ("cps_fpl", 2), ("ael_fpl", 2)])
+def test_a_graph_at_a_time_makes_the_weights_of_one_backward(
+    tree, tmp_path, name, processes, recipe
+):
     """Bit for bit, moments of SGD too."""
-    apart = ROOT / "cps_fpl.py"
+    apart = ROOT / f"{name}.py"
     text = apart.read_text()
-    for own, joined in JOINED.items():
+    for own, joined in JOINED[name].items():
         assert text.count(own) == 1, own
         text = text.replace(own, joined)
     (tmp_path / "joined").mkdir()
-    joined = tmp_path / "joined" / "cps_fpl.py"
+    joined = tmp_path / "joined" / apart.name
     joined.write_text(text)
     found = []
     for script in (apart, joined):
         out = tmp_path / f"run{len(found)}"
-        argv = tiny.flags(tree, out, iters=3, evaluate=9, save=9, batch=4)
+        argv = tiny.flags(tree, out, iters=2, evaluate=9, save=9, batch=4)
         argv += f"--recipe {recipe} --unsup-weight 2.5 --T 0.3".split()
+        argv += ["--aux-weight", "0.4"] if name == "ael_fpl" else []  # a head of labels alone
         finish(Forked([script, *argv], processes))
         found.append(torch.load(out / "last.pt", weights_only=True))
     for name in ("networks", "optimizer"):

@@ -84,7 +84,9 @@ def disturb(patch, name, fault, at, value):
 
     def before_step(optimizer, *_):
         if live.step == at and fault == "gradient":
-            optimizer.param_groups[0]["params"][0].grad.fill_(value)
+            params = optimizer.param_groups[0]["params"]
+            grads = [p.grad for p in params if p.grad is not None]  # cps_fpl: of one network
+            grads[0].fill_(value)
         elif live.step == at and fault == "bank":
             live.state["confidence" if "ael" in name else "bank"][0] = value
 

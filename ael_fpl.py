@@ -646,13 +646,16 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
     """AEL Eq. (12): sum of weight * loss over sum of weight, per `pooled` images, then averaged.
 
     weight: Eq. (13). loss: cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's;
-    0 where the teacher is below the threshold, whose weight counts [D18]. K: A-FPL's, or None.
+    0 where the teacher is below the threshold, whose weight counts [D18]. K: A-FPL's of mixed
+    images; None with one --T, or where nothing is mixed, for it is chosen here then.
     Returns (what is minimized, logged): unsup, before the balance [D16]; balance, without --balance
     of every fourth pixel each way; kept, the share of pixels that sampling keeps; conf_t; K_gt_1,
     of every fourth pixel too.
     """
     prob_t = F.softmax(upcast(logits_t.detach()), 1)
     conf_t, pseudo = prob_t.max(1)
+    if K is None and len(args.T) > 1:
+        K = adaptive_assignment(logits_t, inside, args)
     if args.unsup_loss == "fpl":
         loss = pixel_fpl(logits_s, logits_t, K, args)
     else:
@@ -1378,59 +1381,60 @@ def main(args):
         with distributed.no_sync(student_parallel):  # gradients are averaged in the last backward
             out = student_parallel(x_l)
             sup = supervised_loss(out, y_l, args)
-            with torch.no_grad():
-                if args.consistency_on == "all":
-                    labeled_t = teacher(x_l)["logits"]
-                clean_t = teacher(torch.cat([u0["image"], u1["image"]]))["logits"]
-            with timed(spent, "bank"):
-                mask, regions = adaptive_cutmix(
-                    clean_t,
-                    torch.cat([u0["inside"], u1["inside"]]),
-                    partners.images(step),
-                    state,
-                    rng,
-                    args,
-                    group,
-                )
-                state["confidence"] = confidence_after(
-                    state["confidence"], out["logits"], y_l, args
-                )
-            rate = equalization_rate(state["confidence"], args.beta)
-            loss = sup
+            confidence = confidence_after(state["confidence"], out["logits"], y_l, args)
+            rate = equalization_rate(confidence, args.beta)
+            logged = {}
+            loss_l = sup
             if args.consistency_on == "all":
-                several = len(args.T) > 1
-                K = adaptive_assignment(labeled_t, labeled["inside"], args) if several else None
+                with torch.no_grad():
+                    labeled_t = teacher(x_l)["logits"]
                 unsup_l, logged_l = consistency_loss(
-                    out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args, K
+                    out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args
                 )
-                loss = sup + args.unsup_weight * unsup_l
-            loss.backward()  # now: frees its graph before that of the mixed images
+                logged["unsup_l"] = logged_l["unsup"]
+                loss_l = sup + args.unsup_weight * unsup_l
+            loss_l.backward()  # now: frees its graph before the unlabelled images are seen
+            del out
+        with torch.no_grad():
+            clean_t = teacher(torch.cat([u0["image"], u1["image"]]))["logits"]
+        with timed(spent, "bank"):
+            mask, regions = adaptive_cutmix(
+                clean_t,
+                torch.cat([u0["inside"], u1["inside"]]),
+                partners.images(step),
+                state,
+                rng,
+                args,
+                group,
+            )
+        state["confidence"] = confidence
         x_u = torch.where(mask[:, None], u1["image"], u0["image"])
         inside = torch.where(mask, u1["inside"], u0["inside"])
         z0, z1 = clean_t.chunk(2)
         mixed_t = torch.where(mask[:, None], z1, z0)
         K = mixed_k(mask[:, None], (z0, u0["inside"]), (z1, u1["inside"]), args)
-        out_u = student_parallel(x_u)
-        unsup, logged = consistency_loss(  # Eq. (12)
-            out_u["logits"], mixed_t, inside, rate, 1, args, K
-        )
+        logits_s = student_parallel(x_u)["logits"]
+        unsup, more = consistency_loss(logits_s, mixed_t, inside, rate, 1, args, K)  # Eq. (12)
         # the auxiliary head learns from labels alone; so that DDP sees all parameters
-        unused = 0.0 * out_u["aux"].sum() if args.aux_weight else 0.0
+        unused = 0.0 * sum(p.sum() for p in student.head.aux.parameters()) if args.aux_weight else 0
         (args.unsup_weight * unsup + unused).backward()
-        if args.consistency_on == "all":
-            logged["unsup_l"] = logged_l["unsup"]
         logged = {
-            "loss": loss + args.unsup_weight * unsup,  # AEL Eq. (1)
+            "loss": loss_l + args.unsup_weight * unsup,  # AEL Eq. (1)
             "sup": sup,
+            **more,
             **logged,
-            "bank": state["confidence"].mean(),
-            "regions": torch.full_like(loss, regions / len(x_u)),
+            "bank": confidence.mean(),
+            "regions": torch.full_like(sup, regions / len(x_u)),
         }
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
-        buffers = "own" if args.teacher_mode == "train" else "average"
-        update_teacher(teacher, student, ema_decay(step, args.ema_decay), buffers)
+        update_teacher(
+            teacher,
+            student,
+            ema_decay(step, args.ema_decay),
+            "own" if args.teacher_mode == "train" else "average",
+        )
         if run.due(step + 1, args.eval_every):  # its loaders fork: no thread may be at work
             partners.finish()
         # <<< method: after-step
@@ -1441,9 +1445,7 @@ def main(args):
         if run.due(done, args.pictures_every):
             # >>> method: panels
             conf_t = F.softmax(mixed_t, 1).amax(1)
-            weight = pixel_weight(
-                conf_t, out_u["logits"], rate, torch.rand_like(conf_t), args.gamma
-            )
+            weight = pixel_weight(conf_t, logits_s, rate, torch.rand_like(conf_t), args.gamma)
             maps = {
                 "labelled, pasted": x_l,
                 "label": y_l,
@@ -1451,7 +1453,7 @@ def main(args):
                 "box": mask,
                 "pseudo label": mixed_t.argmax(1),
                 "weight": weight * inside,
-                "student": out_u["logits"].argmax(1),
+                "student": logits_s.argmax(1),
             }
             # <<< method: panels
             run.panels(f"{done:06d}-train", maps)

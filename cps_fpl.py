@@ -425,7 +425,9 @@ def mixed_teacher(net, mask, own, partner, args):
 
 @torch.no_grad()
 def foreseen(net, image):
-    """Logits of a pass in training mode that will be made again: BN's statistics stay, detached."""
+    """Returns the logits, detached, of a pass in training mode that is made again: BN's statistics
+    stay as they were. A network that draws random numbers (dropout) would say something else then.
+    """
     before = [buffer.clone() for buffer in net.buffers()]
     logits = net(image)["logits"]
     for buffer, value in zip(net.buffers(), before, strict=True):
@@ -1224,7 +1226,7 @@ def main(args):
                     losses[1] = taught_loss(
                         foreseen(branches[1], x_mixed), teachers[0], inside, phase, args, K[0]
                     )
-        # one network after the other: graphs and gradient of one are freed before the next one's
+        # one network after the other: with CutMix the first one's graphs and gradient are gone then
         for i, net in enumerate(branches):
             if mixes:
                 with distributed.no_sync(net):
@@ -1276,7 +1278,7 @@ def main(args):
                 "branch 1": logits[0].argmax(1),
                 "weight": adaptive_weight(p, K, args.weight, args.mean_over),
             }
-            if args.unsup_weight and args.cutmix:
+            if mixes:
                 maps["mixed"] = x_mixed
                 maps["its pseudo label"] = teachers[1].argmax(1)
             # <<< method: panels

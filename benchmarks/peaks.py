@@ -1,12 +1,13 @@
-"""Peak memory where classes are many: ESL's L_CTR, and an evaluation of a large image, 150 classes.
+"""Peak memory where classes are many: ESL's L_CTR, and evaluations of an image, 150 classes.
 
-python benchmarks/peaks.py                     # both, a minute; writes results/peaks.json
+python benchmarks/peaks.py                     # all, a minute; writes results/peaks.json
 python benchmarks/peaks.py --classes 40 --width 2000 --height 1500
 
 L_CTR: part_contrast of esl.py at its sizes for VOC (batch, anchors, parts, queue, negatives; full
 queues, every pixel a candidate), forward and backward, over the features and the bank that it is
 given. Evaluation: predict of supervised.py and the confusion matrix of one image, above a network
-that gives random logits at stride 4 and takes no memory of its own. Each in a process of its own;
+that gives random logits at stride 4, which are not counted, or upsampled, which are. whole, slide:
+the two protocols. window: slide with an image that one window shows. Each in a process of its own;
 resident memory at its peak (VmHWM), so Linux.
 """
 

@@ -3,9 +3,10 @@
 # the script that begins again, which sets its seed at the start as scripts do. 12 images, batches of 2, two epochs.
 #
 # One would guess: a StatefulDataLoader that is resumed goes on as the run would have, and each epoch has its images once.
-# Behaviour: which images come is restored, and nothing else.
-#   - What a Dataset draws from torch's generator, crops and flips, begins again with the first draws of the run: a run
-#     that is killed each night sees new images by the crops of its first batches, with workers and without.
+# Behaviour: which images come is restored, and no generator of random numbers.
+#   - What a Dataset draws from torch's generator, crops and flips, begins again in the middle of an epoch with the first
+#     draws of the run: one that is killed each night sees new images by the crops of its first batches, with workers and
+#     without. (At an epoch's end it goes on with workers, as those are seeded by epoch; without, the draws are others.)
 #   - Where the state is that of after an epoch's last batch the next loop over the loader has no batch: a loop that counts
 #     epochs ends one early, and the mean loss of an epoch is 0 / 0. A state of batch 2 gives the rest of its epoch.
 #   - A shuffled stream of datasets loses what lies in its buffer (its warning says that it is filled anew): with one of

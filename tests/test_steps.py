@@ -230,14 +230,14 @@ def ael_mixed(now, args):
 
 def ael_fpl_step(now, args):
     out, sup, bank = ael_labeled(now, args)
-    with torch.no_grad():
-        on_labels = now.teacher(now.x_l)["logits"] if args.consistency_on == "all" else None
-    mixed = ael_mixed(now, args)
     rate = ael_fpl.equalization_rate(bank, args.beta)
-    if args.consistency_on == "all":  # before the mixed images: it draws random numbers
+    if args.consistency_on == "all":  # first: it draws random numbers
+        with torch.no_grad():
+            on_labels = now.teacher(now.x_l)["logits"]
         K = several_k(args, None, (on_labels, now.inside_l))
         given = out["logits"], on_labels, now.inside_l, rate, args.pooled, args, K
         more, parts_l = ael_fpl.consistency_loss(*given)
+    mixed = ael_mixed(now, args)
     logits = now.student(mixed.image)["logits"]
     K = several_k(args, mixed.mask, *mixed.views)
     given = logits, mixed.logits, mixed.inside, rate, 1, args, K
@@ -690,12 +690,24 @@ JOINED = {  # what takes a graph at a time, and what takes all in one backward
     },
     "ael_fpl": {
         "with distributed.no_sync(student_parallel):": "if True:",
-        "loss.backward()": "pass",
+        "loss_l.backward()": "pass",
         "(args.unsup_weight * unsup + unused).backward()": (
-            "(loss + args.unsup_weight * unsup).backward()"
+            "(loss_l + args.unsup_weight * unsup).backward()"
         ),
     },
 }
+
+
+def joined(name, folder):
+    """Writes a script whose step has one backward pass into a folder; returns its path."""
+    text = (ROOT / f"{name}.py").read_text()
+    for own, one in JOINED[name].items():
+        assert text.count(own) == 1, own
+        text = text.replace(own, one)
+    path = folder / "joined" / f"{name}.py"
+    path.parent.mkdir()
+    path.write_text(text)
+    return path
 
 
 @pytest.mark.parametrize("recipe", ["paper", "official"])
@@ -704,16 +716,8 @@ def test_a_graph_at_a_time_makes_the_weights_of_one_backward(
     tree, tmp_path, name, processes, recipe
 ):
     """Bit for bit, moments of SGD too."""
-    apart = ROOT / f"{name}.py"
-    text = apart.read_text()
-    for own, joined in JOINED[name].items():
-        assert text.count(own) == 1, own
-        text = text.replace(own, joined)
-    (tmp_path / "joined").mkdir()
-    joined = tmp_path / "joined" / apart.name
-    joined.write_text(text)
     found = []
-    for script in (apart, joined):
+    for script in (ROOT / f"{name}.py", joined(name, tmp_path)):
         out = tmp_path / f"run{len(found)}"
         argv = tiny.flags(tree, out, iters=2, evaluate=9, save=9, batch=4)
         argv += f"--recipe {recipe} --unsup-weight 2.5 --T 0.3".split()

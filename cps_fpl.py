@@ -483,7 +483,7 @@ def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
     """CPS's L12 or L21: (loss of the network that learns, cross-entropy in its place), scalars.
 
     logits_s: of that network. logits_t: of the other, detached here. inside: (B, H, W) bool, the
-    pixels that count. K: A-FPL's, or None. FPL with --balance: both of each image, (B,). Else
+    pixels that count. K: A-FPL's, or None. FPL with --balance: both of each image, (B,). Otherwise
     cross-entropy is only logged, and is that of every fourth pixel each way.
     """
     if args.unsup_loss == "ce":
@@ -1207,7 +1207,7 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
         phase = step / args.total_iters
-        mixes = args.unsup_weight and args.cutmix
+        mixes = args.unsup_weight > 0 and args.cutmix
         cross = sup = 0.0
         logits = []
         losses = [(0.0, 0.0), (0.0, 0.0)]  # taught_loss of each network
@@ -1222,7 +1222,7 @@ def main(args):
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
                 mixed = (mixed_teacher(net, mask, u0, u1, args) for net in branches)
                 teachers, K = zip(*mixed, strict=True)
-                if args.balance and args.unsup_loss == "fpl":  # both factors take both losses
+                if args.balance and args.unsup_loss == "fpl":  # an image's factor takes both losses
                     losses[1] = taught_loss(
                         foreseen(branches[1], x_mixed), teachers[0], inside, phase, args, K[0]
                     )

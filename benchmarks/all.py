@@ -4,8 +4,8 @@
     python benchmarks/all.py --quick   # small, five minutes of two cores; nothing is written
 
 --quick says that they run and that what they compare is equal; its ratios are of sizes too small to
-mean much. before.py, memory.py and precise_bn.py have no short form and are left out. A benchmark
-that fails is named at the end, and the exit code is 1.
+mean much. before.py, memory.py and precise_bn.py have no short form and are left out, and kernel.py
+as it wants Triton. A benchmark that fails is named at the end, and the exit code is 1.
 """
 
 import argparse
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUNS = [  # what is run in full; and with --quick, None: not at all
     ("before.py", None),
     ("fpl_loss.py", "--quick --rounds 1"),
+    ("kernel.py", None),
     ("input.py", "--quick"),
     ("growth.py", "--quick"),
     ("networks.py", "--quick"),

@@ -17,6 +17,7 @@ UNIMATCH_V2 = ROOT / "docs" / "unimatch_v2.md"
 PREDICT = ROOT / "docs" / "predict.md"
 MEMORY = ROOT / "results" / "memory.json"
 FPL_LOSS = ROOT / "results" / "fpl_loss.json"
+KERNEL = ROOT / "results" / "kernel.json"
 UNIMATCH_STEP = ROOT / "results" / "unimatch_step.json"
 FPL_STEP = ROOT / "results" / "fpl_step.json"
 INPUT = ROOT / "results" / "input.json"
@@ -78,6 +79,17 @@ FPL_LOSS_HEAD = """
 * Large tensors cost a CPU page faults, and the baseline most of all. Where they fit the caches or
   memory is kept, the ratios are larger: see the table
   [by the number of classes](#fpls-loss-by-the-number-of-classes).
+"""
+KERNEL_HEAD = """
+## FPL's kernel, as compiled for a GPU
+
+`python benchmarks/kernel.py`: what Triton {triton} makes of `common/fpl_triton.py`, of logits in
+channels-last, without a GPU. Its time was **not measured on a GPU**.
+
+* instructions: of a pixel, whose classes are all in one thread. exchanges: between threads, or
+  through shared memory. float64: additions in the sums of probabilities.
+* registers: of a thread, at most 255. spilt: reads and writes of what they do not hold.
+
 """
 CONTRASTIVE_HEAD = """
 ## U2PL's contrastive loss
@@ -292,6 +304,18 @@ def fpl_loss(found):
         titles = [f"{size[0]} classes, 2x{size[1]}x{size[1]}; {when}", *teachers]
         text += "\n" + table([*titles, f"ms, {teachers[0]}", "peak"], lines.values())
     return text
+
+
+def kernel(found):
+    """Returns the section of FPL's kernel. found: what kernel.py wrote."""
+    titles = "classes kind capability instructions exchanges float64 registers spilt".split()
+    rows = []
+    for row in found["rows"]:
+        if row["layout"] == "channels last":
+            both = row["exchanges"] + row["shared"]
+            rows.append([str(row[name]) for name in titles])
+            rows[-1][titles.index("exchanges")] = str(both)
+    return KERNEL_HEAD.format(**found) + table(titles, rows)
 
 
 def contrastive(found):
@@ -528,6 +552,7 @@ def pages():
     for path, section_of in (
         (BEFORE, before),
         (FPL_LOSS, fpl_loss),
+        (KERNEL, kernel),
         (CONTRASTIVE, contrastive),
         (UNIMATCH_STEP, unimatch_step),
         (FPL_STEP, fpl_step),

@@ -3,15 +3,18 @@
 A pixel needs no sort. Class i is positive exactly if fewer than K classes come before it, larger
 ones and equal ones of lower number; and the probabilities up to it sum to what V is at its rank.
 Up to rounding what the definitions in cps_fpl.py and ael_fpl.py compute (tests/test_equations.py,
-in Triton's interpreter). Not measured on a GPU: benchmarks/gpu.py does.
+in Triton's interpreter). Not measured on a GPU: benchmarks/gpu.py does. benchmarks/kernel.py has
+what the compiler makes of it: a thread has all classes of its pixel in registers, so that no sum
+over classes goes through other threads.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-LARGEST = 64  # classes: a pixel's pairs of classes are computed in registers
-PAIRS = 1024  # numbers of a block, pixels times classes: more do not fit into its registers
+LARGEST = 32  # classes: of more a thread's registers do not hold all
+WARPS = 4
+BLOCK = 32 * WARPS  # pixels, one for each thread
 
 
 @triton.jit
@@ -19,8 +22,8 @@ def in_order(p, c, C: tl.constexpr):
     """Returns of each class how many come before it, and V at its rank, summed in float64."""
     rank = tl.zeros_like(p).to(tl.int32)
     V = p.to(tl.float64)
-    for j in range(C):
-        other = tl.sum(tl.where(c == j, p, 0.0), 1)[:, None]
+    for j in tl.static_range(C):
+        other = tl.sum(tl.where(c == j, p, 0.0), 0)[None, :]
         before = (other > p) | ((other == p) & (c > j))
         rank += before.to(tl.int32)
         V += tl.where(before, other, 0.0).to(tl.float64)
@@ -42,7 +45,8 @@ def weight_of(mean, rest, WEIGHT: tl.constexpr):
     return weight
 
 
-@triton.jit
+# a class_step of 1 would be known to the compiler, which then spreads classes over threads
+@triton.jit(do_not_specialize=["class_step"])
 def kernel(
     z_from,
     t_from,
@@ -67,41 +71,41 @@ def kernel(
 ):
     """BLOCK pixels: Eq. (7) times Eq. (11) or (16), the likeliest class, and Eq. (8) times that."""
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, WIDTH)[None, :]
-    place = (pixel // pixels * image_step + pixel % pixels * pixel_step)[:, None] + c * class_step
-    there = (pixel < total)[:, None] & (c < C)
+    c = tl.arange(0, WIDTH)[:, None]
+    place = (pixel // pixels * image_step + pixel % pixels * pixel_step)[None, :] + c * class_step
+    there = (pixel < total)[None, :] & (c < C)
     t = tl.load(t_from + place, there, -float("inf")).to(tl.float32)
-    t = tl.where(pixel[:, None] < total, t, 0.0)
+    t = tl.where(pixel[None, :] < total, t, 0.0)
     z = tl.load(z_from + place, there, 0.0).to(tl.float32)
-    p = tl.exp(t - tl.max(t, 1)[:, None])
-    p = tl.where(c < C, p / tl.sum(p, 1)[:, None], -1.0)  # -1: no class
+    p = tl.exp(t - tl.max(t, 0)[None, :])
+    p = tl.where(c < C, p / tl.sum(p, 0)[None, :], -1.0)  # -1: no class
     rank, V = in_order(p, c, C)
     below = (V <= T) if STRICT else (V < T)
-    n = tl.sum((below & (c < C)).to(tl.int32), 1) + 1
-    K = tl.minimum(tl.maximum(tl.minimum(n, C) - MINUS, LEAST), MOST)[:, None]
+    n = tl.sum((below & (c < C)).to(tl.int32), 0) + 1
+    K = tl.minimum(tl.maximum(tl.minimum(n, C) - MINUS, LEAST), MOST)[None, :]
     Y = (rank < K) & (c < C)
     negative = (rank >= K) & (c < C)
-    pseudo = tl.sum(tl.where((rank == 0) & (c < C), c, 0), 1)
+    pseudo = tl.sum(tl.where((rank == 0) & (c < C), c, 0), 0)
     # Eq. (11), (16)
-    last = tl.sum(tl.where(Y, p, 0.0).to(tl.float64), 1).to(tl.float32)
-    rest = tl.maximum(tl.max(tl.where(negative, p, 0.0), 1), 0.0)
-    number = tl.sum(Y.to(tl.float32), 1)
+    last = tl.sum(tl.where(Y, p, 0.0).to(tl.float64), 0).to(tl.float32)
+    rest = tl.maximum(tl.max(tl.where(negative, p, 0.0), 0), 0.0)
+    number = tl.sum(Y.to(tl.float32), 0)
     weight = weight_of((last + FOLLOWING * rest) / (number + FOLLOWING), rest, WEIGHT)
     # Eq. (7), (8)
-    high = tl.max(tl.where(negative, z, -1e30), 1)[:, None]
-    low = tl.min(tl.where(Y, z, 1e30), 1)[:, None]
+    high = tl.max(tl.where(negative, z, -1e30), 0)[None, :]
+    low = tl.min(tl.where(Y, z, 1e30), 0)[None, :]
     up = tl.where(negative, tl.exp(z - high), 0.0)
     down = tl.where(Y, tl.exp(low - z), 0.0)
-    above = tl.sum(up, 1)[:, None]
-    under = tl.sum(down, 1)[:, None]
+    above = tl.sum(up, 0)[None, :]
+    under = tl.sum(down, 0)[None, :]
     left = above != 0  # K = C leaves no negative; NaN is left
     above = tl.where(left, above, 1.0)
     x = (high + tl.log(above)) + (tl.log(under) - low)
     bend = tl.exp(-tl.abs(x))
     loss = tl.where(left, tl.maximum(x, 0.0) + tl.log(1 + bend), 0.0)
-    slope = tl.where(left, tl.where(x >= 0, 1.0, bend) / (1 + bend), 0.0) * weight[:, None]
+    slope = tl.where(left, tl.where(x >= 0, 1.0, bend) / (1 + bend), 0.0) * weight[None, :]
     gradient = slope * (up / above - down / under)
-    tl.store(loss_to + pixel, tl.sum(loss, 1) * weight, pixel < total)
+    tl.store(loss_to + pixel, tl.sum(loss, 0) * weight, pixel < total)
     tl.store(pseudo_to + pixel, pseudo.to(tl.int64), pixel < total)
     tl.store(gradient_to + place, gradient.to(gradient_to.dtype.element_ty), there)
 
@@ -125,13 +129,12 @@ def launch(logits_s, logits_t, rule):
     loss = torch.empty(B, H, W, device=logits_s.device)
     pseudo = torch.empty(B, H, W, dtype=torch.int64, device=logits_s.device)
     width = triton.next_power_of_2(C)
-    block = max(PAIRS // width, 1)
     image_step, class_step, _, pixel_step = logits_s.stride()
     steps = image_step, class_step, pixel_step
     options = dict(STRICT=strict, MINUS=minus, LEAST=least, MOST=min(most, C), WEIGHT=weight)
     options["FOLLOWING"] = int(mean_over == "positives_and_next")
-    kernel[(triton.cdiv(B * H * W, block),)](
+    kernel[(triton.cdiv(B * H * W, BLOCK),)](
         logits_s, logits_t, loss, pseudo, gradient, H * W, B * H * W, *steps, T,
-        C=C, WIDTH=width, BLOCK=block, **options,
+        C=C, WIDTH=width, BLOCK=BLOCK, num_warps=WARPS, **options,
     )  # fmt: skip
     return loss, pseudo, gradient

@@ -4,8 +4,11 @@ import importlib.util
 import json
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -77,6 +80,20 @@ def test_a_graph_is_gone_before_the_next_one_is_built(name, recipe, tmp_path):
         found = fake_cuda.fake_steps(script, words.split(), 2)
         peaks.append(found.peak - found.live)  # without weights, moments and what is kept
     assert peaks[0] < 0.75 * peaks[1]
+
+
+def test_no_sum_over_classes_leaves_a_thread(tmp_path):
+    """Of FPL's kernel as compiled for a GPU of capability 9.0; TRITON_INTERPRET is for this run."""
+    triton = pytest.importorskip("triton")
+    if not Path(triton.__file__).parent.joinpath("backends/nvidia/bin/nvdisasm").exists():
+        pytest.skip("no tools beside this Triton")
+    words = "benchmarks/kernel.py --classes 3 --capabilities 90 --out".split()
+    subprocess.run([sys.executable, *words, tmp_path / "out.json"], cwd=steps.ROOT, check=True)
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["layout"] for row in rows] == ["channels last", "contiguous"] * 2
+    for row in rows:
+        assert row["exchanges"] == row["shared"] == row["spilt"] == 0
+        assert 100 < row["instructions"] < 1500 and row["registers"] < 128
 
 
 RESNET = "--backbone resnet18 --output-stride 16 --amp bf16"

@@ -18,6 +18,19 @@ BLOCK = 32 * WARPS  # pixels, one for each thread
 
 
 @triton.jit
+def read(start, step, there, c, C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, missing):
+    """Returns (WIDTH, BLOCK) numbers, one class after the other; missing: of classes that are none.
+
+    Read at once they would be spread over threads as they lie in memory, which costs an exchange
+    between threads in each sum over classes.
+    """
+    x = tl.full((WIDTH, BLOCK), missing, tl.float32)
+    for j in tl.static_range(C):
+        x = tl.where(c == j, tl.load(start + j * step, there, 0.0).to(tl.float32)[None, :], x)
+    return x
+
+
+@triton.jit
 def in_order(p, c, C: tl.constexpr):
     """Returns of each class how many come before it, and V at its rank, summed in float64."""
     rank = tl.zeros_like(p).to(tl.int32)
@@ -45,8 +58,7 @@ def weight_of(mean, rest, WEIGHT: tl.constexpr):
     return weight
 
 
-# a class_step of 1 would be known to the compiler, which then spreads classes over threads
-@triton.jit(do_not_specialize=["class_step"])
+@triton.jit
 def kernel(
     z_from,
     t_from,
@@ -72,11 +84,10 @@ def kernel(
     """BLOCK pixels: Eq. (7) times Eq. (11) or (16), the likeliest class, and Eq. (8) times that."""
     pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, WIDTH)[:, None]
-    place = (pixel // pixels * image_step + pixel % pixels * pixel_step)[None, :] + c * class_step
-    there = (pixel < total)[None, :] & (c < C)
-    t = tl.load(t_from + place, there, -float("inf")).to(tl.float32)
-    t = tl.where(pixel[None, :] < total, t, 0.0)
-    z = tl.load(z_from + place, there, 0.0).to(tl.float32)
+    place = pixel // pixels * image_step + pixel % pixels * pixel_step
+    there = pixel < total
+    t = read(t_from + place, class_step, there, c, C, WIDTH, BLOCK, -float("inf"))
+    z = read(z_from + place, class_step, there, c, C, WIDTH, BLOCK, 0.0)
     p = tl.exp(t - tl.max(t, 0)[None, :])
     p = tl.where(c < C, p / tl.sum(p, 0)[None, :], -1.0)  # -1: no class
     rank, V = in_order(p, c, C)
@@ -105,17 +116,23 @@ def kernel(
     loss = tl.where(left, tl.maximum(x, 0.0) + tl.log(1 + bend), 0.0)
     slope = tl.where(left, tl.where(x >= 0, 1.0, bend) / (1 + bend), 0.0) * weight[None, :]
     gradient = slope * (up / above - down / under)
-    tl.store(loss_to + pixel, tl.sum(loss, 0) * weight, pixel < total)
-    tl.store(pseudo_to + pixel, pseudo.to(tl.int64), pixel < total)
-    tl.store(gradient_to + place, gradient.to(gradient_to.dtype.element_ty), there)
+    tl.store(loss_to + pixel, tl.sum(loss, 0) * weight, there)
+    tl.store(pseudo_to + pixel, pseudo.to(tl.int64), there)
+    for j in tl.static_range(C):
+        of_class = tl.sum(tl.where(c == j, gradient, 0.0), 0).to(gradient_to.dtype.element_ty)
+        tl.store(gradient_to + place + j * class_step, of_class, there)
 
 
 def takes(logits_s, logits_t):
     """Returns whether the kernel computes these logits: on a GPU, in one layout, no float64."""
-    same = logits_s.is_cuda and logits_s.stride() == logits_t.stride()
-    same = same and torch.float64 not in (logits_s.dtype, logits_t.dtype)
     dense = logits_s.is_contiguous() or logits_s.is_contiguous(memory_format=torch.channels_last)
-    return same and dense and logits_s.shape[1] <= LARGEST
+    return (
+        logits_s.is_cuda
+        and dense
+        and logits_s.stride() == logits_t.stride()
+        and logits_s.shape[1] <= LARGEST
+        and torch.float64 not in (logits_s.dtype, logits_t.dtype)
+    )
 
 
 def launch(logits_s, logits_t, rule):
@@ -128,13 +145,28 @@ def launch(logits_s, logits_t, rule):
     gradient = torch.empty_like(logits_s)
     loss = torch.empty(B, H, W, device=logits_s.device)
     pseudo = torch.empty(B, H, W, dtype=torch.int64, device=logits_s.device)
-    width = triton.next_power_of_2(C)
     image_step, class_step, _, pixel_step = logits_s.stride()
-    steps = image_step, class_step, pixel_step
-    options = dict(STRICT=strict, MINUS=minus, LEAST=least, MOST=min(most, C), WEIGHT=weight)
-    options["FOLLOWING"] = int(mean_over == "positives_and_next")
     kernel[(triton.cdiv(B * H * W, BLOCK),)](
-        logits_s, logits_t, loss, pseudo, gradient, H * W, B * H * W, *steps, T,
-        C=C, WIDTH=width, BLOCK=BLOCK, num_warps=WARPS, **options,
-    )  # fmt: skip
+        logits_s,
+        logits_t,
+        loss,
+        pseudo,
+        gradient,
+        H * W,
+        B * H * W,
+        image_step,
+        class_step,
+        pixel_step,
+        T,
+        C=C,
+        WIDTH=triton.next_power_of_2(C),
+        BLOCK=BLOCK,
+        STRICT=strict,
+        MINUS=minus,
+        LEAST=least,
+        MOST=min(most, C),
+        WEIGHT=weight,
+        FOLLOWING=int(mean_over == "positives_and_next"),
+        num_warps=WARPS,
+    )
     return loss, pseudo, gradient

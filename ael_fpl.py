@@ -1388,7 +1388,7 @@ def main(args):
             if args.consistency_on == "all":
                 with torch.no_grad():
                     labeled_t = teacher(x_l)["logits"]
-                unsup_l, logged_l = consistency_loss(
+                unsup_l, logged_l = consistency_loss(  # Eq. (12) [D17]
                     out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args
                 )
                 logged["unsup_l"] = logged_l["unsup"]

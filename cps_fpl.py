@@ -448,11 +448,6 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def image_means(x, mask):
-    """Mean of x (B, H, W) over the pixels of each image where mask is True, (B,); 0 over none."""
-    return (x * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)
-
-
 def fpl_loss(logits_s, logits_t, phase, args, K=None):
     """Returns FPL's loss of every pixel, Eq. (7) times its weight, and the pseudo label, int64.
 
@@ -495,7 +490,7 @@ def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
     if args.unsup_loss == "fpl" and args.balance:
         z = upcast(logits_s.detach())
         nll = F.cross_entropy(z, pseudo, ignore_index=IGNORE, reduction="none")
-        return image_means(loss, inside), image_means(nll, inside)
+        return torch.vmap(masked_mean)(loss, inside), torch.vmap(masked_mean)(nll, inside)
     ce = cross_entropy(logits_s.detach()[..., ::4, ::4], pseudo[..., ::4, ::4])
     return masked_mean(loss, inside), ce
 
@@ -601,13 +596,16 @@ def of_branch(args, name):
 class Average(nn.ModuleList):
     """Networks scored as one: "logits" is the logarithm of their mean probabilities.
 
-    Probabilities are of each pixel of x, whatever upsampled says.
+    They are averaged at the head's stride, before the upsampling, to hold one map of x's size.
     """
 
     def forward(self, x, upsampled=True):
-        log_p = torch.stack([F.log_softmax(net(x)["logits"], 1) for net in self])
+        logits = [net(x, upsampled=False)["logits"] for net in self]
+        # another backbone may round sizes otherwise
+        logits = [upsample(z, logits[0].shape[2:]) for z in logits]
         # finite where all p round to 0, and in an ONNX file too
-        return {"logits": log_p.logsumexp(0) - np.log(len(self))}
+        log_p = torch.stack(logits).log_softmax(2).logsumexp(0) - np.log(len(self))
+        return {"logits": upsample(log_p, x.shape[2:] if upsampled else None)}
 
 
 # <<< method: functions

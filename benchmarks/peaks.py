@@ -7,8 +7,9 @@ L_CTR: part_contrast of esl.py at its sizes for VOC (batch, anchors, parts, queu
 queues, every pixel a candidate), forward and backward, over the features and the bank that it is
 given. Evaluation: predict of supervised.py and the confusion matrix of one image, above a network
 that gives random logits at stride 4, which are not counted, or upsampled, which are. whole, slide:
-the two protocols. window: slide with an image that one window shows. Each in a process of its own;
-resident memory at its peak (VmHWM), so Linux.
+the two protocols. window: slide with an image that one window shows. mean: whole, above two such
+networks, by --evaluate mean of cps_fpl.py. Each in a process of its own; resident memory at its
+peak (VmHWM), so Linux.
 """
 
 import json
@@ -26,6 +27,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
+import cps_fpl  # noqa: E402
 import esl  # noqa: E402
 import supervised  # noqa: E402
 from benchmarks import steps  # noqa: E402
@@ -36,8 +38,9 @@ from common.run import refusals  # noqa: E402
 
 WINDOW = 1017  # pixels of a side
 FILE = ROOT / "results" / "peaks.json"
-# MiB, for 150 classes; window: of a map of all classes, which is 592, and half of another
-LIMITS = {"contrast": 1024, "whole": 2048, "slide": 2048, "window": 888}
+# MiB, for 150 classes; window: of a map of all classes, which is 592, and half of another; mean: of
+# 0.6 of such a map, which is 6866
+LIMITS = {"contrast": 1024, "whole": 2048, "slide": 2048, "window": 888, "mean": 4120}
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Options:
     height: int = 3000
     features: int = 256  # of the projection
     out: str = str(FILE)
-    only: Literal["", "contrast", "whole", "slide", "window"] = ""  # one, in this process
+    only: Literal["", "contrast", "whole", "slide", "window", "mean"] = ""  # one, in this process
 
 
 def contrast(options):
@@ -99,18 +102,21 @@ class Coarse(torch.nn.Module):
 def evaluation(options):
     """Returns a function that scores one image by the protocol of options.only.
 
-    window: by slide, an image that one window shows.
+    window: by slide, an image that one window shows. mean: whole, by two networks.
     """
     args = steps.resolved(supervised, ["--dataset", "folder", "--num-classes", options.classes])
     size = options.height, options.width
-    args = replace(args, protocol=options.only)
+    protocol = "slide" if options.only in ("slide", "window") else "whole"
+    args = replace(args, protocol=protocol)
     if options.only == "window":
         size = WINDOW, WINDOW
-        args = replace(args, protocol="slide", crop_size=WINDOW)
+        args = replace(args, crop_size=WINDOW)
     net = Coarse(options.classes)
+    if options.only == "mean":
+        net = cps_fpl.Average([net, Coarse(options.classes)])
     image = torch.zeros(3, *size, dtype=torch.uint8)
     label = torch.zeros(size, dtype=torch.uint8)
-    if options.only == "whole":
+    if protocol == "whole":
         net(image[None], upsampled=False)
 
     def call():

@@ -124,13 +124,30 @@ def test_a_k_that_is_given_takes_the_place_of_alg_1():
 
 
 def test_the_average_of_certain_networks_is_finite_and_the_surer_one_decides():
+    """It is of x's size or that of network 1's logits."""
     z = torch.full((1, 4, 1, 2), -1e4)
     z[0, 1, 0, 0] = 1e4
     z[0, 2, 0, 1] = 2e4
-    average = cps_fpl.Average([torch.nn.Identity(), torch.nn.Identity()])
-    log_p = average({"logits": z})["logits"]
+    average = cps_fpl.Average([Given(z), Given(z)])
+    x = torch.zeros(1, 3, 4, 7)
+    log_p = average(x, upsampled=False)["logits"]
     torch.testing.assert_close(log_p, z.log_softmax(1))  # finite
     assert log_p.sum(3).argmax(1) == 2
+    assert torch.equal(average(x)["logits"], cps_fpl.upsample(log_p, (4, 7)))
+    other = cps_fpl.Average([Given(z), Given(z[..., :1])])  # whose backbone rounds down
+    p = (z.softmax(1) + z[..., :1].softmax(1)) / 2
+    torch.testing.assert_close(other(x, upsampled=False)["logits"].exp(), p)
+
+
+class Given(torch.nn.Module):
+    """A network that has the logits given, at its stride."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x, upsampled=True):
+        return {"logits": cps_fpl.upsample(self.logits, x.shape[2:] if upsampled else None)}
 
 
 @pytest.mark.smoke

@@ -144,7 +144,7 @@ def test_networks_scales_and_flip():
     torch.save(content, "run/last.pt")
     x = torch.randint(0, 256, (1, 3, 24, 32), dtype=torch.uint8)
     nets = [predict.load("run", name)[0] for name in ("branch1", None, "mean")]
-    one, two, mean = [net(x).softmax(1) for net in nets]
+    one, two, mean = [net.net(x, upsampled=False)["logits"].softmax(1) for net in nets]
     assert torch.allclose(mean, (one + two) / 2, atol=1e-6) and not torch.allclose(one, two)
     small = torch.nn.functional.interpolate(x.float(), (12, 16), mode="bilinear", antialias=True)
     logits = [nets[1](view) for view in (x, small)]

@@ -29,10 +29,12 @@ import sys
 import warnings
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -538,11 +540,27 @@ def verified(run, model):
     return f"float32, logits within {largest:.0e} of the largest one at {len(SIZES)} sizes"
 
 
+def same_padding(x, kernel_size, stride, dilation):
+    """Returns what timm's networks from TensorFlow pad a side of x pixels with, int or SymInt.
+
+    timm's own takes math.ceil, which a .pt2 file cannot hold, and max, by which the size of a layer
+    grows with every layer below, until torch.export takes minutes.
+    """
+    least = (kernel_size - 1) * dilation + 1 - stride  # where stride divides x
+    padding = (x + stride - 1) // stride * stride - x + least
+    return padding if least >= 0 else max(padding, 0)
+
+
 def exported(model, convert):
     """Returns convert(model, (image,), dynamic_shapes=...) with free numbers and sizes."""
     free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     image = torch.zeros(3, 3, 128, 160, dtype=torch.uint8)
-    return convert(model, (image,), dynamic_shapes={"image": free})
+    with ExitStack() as patched:
+        # float32 anyway; torch 2.6 cannot write a graph within autocast that is given sizes
+        patched.enter_context(mock.patch("torch.autocast", lambda *_, **__: nullcontext()))
+        if "timm" in sys.modules:
+            patched.enter_context(mock.patch("timm.layers.padding.get_same_padding", same_padding))
+        return convert(model, (image,), dynamic_shapes={"image": free})
 
 
 def write_onnx(path, model):
@@ -573,12 +591,25 @@ def write_program(path, model):
 
     def write(new):
         """Writes the program new, reads it back and verifies it."""
+        program = exported(model, torch.export.export)
+        program._guards_code = []  # torch 2.9, 2.10: sizes as odd as the example's after a pool
         content = io.BytesIO()  # torch's own writer ends otherwise on a full disk
-        torch.export.save(exported(model, torch.export.export), content)
+        torch.export.save(program, content)
         new.write_bytes(content.getvalue())
         return verified(torch.export.load(new).module(), model)
 
     return outputs.put(path, write)
+
+
+def or_refused(write, path, model):
+    """Returns write(path, model). Raises Refusal where this torch does not export the network."""
+    try:
+        return write(path, model)
+    except (AssertionError, RuntimeError) as error:  # of torch's exporters, and the file itself
+        if machine_remedy(error):
+            raise
+        wrong = f"torch {torch.__version__} does not export this network ({type(error).__name__})"
+        raise Refusal(f"{path}: {wrong}: docs/predict.md has versions that do") from error
 
 
 def write_safetensors(path, source):
@@ -693,9 +724,9 @@ def take_away(options, source):
     model = Logits(source.net).eval()
     warnings.simplefilter("ignore")  # the exporters' own
     if options.onnx:
-        print(f"{options.onnx}: {write_onnx(Path(options.onnx), model)}")
+        print(f"{options.onnx}: {or_refused(write_onnx, Path(options.onnx), model)}")
     if options.program:
-        print(f"{options.program}: {write_program(Path(options.program), model)}")
+        print(f"{options.program}: {or_refused(write_program, Path(options.program), model)}")
     if options.safetensors:
         print(f"{options.safetensors}: {write_safetensors(Path(options.safetensors), source)}")
 

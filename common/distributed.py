@@ -67,7 +67,7 @@ def setup(device="auto"):
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo: what hosts agree on
     try:
         store = fresh_store(rank, world)
-    except dist.DistError as error:
+    except RuntimeError as error:  # in torch 2.6 not always a DistError
         where = f"{os.environ['MASTER_ADDR']}:{port}"
         line = f"{str(error).splitlines()[0][:150]}; is another run there, or a machine missing?"
         raise Refusal(f"MASTER_ADDR:MASTER_PORT {where}: {line}") from None

@@ -4,6 +4,8 @@ Called again, what is there is of the image and the mask that are asked for, or 
 """
 
 import csv
+import importlib
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +28,8 @@ from common.flags import acting, as_fields, merge
 from results.analysis import mean_logits
 from tiny import SCORED, SCRIPTS, draw_folder, draw_tree, own_folder, save, script, shrink, train
 from trees import KEYS, draw, listed, publish, refusal
+
+exporters = pytest.mark.skipif(torch.__version__[:4] == "2.6.", reason="torch 2.6 exports less")
 
 
 @pytest.fixture(autouse=True)
@@ -438,6 +442,7 @@ def test_archives_are_as_the_servers_take_them(server, image, ending, inside):
         assert theirs["averageScoreClasses"] == pytest.approx(ours["miou"])
 
 
+@exporters
 def test_exports_are_what_the_network_computes():
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -455,6 +460,48 @@ def test_exports_are_what_the_network_computes():
     for logits in (by_onnx, by_torch, predict.load("n.safetensors")[0](x)):
         assert torch.allclose(logits, predict.load("run", "branch2")[0](x), atol=1e-4)
     assert "branch2 of cps_fpl.py, step 600" in Path("n.md").read_text()
+
+
+class Same(torch.nn.Module):
+    """Convolutions that pad as TensorFlow does, as in timm's tf_ networks; and autocast, not on."""
+
+    def __init__(self):
+        super().__init__()
+        same = importlib.import_module("timm.layers").Conv2dSame
+        layers = [same(3, 3, 3, stride, dilation=dilation) for stride, dilation in ((2, 1), (1, 2))]
+        self.layers = torch.nn.Sequential(*layers, *layers)
+
+    def forward(self, image):
+        with torch.autocast("cpu", torch.bfloat16, enabled=False):
+            return self.layers(image.float())
+
+
+@exporters
+def test_networks_that_pad_as_tensorflow_does_are_exported_for_any_size():
+    pytest.importorskip("timm")
+    sides = itertools.product(range(1, 20), range(1, 8), range(1, 5), range(1, 4))
+    theirs = importlib.import_module("timm.layers.padding").get_same_padding
+    assert all(predict.same_padding(*each) == theirs(*each) for each in sides)
+    model = Same().requires_grad_(False).eval()
+    assert "within 0e+00" in predict.write_program(Path("n.pt2"), model)
+    autocast = torch.autocast
+    with pytest.raises(RuntimeError):
+        predict.exported(model, lambda *_, **__: torch.zeros(2) + torch.zeros(3))
+    assert torch.autocast is autocast
+    assert importlib.import_module("timm.layers.padding").get_same_padding is theirs
+
+
+def test_what_torch_does_not_export_is_refused_in_a_line():
+    def fails(error):
+        """Returns a writer that raises error."""
+        return Mock(side_effect=error)
+
+    for error in (AssertionError("Guard failed: (image.size()[2] % 2 != 0"), RuntimeError("a\nb")):
+        line = refusal(predict.or_refused, fails(error), Path("n.pt2"), None)
+        assert line.startswith(f"n.pt2: torch {torch.__version__} does not export this network")
+    with pytest.raises(RuntimeError, match="memory"):
+        memory = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
+        predict.or_refused(fails(memory), Path("n.pt2"), None)
 
 
 def test_a_model_card_goes_without_half_a_line_and_never_over_another_text():

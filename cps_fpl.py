@@ -596,12 +596,13 @@ def of_branch(args, name):
 class Average(nn.ModuleList):
     """Networks scored as one: "logits" is the logarithm of their mean probabilities.
 
-    They are averaged at the head's stride, before the upsampling, to hold one map of x's size.
+    Averaged at the head's stride and then upsampled, as one network's logits are: maps of x's size
+    are those of one network.
     """
 
     def forward(self, x, upsampled=True):
         logits = [net(x, upsampled=False)["logits"] for net in self]
-        # another backbone may round sizes otherwise
+        # where one backbone rounds a size up, the other may round it down
         logits = [upsample(z, logits[0].shape[2:]) for z in logits]
         # finite where all p round to 0, and in an ONNX file too
         log_p = torch.stack(logits).log_softmax(2).logsumexp(0) - np.log(len(self))

@@ -541,12 +541,12 @@ def verified(run, model):
 
 
 def same_padding(x, kernel_size, stride, dilation):
-    """Returns what timm's networks from TensorFlow pad a side of x pixels with, int or SymInt.
+    """Returns the padding of a side of x pixels as timm's get_same_padding does, int or SymInt.
 
-    timm's own takes math.ceil, which a .pt2 file cannot hold, and max, by which the size of a layer
-    grows with every layer below, until torch.export takes minutes.
+    timm's takes math.ceil, which a .pt2 file cannot hold, and max, which makes the expression of a
+    size longer layer by layer, until torch.export takes minutes. Here max is left where it counts.
     """
-    least = (kernel_size - 1) * dilation + 1 - stride  # where stride divides x
+    least = (kernel_size - 1) * dilation + 1 - stride  # the padding where stride divides x
     padding = (x + stride - 1) // stride * stride - x + least
     return padding if least >= 0 else max(padding, 0)
 
@@ -556,7 +556,7 @@ def exported(model, convert):
     free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     image = torch.zeros(3, 3, 128, 160, dtype=torch.uint8)
     with ExitStack() as patched:
-        # float32 anyway; torch 2.6 cannot write a graph within autocast that is given sizes
+        # the network is in float32; torch 2.6 exports no autocast block that takes sizes
         patched.enter_context(mock.patch("torch.autocast", lambda *_, **__: nullcontext()))
         if "timm" in sys.modules:
             patched.enter_context(mock.patch("timm.layers.padding.get_same_padding", same_padding))
@@ -592,7 +592,8 @@ def write_program(path, model):
     def write(new):
         """Writes the program new, reads it back and verifies it."""
         program = exported(model, torch.export.export)
-        program._guards_code = []  # torch 2.9, 2.10: sizes as odd as the example's after a pool
+        # after a max pooling torch 2.9 and 2.10 want sizes as odd or even as the example's
+        program._guards_code = []
         content = io.BytesIO()  # torch's own writer ends otherwise on a full disk
         torch.export.save(program, content)
         new.write_bytes(content.getvalue())
@@ -605,11 +606,14 @@ def or_refused(write, path, model):
     """Returns write(path, model). Raises Refusal where this torch does not export the network."""
     try:
         return write(path, model)
-    except (AssertionError, RuntimeError) as error:  # of torch's exporters, and the file itself
+    except (Refusal, OSError):
+        raise
+    except Exception as error:  # torch's exporters and onnxruntime raise anything
         if machine_remedy(error):
             raise
-        wrong = f"torch {torch.__version__} does not export this network ({type(error).__name__})"
-        raise Refusal(f"{path}: {wrong}: docs/predict.md has versions that do") from error
+        cause = f"{type(error).__name__}: {str(error).strip()[:150]}".splitlines()[0]
+        wrong = f"torch {torch.__version__} does not export this network ({cause})"
+        raise Refusal(f"{path}: {wrong}; docs/predict.md") from error
 
 
 def write_safetensors(path, source):

@@ -38,8 +38,8 @@ from common.run import refusals  # noqa: E402
 
 WINDOW = 1017  # pixels of a side
 FILE = ROOT / "results" / "peaks.json"
-# MiB, for 150 classes; window: of a map of all classes, which is 592, and half of another; mean: of
-# 0.6 of such a map, which is 6866
+# MiB, for 150 classes; window: one and a half maps of all classes, 592 each; mean: 0.6 of a map of
+# all classes, 6866
 LIMITS = {"contrast": 1024, "whole": 2048, "slide": 2048, "window": 888, "mean": 4120}
 
 

@@ -124,7 +124,7 @@ def test_a_k_that_is_given_takes_the_place_of_alg_1():
 
 
 def test_the_average_of_certain_networks_is_finite_and_the_surer_one_decides():
-    """It is of x's size or that of network 1's logits."""
+    """The average has x's size, or with upsampled=False that of network 1's logits."""
     z = torch.full((1, 4, 1, 2), -1e4)
     z[0, 1, 0, 0] = 1e4
     z[0, 2, 0, 1] = 2e4

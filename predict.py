@@ -611,7 +611,8 @@ def or_refused(write, path, model):
     except Exception as error:  # torch's exporters and onnxruntime raise anything
         if machine_remedy(error):
             raise
-        cause = f"{type(error).__name__}: {str(error).strip()[:150]}".splitlines()[0]
+        words = str(error).partition("\x1b")[0].strip()  # torch colours what follows
+        cause = f"{type(error).__name__}: {words[:150]}".splitlines()[0]
         wrong = f"torch {torch.__version__} does not export this network ({cause})"
         raise Refusal(f"{path}: {wrong}; docs/predict.md") from error
 

@@ -500,9 +500,13 @@ def test_what_torch_does_not_export_is_refused_in_a_line():
         """Returns a writer that raises error."""
         return Mock(side_effect=error)
 
-    for error in (AssertionError("Guard failed: (image.size()[2] % 2 != 0"), ValueError("a\nb")):
+    for error in (
+        AssertionError("Guard failed: (image.size()[2] % 2 != 0"),
+        ValueError("a \x1b[96mb"),
+    ):
         line = refusal(predict.or_refused, fails(error), Path("n.pt2"), None)
         assert line.startswith(f"n.pt2: torch {torch.__version__} does not export this network")
+        assert "Error: Guard failed: " in line or "(ValueError: a)" in line
     with pytest.raises(RuntimeError, match="memory"):
         memory = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")
         predict.or_refused(fails(memory), Path("n.pt2"), None)

@@ -230,7 +230,7 @@ def u2pl_recipe(args):
 def u2pl_schedule(args, batch_size):
     """U2PL Sec. 4.1: (passes over the unlabelled images, the steps of such a run).
 
-    0 steps where the split's counts are unknown. Each of U2PL's processes drops its last batch.
+    By the split's counts; 0 where they are unknown. Each of U2PL's processes drops its last batch.
     """
     passes = 80
     processes = 4

@@ -159,7 +159,7 @@ class Args:
     # loss on unreliable pixels: L_c, L_b or neither
     unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"
     contrast_weight: AtLeast0 | None = None  # lambda_c, of that loss
-    contrast_after: Number | None = None  # steps without that loss, warm-up included [D38]
+    contrast_after: Number | None = None  # steps after the warm-up without that loss [D38]
     anchors: Count | None = None  # M, per class and process
     negatives: Count | None = None  # N, per anchor
     # r_l <= rank of a class in p < r_h; 0: the likeliest
@@ -202,7 +202,7 @@ class Args:
         "epochs": "dpa, alpha_0",
         "dpa": "alpha_0",
         "contrast_weight": "unreliable_loss!=none",
-        "contrast_after": "unreliable_loss!=none",
+        "contrast_after": "unreliable_loss!=none, contrast_after<total_iters",
         "anchors": "unreliable_loss!=none",
         "negatives": "unreliable_loss!=none",
         "ranks": "unreliable_loss!=none",
@@ -277,7 +277,7 @@ DATASETS = {
     "voc_aug": VOC,
     "cityscapes": CITYSCAPES,
     "coco": COCO,
-    "ade20k": VOC | dict(protocol="whole", split_family="unimatch"),  # no paper's
+    "ade20k": VOC | dict(protocol="whole", split_family="unimatch"),  # no paper's; 0 is wall
     "folder": FOLDER,
 }
 
@@ -285,7 +285,7 @@ DATASETS = {
 def u2pl_schedule(args, batch_size):
     """U2PL Sec. 4.1: (passes over the unlabelled images, the steps of such a run).
 
-    0 steps where the split's counts are unknown. Each of U2PL's processes drops its last batch.
+    By the split's counts; 0 where they are unknown. Each of U2PL's processes drops its last batch.
     """
     passes = 80
     processes = 4
@@ -1491,7 +1491,7 @@ def main(args):
                 unsup_l, _ = equalized_cross_entropy(
                     out_l["logits"], pseudo_l, conf_l, labeled["inside"], rate, args.pooled, args
                 )
-        if args.unreliable_loss != "none" and step >= max(args.warmup_iters, args.contrast_after):
+        if args.unreliable_loss != "none" and since_warmup >= args.contrast_after:
             with torch.no_grad():
                 size = out_u["rep"].shape[2:]
                 logits_t = torch.cat([out_lt["logits"], mixed_t])

@@ -237,7 +237,8 @@ DATASETS = {
 def released_steps(args, batch_size):
     """Steps of the released runs: 80 passes (City 240, COCO 30) over the unlabelled images [D22].
 
-    0 where the split's counts are unknown. Each of four processes drops its last batch.
+    By the split's counts, also beside --unlabeled-list; 0 where they are unknown. Each of four
+    processes drops its last batch.
     """
     passes = {"cityscapes": 240, "coco": 30}.get(args.dataset, 80)
     _, unlabeled = counts(args.dataset, args.split)

@@ -246,7 +246,8 @@ DATASETS = {
 def steps_as_released(args, batch_size):
     """Steps of the released runs: 60 passes (City 180, COCO 20) over the unlabelled images [D22].
 
-    0 where the split's counts are unknown. Each of four processes drops its last batch.
+    By the split's counts, also beside --unlabeled-list; 0 where they are unknown. Each of four
+    processes drops its last batch.
     """
     passes = {"cityscapes": 180, "coco": 20}.get(args.dataset, 60)
     _, unlabeled = counts(args.dataset, args.split)
@@ -869,7 +870,8 @@ class ViT(nn.Module):
         x = torch.cat([first, patches.flatten(2).transpose(1, 2)], 1)
         maps = []
         for number, block in enumerate(self.blocks):
-            if self.checkpointed and x.requires_grad:
+            learns = torch.is_grad_enabled() and next(block.parameters()).requires_grad
+            if self.checkpointed and learns:
                 x = checkpoint(block, x, rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, rope)
@@ -918,13 +920,16 @@ def make_backbone(args):
     """Returns the ViT of --backbone.
 
     The first --freeze blocks and what comes before them do not learn, and with all blocks the last
-    norm does not either. Raises Refusal for more blocks than there are.
+    norm does not either. Raises Refusal for more blocks than there are, and where none is left
+    whose activations --checkpoint-activations would not keep.
     """
     net = ViT(SIZES[args.backbone])
     load_dino(net, args.weights, args.backbone)
     depth = len(net.blocks)
     if args.freeze > depth:
         raise Refusal(f"--freeze {args.freeze}: {args.backbone} has {depth} blocks")
+    if args.freeze == depth and args.checkpoint_activations:
+        raise Refusal(f"--checkpoint-activations: no block learns beside --freeze {depth}")
     net.checkpointed = args.checkpoint_activations
     if args.freeze:
         net.requires_grad_(False)

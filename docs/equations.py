@@ -40,6 +40,7 @@ DEFAULT = {"supervised": "U2PL", "mean_teacher": "U2PL", "ael_fpl": "AEL", "u2pl
 DEFAULT |= {"u2pl_ael": "U2PL", "esl": "ESL", "ranks": "U2PL", "contrastive": "U2PL"}
 # all others: FPL
 FIRST = ["supervised.py", "mean_teacher.py", "cps_fpl.py"]  # a text of many scripts is theirs
+VALUES = "test_equations.py: test_value_and_gradient"  # of what a loss has inside, too
 STEP = "test_steps.py: test_every_step_is_the_literal_one"  # of main
 FLAGS = "test_run.py: test_every_flag_has_an_effect_and_two_equal_runs_none"
 CELLS = (
@@ -207,11 +208,13 @@ def read_tests():
 def test_of(name, path, tests):
     """Returns the first test that uses a function of a file, or else what calls it; or ""."""
     known = {"main": STEP, "Args": FLAGS, "--list-presets": CELLS}
+    known |= dict.fromkeys(("adaptive_weight", "fuzzy_positive_loss"), VALUES)
     if name in known:
         return known[name]
     if name.isupper():
         return CELLS  # what a table says is in the flags of the entries
-    modules = ["of", path.stem, *(script.stem for script in ROOT.glob("*.py"))]
+    scripts = [script.stem for script in ROOT.glob("*.py")]  # which may share the text
+    modules = ["of", path.stem, *scripts] if path.parent == ROOT else [path.stem]
     callers = [name]
     for caller in callers:  # the function itself, then what calls it, and so on
         wanted = {f"{module}.{caller}" for module in modules}
@@ -234,7 +237,8 @@ def row(key, found, tests):
     best = [place for place in best if place[0] == best[0][0]]
     names = list(dict.fromkeys(f"`{name}`" for _, name, _ in best))[:3]
     files = list(dict.fromkeys(str(path.relative_to(ROOT)) for _, _, path in best))[:3]
-    test = next((t for _, name, path in best if (t := test_of(name, path, tests))), "")
+    held = dict.fromkeys(test_of(name, path, tests) for _, name, path in best)
+    test = ", ".join([one for one in held if one][:3])
     words = ", ".join(names) + (f" (restates {restated})" if restated else "")
     return f"| {short} | {words} | {', '.join(files)} | {test} |"
 

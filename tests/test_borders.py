@@ -121,6 +121,26 @@ def test_a_k_that_is_given_takes_the_place_of_alg_1():
         assert function(*given, several, K) == function(*given, one)
     given = z[1], t[0], inside, torch.ones(5), 2
     assert ael_fpl.consistency_loss(*given, several, K[0]) == ael_fpl.consistency_loss(*given, one)
+    target = {"logits": t[0], "inside": inside}
+    for script in (unimatch, unimatch_v2):
+        found = script.consistency(z[1], target | {"K": K[0]}, 9, several)
+        assert found == script.consistency(z[1], target, 9, one)
+
+
+def test_a_batch_of_unlike_processes_has_the_mean_over_its_pixels(monkeypatch):
+    """[D16]: 6 pixels inside here and 2 there, of losses that sum to 6 log 2 and 2 log 2."""
+    shares = [torch.arange(8).view(1, 2, 4) < count for count in (6, 2)]
+    args = printed(unsup_loss="ce")
+    for script in (unimatch, unimatch_v2):
+        counted = lambda x: torch.tensor([8])  # noqa: E731 - of both
+        monkeypatch.setattr(script.distributed, "reduced", counted)
+        losses = []
+        for inside in shares:
+            target = {"inside": inside, "pseudo": inside.long(), "conf": inside + 0.5}
+            (count,) = script.inside_counts([target], SimpleNamespace(world=2))
+            assert count == 4  # of an average process
+            losses.append(script.consistency(torch.zeros(1, 2, 2, 4), target, count, args))
+        assert sum(losses) / 2 == pytest.approx(math.log(2))
 
 
 def test_the_average_of_certain_networks_is_finite_and_the_surer_one_decides():
@@ -526,10 +546,9 @@ def test_statistics_of_unimatch():
     logits = prob.log().T.repeat_interleave(4, 1).view(1, 3, 1, 8)  # of which every fourth counts
     inside, args = torch.ones(1, 1, 8, dtype=torch.bool), printed(T=0.9)
     first = torch.arange(8).view(1, 1, 8) < 4
-    p = prob.sort(1, descending=True).values.T[None, :, None]
-    weight = unimatch.adaptive_weight(p, torch.tensor([[[1, 2]]])).mean()
+    each = [fpl_oracle.weight(p, K, "concave") for p, K in zip(prob.tolist(), (1, 2), strict=True)]
     means = dict(commonest=0.5, confident=0.5, K=1.5, K_gt_1=0.5)
-    means["weight"] = pytest.approx(weight.item())
+    means["weight"] = pytest.approx(sum(each) / 2)
     assert unimatch.statistics(logits, inside, args) == means
     assert unimatch.statistics(logits, first, args)["commonest"] == 1
     truth = torch.zeros(1, 1, 8, dtype=torch.int64)

@@ -683,3 +683,30 @@ def test_frozen_blocks(small):
             assert sum(not p.requires_grad for p in net.parameters()) == fixed
     line = "--freeze 5: dinov2_vits14 has 4 blocks"
     assert refusal(v2.make_backbone, of_vit(freeze=5)) == line
+
+
+def test_activations_are_computed_again_where_a_block_learns_and_gradients_are_equal(small):
+    x = torch.randn(2, 3, 28, 28)
+    for backbone, frozen, runs in (
+        ("dinov2_vits14", 0, [2, 2, 2, 2]),
+        ("dinov3_vits16", 1, [1, 2, 2, 2]),
+        ("dinov2_vits14", 3, [1, 1, 1, 2]),
+    ):
+        plain, net = (
+            small(backbone=backbone, freeze=frozen, checkpoint_activations=again)
+            for again in (False, True)
+        )
+        net.load_state_dict(plain.state_dict())
+        seen = []
+        for block in net.blocks:
+            block.register_forward_pre_hook(lambda block, _, seen=seen: seen.append(block))
+        for each in (plain, net):
+            sum(stage.square().sum() for stage in v2.features(each, x)).backward()
+        assert [seen.count(block) for block in net.blocks] == runs
+        for own, other in zip(net.parameters(), plain.parameters(), strict=True):
+            assert own.grad is other.grad or torch.equal(own.grad, other.grad)
+        with torch.no_grad():
+            v2.features(net, x)
+        assert len(seen) == sum(runs) + 4
+    line = "--checkpoint-activations: no block learns beside --freeze 4"
+    assert refusal(v2.make_backbone, of_vit(freeze=4, checkpoint_activations=True)) == line

@@ -314,7 +314,8 @@ def u2pl_ael_step(now, args):
     maps = {"labelled, pasted": now.x_l, "label": now.label}
     names = tiny.LINES["u2pl_ael"].split()[2:] + ["unsup_l"] * (args.consistency_on == "all")
     parts = dict.fromkeys(names, 0.0) | {"confidence": confidence.mean()}
-    if now.number < args.warmup_iters:
+    since_warmup = now.number - args.warmup_iters
+    if since_warmup < 0:
         now.state["confidence"] = confidence
         maps["prediction"] = out_l["logits"].argmax(1)
         return result(sup, maps, sup=sup, **parts)
@@ -348,7 +349,7 @@ def u2pl_ael_step(now, args):
         more, _ = u2pl_ael.equalized_cross_entropy(out_l["logits"], label, prob_l.amax(1), *rest)
         loss = loss + args.eta * more
         parts["unsup_l"] = more
-    if args.unreliable_loss != "none" and now.number >= args.contrast_after:
+    if args.unreliable_loss != "none" and since_warmup >= args.contrast_after:
         rep_s, rep_t = (torch.cat([one["rep"] for one in x]) for x in ((out_l, out_u), features))
         logits = torch.cat([features[0]["logits"], mixed.logits])
         out_t = {"rep": rep_t, "coarse": u2pl.upsample(logits, rep_t.shape[2:])}

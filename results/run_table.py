@@ -313,7 +313,7 @@ def count_images(run):
     classes = data.num_classes
     found = {name: [] for name in COUNTS.split()}
     images = script.Images(data, data.test)
-    for index in range(len(images)):
+    for index in range(len(data.test)):
         image, label = images[index]
         pred = script.predict(source.net, image, args, classes)
         confusion = script.metrics.confusion_matrix(pred, label, classes)
@@ -345,9 +345,13 @@ def main(args):
     stop = Stop()
     with ThreadPoolExecutor(args.beside) as pool:
         runs = missing(rows, args.seeds)
-        for line in pool.map(lambda run: make(*run, args, stop), runs):
-            if line:
-                print(line, flush=True)
+        try:
+            for line in pool.map(lambda run: make(*run, args, stop), runs):
+                if line:
+                    print(line, flush=True)
+        except Exception:  # a fault of this script: not after all other runs
+            stop.ask()
+            raise
     print(overview(rows, args.seeds)[-1])
 
 

@@ -400,6 +400,15 @@ def test_a_figure_that_cannot_be_drawn_says_what_it_lacks(trained, monkeypatch, 
     assert "tree: no log of a run" in refusal(figures.main, ["tree"])
 
 
+def test_counts_of_images_are_those_of_the_score(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    counts = run_table.count_images(Path("supervised"))
+    sums = [counts[kind].sum(0) for kind in run_table.COUNTS.split()]
+    done = json.loads(Path("supervised/log.jsonl").read_text().splitlines()[-1])
+    assert run_table.miou(*sums) == pytest.approx(100 * done["last"]["miou"])
+    assert len(counts["hit"]) > 1 and (counts["truth"].sum(1) > 0).all()
+
+
 def test_keep_holds_what_a_run_wrote_by_a_second_name(trained, monkeypatch):
     monkeypatch.chdir(trained)
     figures.main(["esl", "--keep"])  # it has ended: one look

@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import math
+import posixpath
 import re
 import shlex
 import time
@@ -33,8 +34,10 @@ from common.data import (
     class_row,
     read_classes,
     read_colours,
+    read_photograph,
     voc_colours,
 )
+from common.run import lock
 from common.shapes import polygon
 from common.sources import SUFFIXES, files_below, write
 
@@ -301,7 +304,7 @@ def studio_name(task):
             continue
         address = urllib.parse.urlsplit(value)
         place = urllib.parse.parse_qs(address.query).get("d", [address.path])[0]
-        place = urllib.parse.unquote(place)
+        place = re.sub("^/?data/upload/[0-9]+/", "", urllib.parse.unquote(place))
         if place.lower().endswith(SUFFIXES):
             return re.sub(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)", r"\1", place)
     raise ValueError(f"task {task.get('id')} names no image")
@@ -394,8 +397,13 @@ def pictures_of(source, lost):
         try:
             if path.suffix.lower() == ".xml":
                 pictures += cvat(ElementTree.parse(path).getroot(), lost)
+            elif source.is_dir():  # its image lies where it names one from its own folder
+                (picture,) = labelme(json.loads(path.read_bytes()), lost)
+                folder = path.parent.relative_to(source).as_posix()
+                place = posixpath.normpath(posixpath.join(folder, picture.name))
+                pictures.append(picture._replace(name=place))
             else:
-                pictures += of_json(json.loads(path.read_bytes()), lost, source.is_dir())
+                pictures += of_json(json.loads(path.read_bytes()), lost)
         except OSError as error:
             raise Refusal(f"{path}: {error.strerror or error}") from None
         except MALFORMED as error:
@@ -408,12 +416,12 @@ def pictures_of(source, lost):
     return pictures
 
 
-def of_json(content, lost, in_folder):
-    """Returns the Pictures of a JSON file's content, by its form; in_folder: it is LabelMe's.
+def of_json(content, lost):
+    """Returns the Pictures of a JSON file's content, by its form.
 
     Raises ValueError, or another of MALFORMED.
     """
-    if in_folder or "shapes" in content:
+    if "shapes" in content:
         return labelme(content, lost)
     if isinstance(content, list):
         return label_studio(content, lost)
@@ -484,7 +492,8 @@ def table_of_names(names, source):
 
     Raises Refusal, naming the source, where they are too many.
     """
-    names = ["background", *sorted(set(names) - set(BACKGROUND))]
+    things = {name for name in names if name.casefold() not in BACKGROUND}
+    names = ["background", *sorted(things)]
     check_count(len(names), source)
     colours = voc_colours(len(names)).tolist()
     return [ClassRow(i, names[i], tuple(colours[i])) for i in range(len(names))]
@@ -549,27 +558,39 @@ def table_of_codes(files):
     return rows
 
 
+def ids_by(rows, key, named, path):
+    """Returns {key(row): its id}. Raises Refusal, naming path, where two rows give it two ids.
+
+    named: key -> text.
+    """
+    ids = {}
+    for row in rows:
+        first = ids.setdefault(key(row), row.id)
+        if first != row.id:
+            why = f"the table gives {named(key(row))} two ids, {first} and {row.id}"
+            raise Refusal(f"{path}: {why}")
+    return ids
+
+
 def ids_of_mask(path, rows):
     """Returns the (H, W) uint8 ids of a mask by a table. Raises Refusal for what has no row.
 
     Colours by exact equality; values by the column value or, where no row has one, by id.
     """
     by_colour, codes = codes_of(path)
-    valued = any(row.value is not None for row in rows)
-    ids = {}
-    for row in reversed(rows):
-        if by_colour:
-            ids[row.colour[0] * 65536 + row.colour[1] * 256 + row.colour[2]] = row.id
-        elif not valued:
-            ids[row.id] = row.id
-        elif row.value is not None:
-            ids[row.value] = row.id
+    valued = [row for row in rows if row.value is not None]
+    named = functools.partial(named_code, by_colour)
+    if by_colour:
+        ids = ids_by(rows, lambda row: int(np.dot(row.colour, (65536, 256, 1))), named, path)
+    elif valued:
+        ids = ids_by(valued, lambda row: row.value, named, path)
+    else:
+        ids = {row.id: row.id for row in rows}
     values, places = np.unique(codes, return_inverse=True)
     strange = [code for code in values.tolist() if code not in ids]
     if strange:
-        named = named_code(by_colour, strange[0])
         y, x = np.argwhere(codes == strange[0])[0]
-        why = f"{named} at row {y}, column {x} has no row in the table"
+        why = f"{named(strange[0])} at row {y}, column {x} has no row in the table"
         raise Refusal(f"{path}: {why}; id {IGNORE} there is ignored")
     table = np.array([ids[code] for code in values.tolist()], np.uint8)
     return table[places].reshape(codes.shape)
@@ -578,21 +599,27 @@ def ids_of_mask(path, rows):
 def ids_of_picture(picture, rows):
     """Returns the (H, W) uint8 ids of a Picture by a table, whose names its Regions have.
 
-    Where no region lies is background, or ignored if the table has no such row. Raises ValueError.
+    Where no region lies has the id of background_of. Raises ValueError.
     """
-    ids = {row.name: row.id for row in reversed(rows)}
-    bare = next((ids[name] for name in BACKGROUND if name in ids), IGNORE)
+    ids = {row.name: row.id for row in rows}
+    bare = background_of(rows)
     label = np.full(picture.size[::-1], bare, np.uint8)
     for region in picture.regions:
         label[region.draw()] = ids.get(region.name, bare)
     return label
 
 
-def unknown_name(pictures, rows):
-    """Returns the first name of a Region that has no row, or ""."""
-    known = {row.name for row in rows} | set(BACKGROUND)
-    names = (region.name for picture in pictures for region in picture.regions)
-    return next((name for name in names if name not in known), "")
+def background_of(rows):
+    """Returns the id of the row that is named background, or 255: what is not drawn is ignored."""
+    return next((row.id for row in rows if row.name.casefold() in BACKGROUND), IGNORE)
+
+
+def check_names(names, rows, source):
+    """Raises Refusal, naming the source, for a name of a Region without a row, or with two ids."""
+    ids = ids_by(rows, lambda row: row.name, repr, source)
+    for name in names:
+        if name not in ids and name.casefold() not in BACKGROUND:
+            raise Refusal(f"{source}: the table has no row named {name!r}; id {IGNORE} is ignored")
 
 
 # ---- names of files ----
@@ -617,65 +644,63 @@ def mask_files(folder, strip):
     return found
 
 
-def key_of(name, known):
+def key_of(name, known, others=()):
     """Returns the key of an image among known, None if none is its own; known may be empty.
 
-    The longest end of its path that is a key, else the only key with its last part.
+    The longest end of its path that is a key, else, of a name without a folder, the only key with
+    this last part. others: other parts' keys, with the part before them and without: an end of
+    theirs is not known's.
     """
     # without Windows' drive: with it a path is absolute
     parts = re.sub(r"[.][^./]+$", "", name.removeprefix(Path(name).drive)).strip("/").split("/")
     if not known:
         return "/".join(part for part in parts if part not in ("", ".", ".."))
     for start in range(len(parts)):
-        if "/".join(parts[start:]) in known:
-            return "/".join(parts[start:])
-    same = [key for key in known if key.rpartition("/")[2] == parts[-1]]
-    if len(same) == 1:
+        end = "/".join(parts[start:])
+        if end in known:
+            return end
+        if end in others:
+            return None
+    same = [key for key in (*known, *others) if key.rpartition("/")[2] == parts[-1]]
+    if len(parts) == len(same) == 1 and same[0] in known:
         return same[0]
     return None
 
 
 def photographs(folder):
-    """Returns the keys of the photographs below a folder, a set."""
+    """Returns {key: file} of the photographs below a folder."""
     return {
-        path.relative_to(folder).with_suffix("").as_posix()
+        path.relative_to(folder).with_suffix("").as_posix(): path
         for path in files_below(folder)
         if path.suffix.lower() in SUFFIXES
     }
 
 
-def masks_of(source, strip, empty, known, given, lost):
-    """Returns (rows, {key: draw() -> ids}) of a folder of masks or of an export. Raises Refusal.
+def masks_of_export(source, empty, known, others, given, lost):
+    """Returns (rows, {key: draw() -> ids}) of an export, as Convert.masks has them.
 
-    given: ClassRows, or [] to make them. known: keys of the photographs that are there. empty:
-    whether an image without a shape is background. lost: Counter.
+    others: as key_of has them. empty: whether an image without a shape is background.
     """
-    source = Path(source)
     drawn = {}
-    of_masks = source.is_dir() and not any(source.rglob("*.json"))
-    if (empty and of_masks) or (strip and not of_masks):
-        raise Refusal(f"{source}: --strip is for a folder of masks alone, --empty for an export")
-    if of_masks:
-        files = mask_files(source, strip)
-        rows = given or table_of_codes(files.values())
-        for name, path in files.items():
-            drawn[name] = functools.partial(ids_of_mask, path, rows)
-        return rows, drawn
     pictures = pictures_of(source, lost)
     names = [region.name for picture in pictures for region in picture.regions]
     rows = given or table_of_names(names, source)
-    if name := unknown_name(pictures, rows):
-        raise Refusal(f"{source}: the table has no row named {name!r}; id {IGNORE} is ignored")
+    check_names(names, rows, source)
+    strangers = []
     for picture in pictures:
-        key = key_of(picture.name, known)
+        key = key_of(picture.name, known, others)
         if key in drawn:
             raise Refusal(f"{source}: {picture.name} and another image have the name {key}")
+        if empty and picture.size is None and key in known:
+            picture = picture._replace(size=read_photograph(known[key]).size)
         if key is None:
-            lost["images that are not among the photographs"] += 1
+            strangers.append(picture.name)
         elif picture.size is None or not (picture.regions or empty):
             lost["images without a shape, which stay unlabelled without --empty"] += 1
         else:
             drawn[key] = functools.partial(ids_of_picture, picture, rows)
+    if strangers:
+        lost[f"images that are not among the photographs, {min(strangers)} first"] = len(strangers)
     return rows, drawn
 
 
@@ -730,17 +755,20 @@ class Convert:
         written = masks.resolve()
         if source in (written, *written.parents) or written in source.parents:
             raise Refusal(f"--from {self.source} is, holds or is in {masks}: move it away first")
+        held, owner = lock(out / ".lock", print)
+        if owner:
+            raise Refusal(f"{out}: {owner} converts there: wait for its end")
         known = photographs(images)
         lost = Counter()
         given = self.table(out / "classes.csv")
-        rows, drawn = masks_of(self.source, self.strip, self.empty, known, given, lost)
+        rows, drawn = self.masks(known, given, lost)
         said = [f"{count} {what}" for what, count in sorted(lost.items())]
-        if not drawn or (known and not known & set(drawn)):
+        if not drawn or (known and not set(known) & set(drawn)):
             first = [min(names) for names in (known, drawn) if names]
             said += [f"names are such as {' and '.join(first)}"] * (len(first) == 2)
             raise Refusal(
                 f"--from {self.source}: no mask for any photograph of {images}: "
-                + "; ".join([*said, "see --part, --strip, --empty"])
+                + "; ".join([*said, "see --part, --strip (of masks), --empty (of an export)"])
             )
         if not (out / "classes.csv").exists():
             write(out / "classes.csv", table_text(rows).encode())
@@ -753,9 +781,8 @@ class Convert:
                 raise Refusal(f"{self.source}: {key}: {why}") from None
             write(masks / f"{key}.png", png(label))
         print("\n".join(printable(f"id {row.id}: {row.name}") for row in rows))
-        void = [row.id for row in rows if row.value == 255 and row.id != IGNORE]
-        if void and len(rows) > 2 and not given:  # of two values it is the second class
-            print(f"note: value 255 is class {void[0]}: if it is no class, its id is to be 255")
+        for note in self.notes(rows, drawn, given):
+            print(printable(f"note: {note}"))
         print(*(printable(f"lost: {line}\n") for line in said), sep="", end="")
         print(f"{masks}: {len(drawn)} masks")
         print(
@@ -765,6 +792,49 @@ class Convert:
             "next: python prepare_data.py check --dataset folder "
             f"--data-root {shlex.quote(self.out)}"
         )
+
+    def notes(self, rows, drawn, given):
+        """Yields what to look at: values, undrawn pixels and masks of earlier calls."""
+        void = [row.id for row in rows if row.value == 255 and row.id != IGNORE]
+        if void and len(rows) > 2 and not given:  # of two values it is the second class
+            white = ", and where some masks have 1 bit, value 1 is its white: one id for both"
+            rest = white * any(row.value == 1 for row in rows)
+            yield f"value 255 is class {void[0]}: if it is no class, its id is to be 255{rest}"
+        images = Path(self.out, "images").resolve()
+        source = Path(self.source).resolve()
+        if images in (source, *source.parents):
+            yield "masks among the photographs are taken for images without labels: move them out"
+        if background_of(rows) == IGNORE and not self.of_masks():
+            yield f"no class is named background: where nothing is drawn is {IGNORE}, ignored"
+        earlier = sorted(set(photographs(Path(self.out, "masks", self.part))) - set(drawn))
+        if earlier:
+            what = f"{len(earlier)} masks of earlier calls, {earlier[0]} first, stay as they are"
+            yield f"{what}; after a change of the table convert them again"
+
+    def of_masks(self):
+        """Returns whether the source is a folder of masks, and no export."""
+        return Path(self.source).is_dir() and not any(Path(self.source).rglob("*.json"))
+
+    def masks(self, known, given, lost):
+        """Returns (rows, {key: draw() -> ids}) of a folder of masks or of an export.
+
+        known: {key: photograph} of this part. given: ClassRows, or [] to make them. lost: Counter.
+        Raises Refusal.
+        """
+        of_masks = self.of_masks()
+        if (self.empty and of_masks) or (self.strip and not of_masks):
+            why = "--strip is for a folder of masks alone, --empty for an export"
+            raise Refusal(f"{self.source}: {why}")
+        if of_masks:
+            files = mask_files(Path(self.source), self.strip)
+            rows = given or table_of_codes(files.values())
+            masks = {key: functools.partial(ids_of_mask, file, rows) for key, file in files.items()}
+            return rows, masks
+        others = set()
+        for part in {"train", "val", "test"} - {self.part}:
+            for key in photographs(Path(self.out, "images", part)):
+                others |= {key, f"{part}/{key}"}
+        return masks_of_export(self.source, self.empty, known, others, given, lost)
 
     def table(self, path):
         """Returns the ClassRows to follow, [] if they are to be made; path: that of --out."""

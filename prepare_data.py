@@ -362,7 +362,8 @@ def survey(data, items, masks, title):
     """Opens all items, with their masks if masks; returns (tallies, errors, found).
 
     tallies: (N, 256) pixels of each class, 0 in a bad one. errors: a line for each bad one.
-    found: {image or key: ((W, H), sha1 of its pixels)}, of those that can be read.
+    found: {image or key: ((W, H), sha1 of its pixels)}, of those that can be read; of an image of
+    one colour, which may be a tile without data, its name.
     """
 
     if not items:
@@ -375,8 +376,10 @@ def survey(data, items, masks, title):
             image, label = data.read(item, masks)
         except Refusal as error:
             return np.zeros(256, np.int64), str(error)
-        pixels = hashlib.sha1(repr(image.size).encode() + image.tobytes())
-        found[item.image or item.key] = image.size, pixels.digest()
+        name = item.image or item.key
+        pixels = hashlib.sha1(repr(image.size).encode() + image.tobytes()).digest()
+        bare = all(low == high for low, high in image.getextrema())
+        found[name] = image.size, name if bare else pixels
         values = np.asarray(label).ravel() if masks else np.zeros(0, np.int64)
         return np.bincount(values, minlength=256), None
 
@@ -407,7 +410,7 @@ def palettes(data):
     known = set()  # as they are stored
     for path in dict.fromkeys(item.label for name in PARTS for item in getattr(data, name)):
         with contextlib.suppress(*UNREADABLE), Image.open(path or os.devnull) as image:
-            if image.mode == "P" and image.palette.palette not in known:
+            if image.mode == "P" and image.palette and image.palette.palette not in known:
                 known.add(image.palette.palette)
                 colours = zip(*[iter(image.getpalette())] * 3, strict=True)
                 yield path, dict(enumerate(colours)), np.unique(image).tolist()

@@ -178,7 +178,8 @@ def read_classes(path):
             if missing:
                 raise Refusal(f"{path}:1: no column {', '.join(sorted(missing))}")
             for entry in reader:
-                rows.append(class_row(entry, f"{path}:{reader.line_num}"))
+                if any(entry.values()):  # of a spreadsheet's empty row: "" each
+                    rows.append(class_row(entry, f"{path}:{reader.line_num}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Refusal(f"{path}: not a readable table ({error})") from None
     ids = {row.id for row in rows} - {IGNORE}
@@ -255,8 +256,10 @@ def remedy(path, error):
         return "save it without its long texts"
     head = b""
     with contextlib.suppress(OSError), open(path, "rb") as file:
-        head = file.read(2)
-    if head in (b"II", b"MM"):
+        head = file.read(12)
+    if head[4:] in (b"ftypheic", b"ftypheix", b"ftypmif1"):
+        return "a telephone's HEIC, whatever its name: save it as JPEG or PNG"
+    if head[:2] in (b"II", b"MM"):
         kind = "a damaged TIFF, or of a number of bands, bits or a compression that Pillow lacks"
         return f"{kind}: save it as PNG, photographs with three bands"
     return "fetch it again"

@@ -28,6 +28,7 @@ from common import Refusal, metrics, pictures
 from common.checkpoints import check_classes, writing
 from common.data import FACTS, IGNORE, SPLITS, ClassRow, Data, Item, read_mask
 from common.flags import NO_NUMBER
+from common.run import lock
 from common.sources import SUFFIXES, Tree, known_set, published
 
 GREYS = [0, 0, 0, 0, 0, 0, 128, 128, 128] + [255, 255, 255] * 253  # palette of K
@@ -273,8 +274,12 @@ class Writer:
         """kinds: of FORMS, what is written; data: classes, palette, and how a mask is read.
 
         masks: images are read with theirs, and scored. upright: turned as their EXIF data say.
+        Raises Refusal where another process writes there.
         """
         self.folder = Path(folder)
+        self.lock, owner = lock(self.folder / "lock", print)
+        if owner:
+            raise Refusal(f"{folder}: {owner} predicts there: wait for its end, or another --out")
         self.kinds = kinds
         self.data = data
         self.masks = masks

@@ -244,21 +244,8 @@ class Run:
 
     def _lock(self, folder):
         """Holds folder/lock until this process ends; returns who does, if it is another."""
-        if fcntl is None:
-            return ""
-        with writing(folder / "lock"):
-            self.lock = open(folder / "lock", "a+")
-        try:
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no child inherits it
-        except BlockingIOError:
-            self.lock.seek(0)
-            return self.lock.read().strip() or "another run"
-        except OSError as error:  # a file system without locks
-            self.say(f"{folder}: not locked ({error.strerror}): start no second run there")
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} of {platform.node()}\n")
-        self.lock.flush()
-        return ""
+        self.lock, owner = lock(folder / "lock", self.say)
+        return owner
 
     # ---- starting ----
 
@@ -695,6 +682,29 @@ def make_folder(folder):
         except FileExistsError:
             return False
     return True
+
+
+def lock(path, say):
+    """Holds a file until it is closed or this process ends; returns (it, who does, if another).
+
+    say: called with a line where the file system has no locks. Raises Refusal.
+    """
+    if fcntl is None:
+        return None, ""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no child inherits it
+    except BlockingIOError:
+        file.seek(0)
+        return file, file.read().strip() or "another run"
+    except OSError as error:  # a file system without locks
+        say(f"{path.parent}: not locked ({error.strerror}): start no second run there")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {platform.node()}\n")
+    file.flush()
+    return file, ""
 
 
 def holds_nothing(folder):

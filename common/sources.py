@@ -307,8 +307,10 @@ class Tree:
         if "{part}" in place:  # COCO's lie together
             alone = [p for p in files_below(masks) if p not in used and not p.is_dir()]
         why = f"files that are no photograph by their suffix ({' '.join(SUFFIXES)})"
+        links = [path for path in unread if path.is_dir()]
         for folder, files, reason in (
-            (self.image_folder(part), unread, why),
+            (self.image_folder(part), [path for path in unread if path not in links], why),
+            (self.image_folder(part), links, "links to folders, which are not followed"),
             (masks, alone, "masks that go with no image (named as it, with .png)"),
         ):
             if files:
@@ -367,7 +369,8 @@ class Tree:
     def places(self, part, key, rows, kind):
         """Yields where a file may be (kind 0: an image, 1: a mask): the columns of rows first.
 
-        What a list names is left out where links lead it out of the folder.
+        What a list names is left out where links lead it out of the folder; a mask that it names
+        for a folder has no other place.
         """
         for row in rows:
             if isinstance(row[kind], Path):
@@ -376,6 +379,8 @@ class Tree:
                 path = self.root / row[kind]
                 if Path(os.path.realpath(path)).is_relative_to(self.real):
                     yield path
+        if kind == 1 and self.name == "folder" and any(mask for _, mask in rows):
+            return
         words = {"part": part, "key": key, "city": key.split("_")[0]}
         for pattern in self.facts.get(("image", "label")[kind], ()):
             yield self.root / pattern.format(**words)

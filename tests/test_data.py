@@ -10,6 +10,8 @@ import pickle
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path, PureWindowsPath
@@ -24,7 +26,7 @@ from PIL import Image
 import convert
 import predict
 import supervised
-from common import shapes, sources
+from common import outputs, shapes, sources
 from common.data import FACTS, SPLITS, Data, Item, counts, read_mask, read_photograph, set_hash
 from common.sources import choose, load, read_list
 from convert import read_table
@@ -353,6 +355,8 @@ def test_what_nothing_reads_is_named(capsys):
     strays = [images / "train/x.heic", Path("own/masks/train/a.PNG"), Path("own/masks/val/v.png")]
     for path in strays:
         os.symlink("nowhere", path)
+    strays.insert(1, images / "train/link")
+    os.symlink(".", strays[1])
     command(check := "check --dataset folder --num-classes 4 --data-root own")
     told = capsys.readouterr()
     lines = [line for line in told.err.splitlines() if line.startswith("note")]
@@ -531,6 +535,8 @@ def test_an_export_becomes_masks_by_name_and_what_it_lost_is_counted(name, capsy
     command(f"{line} --empty")
     if name in ("c.json", "x.xml"):
         assert np.array_equal(pixels("own/masks/train/b.png"), np.zeros((8, 12)))
+    if name == "s.json":  # a task without a result says no size: the photograph does
+        assert np.array_equal(pixels("own/masks/train/b.png"), np.zeros((6, 8)))
     listed("own/classes.csv", "id,name,r,g,b", "0,big,0,0,0", "1,x,0,0,0")
     assert "no row named 'pen'" in refusal(command, line)
 
@@ -577,8 +583,88 @@ def test_names_lead_to_photographs_and_a_table_that_is_there_is_followed():
     assert (pixels("own/masks/train/a.png") == 0).all()
     line = f"convert --from from --out own --classes {listed('t.txt', '1 2 3 other')}"
     assert "another table than --classes: move it away" in refusal(command, line)
+    others = {"b", "val/b", "e/f", "val/e/f"}  # of val
+    names = {"b.png": None, "val/b.png": None, "x/e/f.png": None, "val/a.png": "a", "y/g.png": None}
+    assert {name: convert.key_of(name, {"a", "1/b", "2/g"}, others) for name in names} == names
     picture(Path("from/a.gif"), "L", 0)
     assert "a.gif has the same name" in refusal(command, "convert --from from --out new")
+
+
+def test_a_photograph_that_is_not_read_has_its_remedy():
+    heads = {b"\0\0\0\x18ftypheic": "a telephone's HEIC, whatever its name", b"II*\0": "a damaged"}
+    for head, remedy in (heads | {b"GIF89a": "fetch it again"}).items():
+        Path("a.jpg").write_bytes(head + bytes(9))
+        assert f"): {remedy}" in refusal(read_photograph, Path("a.jpg"))
+
+
+def test_a_labelme_file_is_of_the_image_beside_it(capsys):
+    folder(Path("own"), ["A/1", "B/1"])
+    shutil.rmtree("own/masks/train")
+    listed("from/B/1.json", labelme().replace("..\\\\a.jpg", "1.png"))
+    command("convert --from from --out own")
+    assert [*Path("own/masks/train").rglob("*.png")] == [Path("own/masks/train/B/1.png")]
+    listed("from/C/1.json", labelme().replace("..\\\\a.jpg", "1.png"))
+    command("convert --from from --out own")
+    assert "lost: 1 images that are not among the photographs, C/1.png first" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_table_says_what_is_not_drawn_and_gives_nothing_two_ids(capsys):
+    row = "id,name,r,g,b,value"
+    rows = ["0,Background,0,0,0,0", "1,big,9,9,9,1", "2,pen,8,8,8,2"]
+    x = listed("x.xml", CVAT)
+    command(f"convert --from {x} --out own --classes {listed('t.csv', row, *rows, ',,,,,')}")
+    assert np.array_equal(pixels("own/masks/train/a.png"), EXPECTED)
+    assert "note" not in capsys.readouterr().out
+    rows[0] = "0,other,0,0,0,0"
+    command(f"convert --from {x} --out new --classes {listed('t.csv', row, *rows)}")
+    assert np.array_equal(pixels("new/masks/train/a.png") == 255, EXPECTED == 0)
+    assert "note: no class is named background: where nothing is" in capsys.readouterr().out
+    picture(Path("v/a.png"), "L", 1)
+    picture(Path("c/b.png"), "RGB", (9, 9, 9))
+    for source, again, words in (
+        (x, "3,pen,7,7,7,3", "x.xml: the table gives 'pen' two ids, 2 and 3"),
+        ("v", "3,d,7,7,7,1", "v/a.png: the table gives value 1 two ids, 1 and 3"),
+        ("c", "3,d,9,9,9,3", "c/b.png: the table gives #090909 two ids, 1 and 3"),
+    ):
+        table = listed("t.csv", row, *rows, again)
+        assert words == refusal(
+            command, f"convert --from {source} --out two-{source} --classes {table}"
+        )
+    for name in "bc":
+        next(Path("v").iterdir()).rename(f"v/{name}.png")
+        command("convert --from v --out own --part val")
+    assert "note: 1 masks of earlier calls, b first, stay as they are" in capsys.readouterr().out
+    for name, value in (("a", 0), ("b", 1), ("c", 255)):
+        picture(Path(f"near/images/train/{name}_m.png"), "L", value)
+        picture(Path(f"near/images/train/{name}.png"), "L", 0)
+    command("convert --from near/images/train --out near --strip _m")
+    told = capsys.readouterr().out
+    assert "value 1 is its white: one id for both" in told and "move them out" in told
+
+
+HOLDS = """import fcntl, sys
+files = [open(path, "a+") for path in ("own/.lock", "out/lock")]
+for file in files:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("process 7 of here", file=file, flush=True)
+print("held", flush=True)
+sys.stdin.read()"""
+
+
+def test_two_calls_do_not_write_one_folder():
+    picture(Path("from/a.png"), "L", 0)
+    Path("out").mkdir()
+    command("convert --from from --out own")
+    Path("own/.lock").unlink()
+    with subprocess.Popen([sys.executable, "-c", HOLDS], text=True, stdin=-1, stdout=-1) as other:
+        assert other.stdout.readline() == "held\n"
+        line = "own: process 7 of here converts there: wait for its end"
+        assert refusal(command, "convert --from from --out own") == line
+        assert "out: process 7 of here predicts" in refusal(outputs.Writer, "out", (), None)
+        other.communicate("")
+    command("convert --from from --out own")
 
 
 def many(count):

@@ -234,6 +234,7 @@ def test_a_folders_own_lists_win_over_its_files():
     for line, words in (
         ("images/train/q.JPG\tNone", "no image to train on with a mask"),
         ("images/train/q.JPG typo/q.png", "q has no mask here"),  # a named mask must be there
+        ("images/train/a.png typo/a.png", "a has no mask here"),  # masks/train/a.png is another
     ):
         listed("my/train.txt", line)
         assert words in refusal(load, own(MY))
@@ -737,11 +738,16 @@ def test_check_tells_counts_sets_sizes_and_labels_and_the_number_of_bad_files(ca
     assert re.findall(r"\d+", out[1]) == "1 2 3 5 6 7 8 9 10".split()
     assert out[2] == f"unlabeled: 2 images, set {entry(NAMES[1::2])['set']}, 8x6 to 5x40 pixels"
     # pixels of two sets, in files that differ; no class in val; a mask that is no image
-    Image.open(root / f"train/{NAMES[1]}.png").save(root / "val/v0.png", compress_level=0)
+    shown = Image.open(root / f"train/{NAMES[1]}.png")
+    shown.save(root / "val/v1.png")  # of one colour, as a tile without data: no leak
+    shown.putpixel((0, 0), (1, 2, 3))
+    shown.save(root / f"train/{NAMES[1]}.png")
+    shown.save(root / "val/v0.png", compress_level=0)
     for name in ("v0", "v1"):
         picture(root / f"valannot/{name}.png", "L", 255)
     assert refusal(command, f"check {CAM}").startswith("3 bad files, the first 3 named above")
     told = capsys.readouterr()
     assert f"{NAMES[3]}.png: not readable" in told.err and "masks of val; all" in told.err
     assert f"v0.png: an image of val, the same as {root}" in told.err
+    assert "v1.png" not in told.err
     assert "is in no labelled mask" not in told.out

@@ -45,7 +45,7 @@ def read_list(path, pattern, root=""):
         raise Refusal(f"{path}: not a readable list (UTF-16): save it as UTF-8")
     text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
     rows = {}
-    text = text.replace(os.sep, "/")
+    text = text.replace("\\", "/")  # written on Windows
     for number, line in enumerate(map(str.strip, text.splitlines()), 1):
         if not line:
             continue
@@ -68,7 +68,7 @@ def from_root(column, root):
     """Returns a column of a list without leading slashes; without root, where it is below that."""
     if root and os.path.isabs(column):
         for top in (os.path.abspath(root), os.path.realpath(root)):
-            top = top.replace(os.sep, "/")
+            top = top.replace("\\", "/")
             if column.startswith(top + "/"):
                 return column[len(top) :].lstrip("/")
     return column.lstrip("/")

@@ -74,6 +74,14 @@ CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is a
     ("CPS is above labels alone, full size", "FPL Table 1", "full-cps", "full-labels-cps"),
     ("FPL improves CPS, full size", "FPL Table 1", "full-fpl-cps", "full-cps"),
     ("FPL+CPS is above labels alone, full size", "FPL Table 1", "full-fpl-cps", "full-labels-cps"),
+    ("CPS is above labels alone, 2,000 steps", "FPL Table 1", "flat-cps", "flat-labels-cps"),
+    ("FPL improves CPS, 2,000 steps", "FPL Table 1", "flat-fpl-cps", "flat-cps"),
+    (
+        "FPL+CPS is above labels alone, 2,000 steps",
+        "FPL Table 1",
+        "flat-fpl-cps",
+        "flat-labels-cps",
+    ),
 )
 
 

@@ -375,7 +375,6 @@ def test_paths_of_windows(monkeypatch):
     """Backslashes in a list, also of absolute paths; a drive would lead an export's mask away."""
     monkeypatch.setattr(convert, "Path", PureWindowsPath)
     assert convert.key_of("C:/photos/a.png", {}) == "photos/a"
-    monkeypatch.setattr(sources.os, "sep", "\\")
     monkeypatch.setattr(sources.os.path, "isabs", lambda path: path.startswith("C:"))
     monkeypatch.setattr(sources.os.path, "abspath", lambda path: "C:\\my")
     (path := Path("list.txt")).write_text("images\\train\\a.png\nC:\\my\\images\\train\\b.png")

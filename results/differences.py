@@ -26,10 +26,13 @@ from results.table import between  # noqa: E402
 
 MARKS = ("<!-- table: results/differences.py --write -->\n", "<!-- end of table -->\n")
 CLAIM_HEAD = ["| claim | paper | mIoU | points, seed by seed | 95 % | here |", "|-|-|-|-|-|-|"]
+OF_CPS = (
+    ("CPS is above labels alone", "cps", "labels-cps"),
+    ("FPL improves CPS", "fpl-cps", "cps"),
+    ("FPL+CPS is above labels alone", "fpl-cps", "labels-cps"),
+)
 CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is above)
-    ("CPS is above labels alone", "FPL Table 1", "cps", "labels-cps"),
-    ("FPL improves CPS", "FPL Table 1", "fpl-cps", "cps"),
-    ("FPL+CPS is above labels alone", "FPL Table 1", "fpl-cps", "labels-cps"),
+    *((claim, "FPL Table 1", row, base) for claim, row, base in OF_CPS),
     ("FPL as released improves CPS", "FPL Table 1", "fpl-cps-official", "cps"),
     ("AEL is above labels alone", "FPL Table 2", "ael", "labels"),
     ("FPL improves AEL", "FPL Table 2", "fpl-ael", "ael"),
@@ -55,34 +58,17 @@ CLAIMS = (  # (the claim, its place in the papers, the row, the row that it is a
     ("FPL improves UniMatch with its threshold, 1/8", "none", "fpl-unimatch-1_8", "unimatch-1_8"),
     ("CPS of unlike networks is above CPS of two alike", "none", "cps-unlike", "cps"),
     ("FPL improves CPS of unlike networks", "none", "fpl-cps-unlike", "cps-unlike"),
-    ("CPS is above labels alone, half the labels", "FPL Table 1", "cps-1_128", "labels-cps-1_128"),
-    ("FPL improves CPS with half the labels", "FPL Table 1", "fpl-cps-1_128", "cps-1_128"),
-    (
-        "FPL+CPS is above labels alone, half the labels",
-        "FPL Table 1",
-        "fpl-cps-1_128",
-        "labels-cps-1_128",
-    ),
-    ("CPS is above labels alone, twice the labels", "FPL Table 1", "cps-1_32", "labels-cps-1_32"),
-    ("FPL improves CPS with twice the labels", "FPL Table 1", "fpl-cps-1_32", "cps-1_32"),
-    (
-        "FPL+CPS is above labels alone, twice the labels",
-        "FPL Table 1",
-        "fpl-cps-1_32",
-        "labels-cps-1_32",
-    ),
-    ("CPS is above labels alone, full size", "FPL Table 1", "full-cps", "full-labels-cps"),
-    ("FPL improves CPS, full size", "FPL Table 1", "full-fpl-cps", "full-cps"),
-    ("FPL+CPS is above labels alone, full size", "FPL Table 1", "full-fpl-cps", "full-labels-cps"),
-    ("CPS is above labels alone, 2,000 steps", "FPL Table 1", "flat-cps", "flat-labels-cps"),
-    ("FPL improves CPS, 2,000 steps", "FPL Table 1", "flat-fpl-cps", "flat-cps"),
-    (
-        "FPL+CPS is above labels alone, 2,000 steps",
-        "FPL Table 1",
-        "flat-fpl-cps",
-        "flat-labels-cps",
-    ),
 )
+for _words, _row in (
+    ("half the labels", "{}-1_128"),
+    ("twice the labels", "{}-1_32"),
+    ("full size", "full-{}"),
+    ("2,000 steps", "flat-{}"),
+):
+    CLAIMS += tuple(
+        (f"{claim}, {_words}", "FPL Table 1", _row.format(row), _row.format(base))
+        for claim, row, base in OF_CPS
+    )
 
 
 def runs(name):

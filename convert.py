@@ -755,9 +755,10 @@ class Convert:
         written = masks.resolve()
         if source in (written, *written.parents) or written in source.parents:
             raise Refusal(f"--from {self.source} is, holds or is in {masks}: move it away first")
-        held, owner = lock(out / ".lock", print)
-        if owner:
-            raise Refusal(f"{out}: {owner} converts there: wait for its end")
+        if out.is_dir():
+            held, owner = lock(out / ".lock", print)  # held: closed, it would be free
+            if owner:
+                raise Refusal(f"{out}: {owner} converts there: wait for its end")
         known = photographs(images)
         lost = Counter()
         given = self.table(out / "classes.csv")
@@ -765,7 +766,7 @@ class Convert:
         said = [f"{count} {what}" for what, count in sorted(lost.items())]
         if not drawn or (known and not set(known) & set(drawn)):
             first = [min(names) for names in (known, drawn) if names]
-            said += [f"names are such as {' and '.join(first)}"] * (len(first) == 2)
+            said += [f"names are such as {' and '.join(first)}, with sub-folders"] * bool(first)
             raise Refusal(
                 f"--from {self.source}: no mask for any photograph of {images}: "
                 + "; ".join([*said, "see --part, --strip (of masks), --empty (of an export)"])
@@ -802,9 +803,9 @@ class Convert:
             yield f"value 255 is class {void[0]}: if it is no class, its id is to be 255{rest}"
         images = Path(self.out, "images").resolve()
         source = Path(self.source).resolve()
-        if images in (source, *source.parents):
+        if self.of_masks() and images in (source, *source.parents):
             yield "masks among the photographs are taken for images without labels: move them out"
-        if background_of(rows) == IGNORE and not self.of_masks():
+        if not (self.of_masks() or any(row.name.casefold() in BACKGROUND for row in rows)):
             yield f"no class is named background: where nothing is drawn is {IGNORE}, ignored"
         earlier = sorted(set(photographs(Path(self.out, "masks", self.part))) - set(drawn))
         if earlier:

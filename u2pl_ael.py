@@ -159,7 +159,7 @@ class Args:
     # loss on unreliable pixels: L_c, L_b or neither
     unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"
     contrast_weight: AtLeast0 | None = None  # lambda_c, of that loss
-    contrast_after: Number | None = None  # steps after the warm-up without that loss [D38]
+    contrast_after: Number | None = None  # steps without that loss once the warm-up has ended [D38]
     anchors: Count | None = None  # M, per class and process
     negatives: Count | None = None  # N, per anchor
     # r_l <= rank of a class in p < r_h; 0: the likeliest

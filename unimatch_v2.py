@@ -262,12 +262,14 @@ def preset(args):
     values["batch_size_unlabeled"] = batch_size
     steps = steps_as_released(args, args.batch_size_unlabeled or batch_size)
     values["total_iters"] = steps or values.get("total_iters")
-    patch = SIZES[args.backbone or values["backbone"]].patch  # [D32]
-    values["crop_size"] = nearest_multiple(values["crop_size"], patch)
+    size = SIZES[args.backbone or values["backbone"]]
+    values["crop_size"] = nearest_multiple(values["crop_size"], size.patch)  # [D32]
     if args.T and len(args.T) > 1 and args.fused == "on":
         raise Refusal("--fused on: the twin has one --T; leave --fused out")
     if args.precise_bn:
         raise Refusal("--precise-bn: there is no BN in a ViT and DPT; leave it out")
+    if args.checkpoint_activations and args.freeze == size.depth:
+        raise Refusal(f"--checkpoint-activations: no block learns beside --freeze {args.freeze}")
     return values
 
 
@@ -920,16 +922,13 @@ def make_backbone(args):
     """Returns the ViT of --backbone.
 
     The first --freeze blocks and what comes before them do not learn, and with all blocks the last
-    norm does not either. Raises Refusal for more blocks than there are, and where none is left
-    whose activations --checkpoint-activations would not keep.
+    norm does not either. Raises Refusal for more blocks than there are.
     """
     net = ViT(SIZES[args.backbone])
     load_dino(net, args.weights, args.backbone)
     depth = len(net.blocks)
     if args.freeze > depth:
         raise Refusal(f"--freeze {args.freeze}: {args.backbone} has {depth} blocks")
-    if args.freeze == depth and args.checkpoint_activations:
-        raise Refusal(f"--checkpoint-activations: no block learns beside --freeze {depth}")
     net.checkpointed = args.checkpoint_activations
     if args.freeze:
         net.requires_grad_(False)

@@ -178,7 +178,7 @@ def read_classes(path):
             if missing:
                 raise Refusal(f"{path}:1: no column {', '.join(sorted(missing))}")
             for entry in reader:
-                if any(entry.values()):  # of a spreadsheet's empty row: "" each
+                if any(entry[name] for name in reader.fieldnames):  # else a spreadsheet's empty row
                     rows.append(class_row(entry, f"{path}:{reader.line_num}"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise Refusal(f"{path}: not a readable table ({error})") from None

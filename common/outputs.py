@@ -31,6 +31,7 @@ from common.flags import NO_NUMBER
 from common.run import lock
 from common.sources import SUFFIXES, Tree, known_set, published
 
+HELD = []  # locks of this process
 GREYS = [0, 0, 0, 0, 0, 0, 128, 128, 128] + [255, 255, 255] * 253  # palette of K
 RIGHT = (70, 70, 70)  # of an error map: where the prediction is the truth
 WRONG = (235, 60, 40)
@@ -210,8 +211,19 @@ def write_csv(path, rows):
     put_text(path, text.getvalue())
 
 
+def hold(folder):
+    """Keeps other processes from an output folder until this one ends. Raises Refusal."""
+    file, owner = lock(folder / "lock", print)
+    if owner:
+        raise Refusal(f"{folder}: {owner} predicts there: wait for its end, or another --out")
+    HELD.append(file)
+
+
 def claim(folder, facts):
-    """Makes an output folder that of facts, a dict. Raises Refusal if it is that of others."""
+    """Makes an output folder that of facts, a dict, and of this process until it ends.
+
+    Raises Refusal if it is that of others.
+    """
     path = folder / "predict.json"
     if path.exists():
         old = None
@@ -223,11 +235,13 @@ def claim(folder, facts):
             if old.get(name) != value:
                 wrong = f"{name} {old.get(name)} there, {value} here"
                 raise Refusal(f"{folder}: {wrong}; another --out starts anew")
+        hold(folder)
         return
     if folder.exists() and not folder.is_dir():
         raise Refusal(f"{folder}: a file: give a new --out")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(path.name != "lock" for path in folder.iterdir()):
         raise Refusal(f"{folder}: holds other files: give a new --out")
+    hold(folder)
     put_text(path, json.dumps(facts, indent=1) + "\n")
 
 
@@ -274,12 +288,8 @@ class Writer:
         """kinds: of FORMS, what is written; data: classes, palette, and how a mask is read.
 
         masks: images are read with theirs, and scored. upright: turned as their EXIF data say.
-        Raises Refusal where another process writes there.
         """
         self.folder = Path(folder)
-        self.lock, owner = lock(self.folder / "lock", print)
-        if owner:
-            raise Refusal(f"{folder}: {owner} predicts there: wait for its end, or another --out")
         self.kinds = kinds
         self.data = data
         self.masks = masks

@@ -698,9 +698,9 @@ def lock(path, say):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no child inherits it
     except BlockingIOError:
         file.seek(0)
-        return file, file.read().strip() or "another run"
+        return file, file.read().strip() or "another process"
     except OSError as error:  # a file system without locks
-        say(f"{path.parent}: not locked ({error.strerror}): start no second run there")
+        say(f"{path.parent}: not locked ({error.strerror}): start nothing else there")
     file.truncate(0)
     file.write(f"process {os.getpid()} of {platform.node()}\n")
     file.flush()

@@ -51,7 +51,7 @@ SIZES = {  # of CamVid's images, a folder in --runs -> flags
 SPLIT = "1/64"  # 6 images with labels
 HALF = "1/128"
 TWICE = "1/32"
-SOME = "1/16"  # 23: labels alone are flat at their end there, and all labels well above
+SOME = "1/16"  # 23: labels alone are flat at their end there, and all labels 4 points above
 MORE = "1/8"  # 46: with 6 FixMatch makes one class of all others, docs/results.md
 
 

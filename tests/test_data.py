@@ -641,29 +641,45 @@ def test_a_table_says_what_is_not_drawn_and_gives_nothing_two_ids(capsys):
     command("convert --from near/images/train --out near --strip _m")
     told = capsys.readouterr().out
     assert "value 1 is its white: one id for both" in told and "move them out" in told
+    listed("near/images/train/l.json", labelme().replace("..\\\\a.jpg", "a.png"))
+    listed("t.csv", row, "255,background,0,0,0,", *rows[1:], "0,other,7,7,7,")
+    command("convert --from near/images/train --out fresh --classes t.csv")
+    assert "note" not in capsys.readouterr().out
 
 
 HOLDS = """import fcntl, sys
 files = [open(path, "a+") for path in ("own/.lock", "out/lock")]
 for file in files:
-    fcntl.lockf(file, fcntl.LOCK_EX)
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     print("process 7 of here", file=file, flush=True)
 print("held", flush=True)
 sys.stdin.read()"""
 
 
-def test_two_calls_do_not_write_one_folder():
+def test_two_calls_do_not_write_one_folder(monkeypatch):
     picture(Path("from/a.png"), "L", 0)
     Path("out").mkdir()
-    command("convert --from from --out own")
-    Path("own/.lock").unlink()
-    with subprocess.Popen([sys.executable, "-c", HOLDS], text=True, stdin=-1, stdout=-1) as other:
-        assert other.stdout.readline() == "held\n"
-        line = "own: process 7 of here converts there: wait for its end"
+    Path("own").mkdir()
+    line = "own: process 7 of here converts there: wait for its end"
+    other = [sys.executable, "-c", HOLDS]
+    with subprocess.Popen(other, text=True, stdin=-1, stdout=-1) as first:
+        assert first.stdout.readline() == "held\n"
         assert refusal(command, "convert --from from --out own") == line
-        assert "out: process 7 of here predicts" in refusal(outputs.Writer, "out", (), None)
-        other.communicate("")
+        assert "out: process 7 of here predicts" in refusal(outputs.claim, Path("out"), {})
+        first.communicate("")
+    ends = []
+
+    def write(*given):
+        """A call writes: nobody else may."""
+        ends.append(subprocess.run(other, stderr=subprocess.DEVNULL, input=b"").returncode)
+        sources.write(*given)
+
+    monkeypatch.setattr(convert, "write", write)
     command("convert --from from --out own")
+    assert ends == [1, 1] and pixels("own/masks/train/a.png").size
+    outputs.claim(Path("out"), {})
+    Path("own/.lock").unlink()
+    assert subprocess.run(other, stderr=subprocess.DEVNULL, input=b"").returncode == 1
 
 
 def many(count):
@@ -689,10 +705,15 @@ MISTAKES = [  # what is converted, its content, more flags, words of the refusal
     (C, coco().replace("[8, 12]", "[12, 8]"), "", "run lengths of [12, 8], of an image of [8, 12]"),
     (C, coco().replace('"pen"', "null"), "", "c.json: not as its tool writes it (Attr"),
     (C, coco(), "--strip _mask", "--strip is for a folder of masks alone"),
-    (C, coco(), "--part test", "own/images/test: 2 images that are not among the photographs"),
+    (
+        C,
+        coco(),
+        "--part test",
+        "own/images/test: 2 images that are not among the photographs, b.jpg first",
+    ),
     (X, many(0), "", "1 images without a shape, which stay unlabelled without --empty"),
     (MASKS, None, "--empty", "--empty for an export"),
-    (MASKS, None, "--strip k", "are such as a and mas; see --part, --strip"),
+    (MASKS, None, "--strip k", "are such as a and mas, with sub-folders; see --part, --strip"),
     (MASKS, coco(), "", "(KeyError: 'imageWidth'); a folder with .json files is read as LabelMe's"),
     (X, CVAT.replace(RUNS, "3"), "", "run lengths of 3 pixels, not 40"),
     (X, "<annotations><track/></annotations>", "", "tracks of a video: export it as CVAT"),

@@ -708,5 +708,6 @@ def test_activations_are_computed_again_where_a_block_learns_and_gradients_are_e
         with torch.no_grad():
             v2.features(net, x)
         assert len(seen) == sum(runs) + 4
+    words = "--dataset shapes --backbone dinov2_vits14 --freeze 4 --checkpoint-activations"
     line = "--checkpoint-activations: no block learns beside --freeze 4"
-    assert refusal(v2.make_backbone, of_vit(freeze=4, checkpoint_activations=True)) == line
+    assert refusal(tiny.resolved, v2, words.split()) == line

@@ -809,8 +809,14 @@ class Convert:
             yield f"no class is named background: where nothing is drawn is {IGNORE}, ignored"
         earlier = sorted(set(photographs(Path(self.out, "masks", self.part))) - set(drawn))
         if earlier:
-            what = f"{len(earlier)} masks of earlier calls, {earlier[0]} first, stay as they are"
-            yield f"{what}; after a change of the table convert them again"
+            yield f"{len(earlier)} masks of earlier calls, {earlier[0]} first, stay as they are"
+        changed = Path(self.out, "classes.csv").stat().st_mtime
+        for part in ("train", "val", "test"):
+            masks = photographs(Path(self.out, "masks", part))
+            old = sorted(key for key, file in masks.items() if file.stat().st_mtime < changed)
+            if old:
+                what = f"{len(old)} masks of {part}, {old[0]} first, are older than the table"
+                yield f"{what}: convert them again if their ids have changed"
 
     def of_masks(self):
         """Returns whether the source is a folder of masks, and no export."""

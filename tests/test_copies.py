@@ -26,7 +26,7 @@ RECIPE = "# ---- 2. Recipe"
 # caps of statements: a packed assignment has each of its parts, the flags of Args are none
 SCRIPT = 620
 FUNCTION = 40  # main excepted
-COMMANDS = {"prepare_data.py": 532, "convert.py": 562, "predict.py": 425}
+COMMANDS = {"prepare_data.py": 532, "convert.py": 568, "predict.py": 425}
 CAPS = COMMANDS | {"common/": 2140, "fused.py": 231, "track.py": 71, "outputs.py": 421}
 CAPS |= {"cache.py": 138, "fpl_triton.py": 80, "pictures.py": 62}
 # exceptions, none is to be added: A-FPL's choice of T beside two methods each; two methods in one

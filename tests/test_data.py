@@ -634,7 +634,13 @@ def test_a_table_says_what_is_not_drawn_and_gives_nothing_two_ids(capsys):
     for name in "bc":
         next(Path("v").iterdir()).rename(f"v/{name}.png")
         command("convert --from v --out own --part val")
-    assert "note: 1 masks of earlier calls, b first, stay as they are" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "note: 1 masks of earlier calls, b first, stay as they are" in told
+    assert "are older" not in told
+    os.utime("own/classes.csv", (later := time.time() + 9, later))
+    command("convert --from v --out own --part test")
+    words = "note: 2 masks of val, b first, are older than the table: convert them again if"
+    assert words in capsys.readouterr().out
     for name, value in (("a", 0), ("b", 1), ("c", 255)):
         picture(Path(f"near/images/train/{name}_m.png"), "L", value)
         picture(Path(f"near/images/train/{name}.png"), "L", 0)

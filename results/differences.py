@@ -63,7 +63,7 @@ for _words, _row in (
     ("half the labels", "{}-1_128"),
     ("twice the labels", "{}-1_32"),
     ("full size", "full-{}"),
-    ("2,000 steps", "flat-{}"),
+    ("23 labels, 2,000 steps", "flat-{}"),
 ):
     CLAIMS += tuple(
         (f"{claim}, {_words}", "FPL Table 1", _row.format(row), _row.format(base))

@@ -4,13 +4,15 @@ python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json
 python benchmarks/gpu.py --minutes 60 --out FILE --camvid data/camvid --weights FILE
 python benchmarks/gpu.py --device cpu --tiny --out FILE      # the same code in a minute, for tests
 
-Needs a checkout and requirements.txt alone (and a C compiler for --compile). The plan is sorted by
-worth; each part is a process of its own with a limit of its own, so that a failure costs its part
-alone, and what a part had found before it was cut off counts. The table on the terminal and the
-JSON hold one row for each check (ok or not, its error and its limit) and each measurement. Exit
-code 1 if a check failed. docs/performance.md is made from such files: python benchmarks/page.py.
+Needs a checkout and requirements.txt alone; for --compile and FPL's kernel (--fused on) also a C
+compiler and Python's headers, with which Triton builds its launchers. The plan is sorted by worth;
+each part is a process of its own with a limit of its own, so that a failure costs its part alone,
+and what a part had found before it was cut off counts. The table on the terminal and the JSON hold
+one row for each check (ok or not, its error and its limit) and each measurement. Exit code 1 if a
+check failed. docs/performance.md is made from such files: python benchmarks/page.py.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -130,7 +132,9 @@ class Report:
 def header(options):
     """Returns what the JSON says of machine, versions and checkout."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]
-    state = subprocess.run(git, capture_output=True, text=True)
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     cuda = options.device != "cpu" and torch.cuda.is_available()
     found = {"device": f"CPU, {platform.machine()}", "gpus": 0, "memory_gb": None}
     if cuda:
@@ -145,13 +149,16 @@ def header(options):
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
     }
-    found["git"] = state.stdout.strip() or None
+    found["git"] = commit or None
     found["date"] = time.strftime("%Y-%m-%d")
     return found | {"minutes": options.minutes, "tiny": options.tiny}
 
 
-def run_part(part, options, seconds):
-    """Runs one part in a process of its own; returns its rows, with one that says how it ended."""
+def run_part(part, options, seconds, cache):
+    """Runs one part in a process of its own; returns its rows, with one that says how it ended.
+
+    cache: folder of what --compile makes, for all parts.
+    """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         rows = Path(folder) / "rows"
         rows.touch()
@@ -159,6 +166,7 @@ def run_part(part, options, seconds):
         words = asdict(options) | {"part": part.name, "rows": str(rows), "until": begin + seconds}
         command = [sys.executable, __file__, "--child", json.dumps([part, words])]
         environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TMPDIR": folder}
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)  # what one part has compiled
         error = Path(folder) / "stderr"
         with open(error, "w") as stream:
             pipes = {"stdout": subprocess.DEVNULL, "stderr": stream}
@@ -203,8 +211,8 @@ def child(part, words):
     getattr(module, part.function)(options, Report(options))
 
 
-def main(options):
-    """Goes through the plan; returns the exit code."""
+def main(options, cache):
+    """Goes through the plan; returns the exit code. cache: as run_part takes it."""
     unknown = set(options.only) - {part.name for part in PLAN}
     if unknown:
         names = ", ".join(part.name for part in PLAN)
@@ -236,7 +244,7 @@ def main(options):
                 {"part": part.name, "name": "the part itself", "ok": None, "note": "no time left"}
             )
         else:
-            rows += run_part(part, options, seconds)
+            rows += run_part(part, options, seconds, cache)
         over += part.seconds - (time.time() - begin)  # what a part leaves goes to the others
         over = max(over, 0)
         for row in rows:
@@ -255,5 +263,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(*json.loads(sys.argv[2]))
     else:
-        with refusals("start again"):
-            sys.exit(main(cli(Options)))
+        with refusals("start again"), tempfile.TemporaryDirectory() as folder:
+            sys.exit(main(cli(Options), folder))

@@ -553,7 +553,7 @@ def compiled(options, report):
     else:
         importlib.import_module("torch._inductor.compile_fx")  # before random numbers are patched
     try:
-        for name in ("cps_fpl",) if options.tiny else ("cps_fpl", "u2pl", "esl", "ael_fpl"):
+        for name in ("cps_fpl",) if options.tiny else ("supervised", "cps_fpl", "u2pl", "esl"):
             flags = next(entry[2] for entry in modes(options) if entry[0] == name)
             report.attempt(
                 f"{name}.py",

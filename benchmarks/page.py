@@ -35,14 +35,16 @@ HEAD = """# Performance
 This page is made by `python benchmarks/page.py`, from JSON files that the benchmarks write.
 
 * On a GPU: `python benchmarks/gpu.py --minutes 8 --out results/gpu/NAME.json`, a section for each
-  machine. It needs a checkout and requirements.txt alone (and a C compiler for `--compile`).
+  machine. It needs a checkout and requirements.txt alone; for `--compile` and FPL's kernel
+  (`--fused on`) also a C compiler and Python's headers, with which Triton builds its launchers.
 * Without one: each section names its benchmark. All of these, one after another: `python
   benchmarks/all.py`, with `--quick` in some minutes.
 
 What gpu.py does, by worth, so that a short time has the first parts:
 
 1. every loss and a whole step of every script against the CPU in float64;
-2. that the host waits nowhere between two lines of the log, as far as torch reports it;
+2. that in one process the host waits nowhere between two lines of the log, as far as torch reports
+   it (with several GPUs torch's SyncBN waits in every layer);
 3. `--deterministic`, kills, NCCL, checkpoints between devices, signals;
 4. speed and memory, and `--compile`.
 

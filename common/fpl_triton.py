@@ -146,27 +146,28 @@ def launch(logits_s, logits_t, rule):
     loss = torch.empty(B, H, W, device=logits_s.device)
     pseudo = torch.empty(B, H, W, dtype=torch.int64, device=logits_s.device)
     image_step, class_step, _, pixel_step = logits_s.stride()
-    kernel[(triton.cdiv(B * H * W, BLOCK),)](
-        logits_s,
-        logits_t,
-        loss,
-        pseudo,
-        gradient,
-        H * W,
-        B * H * W,
-        image_step,
-        class_step,
-        pixel_step,
-        T,
-        C=C,
-        WIDTH=triton.next_power_of_2(C),
-        BLOCK=BLOCK,
-        STRICT=strict,
-        MINUS=minus,
-        LEAST=least,
-        MOST=min(most, C),
-        WEIGHT=weight,
-        FOLLOWING=int(mean_over == "positives_and_next"),
-        num_warps=WARPS,
-    )
+    with torch.cuda.device_of(logits_s):  # Triton takes the current device
+        kernel[(triton.cdiv(B * H * W, BLOCK),)](
+            logits_s,
+            logits_t,
+            loss,
+            pseudo,
+            gradient,
+            H * W,
+            B * H * W,
+            image_step,
+            class_step,
+            pixel_step,
+            T,
+            C=C,
+            WIDTH=triton.next_power_of_2(C),
+            BLOCK=BLOCK,
+            STRICT=strict,
+            MINUS=minus,
+            LEAST=least,
+            MOST=min(most, C),
+            WEIGHT=weight,
+            FOLLOWING=int(mean_over == "positives_and_next"),
+            num_warps=WARPS,
+        )
     return loss, pseudo, gradient

@@ -199,6 +199,12 @@ def test_every_part_runs_on_a_cpu(part, tmp_path, monkeypatch):
     assert '"ok": false' in rows.read_text().splitlines()[-1]
 
 
+def test_a_machine_without_git_is_measured_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = gpu.header(gpu.Options("", device="cpu"))
+    assert found["git"] is None and found["versions"]["torch"] == torch.__version__
+
+
 def test_a_step_that_is_compared_moves_the_weights():
     watch = gpu_checks.one_step("supervised", "--crop-size 32", torch.device("cpu"), tiny=True)
     assert gpu_checks.step_values(watch)["change of the weights"].norm() > 0

@@ -71,7 +71,7 @@ from common.weights import load_backbone, load_timm
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """All flags. A flag left out takes its value from the recipe below."""
+    """All flags. A flag left out takes its value from the recipe of its data set (section 2)."""
 
     # -- run --
     # folder of the run; left out: runs/<script>-<dataset>-<split>-<what differs>-s<seed>
@@ -83,7 +83,7 @@ class Args:
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
     list_presets: bool = False  # print the papers' results with their flags, and stop
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else CPU
     workers: Number | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
@@ -102,13 +102,13 @@ class Args:
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose lists of that share
+    # whose published lists of that share
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
     num_classes: Number = 0  # classes of --dataset folder
-    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    ignore_index: Number = 255  # of --dataset folder: the value of masks that is ignored
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # >>> method: network
@@ -119,26 +119,26 @@ class Args:
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
-    multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
+    multi_grid: bool | None = None  # dilations grow from block to block of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
     # <<< method: network
     # -- optimization --
-    # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
+    # equations, sampling, loss weights as printed (paper) or released; rates, batches: equal
     recipe: Literal["paper", "official"] = "paper"
     batch_size: Count | None = None  # labelled images per step, over all processes
     total_iters: Count | None = None  # optimizer steps
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
-    weight_decay: Share | None = None  # of the optimizer
-    # which parameters decay, weights: all but BN's and biases
+    weight_decay: Share | None = None  # coefficient, in the optimizer
+    # parameters with weight decay, weights: not those of norms, not biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    ohem_kept: Share | None = None  # share of a crop's pixels that OHEM keeps at least; 0: none
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
-    # BN's statistics, in evaluation: means over so many labelled batches; 0: the running ones
+    # in evaluation BN has means over so many labelled batches; 0: its running statistics
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
@@ -154,10 +154,10 @@ class Args:
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
     # weight of a pixel, concave: FPL Eq. (11); linear, convex: Eq. (16) [D33]
     weight: Literal["concave", "linear", "convex", "none"] = "concave"
-    # classes of the mean in that weight
+    # what that weight averages: the K positives, or also the next class (as released)
     mean_over: Literal["positives", "positives_and_next"] | None = None
     balance: bool | None = None  # rescale FPL's loss to the value of cross-entropy
-    threshold: Share | None = None  # no loss where the teacher is less confident than this
+    threshold: Share | None = None  # a pixel whose teacher is less confident has loss 0
     gamma: AtLeast0 = 2.0  # exponent of the teacher's confidence in AEL Eq. (13)
     beta: AtLeast0 = 1.0  # exponent of the rate of equalization sampling
     pooled: Count | None = None  # labelled images that are one group in AEL Eq. (4), (12)
@@ -166,7 +166,7 @@ class Args:
     cutmix: bool = True  # adaptive CutMix; off: the student sees unlabelled images unmixed [D34]
     region_area: Share | None = None  # CutMix: a region above this share is cut (AEL Table 6)
     bank_area: Share | None = None  # CutMix: share of a crop that makes a class present
-    paste_draws: Number | None = None  # Copy-Paste: classes drawn for an image; 0: no pasting
+    paste_draws: Number | None = None  # Copy-Paste: classes per group of --pooled images; 0: none
     paste_prob: Share | None = None  # Copy-Paste: share of labelled images that are pasted onto
     paste_power: AtLeast0 | None = None  # Copy-Paste: classes by softmax((1 - confidence)^power)
     paste_not: tuple[Number, ...] | None = None  # Copy-Paste: ids of classes never pasted
@@ -320,7 +320,7 @@ def by_rank(prob_t):
 
 
 def cumulative_classes(p, T, strict=True):
-    """FPL Alg. 1's n: how many of the likeliest classes it takes until V^n > T, or >= T [D14]."""
+    """FPL Alg. 1's n: the fewest likeliest classes with V^n > T, or >= T [D14]; C if none have."""
     V = p.cumsum(1)
     below = V <= T if strict else V < T
     return (below.sum(1) + 1).clamp(max=p.shape[1])
@@ -343,8 +343,9 @@ def positive_set(order, K):
 def fuzzy_positive_regularization(logits_s, order, K):
     """FPL Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}).
 
-    Y: the teacher's K likeliest classes. z: the student's logits. Its gradient is Eq. (8).
-    Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
+    Y: the teacher's K likeliest classes. z: the student's logits. At least 0; no gradient through
+    order and K; its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no
+    negative.
     """
     z = upcast(logits_s)
     Y = positive_set(order, K)
@@ -354,9 +355,11 @@ def fuzzy_positive_regularization(logits_s, order, K):
 
 
 def adaptive_weight(p, K, kind="concave", mean_over="positives"):
-    """FPL Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
+    """FPL Eq. (11), concave: log(1 + A (mean - next)) / log(1 + A mean), A = 50. In [0, 1].
 
-    mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
+    mean: of the K positives' p; "positives_and_next": of K + 1 classes, as released [D15]. next:
+    the largest p of a negative. Eq. (16), linear: (mean - next) / mean; convex: (mean - next) /
+    (mean + 4 next). none: 1.
     """
     positive_sum = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]  # over i in Y
     padded = F.pad(p, (0, 0, 0, 0, 0, 1))  # a class C + 1 of p = 0: K = C has a negative too
@@ -389,8 +392,8 @@ def adaptive_assignment(logits_t, inside, args):
     """A-FPL's K (its code, IJCV 2025), int64: by the T of --T that fits a pixel's neighbours best.
 
     d: 1 / K on the pixel's K positives. q: each class's share of the positives of its neighbours,
-    the pixels inside of the 5x5 square around it but itself. Best is the smallest KL(q || d), with
-    1e-6 added to q and d; of equal ones the lowest T.
+    which are the other pixels of the 5x5 square around it that are not padding. Best is the
+    smallest KL(q || d), with 1e-6 added to q and d; of equal ones the lowest T.
     """
     p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     best = torch.full_like(p[:, 0], torch.inf)
@@ -491,8 +494,8 @@ def draw_classes(prob, u):
 def draw_partners(confidence, present, count, rng):
     """AEL's adaptive CutMix: (count, 2) int64, classes by AEL Eq. (9) and images that show them.
 
-    confidence: (C,), on the CPU. present: (C, N) bool, the teacher last saw class c in unlabelled
-    image n; any image if nowhere.
+    confidence: (C,), on the CPU. present: (C, N) bool, whether the teacher last saw class c in
+    unlabelled image n; if it saw it in none, any image is drawn. Raises Refusal without images.
     """
     if not present.shape[1]:
         raise Refusal("no unlabelled images to draw a partner from")
@@ -586,7 +589,7 @@ def adaptive_cutmix(logits_t, inside, images, state, rng, args, group):
     state["draws"] = torch.cat([state["draws"][1:], draws[None]])
     for image, row in zip([*images, *partners], present, strict=True):
         state["present"][:, image] = row  # an image that comes twice: as it was seen last
-    own = own_slice(len(classes) if args.cutmix else 0, group)  # --no-cutmix: boxes of no image
+    own = own_slice(len(classes) if args.cutmix else 0, group)  # --no-cutmix: empty, no boxes
     mask, regions = partner_mask(
         coarse.numpy(),
         classes[own],
@@ -613,7 +616,7 @@ def adaptive_copy_paste(batch, confidence, allowed, rng, args, group):
     Classes are drawn from the confidence bank by AEL Eq. (9), one set for each group of `pooled`
     images [D19]. allowed: (C,) bool. rng: equal on all processes.
     """
-    # for each image: whether it is pasted onto, then its classes, those of its group's first
+    # per image: a number that decides on pasting, then its classes' (a group has its first one's)
     shape = (group.world, args.batch_size // group.world, 1 + args.paste_draws)
     u = distributed.to_device(rng.random(shape)[group.rank], group)  # (b, 1 + draws)
     prob = sampling_probability(confidence, allowed, args.paste_power)
@@ -646,8 +649,8 @@ def consistency_loss(logits_s, logits_t, inside, rate, pooled, args, K=None):
     """AEL Eq. (12): sum of weight * loss over sum of weight, per `pooled` images, then averaged.
 
     weight: Eq. (13). loss: cross-entropy with the teacher's likeliest class, FPL Eq. (2), or FPL's;
-    0 where the teacher is below the threshold, whose weight counts [D18]. K: A-FPL's of mixed
-    images; None with one --T, or where nothing is mixed, for it is chosen here then.
+    0 where the teacher is below the threshold, though the weight stays in the denominator [D18]. K:
+    A-FPL's of mixed images; None: chosen here, by --T.
     Returns (what is minimized, logged): unsup, before the balance [D16]; balance, without --balance
     of every fourth pixel each way; kept, the share of pixels that sampling keeps; conf_t; K_gt_1,
     of every fourth pixel too.
@@ -796,7 +799,7 @@ def supervised_loss(out, label, args):
         """Of one head, a scalar."""
         if args.ohem_kept:
             pixels = round(args.ohem_kept * args.crop_size**2)
-            return ohem_cross_entropy(logits, label, 0.7, pixels)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)  # [D1]
         return cross_entropy(logits, label)
 
     if "aux" in out:
@@ -822,9 +825,9 @@ DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
 def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, or features of a network of timm.
 
-    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
-    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
-    timm's networks come with its own weights, strides and normalization.
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. The
+    blocks of layer4 have DILATIONS [D6]. timm's networks keep their own normalization; their
+    features have strides 4, 8, 16 and output_stride.
     """
     if args.backbone.startswith("timm/"):
         return load_timm(args.backbone, args.weights, args.output_stride)
@@ -873,7 +876,7 @@ def dilate(stage, dilations):
 
 
 def features(net, x):
-    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    """Returns the outputs of a backbone's last four stages, strides 4 to output_stride."""
     if hasattr(net, "feature_info"):  # timm's
         return net(x)
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
@@ -956,7 +959,7 @@ def upsample(x, size):
 class Network(nn.Module):
     """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict.
 
-    upsampled=False: logits at the stride of the head, for what is too large for C maps.
+    upsampled=False: logits at the head's stride, where C maps of full size would not fit.
     """
 
     def __init__(self, args, num_classes, head):
@@ -1045,7 +1048,7 @@ def augment(image, label, rng, crop, scales):
 
 
 def random_scale(rng, scales):
-    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    """Two values: a range; where 1 is inside, half of the scales are below it. Else: a choice."""
     if len(scales) != 2:
         return float(rng.choice(scales))
     low, high = scales
@@ -1058,7 +1061,7 @@ def random_scale(rng, scales):
 
 @lru_cache(maxsize=8)
 def shuffled(length, *seed):
-    """Returns 0 ... length - 1 in the random order of a seed; the last few are kept."""
+    """Returns 0 ... length - 1 in the random order of a seed; the last few are cached."""
     return np.random.default_rng(seed).permutation(length)
 
 
@@ -1158,7 +1161,7 @@ def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
     By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
-    large image at once; slide holds a window's, and of several windows those of their row.
+    large image at once; slide holds those of a row of windows.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
@@ -1191,7 +1194,8 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: one row
+        # top > 0 only where one row of windows covers the image
+        yield sums[:, top : min(done, top + h), left : left + w]
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1218,10 +1222,10 @@ def likeliest(logits, size):
 
 @contextmanager
 def evaluating(net, data, args, group):
-    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+    """Context manager: net in eval mode, with BN's statistics by --precise-bn.
 
     These are means over fixed batches of labelled images, the same on all processes, dropout off;
-    afterwards the running ones are there again. With few images a batch running statistics may fit
+    on exit the running ones are restored. With few images a batch running statistics may fit
     no image: docs/supervised.md.
     """
     training = net.training
@@ -1330,7 +1334,7 @@ def main(args):
     C = data.num_classes
     check_fit(args, group.world, data.num_classes)
     pasted = set(range(C)) - set(args.paste_not)
-    if args.paste_draws and not pasted or max(args.paste_not, default=0) >= C:
+    if (args.paste_draws and not pasted) or max(args.paste_not, default=0) >= C:
         raise Refusal(f"--paste-not: some of the classes 0 to {C - 1}; --paste-draws 0: no pasting")
     allowed = torch.tensor([c in pasted for c in range(C)], device=group.device)
     rng = np.random.default_rng([args.seed, zlib.crc32(b"bank")])
@@ -1353,7 +1357,7 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        # of dropout; a hash, as torch keeps 32 bits of a seed
+        # for dropout; a hash, as torch's CPU generator keeps 32 bits of a seed
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
@@ -1383,7 +1387,7 @@ def main(args):
             sup = supervised_loss(out, y_l, args)
             confidence = confidence_after(state["confidence"], out["logits"], y_l, args)
             rate = equalization_rate(confidence, args.beta)
-            logged = {}
+            logged_labeled = {}
             loss_l = sup
             if args.consistency_on == "all":
                 with torch.no_grad():
@@ -1391,7 +1395,7 @@ def main(args):
                 unsup_l, logged_l = consistency_loss(  # Eq. (12) [D17]
                     out["logits"], labeled_t, labeled["inside"], rate, args.pooled, args
                 )
-                logged["unsup_l"] = logged_l["unsup"]
+                logged_labeled["unsup_l"] = logged_l["unsup"]
                 loss_l = sup + args.unsup_weight * unsup_l
             loss_l.backward()  # now: frees its graph before the unlabelled images are seen
             del out
@@ -1414,15 +1418,17 @@ def main(args):
         mixed_t = torch.where(mask[:, None], z1, z0)
         K = mixed_k(mask[:, None], (z0, u0["inside"]), (z1, u1["inside"]), args)
         logits_s = student_parallel(x_u)["logits"]
-        unsup, more = consistency_loss(logits_s, mixed_t, inside, rate, 1, args, K)  # Eq. (12)
-        # the auxiliary head learns from labels alone; so that DDP sees all parameters
+        unsup, logged_mixed = consistency_loss(  # Eq. (12)
+            logits_s, mixed_t, inside, rate, 1, args, K
+        )
+        # the auxiliary head learns from labels alone, but DDP must see its parameters in this pass
         unused = 0.0 * sum(p.sum() for p in student.head.aux.parameters()) if args.aux_weight else 0
         (args.unsup_weight * unsup + unused).backward()
         logged = {
             "loss": loss_l + args.unsup_weight * unsup,  # AEL Eq. (1)
             "sup": sup,
-            **more,
-            **logged,
+            **logged_mixed,
+            **logged_labeled,
             "bank": confidence.mean(),
             "regions": torch.full_like(sup, regions / len(x_u)),
         }

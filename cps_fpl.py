@@ -7,9 +7,10 @@ logits is pushed above all others (Eq. 7), with a weight (Eq. 11).
   Alg. 1                         cumulative_classes (n), fuzzy_positive_assignment (K)
   Eq. (7), (8), (9)              fuzzy_positive_regularization
   Eq. (11), (16)                 adaptive_weight
-  Eq. (1), (2)                   losses in main; taught_loss is CPS's L12 or L21
+  Eq. (1)                        losses in main; taught_loss is CPS's L12 or L21
+  Eq. (2); Y of Sec. 3.2         cross_entropy; positive_set
   supplement Eq. (1), (4)        negative_loss, soft_loss (its Table 4)
-  supplement Tables 1-3, 5       T in preset, k_values
+  supplement Tables 1-3, 5       T_TABLE, FEW_LABELS; k_values
   Eq. (12)-(15), supp. Sec. 3    results/analysis.py
   CPS: network, CutMix           CPSHead, toggled_mask
   A-FPL's T (code, IJCV 2025)    adaptive_assignment
@@ -70,7 +71,7 @@ from common.weights import load_backbone, load_timm
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """All flags. A flag left out takes its value from the recipe below."""
+    """All flags. A flag left out takes its value from the recipe of its data set (section 2)."""
 
     # -- run --
     # folder of the run; left out: runs/<script>-<dataset>-<split>-<what differs>-s<seed>
@@ -82,7 +83,7 @@ class Args:
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
     list_presets: bool = False  # print the papers' results with their flags, and stop
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else CPU
     workers: Number | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
@@ -101,13 +102,13 @@ class Args:
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose lists of that share
+    # whose published lists of that share
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
     num_classes: Number = 0  # classes of --dataset folder
-    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    ignore_index: Number = 255  # of --dataset folder: the value of masks that is ignored
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # >>> method: network
@@ -118,31 +119,31 @@ class Args:
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
-    multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
+    multi_grid: bool | None = None  # dilations grow from block to block of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
     # <<< method: network
     # -- optimization --
-    # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
+    # equations, sampling, loss weights as printed (paper) or released; rates, batches: equal
     recipe: Literal["paper", "official"] = "paper"
     batch_size: Count | None = None  # labelled images per step, over all processes
     total_iters: Count | None = None  # optimizer steps
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
-    weight_decay: Share | None = None  # of the optimizer
-    # which parameters decay, weights: all but BN's and biases
+    weight_decay: Share | None = None  # coefficient, in the optimizer
+    # parameters with weight decay, weights: not those of norms, not biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    ohem_kept: Share | None = None  # share of a crop's pixels that OHEM keeps at least; 0: none
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
-    # BN's statistics, in evaluation: means over so many labelled batches; 0: the running ones
+    # in evaluation BN has means over so many labelled batches; 0: its running statistics
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
-    backbone_2: Backbone | None = None  # of the second network; left out: --backbone
-    weights_2: str | None = None  # of that backbone; left out: --weights
+    backbone_2: Backbone | None = None  # of the second network; left out: as --backbone
+    weights_2: str | None = None  # of that backbone; left out: as --weights
     batch_size_unlabeled: Count | None = None  # unlabelled images per step (mixed, with --cutmix)
     # loss on unlabelled images, ce: that of CPS; soft and negative: supplement Table 4
     unsup_loss: Literal["fpl", "ce", "soft", "negative"] = "fpl"
@@ -154,7 +155,7 @@ class Args:
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
     # weight of a pixel, concave: Eq. (11); linear, convex: Eq. (16) [D22]
     weight: Literal["concave", "linear", "convex", "none"] = "concave"
-    # classes of the mean in that weight
+    # what that weight averages: the K positives, or also the next class (as released)
     mean_over: Literal["positives", "positives_and_next"] | None = None
     balance: bool | None = None  # rescale the cross loss to the value of cross-entropy
     cutmix: bool = True  # the networks learn mixed images, and teach on clean ones
@@ -237,7 +238,7 @@ T_TABLE = {  # FPL supplement: (data set, backbone, CutMix): split -> T, where i
     ("cityscapes", "resnet101", True): {"1/16": 0.85, "1/8": 0.85, "1/4": 0.85},
     ("voc_aug", "resnet50", True): {"1/16": 0.95},
 }
-FEW_LABELS = {  # FPL supplement Table 3, VOC's 1,464, CutMix [D12]: split -> T, beta of Eq. (1)
+FEW_LABELS = {  # VOC's 1,464, CutMix: T of FPL supplement Table 3, beta as CPS's author says [D12]
     "92": dict(T=(0.95,), unsup_weight=0.1),
     "183": dict(T=(0.85,), unsup_weight=0.5),
     "366": dict(T=(0.85,), unsup_weight=0.5),
@@ -265,12 +266,12 @@ def preset(args):
     values["weights_2"] = args.weights or values["weights"]
     table = T_TABLE.get((args.dataset, backbone, args.cutmix), {})
     values["T"] = (table.get(args.split, 0.9),)
-    if args.T and len(args.T) > 1 and (args.fused == "on" or args.k_strategy == "n"):
-        raise Refusal("--T: several need --k-strategy n-1, and no --fused on, whose twin has one")
     if args.cutmix and args.dataset == "voc":
         values.update(FEW_LABELS.get(args.split, {}))
     if not args.cutmix:  # CPS's weights of Eq. (1)
         values["unsup_weight"] = 6.0 if args.dataset == "cityscapes" else 1.5
+    if args.T and len(args.T) > 1 and (args.fused == "on" or args.k_strategy == "n"):
+        raise Refusal("--T: several need --k-strategy n-1, and no --fused on, whose twin has one")
     return values
 
 
@@ -281,8 +282,8 @@ def preset(args):
 
 # >>> method: functions
 # Shapes: logits_s, prob_t (B, C, H, W), by class; p, order (B, C, H, W), by rank, the teacher's
-# likeliest class first; K and every result (B, H, W). s: the network that learns. t: the one that
-# teaches; no gradient reaches it.
+# likeliest class first; K, weights and losses of pixels (B, H, W). s: the network that learns.
+# t: the one that teaches; no gradient reaches it.
 
 
 def upcast(x):
@@ -296,7 +297,7 @@ def by_rank(prob_t):
 
 
 def cumulative_classes(p, T, strict=True):
-    """FPL Alg. 1's n: how many of the likeliest classes it takes until V^n > T, or >= T [D14]."""
+    """FPL Alg. 1's n: the fewest likeliest classes with V^n > T, or >= T [D14]; C if none have."""
     V = p.cumsum(1)
     below = V <= T if strict else V < T
     return (below.sum(1) + 1).clamp(max=p.shape[1])
@@ -319,8 +320,9 @@ def positive_set(order, K):
 def fuzzy_positive_regularization(logits_s, order, K):
     """FPL Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}).
 
-    Y: the teacher's K likeliest classes. z: the student's logits. Its gradient is Eq. (8).
-    Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
+    Y: the teacher's K likeliest classes. z: the student's logits. At least 0; no gradient through
+    order and K; its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no
+    negative.
     """
     z = upcast(logits_s)
     Y = positive_set(order, K)
@@ -330,9 +332,11 @@ def fuzzy_positive_regularization(logits_s, order, K):
 
 
 def adaptive_weight(p, K, kind="concave", mean_over="positives"):
-    """FPL Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
+    """FPL Eq. (11), concave: log(1 + A (mean - next)) / log(1 + A mean), A = 50. In [0, 1].
 
-    mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
+    mean: of the K positives' p; "positives_and_next": of K + 1 classes, as released [D15]. next:
+    the largest p of a negative. Eq. (16), linear: (mean - next) / mean; convex: (mean - next) /
+    (mean + 4 next). none: 1.
     """
     positive_sum = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]  # over i in Y
     padded = F.pad(p, (0, 0, 0, 0, 0, 1))  # a class C + 1 of p = 0: K = C has a negative too
@@ -352,8 +356,8 @@ def adaptive_assignment(logits_t, inside, args):
     """A-FPL's K (its code, IJCV 2025), int64: by the T of --T that fits a pixel's neighbours best.
 
     d: 1 / K on the pixel's K positives. q: each class's share of the positives of its neighbours,
-    the pixels inside of the 5x5 square around it but itself. Best is the smallest KL(q || d), with
-    1e-6 added to q and d; of equal ones the lowest T.
+    which are the other pixels of the 5x5 square around it that are not padding. Best is the
+    smallest KL(q || d), with 1e-6 added to q and d; of equal ones the lowest T.
     """
     p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     best = torch.full_like(p[:, 0], torch.inf)
@@ -380,9 +384,8 @@ def soft_loss(logits_s, prob_t):
 def negative_loss(logits_s, prob_t, threshold=0.2):
     """Supplement Eq. (1), -sum_j log(1 - p^j), p the student's, over classes with prob_t < 0.2.
 
-    The threshold is of the teacher's probability [D23]. Eq. (2) is the same sum by logits.
-
-    1 - p of the likeliest class is the sum of the other p: a difference would round to 0.
+    The threshold is of the teacher's probability [D23]. Eq. (2) is the same sum by logits. 1 - p of
+    the likeliest class is computed as the sum of the other p, since the difference rounds to 0.
     """
     log_p = F.log_softmax(upcast(logits_s), 1)
     top = torch.zeros_like(log_p, dtype=torch.bool).scatter(1, log_p.argmax(1, True), True)
@@ -391,27 +394,28 @@ def negative_loss(logits_s, prob_t, threshold=0.2):
     return -(log_not * (upcast(prob_t) < threshold)).sum(1)
 
 
-def k_values(p, phase, args):
+def k_values(p, progress, args):
     """K by --k-strategy: Alg. 1, its n, 2, 3, or 3, 2, 1 by thirds of training (supp. Table 5).
 
-    phase: the share of training that is done, in [0, 1).
+    progress: the share of training that is done, in [0, 1).
     """
     if args.k_strategy == "n-1":
         return fuzzy_positive_assignment(p, args.T[0], k_max=args.k_max, strict=args.strict)
     K = cumulative_classes(p, args.T[0], args.strict)
-    if args.k_strategy != "n":
-        third = min(int(3 * phase), 2)  # of training: 0, 1, 2
-        K = torch.full_like(K, {"fixed2": 2, "fixed3": 3, "step": 3 - third}[args.k_strategy])
+    third = min(int(3 * progress), 2)  # of training: 0, 1, 2
+    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - third}
+    if args.k_strategy in fixed:
+        K = torch.full_like(K, fixed[args.k_strategy])
     if args.k_max:
         K = K.clamp(max=args.k_max)
     return K.clamp(max=p.shape[1])
 
 
 def mixed_teacher(net, mask, own, partner, args):
-    """What a network says of images after CutMix: (logits, and with several --T A-FPL's K or None).
+    """Returns a teacher's logits of clean images, mixed by CutMix; A-FPL's K, None with one --T.
 
-    mask: (B, 1, H, W) bool. own, partner: the batches that are mixed. The network sees both clean;
-    what it says of them is mixed, and so is K: surroundings are those of a pixel's own image.
+    mask: (B, 1, H, W) bool. own, partner: the batches that are mixed. K is chosen before it is
+    mixed, so that a pixel's neighbours are those of its own image.
     """
     z_own = net(own["image"])["logits"]
     z_partner = net(partner["image"])["logits"]
@@ -425,8 +429,9 @@ def mixed_teacher(net, mask, own, partner, args):
 
 @torch.no_grad()
 def foreseen(net, image):
-    """Returns the logits, detached, of a pass in training mode that is made again: BN's statistics
-    stay as they were. A network that draws random numbers (dropout) would say something else then.
+    """Returns the detached logits of a training-mode pass that main makes again, with a graph.
+
+    BN's running statistics are restored. Wrong for a network with dropout, which draws anew.
     """
     before = [buffer.clone() for buffer in net.buffers()]
     logits = net(image)["logits"]
@@ -435,12 +440,12 @@ def foreseen(net, image):
     return logits
 
 
-def k_maps(logits, inside, phase, args, stride=1):
+def k_maps(logits, inside, progress, args, stride=1):
     """Returns K of every stride-th pixel each way: by --k-strategy, of A-FPL for several --T."""
     if len(args.T) > 1:
         return adaptive_assignment(logits, inside, args)[..., ::stride, ::stride]
     p, _ = by_rank(F.softmax(upcast(logits.detach()[..., ::stride, ::stride]), 1))
-    return k_values(p, phase, args)
+    return k_values(p, progress, args)
 
 
 def masked_mean(x, mask):
@@ -448,25 +453,25 @@ def masked_mean(x, mask):
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def fpl_loss(logits_s, logits_t, phase, args, K=None):
+def fpl_loss(logits_s, logits_t, progress, args, K=None):
     """Returns FPL's loss of every pixel, Eq. (7) times its weight, and the pseudo label, int64.
 
     The definition; common/fused.py has a fast twin of this name (--fused), but with one T alone.
     """
     p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     if K is None:
-        K = k_values(p, phase, args)
+        K = k_values(p, progress, args)
     weight = adaptive_weight(p, K, args.weight, args.mean_over)  # [D24]
     return weight * fuzzy_positive_regularization(logits_s, order, K), order[:, 0]
 
 
-def loss_of_pixels(logits_s, logits_t, phase, args, K):
+def loss_of_pixels(logits_s, logits_t, progress, args, K):
     """Returns --unsup-loss of every pixel, and the pseudo label, int64, detached. Not of ce."""
     if K is not None:  # of several --T; the twin has one
-        return fpl_loss(logits_s, logits_t, phase, args, K)
+        return fpl_loss(logits_s, logits_t, progress, args, K)
     if args.unsup_loss == "fpl":
         loss_of = pick(fpl_loss, args, logits_s.device.type)
-        return loss_of(logits_s, logits_t, phase, args)
+        return loss_of(logits_s, logits_t, progress, args)
     prob_t = F.softmax(upcast(logits_t.detach()), 1)
     pseudo = prob_t.argmax(1)
     if args.unsup_loss == "soft":
@@ -474,18 +479,19 @@ def loss_of_pixels(logits_s, logits_t, phase, args, K):
     return negative_loss(logits_s, prob_t), pseudo  # [D23]
 
 
-def taught_loss(logits_s, logits_t, inside, phase, args, K=None):
+def taught_loss(logits_s, logits_t, inside, progress, args, K=None):
     """CPS's L12 or L21: (loss of the network that learns, cross-entropy in its place), scalars.
 
     logits_s: of that network. logits_t: of the other, detached here. inside: (B, H, W) bool, the
-    pixels that count. K: A-FPL's, or None. FPL with --balance: both of each image, (B,). Otherwise
-    cross-entropy is only logged, and is that of every fourth pixel each way.
+    pixels that count. K: A-FPL's, or None. The second is detached. --unsup-loss ce: both are equal.
+    FPL with --balance: both are of each image, (B,). Else the second is only logged, and is the
+    mean over every fourth pixel each way.
     """
     if args.unsup_loss == "ce":
         pseudo = F.softmax(upcast(logits_t.detach()), 1).argmax(1)
         ce = cross_entropy(logits_s, pseudo.masked_fill(~inside, IGNORE))  # FPL Eq. (2)
         return ce, ce.detach()
-    loss, pseudo = loss_of_pixels(logits_s, logits_t, phase, args, K)
+    loss, pseudo = loss_of_pixels(logits_s, logits_t, progress, args, K)
     pseudo = pseudo.masked_fill(~inside, IGNORE)
     if args.unsup_loss == "fpl" and args.balance:
         z = upcast(logits_s.detach())
@@ -511,26 +517,26 @@ def balanced(losses, args):
     return unsup.mean(), logged
 
 
-def cross_loss(students, teachers, inside, phase, args, K=(None, None)):
+def cross_loss(students, teachers, inside, progress, args, K=(None, None)):
     """CPS's L12 + L21: network 1 learns from 2, 2 from 1. Returns (what is minimized, logged).
 
     students, teachers: logits of both. inside: (B, H, W) bool, what counts. K: A-FPL's, or None.
-    Without CutMix; with it main takes the two losses apart, as each graph is freed by itself.
+    For --no-cutmix: with CutMix main computes one loss after the other, to free each graph.
     """
     rows = zip(students, reversed(teachers), reversed(K), strict=True)
-    losses = [taught_loss(z, t, inside, phase, args, K_t) for z, t, K_t in rows]
+    losses = [taught_loss(z, t, inside, progress, args, K_t) for z, t, K_t in rows]
     return balanced(losses, args)
 
 
 @torch.no_grad()
-def teacher_statistics(teachers, inside, phase, args, K=(None, None)):
+def teacher_statistics(teachers, inside, progress, args, K=(None, None)):
     """Means over every fourth pixel inside each way, 0-dim: K; K_gt_1, its share (Fig. 4a); weight.
 
     teachers: logits of both networks, (B, C, H, W). inside: (B, H, W) bool. K: A-FPL's, or None.
     """
     p, _ = by_rank(F.softmax(upcast(torch.cat(teachers)[..., ::4, ::4]), 1))
     inside = torch.cat([inside, inside])[..., ::4, ::4]
-    K = torch.cat(K)[..., ::4, ::4] if len(args.T) > 1 else k_values(p, phase, args)
+    K = torch.cat(K)[..., ::4, ::4] if len(args.T) > 1 else k_values(p, progress, args)
     weight = adaptive_weight(p, K, args.weight, args.mean_over)
     return {
         "K": masked_mean(K, inside),
@@ -540,13 +546,14 @@ def teacher_statistics(teachers, inside, phase, args, K=(None, None)):
 
 
 @torch.no_grad()
-def label_statistics(logits, label, phase, args):
-    """Shares of every fourth labelled pixel each way, 0-dim, of both networks' logits:
+def label_statistics(logits, label, progress, args):
+    """Returns means over every fourth labelled pixel each way, of both networks' logits, 0-dim.
 
-    pseudo_acc, where the likeliest class is right; coverage, where the truth is a positive.
+    pseudo_acc: share where the likeliest class is right. coverage: share where the true one is a
+    positive.
     """
     label = torch.cat([label, label])
-    K = k_maps(torch.cat(logits), label < IGNORE, phase, args, 4)
+    K = k_maps(torch.cat(logits), label < IGNORE, progress, args, 4)
     label = label[..., ::4, ::4]
     _, order = by_rank(F.softmax(upcast(torch.cat(logits)[..., ::4, ::4]), 1))
     rank = (order == label[:, None]).int().argmax(1)  # of the truth, from 0
@@ -571,8 +578,8 @@ def toggled_mask(rng, size, device="cpu"):
     return mask
 
 
-def partner(args):
-    """The stream that the unlabelled images are mixed with: other images, or other crops [D18]."""
+def partner_stream(args):
+    """The stream that unlabelled images are mixed with: other images, or other crops [D18]."""
     return "unlabeled.2" if args.same_image_cutmix else "partner"
 
 
@@ -580,9 +587,9 @@ def cutmix_masks(args, step, group):
     """This process's masks of a step, (B, 1, H, W) bool: a function of (seed, step) [D17]."""
     # all masks are drawn by all processes
     rng = np.random.default_rng([args.seed, zlib.crc32(b"mix"), step])
-    masks = []
-    for _ in range(args.batch_size_unlabeled):
-        masks.append(toggled_mask(rng, args.crop_size, group.device))
+    masks = [
+        toggled_mask(rng, args.crop_size, group.device) for _ in range(args.batch_size_unlabeled)
+    ]
     return torch.stack(masks).chunk(group.world)[group.rank]
 
 
@@ -647,7 +654,7 @@ def supervised_loss(out, label, args):
         """Of one head, a scalar."""
         if args.ohem_kept:
             pixels = round(args.ohem_kept * args.crop_size**2)
-            return ohem_cross_entropy(logits, label, 0.7, pixels)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)  # [D1]
         return cross_entropy(logits, label)
 
     if "aux" in out:
@@ -673,9 +680,9 @@ DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
 def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, or features of a network of timm.
 
-    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
-    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
-    timm's networks come with its own weights, strides and normalization.
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. The
+    blocks of layer4 have DILATIONS [D6]. timm's networks keep their own normalization; their
+    features have strides 4, 8, 16 and output_stride.
     """
     if args.backbone.startswith("timm/"):
         return load_timm(args.backbone, args.weights, args.output_stride)
@@ -724,7 +731,7 @@ def dilate(stage, dilations):
 
 
 def features(net, x):
-    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    """Returns the outputs of a backbone's last four stages, strides 4 to output_stride."""
     if hasattr(net, "feature_info"):  # timm's
         return net(x)
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
@@ -803,7 +810,7 @@ def upsample(x, size):
 class Network(nn.Module):
     """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict.
 
-    upsampled=False: logits at the stride of the head, for what is too large for C maps.
+    upsampled=False: logits at the head's stride, where C maps of full size would not fit.
     """
 
     def __init__(self, args, num_classes, head):
@@ -892,7 +899,7 @@ def augment(image, label, rng, crop, scales):
 
 
 def random_scale(rng, scales):
-    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    """Two values: a range; where 1 is inside, half of the scales are below it. Else: a choice."""
     if len(scales) != 2:
         return float(rng.choice(scales))
     low, high = scales
@@ -905,7 +912,7 @@ def random_scale(rng, scales):
 
 @lru_cache(maxsize=8)
 def shuffled(length, *seed):
-    """Returns 0 ... length - 1 in the random order of a seed; the last few are kept."""
+    """Returns 0 ... length - 1 in the random order of a seed; the last few are cached."""
     return np.random.default_rng(seed).permutation(length)
 
 
@@ -961,7 +968,7 @@ def streams(data, args):
     if args.unsup_weight:
         found["unlabeled"] = unlabeled
     if args.unsup_weight and args.cutmix:
-        found[partner(args)] = unlabeled
+        found[partner_stream(args)] = unlabeled
     return found
     # <<< method: draw
 
@@ -1007,7 +1014,7 @@ def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
     By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
-    large image at once; slide holds a window's, and of several windows those of their row.
+    large image at once; slide holds those of a row of windows.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
@@ -1040,7 +1047,8 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: one row
+        # top > 0 only where one row of windows covers the image
+        yield sums[:, top : min(done, top + h), left : left + w]
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1067,10 +1075,10 @@ def likeliest(logits, size):
 
 @contextmanager
 def evaluating(net, data, args, group):
-    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+    """Context manager: net in eval mode, with BN's statistics by --precise-bn.
 
     These are means over fixed batches of labelled images, the same on all processes, dropout off;
-    afterwards the running ones are there again. With few images a batch running statistics may fit
+    on exit the running ones are restored. With few images a batch running statistics may fit
     no image: docs/supervised.md.
     """
     training = net.training
@@ -1189,7 +1197,7 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        # of dropout; a hash, as torch keeps 32 bits of a seed
+        # for dropout; a hash, as torch's CPU generator keeps 32 bits of a seed
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
@@ -1205,7 +1213,11 @@ def main(args):
             settings["lr"] = args.lr * settings["scale"] * decay
         optimizer.zero_grad(set_to_none=True)
         # >>> method: losses
-        phase = step / args.total_iters
+        # With CutMix: 1. both networks as teachers, on clean images, without gradient; 2. images
+        # and what the teachers say of them are mixed; 3. each network in turn: L12 or L21 on the
+        # mixed images and L_s on labelled ones, backward and step. Without: labelled and unlabelled
+        # images both teach [D21], with one backward and step. --unsup-weight 0: L_s alone.
+        progress = step / args.total_iters
         mixes = args.unsup_weight > 0 and args.cutmix
         cross = sup = 0.0
         logits = []
@@ -1214,32 +1226,32 @@ def main(args):
         logged = {}
         if mixes:
             u0 = batch["unlabeled"]
-            u1 = batch[partner(args)]
+            u1 = batch[partner_stream(args)]
             mask = cutmix_masks(args, step, group)  # True: u1, the partner, is seen
             x_mixed = torch.where(mask, u1["image"], u0["image"])
             inside = torch.where(mask[:, 0], u1["inside"], u0["inside"])
             with torch.no_grad():  # in training mode: clean views move BN's statistics too [D20]
                 mixed = (mixed_teacher(net, mask, u0, u1, args) for net in branches)
                 teachers, K = zip(*mixed, strict=True)
-                if args.balance and args.unsup_loss == "fpl":  # an image's factor takes both losses
+                if args.balance and args.unsup_loss == "fpl":  # needs both networks' losses
                     losses[1] = taught_loss(
-                        foreseen(branches[1], x_mixed), teachers[0], inside, phase, args, K[0]
+                        foreseen(branches[1], x_mixed), teachers[0], inside, progress, args, K[0]
                     )
-        # one network after the other: with CutMix the first one's graphs and gradient are gone then
+        in_turns = args.cutmix  # each network has its own backward passes and step: half the graphs
         for i, net in enumerate(branches):
             if mixes:
                 with distributed.no_sync(net):
                     losses[i] = taught_loss(
-                        net(x_mixed)["logits"], teachers[1 - i], inside, phase, args, K[1 - i]
+                        net(x_mixed)["logits"], teachers[1 - i], inside, progress, args, K[1 - i]
                     )
                     cross, logged = balanced(losses, args)
                     (args.unsup_weight * cross).backward()
                 losses[i] = [x.detach() for x in losses[i]]
             logits.append(net(x_l)["logits"])
             sup_of_net = supervised_loss({"logits": logits[i]}, y_l, args)
-            if args.cutmix:
+            if in_turns:
                 sup_of_net.backward()
-            if args.cutmix and i == 0:
+            if in_turns and i == 0:
                 optimizer.step()  # of this network, as the other one has no gradient yet
                 optimizer.zero_grad(set_to_none=True)
             sup = sup + sup_of_net
@@ -1249,14 +1261,15 @@ def main(args):
             inside = torch.cat([batch["labeled"]["inside"], batch["unlabeled"]["inside"]])
             if len(args.T) > 1:
                 K = [adaptive_assignment(z, inside, args) for z in teachers]
-            cross, logged = cross_loss(teachers, teachers, inside, phase, args, K)
+            # one pass of each network: it learns from the other's, and teaches it
+            cross, logged = cross_loss(teachers, teachers, inside, progress, args, K)
         loss = sup + args.unsup_weight * cross  # Eq. (1)
-        if not args.cutmix:
+        if not in_turns:
             loss.backward()
         logged = {"loss": loss, "sup": sup, **logged}
         if args.unsup_weight:
-            logged.update(teacher_statistics(teachers, inside, phase, args, K))
-        logged.update(label_statistics(logits, y_l, phase, args))
+            logged.update(teacher_statistics(teachers, inside, progress, args, K))
+        logged.update(label_statistics(logits, y_l, progress, args))
         # <<< method: losses
         optimizer.step()
         # >>> method: after-step
@@ -1268,7 +1281,7 @@ def main(args):
         if run.due(done, args.pictures_every):
             # >>> method: panels
             p, order = by_rank(F.softmax(logits[1].detach(), 1))
-            K = k_maps(logits[1], batch["labeled"]["inside"], phase, args)
+            K = k_maps(logits[1], batch["labeled"]["inside"], progress, args)
             maps = {
                 "image": x_l,
                 "truth": y_l,

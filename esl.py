@@ -6,7 +6,7 @@ features: a pixel is drawn to its part, and away from all other parts and classe
 
   Eq. (1), (11), (2)   losses in main: L_CE + lambda_1 L_SCE + lambda_2 L_CTR; supervised_loss
   Eq. (3)-(5), (6)     soft_label, soft_cross_entropy
-  Eq. (7), (8), (12)   part_ids, part_sums, update_prototypes; first by first_prototypes, kmeans
+  Eq. (7), (8), (12)   part_ids, part_sums, update_prototypes; at first: first_prototypes, kmeans
   Eq. (9), (10)        draw; push_features; info_nce, part_contrast
 
   python esl.py                                           # generated shapes, no data needed
@@ -14,7 +14,7 @@ features: a pixel is drawn to its part, and away from all other parts and classe
   torchrun --nproc_per_node 4 esl.py --dataset cityscapes --split 1/4
 
 CamVid with 6 labels, test mIoU: 36.5, without contrast 36.6, labels alone 36.6 (three seeds).
-No code of the authors is public: what the paper leaves open is ours, [D10] and on in docs/esl.md.
+No code of the authors is public: what the paper leaves open we decided, [D10] on in docs/esl.md.
 """
 
 # ---- 1. Imports ------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ from common.weights import load_backbone, load_timm
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """All flags. A flag left out takes its value from the recipe below."""
+    """All flags. A flag left out takes its value from the recipe of its data set (section 2)."""
 
     # -- run --
     # folder of the run; left out: runs/<script>-<dataset>-<split>-<what differs>-s<seed>
@@ -77,7 +77,7 @@ class Args:
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
     list_presets: bool = False  # print the papers' results with their flags, and stop
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else CPU
     workers: Number | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
@@ -96,13 +96,13 @@ class Args:
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose lists of that share
+    # whose published lists of that share
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
     num_classes: Number = 0  # classes of --dataset folder
-    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    ignore_index: Number = 255  # of --dataset folder: the value of masks that is ignored
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # >>> method: network
@@ -113,26 +113,26 @@ class Args:
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
-    multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
+    multi_grid: bool | None = None  # dilations grow from block to block of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
     # <<< method: network
     # -- optimization --
-    # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
+    # equations, sampling, loss weights as printed (paper) or released; rates, batches: equal
     recipe: Literal["paper", "official"] = "paper"
     batch_size: Count | None = None  # labelled images per step, over all processes
     total_iters: Count | None = None  # optimizer steps
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
-    weight_decay: Share | None = None  # of the optimizer
-    # which parameters decay, weights: all but BN's and biases
+    weight_decay: Share | None = None  # coefficient, in the optimizer
+    # parameters with weight decay, weights: not those of norms, not biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    ohem_kept: Share | None = None  # share of a crop's pixels that OHEM keeps at least; 0: none
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
-    # BN's statistics, in evaluation: means over so many labelled batches; 0: the running ones
+    # in evaluation BN has means over so many labelled batches; 0: its running statistics
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
@@ -155,7 +155,7 @@ class Args:
     ema_decay: Share = 0.99  # of the teacher's moving average
     cutmix: bool = True  # mix the student's unlabelled images in pairs
     cutmix_prob: Share = 1.0  # probability of mixing in a step
-    # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
+    # sampling and loss, off: loops, as written here; on, auto: the twin in common/fused.py
     fused: Literal["auto", "on", "off"] = "auto"
     PAIRS: ClassVar[str] = "cutmix"  # what makes a process mix pairs: common/flags.py
     BELOW_CLASSES: ClassVar[tuple] = ("top_k",)  # else nothing is left out: common/flags.py
@@ -288,8 +288,9 @@ def preset(args):
 # >>> method: functions
 # Below: prob (B, C, H, W), the teacher's, detached; label (B, H, W) int64, 255 where there is none.
 # Part k of class c is number c K + k, C K is no part. u: from which all is drawn, float64, [0, 1).
-# Sampling, queues and loss are written a class at a time; common/fused.py has fast twins of
-# push_features and part_contrast, of the same names (--fused). Memory is linear in C in both.
+# Queues and loss are written as loops over parts, classes and anchors; common/fused.py has fast
+# twins of push_features and part_contrast, of the same names (--fused), without. Memory is linear
+# in C in both.
 
 
 def upcast(x):
@@ -298,18 +299,18 @@ def upcast(x):
 
 
 def cumulative_classes(p, T, strict=True):
-    """FPL Alg. 1's n: how many of the likeliest classes it takes until V^n > T, or >= T [D14]."""
+    """FPL Alg. 1's n: the fewest likeliest classes with V^n > T, or >= T [D14]; C if none have."""
     V = p.cumsum(1)
     below = V <= T if strict else V < T
     return (below.sum(1) + 1).clamp(max=p.shape[1])
 
 
 def soft_label(prob, args):
-    """Eq. (3)-(5): y*, as prob: p where p >= delta, over the sum of these p; 0 elsewhere.
+    """Eq. (3)-(5): y*, shape of prob: p where p >= delta, renormalized; 0 elsewhere.
 
-    delta: the C*-th largest p, C* the fewest likeliest classes with sum >= eta, Eq. (4); or their
-    number is --top-k. All that equal delta are kept, as Eq. (3) has them [D10]. Other labels, soft:
-    p; hard: the likeliest class alone, of ties the lowest.
+    delta is the C*-th largest p. By --label, dynamic: C* is the fewest classes whose p sum to eta,
+    Eq. (4); topk: C* = --top-k. Classes that tie with delta are kept [D10]. soft: p itself. hard: 1
+    for the likeliest class, of ties the lowest.
     """
     if args.label == "soft":
         return prob
@@ -331,12 +332,12 @@ def soft_cross_entropy(logits, target, inside):
 
 
 def aligned(x, size):
-    """Returns (B, M, N) as (B, m, n): the nearest of its pixels, with corners on corners [D24]."""
+    """Returns (B, H, W) as (B, h, w): the nearest of its pixels, with corners on corners [D24]."""
     nearest = []
-    for m, M in zip(size, x.shape[1:], strict=True):
-        i = torch.arange(m, device=x.device)
-        last = max(m - 1, 1)
-        nearest.append((2 * i * (M - 1) + last) // (2 * last))  # i (M - 1) / (m - 1), rounded
+    for h, H in zip(size, x.shape[1:], strict=True):  # rows, then columns
+        i = torch.arange(h, device=x.device)
+        last = max(h - 1, 1)
+        nearest.append((2 * i * (H - 1) + last) // (2 * last))  # i (H - 1) / (h - 1), rounded
     return x[:, nearest[0][:, None], nearest[1]]
 
 
@@ -344,7 +345,7 @@ def part_ids(E, prototypes, label):
     """Eq. (7): c K + k* of each pixel, as label; c: its label, k* = argmax_k cos(E_j, P_ck).
 
     E: (B, D, h, w), the teacher's last stage; k* is found for all classes at its own stride [D23].
-    prototypes: P, (C, K, D). The length of E_j is left out: it divides all of a pixel's cosines.
+    prototypes: P, (C, K, D). E_j is not normalized: its length scales all cosines of a pixel alike.
     """
     C, K = prototypes.shape[:2]
     h, w = E.shape[2:]
@@ -352,6 +353,7 @@ def part_ids(E, prototypes, label):
     c = label.masked_fill(void, 0)
     scores = torch.einsum("ckd,bdhw->bckhw", F.normalize(prototypes, dim=2), upcast(E))
     k_of_all = scores.argmax(2).flatten(1)  # (B, C h w); ties: lowest k
+    # the feature that is nearest to each pixel; k is gathered there: no map of C x H x W
     pixel = aligned(torch.arange(h * w, device=E.device).view(1, h, w), label.shape[1:])
     k = k_of_all.gather(1, (c * h * w + pixel).flatten(1)).view_as(c)
     return (c * K + k).masked_fill(void, C * K)
@@ -360,7 +362,8 @@ def part_ids(E, prototypes, label):
 def part_sums(x, ids, R):
     """Eq. (8) before its division: sum and number of the features of each part of each image.
 
-    x: (B, D, h, w), any float type. ids: (B, H, W) of part_ids. (B, R, D + 1): the number is last.
+    x: (B, D, h, w), any float type. ids: (B, H, W) of part_ids. R: number of parts, C K. Returns
+    (B, R, D + 1), the number last.
     """
     sums = []
     part = torch.arange(R, device=x.device)[:, None]
@@ -383,11 +386,11 @@ def update_prototypes(prototypes, sums, theta):
 
 @torch.no_grad()
 def push_features(bank, pushed, sizes, offered):
-    """First-in-first-out queues of sizes (C,), in place: a new feature takes the oldest one's row.
+    """First-in-first-out queues of sizes (Q,), in place: a new feature takes the oldest one's row.
 
-    bank: (sum of sizes + 1, D), the rings one after another; the last row, 0, is the fast twin's.
-    pushed: (C,) int64, how many features ever entered. offered: (C, n, D + 1), oldest first; last
-    in a row is 1 for a feature, 0 where there is none.
+    Q: one queue per class (U2PL) or part (ESL). bank: (sum of sizes + 1, D), the rings one after
+    another; the last row, 0, is the fast twin's. pushed: (Q,) int64, how many features ever
+    entered. offered: (Q, n, D + 1), oldest first; last in a row is 1 for a feature, 0 for none.
     """
     for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
         features = offered[c, offered[c, :, -1] > 0, :-1]
@@ -403,7 +406,7 @@ def as_rows(x):
 
 
 def draw(pixels, count, u):
-    """Returns `count` of the n >= count pixels (n,), drawn at random, none twice.
+    """Returns `count` of the n >= count pixels (n,), none twice: a stratified random sample.
 
     u: (count + 1,) or more. The pixels stand in a circle that is cut, beginning anywhere, into
     `count` arcs as equal as whole numbers can be, and each arc gives one pixel. No two arcs share
@@ -428,7 +431,7 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
     rep_s: (P, D), the student's. ids: (P,), C K where a pixel is no candidate. bank, pushed: of
     push_features, a ring for each part. u_anchors: (C, A + 1). u_entries: (C, A, 1 + N), for an
     anchor's positive, of its own part, and for its negatives, of all other parts of all classes,
-    with replacement. No anchor without both.
+    with replacement. Anchors without a positive or without negatives are skipped.
     """
     row = torch.arange(len(bank) - 1, device=bank.device)
     filled = row[row % args.queue < pushed[row // args.queue]]  # the rows that hold a feature
@@ -436,7 +439,7 @@ def part_contrast(rep_s, ids, bank, pushed, u_anchors, u_entries, args):
     number = 0
     for c in range(len(u_anchors)):
         pixels = (ids // args.parts == c).nonzero()[:, 0]
-        count = min(int(np.ceil(args.anchor_share * len(pixels))), args.anchors)  # Eq. (9) [D19]
+        count = min(math.ceil(args.anchor_share * len(pixels)), args.anchors)  # Eq. (9) [D19]
         anchors = draw(pixels, count, u_anchors[c])
         z_s = F.normalize(upcast(rep_s[anchors]), dim=1)
         losses = []
@@ -474,7 +477,7 @@ def kmeans(x, K, u, steps=30):
         M = F.one_hot((unit @ P.T).argmax(1), len(P)).T.to(x.dtype)  # (K, n): 1 in its cluster
         new = F.normalize(M @ unit, dim=1)
         if step == steps - 1:  # at last: means of x, which have a length
-            new = M @ x / M.sum(1, True)
+            new = M @ x / M.sum(1, True)  # nan for an empty cluster
         P = torch.where(M.any(1, True), new, P)
     return F.pad(P, (0, 0, 0, K - len(P)))
 
@@ -483,8 +486,9 @@ def kmeans(x, K, u, steps=30):
 def first_prototypes(net, data, D, args, group):
     """Before training: K-means of every class over the labelled images, whole [D22]. P, (C, K, D).
 
-    Of each class the n pixels with the lowest numbers, random in [0, 1), a function of (seed,
-    image): processes change nothing. Equal on all. net: in eval mode, its "encoder" of D channels.
+    Of each class a random sample of n pixels: every pixel gets a random number from (seed, image)
+    and the lowest are kept, so that the number of processes changes nothing. Equal on all. net: in
+    eval mode, its "encoder" of D channels.
     """
     C = data.num_classes
     n = min(5_000, 2**28 // (C * D))  # at most 1 GiB
@@ -547,7 +551,7 @@ def cutmix_boxes(rng, x_u, args, group):
 
 
 def cutmix(boxes, *maps):
-    """Returns the maps mixed in pairs: inside its box an image shows its partner, (2k, 2k + 1).
+    """Returns the maps mixed in pairs (2k, 2k + 1): inside its box an image shows its partner.
 
     boxes: one (top, left, height, width) per image. maps: tensors (B, ..., H, W), B even, all mixed
     alike, so that image, teacher's probabilities and inside stay together.
@@ -600,7 +604,7 @@ def supervised_loss(out, label, args):
         """Of one head, a scalar."""
         if args.ohem_kept:
             pixels = round(args.ohem_kept * args.crop_size**2)
-            return ohem_cross_entropy(logits, label, 0.7, pixels)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)  # [D1]
         return cross_entropy(logits, label)
 
     if "aux" in out:
@@ -626,9 +630,9 @@ DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
 def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, or features of a network of timm.
 
-    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
-    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
-    timm's networks come with its own weights, strides and normalization.
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. The
+    blocks of layer4 have DILATIONS [D6]. timm's networks keep their own normalization; their
+    features have strides 4, 8, 16 and output_stride.
     """
     if args.backbone.startswith("timm/"):
         return load_timm(args.backbone, args.weights, args.output_stride)
@@ -677,7 +681,7 @@ def dilate(stage, dilations):
 
 
 def features(net, x):
-    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    """Returns the outputs of a backbone's last four stages, strides 4 to output_stride."""
     if hasattr(net, "feature_info"):  # timm's
         return net(x)
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
@@ -783,7 +787,7 @@ def upsample(x, size):
 class Network(nn.Module):
     """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict.
 
-    upsampled=False: logits at the stride of the head, for what is too large for C maps.
+    upsampled=False: logits at the head's stride, where C maps of full size would not fit.
     """
 
     def __init__(self, args, num_classes, head):
@@ -872,7 +876,7 @@ def augment(image, label, rng, crop, scales):
 
 
 def random_scale(rng, scales):
-    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    """Two values: a range; where 1 is inside, half of the scales are below it. Else: a choice."""
     if len(scales) != 2:
         return float(rng.choice(scales))
     low, high = scales
@@ -885,7 +889,7 @@ def random_scale(rng, scales):
 
 @lru_cache(maxsize=8)
 def shuffled(length, *seed):
-    """Returns 0 ... length - 1 in the random order of a seed; the last few are kept."""
+    """Returns 0 ... length - 1 in the random order of a seed; the last few are cached."""
     return np.random.default_rng(seed).permutation(length)
 
 
@@ -984,7 +988,7 @@ def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
     By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
-    large image at once; slide holds a window's, and of several windows those of their row.
+    large image at once; slide holds those of a row of windows.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
@@ -1017,7 +1021,8 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: one row
+        # top > 0 only where one row of windows covers the image
+        yield sums[:, top : min(done, top + h), left : left + w]
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1044,10 +1049,10 @@ def likeliest(logits, size):
 
 @contextmanager
 def evaluating(net, data, args, group):
-    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+    """Context manager: net in eval mode, with BN's statistics by --precise-bn.
 
     These are means over fixed batches of labelled images, the same on all processes, dropout off;
-    afterwards the running ones are there again. With few images a batch running statistics may fit
+    on exit the running ones are restored. With few images a batch running statistics may fit
     no image: docs/supervised.md.
     """
     training = net.training
@@ -1173,7 +1178,7 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        # of dropout; a hash, as torch keeps 32 bits of a seed
+        # for dropout; a hash, as torch's CPU generator keeps 32 bits of a seed
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds

@@ -77,7 +77,7 @@ class Args:
     out: str = ""  # folder for all that is written; started again, it goes on there
     # which of the checkpoint's; left out: the one that its run scored
     network: Literal["branch1", "branch2", "mean", "student", "teacher"] | None = None
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else CPU
     # of predictions; bf16: network in bfloat16, what follows in float32
     amp: Literal["none", "bf16"] = "none"
     batch_size: Count = 1  # images at once, of one size and one after the other, in one piece

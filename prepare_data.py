@@ -626,7 +626,7 @@ class Source:
     dataset: Literal["shapes", "camvid", "voc", "voc_aug", "cityscapes", "coco", "ade20k", "folder"]
     data_root: str = ""  # its folder; left out: data/<dataset>
     num_classes: Number = 0  # of --dataset folder; left out: those of its classes.csv
-    ignore_index: Number = IGNORE  # of --dataset folder: the value in a mask that is no class
+    ignore_index: Number = IGNORE  # of --dataset folder: the value of masks that is ignored
 
     NEEDS: ClassVar[dict] = {"data_root": "dataset!=shapes"}  # as those of the scripts
 
@@ -707,7 +707,7 @@ class Split(Source):
     """A data set with its split, as the scripts take it."""
 
     split: str = "all"  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose lists of that share; left out: the family of cps_fpl.py
+    # whose published lists of that share; left out: the family of cps_fpl.py
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # None: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split

@@ -60,7 +60,7 @@ from common.weights import load_backbone, load_timm
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """All flags. A flag left out takes its value from the recipe below."""
+    """All flags. A flag left out takes its value from the recipe of its data set (section 2)."""
 
     # -- run --
     # folder of the run; left out: runs/<script>-<dataset>-<split>-<what differs>-s<seed>
@@ -72,7 +72,7 @@ class Args:
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
     list_presets: bool = False  # print the papers' results with their flags, and stop
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else CPU
     workers: Number | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
@@ -91,13 +91,13 @@ class Args:
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose lists of that share
+    # whose published lists of that share
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
     num_classes: Number = 0  # classes of --dataset folder
-    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    ignore_index: Number = 255  # of --dataset folder: the value of masks that is ignored
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # >>> method: network
@@ -108,26 +108,26 @@ class Args:
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
-    multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
+    multi_grid: bool | None = None  # dilations grow from block to block of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
     # <<< method: network
     # -- optimization --
-    # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
+    # equations, sampling, loss weights as printed (paper) or released; rates, batches: equal
     recipe: Literal["paper", "official"] = "paper"
     batch_size: Count | None = None  # labelled images per step, over all processes
     total_iters: Count | None = None  # optimizer steps
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
-    weight_decay: Share | None = None  # of the optimizer
-    # which parameters decay, weights: all but BN's and biases
+    weight_decay: Share | None = None  # coefficient, in the optimizer
+    # parameters with weight decay, weights: not those of norms, not biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    ohem_kept: Share | None = None  # share of a crop's pixels that OHEM keeps at least; 0: none
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
-    # BN's statistics, in evaluation: means over so many labelled batches; 0: the running ones
+    # in evaluation BN has means over so many labelled batches; 0: its running statistics
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
@@ -283,7 +283,7 @@ def supervised_loss(out, label, args):
         """Of one head, a scalar."""
         if args.ohem_kept:
             pixels = round(args.ohem_kept * args.crop_size**2)
-            return ohem_cross_entropy(logits, label, 0.7, pixels)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)  # [D1]
         return cross_entropy(logits, label)
 
     if "aux" in out:
@@ -309,9 +309,9 @@ DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
 def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, or features of a network of timm.
 
-    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
-    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
-    timm's networks come with its own weights, strides and normalization.
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. The
+    blocks of layer4 have DILATIONS [D6]. timm's networks keep their own normalization; their
+    features have strides 4, 8, 16 and output_stride.
     """
     if args.backbone.startswith("timm/"):
         return load_timm(args.backbone, args.weights, args.output_stride)
@@ -360,7 +360,7 @@ def dilate(stage, dilations):
 
 
 def features(net, x):
-    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    """Returns the outputs of a backbone's last four stages, strides 4 to output_stride."""
     if hasattr(net, "feature_info"):  # timm's
         return net(x)
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
@@ -443,7 +443,7 @@ def upsample(x, size):
 class Network(nn.Module):
     """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict.
 
-    upsampled=False: logits at the stride of the head, for what is too large for C maps.
+    upsampled=False: logits at the head's stride, where C maps of full size would not fit.
     """
 
     def __init__(self, args, num_classes, head):
@@ -532,7 +532,7 @@ def augment(image, label, rng, crop, scales):
 
 
 def random_scale(rng, scales):
-    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    """Two values: a range; where 1 is inside, half of the scales are below it. Else: a choice."""
     if len(scales) != 2:
         return float(rng.choice(scales))
     low, high = scales
@@ -545,7 +545,7 @@ def random_scale(rng, scales):
 
 @lru_cache(maxsize=8)
 def shuffled(length, *seed):
-    """Returns 0 ... length - 1 in the random order of a seed; the last few are kept."""
+    """Returns 0 ... length - 1 in the random order of a seed; the last few are cached."""
     return np.random.default_rng(seed).permutation(length)
 
 
@@ -641,7 +641,7 @@ def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
     By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
-    large image at once; slide holds a window's, and of several windows those of their row.
+    large image at once; slide holds those of a row of windows.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
@@ -674,7 +674,8 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: one row
+        # top > 0 only where one row of windows covers the image
+        yield sums[:, top : min(done, top + h), left : left + w]
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -701,10 +702,10 @@ def likeliest(logits, size):
 
 @contextmanager
 def evaluating(net, data, args, group):
-    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+    """Context manager: net in eval mode, with BN's statistics by --precise-bn.
 
     These are means over fixed batches of labelled images, the same on all processes, dropout off;
-    afterwards the running ones are there again. With few images a batch running statistics may fit
+    on exit the running ones are restored. With few images a batch running statistics may fit
     no image: docs/supervised.md.
     """
     training = net.training
@@ -819,7 +820,7 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        # of dropout; a hash, as torch keeps 32 bits of a seed
+        # for dropout; a hash, as torch's CPU generator keeps 32 bits of a seed
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds

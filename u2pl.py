@@ -66,7 +66,7 @@ from common.weights import load_backbone, load_timm
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """All flags. A flag left out takes its value from the recipe below."""
+    """All flags. A flag left out takes its value from the recipe of its data set (section 2)."""
 
     # -- run --
     # folder of the run; left out: runs/<script>-<dataset>-<split>-<what differs>-s<seed>
@@ -78,7 +78,7 @@ class Args:
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
     list_presets: bool = False  # print the papers' results with their flags, and stop
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else CPU
     workers: Number | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
@@ -97,13 +97,13 @@ class Args:
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose lists of that share
+    # whose published lists of that share
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
     num_classes: Number = 0  # classes of --dataset folder
-    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    ignore_index: Number = 255  # of --dataset folder: the value of masks that is ignored
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # >>> method: network
@@ -114,33 +114,33 @@ class Args:
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
-    multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
+    multi_grid: bool | None = None  # dilations grow from block to block of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
     # <<< method: network
     # -- optimization --
-    # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
+    # equations, sampling, loss weights as printed (paper) or released; rates, batches: equal
     recipe: Literal["paper", "official"] = "paper"
     batch_size: Count | None = None  # labelled images per step, over all processes
     total_iters: Count | None = None  # optimizer steps
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
-    weight_decay: Share | None = None  # of the optimizer
-    # which parameters decay, weights: all but BN's and biases
+    weight_decay: Share | None = None  # coefficient, in the optimizer
+    # parameters with weight decay, weights: not those of norms, not biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    ohem_kept: Share | None = None  # share of a crop's pixels that OHEM keeps at least; 0: none
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
-    # BN's statistics, in evaluation: means over so many labelled batches; 0: the running ones
+    # in evaluation BN has means over so many labelled batches; 0: its running statistics
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
     batch_size_unlabeled: Count | None = None  # unlabelled images per step, over all processes
-    epochs: Count | None = None  # E: values that alpha_t of Eq. (7) takes, one after another
+    epochs: Count | None = None  # E of Eq. (7): how many values alpha_t takes in a run
     alpha_0: Share = 0.2  # share of unreliable pixels at the start
-    dpa: bool = True  # Eq. (7), dynamic partition adjustment: that share falls to 0, or it stays
+    dpa: bool = True  # dynamic partition adjustment, Eq. (7): alpha_t falls to 0; off: it stays
     eta: AtLeast0 = 1.0  # base weight of L_u, Eq. (8)
     # loss on unreliable pixels: L_c, L_b or neither
     unreliable_loss: Literal["contrastive", "binary", "none"] = "contrastive"
@@ -156,12 +156,12 @@ class Args:
     bank: bool = True  # Q_c, category-wise memory; no: the negatives of this step alone
     bank_sizes: tuple[Count, Count] | None = None  # features in Q_0 and in any other Q_c
     bank_dtype: Literal["fp32", "bf16"] = "fp32"  # of the features in Q_c
-    keys: Count = 512  # at most so many enter Q_c per step and process
+    keys: Count = 512  # features that enter each Q_c per step and process, at most
     warmup_iters: Number | None = None  # steps on labels alone; then the teacher starts as a copy
     ema_decay: Share = 0.99  # of the teacher's moving average
     cutmix: bool = True  # mix the student's unlabelled images in pairs
     cutmix_prob: Share = 0.5  # probability of mixing in a step
-    # sampling and loss, off: a class at a time, as written here; on: the twin in common/fused.py
+    # sampling and loss, off: loops, as written here; on, auto: the twin in common/fused.py
     fused: Literal["auto", "on", "off"] = "auto"
     PAIRS: ClassVar[str] = "cutmix"  # what makes a process mix pairs: common/flags.py
     # <<< method: args
@@ -285,7 +285,7 @@ def preset(args):
     total = args.total_iters or values.get("total_iters", 0)
     values["batch_size_unlabeled"] = batch_size
     values["epochs"] = passes
-    # App. A: 1 pass of VOC's 80, 20 of Cityscapes' 200; the small protocols take a tenth
+    # App. A: 1 pass of VOC's 80, 20 of Cityscapes' 200; all others take a tenth, too
     values["warmup_iters"] = total // (passes if args.dataset.startswith("voc") else 10)
     values["bank_sizes"] = (50_000, 30_000)  # App. A
     if args.dataset in ("shapes", "camvid"):  # [D8]
@@ -306,7 +306,8 @@ def preset(args):
 # Below, P = B h w pixels are those of a process's labelled and then unlabelled images at stride 4:
 # prob (P, C), label (P,), rep (P, D), masks (C, P) bool. The teacher's is detached, and float32.
 # u: numbers in [0, 1), float64, from which all is drawn. Sampling, queues and loss are written a
-# class at a time; common/fused.py has a fast twin of each, of the same name (--fused).
+# class at a time; common/fused.py has a fast twin of each, of the same name (--fused). Maps
+# (B, h, w) of Eq. (5) to (8) are of the whole crop; nearest() takes them to stride 4.
 
 
 def upcast(x):
@@ -345,7 +346,7 @@ def unreliable_share(step, args):
 
 
 def unsup_weight(label, inside, eta):
-    """Eq. (8): lambda_u = eta * pixels inside / pixels with a label [D29]. Both: (B, h, w)."""
+    """Eq. (8): lambda_u = eta * pixels inside / pixels with a label [D29]. Maps: (B, h, w)."""
     return eta * inside.sum() / (label != IGNORE).sum().clamp(min=1)
 
 
@@ -355,7 +356,7 @@ def as_rows(x):
 
 
 def nearest(x, size):
-    """Returns (B, M, N) as (B m n,), of the size (m, n): row floor(i M / m), column alike [D21]."""
+    """Returns (B, H, W) as (B h w,), of the size (h, w): row floor(i H / h), column alike [D21]."""
     rows = torch.arange(size[0], device=x.device) * x.shape[1] // size[0]
     columns = torch.arange(size[1], device=x.device) * x.shape[2] // size[1]
     return x[:, rows[:, None], columns].flatten()
@@ -387,9 +388,11 @@ def candidates(H, inside, gamma, lower, negatives_from):
 
 
 def negative_masks(rank, label, candidate, r_l, r_h):
-    """Eq. (13)-(16): N_c [D16]: pixels not c, or probably not if unlabelled [D24]. (C, P) bool.
+    """Eq. (13)-(16): N_c [D16] [D24], (C, P) bool.
 
-    rank: O, (C, P). candidate: H > gamma_t of the unlabelled pixels, which are the last of P; bool.
+    Labelled pixels of another class whose rank of c is below r_l, and candidates whose rank of c is
+    in [r_l, r_h). rank: O, (C, P). candidate: bool, of the unlabelled pixels, which are the last of
+    P: the unreliable ones, or others by --negatives-from.
     """
     c = torch.arange(len(rank), device=label.device)[:, None]
     labeled = len(label) - len(candidate)
@@ -401,7 +404,7 @@ def negative_masks(rank, label, candidate, r_l, r_h):
 
 
 def draw(pixels, count, u):
-    """Returns `count` of the n >= count pixels (n,), drawn at random, none twice.
+    """Returns `count` of the n >= count pixels (n,), none twice: a stratified random sample.
 
     u: (count + 1,) or more. The pixels stand in a circle that is cut, beginning anywhere, into
     `count` arcs as equal as whole numbers can be, and each arc gives one pixel. No two arcs share
@@ -434,11 +437,11 @@ def draw_features(rep_t, masks, u):
 
 @torch.no_grad()
 def push_features(bank, pushed, sizes, offered):
-    """First-in-first-out queues of sizes (C,), in place: a new feature takes the oldest one's row.
+    """First-in-first-out queues of sizes (Q,), in place: a new feature takes the oldest one's row.
 
-    bank: (sum of sizes + 1, D), the rings one after another; the last row, 0, is the fast twin's.
-    pushed: (C,) int64, how many features ever entered. offered: (C, n, D + 1), oldest first; last
-    in a row is 1 for a feature, 0 where there is none.
+    Q: one queue per class (U2PL) or part (ESL). bank: (sum of sizes + 1, D), the rings one after
+    another; the last row, 0, is the fast twin's. pushed: (Q,) int64, how many features ever
+    entered. offered: (Q, n, D + 1), oldest first; last in a row is 1 for a feature, 0 for none.
     """
     for c, ring in enumerate(bank[:-1].split(sizes.tolist())):
         features = offered[c, offered[c, :, -1] > 0, :-1]
@@ -449,18 +452,21 @@ def push_features(bank, pushed, sizes, offered):
 
 
 def contrastive_loss(positive, negative, tau):
-    """Eq. (4) of each anchor: (M,). positive: (M,), negative: (M, N), cosines."""
+    """Eq. (4), -log(e^{pos / tau} / (e^{pos / tau} + sum_j e^{neg_j / tau})), of each anchor: (M,).
+
+    positive: (M,), negative: (M, N), cosines.
+    """
     scores = torch.cat([positive[:, None], negative], 1) / tau
     return scores.logsumexp(1) - scores[:, 0]
 
 
 def binary_loss(positive, negative, tau):
-    """Eq. (A1) of each anchor [D28], as contrastive_loss: each negative against the positive."""
+    """Eq. (A1), mean_j log(1 + e^{(neg_j - pos) / tau}), for contrastive_loss's arguments [D28]."""
     return F.softplus((negative - positive[:, None]) / tau).mean(1)
 
 
 def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
-    """L_c or L_b: the mean over the classes with an anchor and a negative [D26]; these, (C,) bool.
+    """L_c or L_b: (mean over the classes with anchors and negatives [D26]; which these are, (C,)).
 
     masks: A_c. bank, pushed, sizes: Q_c. u: (C, M + M N), for M anchors and N negatives of each,
     both drawn with replacement. The gradient goes to rep_s alone.
@@ -477,8 +483,8 @@ def unreliable_loss(rep_s, rep_t, masks, bank, pushed, sizes, u, args):
             negatives = Q_c[(u[c, M:] * len(Q_c)).long()].view(M, args.negatives, -1)
             center = F.normalize(rep_t[A_c].detach().mean(0), dim=0)  # z_c^+, Eq. (12) [D23]
             z = F.normalize(upcast(rep_s[anchors]), dim=1)
-            scores = (negatives.to(z.dtype) @ z[..., None])[..., 0]
-            loss = loss + loss_of(z @ center, scores, args.tau).mean()
+            cosines = (negatives.to(z.dtype) @ z[..., None])[..., 0]
+            loss = loss + loss_of(z @ center, cosines, args.tau).mean()
     return loss / counted.sum().clamp(min=1), counted
 
 
@@ -519,7 +525,7 @@ def cutmix_boxes(rng, x_u, args, group):
 
 
 def cutmix(boxes, *maps):
-    """Returns the maps mixed in pairs: inside its box an image shows its partner, (2k, 2k + 1).
+    """Returns the maps mixed in pairs (2k, 2k + 1): inside its box an image shows its partner.
 
     boxes: one (top, left, height, width) per image. maps: tensors (B, ..., H, W), B even, all mixed
     alike, so that image, teacher's probabilities and inside stay together.
@@ -572,7 +578,7 @@ def supervised_loss(out, label, args):
         """Of one head, a scalar."""
         if args.ohem_kept:
             pixels = round(args.ohem_kept * args.crop_size**2)
-            return ohem_cross_entropy(logits, label, 0.7, pixels)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)  # [D1]
         return cross_entropy(logits, label)
 
     if "aux" in out:
@@ -598,9 +604,9 @@ DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
 def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, or features of a network of timm.
 
-    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
-    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
-    timm's networks come with its own weights, strides and normalization.
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. The
+    blocks of layer4 have DILATIONS [D6]. timm's networks keep their own normalization; their
+    features have strides 4, 8, 16 and output_stride.
     """
     if args.backbone.startswith("timm/"):
         return load_timm(args.backbone, args.weights, args.output_stride)
@@ -649,7 +655,7 @@ def dilate(stage, dilations):
 
 
 def features(net, x):
-    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    """Returns the outputs of a backbone's last four stages, strides 4 to output_stride."""
     if hasattr(net, "feature_info"):  # timm's
         return net(x)
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
@@ -753,7 +759,7 @@ def upsample(x, size):
 class Network(nn.Module):
     """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict.
 
-    upsampled=False: logits at the stride of the head, for what is too large for C maps.
+    upsampled=False: logits at the head's stride, where C maps of full size would not fit.
     """
 
     def __init__(self, args, num_classes, head):
@@ -842,7 +848,7 @@ def augment(image, label, rng, crop, scales):
 
 
 def random_scale(rng, scales):
-    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    """Two values: a range; where 1 is inside, half of the scales are below it. Else: a choice."""
     if len(scales) != 2:
         return float(rng.choice(scales))
     low, high = scales
@@ -855,7 +861,7 @@ def random_scale(rng, scales):
 
 @lru_cache(maxsize=8)
 def shuffled(length, *seed):
-    """Returns 0 ... length - 1 in the random order of a seed; the last few are kept."""
+    """Returns 0 ... length - 1 in the random order of a seed; the last few are cached."""
     return np.random.default_rng(seed).permutation(length)
 
 
@@ -954,7 +960,7 @@ def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
     By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
-    large image at once; slide holds a window's, and of several windows those of their row.
+    large image at once; slide holds those of a row of windows.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
@@ -987,7 +993,8 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: one row
+        # top > 0 only where one row of windows covers the image
+        yield sums[:, top : min(done, top + h), left : left + w]
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1014,10 +1021,10 @@ def likeliest(logits, size):
 
 @contextmanager
 def evaluating(net, data, args, group):
-    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+    """Context manager: net in eval mode, with BN's statistics by --precise-bn.
 
     These are means over fixed batches of labelled images, the same on all processes, dropout off;
-    afterwards the running ones are there again. With few images a batch running statistics may fit
+    on exit the running ones are restored. With few images a batch running statistics may fit
     no image: docs/supervised.md.
     """
     training = net.training
@@ -1147,7 +1154,7 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        # of dropout; a hash, as torch keeps 32 bits of a seed
+        # for dropout; a hash, as torch's CPU generator keeps 32 bits of a seed
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
@@ -1218,8 +1225,8 @@ def main(args):
                     state["pushed"].zero_()
                 queues = (state["bank"], state["pushed"], sizes)
                 pick(push_features, args)(*queues, offered)  # Alg. 1: push, then sample
-            pair_loss = pick(unreliable_loss, args)
-            contrast, counted = pair_loss(as_rows(out["rep"]), rep_t, A_c, *queues, u_pairs, args)
+            loss_of = pick(unreliable_loss, args)
+            contrast, counted = loss_of(as_rows(out["rep"]), rep_t, A_c, *queues, u_pairs, args)
         loss = sup + lambda_u * unsup + args.contrast_weight * contrast  # Eq. (1)
         loss.backward()
         logged = {

@@ -70,7 +70,7 @@ from common.weights import load_backbone, load_timm
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """All flags. A flag left out takes its value from the recipe below."""
+    """All flags. A flag left out takes its value from the recipe of its data set (section 2)."""
 
     # -- run --
     # folder of the run; left out: runs/<script>-<dataset>-<split>-<what differs>-s<seed>
@@ -82,7 +82,7 @@ class Args:
     eval_on: Literal["val", "test"] = "val"  # which images --eval-only scores
     dry_run: bool = False  # print the resolved recipe and the files found, and stop
     list_presets: bool = False  # print the papers' results with their flags, and stop
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, or CPU
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: CUDA if there is one, else CPU
     workers: Number | None = None  # loader processes per stream and training process
     amp: Literal["none", "bf16"] = "none"  # bf16: networks in bfloat16, losses in float32
     compile: bool = False  # torch.compile the networks that train
@@ -101,13 +101,13 @@ class Args:
     data_root: str = ""  # folder of the data set; left out: data/<dataset>
     cache: str = ""  # folder of decoded images, made by prepare_data.py cache
     split: str | None = None  # labelled share: all, 1/r, or a count of VOC's 1,464
-    # whose lists of that share
+    # whose published lists of that share
     split_family: Literal["cps", "u2pl", "cac0", "cac1", "cac2", "unimatch"] | None = None
     split_seed: Number | None = None  # left out: every r-th image; a number: a random subset
     labeled_list: str = ""  # file of labelled images, in place of --split
     unlabeled_list: str = ""  # file of unlabelled images; left out: all others
     num_classes: Number = 0  # classes of --dataset folder
-    ignore_index: Number = 255  # of --dataset folder: the value in a mask that is no class
+    ignore_index: Number = 255  # of --dataset folder: the value of masks that is ignored
     crop_size: Count | None = None  # side of the square crops, in pixels
     scales: Scales | None = None  # random scale: two values are a range, more are a choice
     # >>> method: network
@@ -118,26 +118,26 @@ class Args:
     weights: str | None = None  # of the backbone: none (random), auto (ImageNet's) or a file
     init: str = ""  # a last.pt or best.pt of any of these scripts to start from
     output_stride: Literal[8, 16] | None = None  # pixels per feature of the backbone's last stage
-    multi_grid: bool | None = None  # growing dilations in the blocks of that stage [D6]
+    multi_grid: bool | None = None  # dilations grow from block to block of that stage [D6]
     aspp_rates: tuple[Count, ...] | None = None  # dilations of ASPP, in features
     head_channels: Count | None = None  # width of the head
     # <<< method: network
     # -- optimization --
-    # equations, sampling, loss weights as printed (paper) or released; rates and batches stay
+    # equations, sampling, loss weights as printed (paper) or released; rates, batches: equal
     recipe: Literal["paper", "official"] = "paper"
     batch_size: Count | None = None  # labelled images per step, over all processes
     total_iters: Count | None = None  # optimizer steps
     lr: Above0 | None = None  # rate of the backbone; decays as (1 - step / total)^0.9
     lr_head: AtLeast0 | None = None  # rate of the head, as a multiple of --lr
-    weight_decay: Share | None = None  # of the optimizer
-    # which parameters decay, weights: all but BN's and biases
+    weight_decay: Share | None = None  # coefficient, in the optimizer
+    # parameters with weight decay, weights: not those of norms, not biases
     decay_on: Literal["all", "weights"] | None = None
     aux_weight: AtLeast0 | None = None  # of the auxiliary head's loss; 0: no such head
-    ohem_kept: Share | None = None  # OHEM: share of an image's pixels kept at least; 0: no OHEM
+    ohem_kept: Share | None = None  # share of a crop's pixels that OHEM keeps at least; 0: none
     # -- evaluation --
     # whole: an image in one piece; slide: in overlapping windows
     protocol: Literal["whole", "slide"] | None = None
-    # BN's statistics, in evaluation: means over so many labelled batches; 0: the running ones
+    # in evaluation BN has means over so many labelled batches; 0: its running statistics
     precise_bn: Number | None = None
     # >>> method: args
     # -- method --
@@ -147,7 +147,7 @@ class Args:
     feature_perturbation: bool = True
     unsup_loss: Literal["ce", "fpl"] = "ce"  # on unlabelled images
     threshold: Share | None = None  # tau, the least confidence of a pseudo label that counts
-    # CutMix shows, batch: the next image; crop: another crop, labelled in eval mode [D10] [D11]
+    # CutMix shows, batch: the other image of a pair; crop: a crop of the same image [D10] [D11]
     partner: Literal["batch", "crop"] | None = None
     # upper bound of the cumulative probability; several: each pixel's own, by A-FPL [D21]
     T: Annotated[tuple[Inside01, ...], Rising(strict=True)] | None = None
@@ -155,7 +155,7 @@ class Args:
     strict: bool | None = None  # cumulative probability > T, as printed; False: >= T
     # weight of a pixel, concave: FPL Eq. (11); linear, convex: Eq. (16)
     weight: Literal["concave", "linear", "convex", "none"] = "concave"
-    # classes of the mean in that weight
+    # what that weight averages: the K positives, or also the next class (as released)
     mean_over: Literal["positives", "positives_and_next"] | None = None
     # FPL's loss, off: as written here; on: the twin in common/fused.py; auto: on where it is faster
     fused: Literal["auto", "on", "off"] = "auto"
@@ -308,7 +308,7 @@ def strong_view(image, operations):
 
 
 def drawn_box(rng, size):
-    """Draws CutMix's box in a crop, (top, left, height, width); no pixel with p 0.5 [D23].
+    """Draws CutMix's box in a crop, (top, left, height, width); in half of the cases empty [D23].
 
     Area between 0.02 and 0.4 of the crop, height / width between 0.3 and 1 / 0.3; ratio and place
     are drawn again until the box fits, the area is kept.
@@ -368,7 +368,7 @@ def by_rank(prob_t):
 
 
 def cumulative_classes(p, T, strict=True):
-    """FPL Alg. 1's n: how many of the likeliest classes it takes until V^n > T, or >= T [D14]."""
+    """FPL Alg. 1's n: the fewest likeliest classes with V^n > T, or >= T [D14]; C if none have."""
     V = p.cumsum(1)
     below = V <= T if strict else V < T
     return (below.sum(1) + 1).clamp(max=p.shape[1])
@@ -391,8 +391,9 @@ def positive_set(order, K):
 def fuzzy_positive_regularization(logits_s, order, K):
     """FPL Eq. (7): log(1 + sum_{i in Y} e^{-z^i} * sum_{j not in Y} e^{z^j}).
 
-    Y: the teacher's K likeliest classes. z: the student's logits. Its gradient is Eq. (8).
-    Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no negative.
+    Y: the teacher's K likeliest classes. z: the student's logits. At least 0; no gradient through
+    order and K; its gradient is Eq. (8). Cross-entropy where K = 1 (Eq. 9); 0 where K = C leaves no
+    negative.
     """
     z = upcast(logits_s)
     Y = positive_set(order, K)
@@ -402,9 +403,11 @@ def fuzzy_positive_regularization(logits_s, order, K):
 
 
 def adaptive_weight(p, K, kind="concave", mean_over="positives"):
-    """FPL Eq. (11), concave with A = 50, or Eq. (16), linear and convex; none: 1. In [0, 1].
+    """FPL Eq. (11), concave: log(1 + A (mean - next)) / log(1 + A mean), A = 50. In [0, 1].
 
-    mean_over="positives_and_next": the mean of K + 1 classes, as released [D15].
+    mean: of the K positives' p; "positives_and_next": of K + 1 classes, as released [D15]. next:
+    the largest p of a negative. Eq. (16), linear: (mean - next) / mean; convex: (mean - next) /
+    (mean + 4 next). none: 1.
     """
     positive_sum = p.cumsum(1).gather(1, K[:, None] - 1)[:, 0]  # over i in Y
     padded = F.pad(p, (0, 0, 0, 0, 0, 1))  # a class C + 1 of p = 0: K = C has a negative too
@@ -437,8 +440,8 @@ def adaptive_assignment(logits_t, inside, args):
     """A-FPL's K (its code, IJCV 2025), int64: by the T of --T that fits a pixel's neighbours best.
 
     d: 1 / K on the pixel's K positives. q: each class's share of the positives of its neighbours,
-    the pixels inside of the 5x5 square around it but itself. Best is the smallest KL(q || d), with
-    1e-6 added to q and d; of equal ones the lowest T.
+    which are the other pixels of the 5x5 square around it that are not padding. Best is the
+    smallest KL(q || d), with 1e-6 added to q and d; of equal ones the lowest T.
     """
     p, order = by_rank(F.softmax(upcast(logits_t.detach()), 1))
     best = torch.full_like(p[:, 0], torch.inf)
@@ -521,7 +524,7 @@ def consistency(logits_s, target, count, args):
 
 
 def inside_counts(views, group):
-    """Returns for each view the pixels inside of an average process, (len(views),), never 0.
+    """Returns each view's number of pixels inside, averaged over processes, (len(views),), above 0.
 
     views: dicts with "inside". A loss divided by it becomes the mean over the batch of all
     processes, as gradients are averaged over processes [D16].
@@ -566,12 +569,12 @@ def masked_mean(x, mask):
 
 @torch.no_grad()
 def statistics(logits, inside, args, truth=None, K=None):
-    """Means over every fourth pixel inside each way, 0-dim. K: A-FPL's, if it is known.
+    """Returns means over every fourth pixel inside each way, 0-dim. K: A-FPL's, if it is known.
 
-    commonest, of the class that is the likeliest one most often: near 1 where all images without
-    labels become one class; confident, of conf >= 0.95; K; K_gt_1, of K > 1; weight. Or with the
-    truth (B, H, W): pseudo_acc of the likeliest class; unsure_acc, that below 0.95; coverage, of
-    the truth among K positives.
+    Without truth: commonest, the share of the class that is predicted most often (near 1: collapse
+    to one class); confident, the share of p >= 0.95; K; K_gt_1, the share of K > 1; weight. With
+    truth (B, H, W): pseudo_acc, the share where the likeliest class is right; unsure_acc, the same
+    where p < 0.95; coverage, the share where the true class is a positive.
     """
     p, order = by_rank(F.softmax(upcast(logits[..., ::4, ::4]), 1))
     K = k_of(logits, inside, args, 4) if K is None else K[..., ::4, ::4]
@@ -655,7 +658,7 @@ def supervised_loss(out, label, args):
         """Of one head, a scalar."""
         if args.ohem_kept:
             pixels = round(args.ohem_kept * args.crop_size**2)
-            return ohem_cross_entropy(logits, label, 0.7, pixels)
+            return ohem_cross_entropy(logits, label, 0.7, pixels)  # [D1]
         return cross_entropy(logits, label)
 
     if "aux" in out:
@@ -681,9 +684,9 @@ DILATIONS = {  # of layer4's blocks, by output stride and --multi-grid
 def make_backbone(args):
     """Returns torchvision's ResNet without its classifier, or features of a network of timm.
 
-    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. At
-    output stride 16 (8) the blocks of layer4 have dilations 2, 4, 8 (4, 8, 16): multi-grid [D6].
-    timm's networks come with its own weights, strides and normalization.
+    Deep stems are three 3x3 convolutions: 64, 64, 128 channels (deep) or 32, 32, 64 (v1c) [D9]. The
+    blocks of layer4 have DILATIONS [D6]. timm's networks keep their own normalization; their
+    features have strides 4, 8, 16 and output_stride.
     """
     if args.backbone.startswith("timm/"):
         return load_timm(args.backbone, args.weights, args.output_stride)
@@ -732,7 +735,7 @@ def dilate(stage, dilations):
 
 
 def features(net, x):
-    """Returns what the last four stages of a backbone make of x, strides 4 to output_stride."""
+    """Returns the outputs of a backbone's last four stages, strides 4 to output_stride."""
     if hasattr(net, "feature_info"):  # timm's
         return net(x)
     x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
@@ -808,7 +811,7 @@ def upsample(x, size):
 class Network(nn.Module):
     """Backbone and head. forward: (B, 3, H, W) uint8 RGB in 0..255 -> the head's dict.
 
-    upsampled=False: logits at the stride of the head, for what is too large for C maps.
+    upsampled=False: logits at the head's stride, where C maps of full size would not fit.
     """
 
     def __init__(self, args, num_classes, head):
@@ -897,7 +900,7 @@ def augment(image, label, rng, crop, scales):
 
 
 def random_scale(rng, scales):
-    """Two values are a range, whose halves below and above 1 are equally likely; more, a choice."""
+    """Two values: a range; where 1 is inside, half of the scales are below it. Else: a choice."""
     if len(scales) != 2:
         return float(rng.choice(scales))
     low, high = scales
@@ -910,7 +913,7 @@ def random_scale(rng, scales):
 
 @lru_cache(maxsize=8)
 def shuffled(length, *seed):
-    """Returns 0 ... length - 1 in the random order of a seed; the last few are kept."""
+    """Returns 0 ... length - 1 in the random order of a seed; the last few are cached."""
     return np.random.default_rng(seed).permutation(length)
 
 
@@ -1013,7 +1016,7 @@ def predict(net, image, args, num_classes):
     """Returns the likeliest class of each pixel, (H, W) int64, of one image, (3, H, W) uint8.
 
     By the protocol of args, whole: in one piece. slide: in windows. Neither holds C maps of a whole
-    large image at once; slide holds a window's, and of several windows those of their row.
+    large image at once; slide holds those of a row of windows.
     """
     if args.protocol == "whole":
         return likeliest(net(image[None], upsampled=False)["logits"], image.shape[1:])[0]
@@ -1046,7 +1049,8 @@ def slide(net, image, window, num_classes):
             part = canvas[None, :, y : y + window, x : x + window]
             sums[:, :, x : x + window] += net(part)["logits"][0]
         done = next_y - y  # rows that no later window reaches
-        yield sums[:, top : min(done, top + h), left : left + w]  # top > 0: one row
+        # top > 0 only where one row of windows covers the image
+        yield sums[:, top : min(done, top + h), left : left + w]
         for row in range(done, window):  # they move up, one by one: no copy of all
             sums[:, row - done] = sums[:, row]
         sums[:, window - done :] = 0
@@ -1073,10 +1077,10 @@ def likeliest(logits, size):
 
 @contextmanager
 def evaluating(net, data, args, group):
-    """For a with block net is in eval mode, with BN's statistics by --precise-bn.
+    """Context manager: net in eval mode, with BN's statistics by --precise-bn.
 
     These are means over fixed batches of labelled images, the same on all processes, dropout off;
-    afterwards the running ones are there again. With few images a batch running statistics may fit
+    on exit the running ones are restored. With few images a batch running statistics may fit
     no image: docs/supervised.md.
     """
     training = net.training
@@ -1192,7 +1196,7 @@ def main(args):
     # -- steps --
     for step in range(start, args.total_iters):
         begin = time.time()
-        # of dropout; a hash, as torch keeps 32 bits of a seed
+        # for dropout; a hash, as torch's CPU generator keeps 32 bits of a seed
         torch.manual_seed(zlib.crc32(b"%d %d %d" % (args.seed, step, group.rank)))
         batch = {name: next(b) for name, b in batches.items()}
         spent = {"data": time.time() - begin}  # seconds
@@ -1235,7 +1239,7 @@ def main(args):
         x_s = torch.cat([view["image"] for view in views])
         logits_s = student_parallel(x_s)["logits"].chunk(args.views)
         rows = zip(logits_s, views, pixels[1:], strict=True)
-        strong = sum(consistency(*row, args) for row in rows) / args.views
+        strong = sum(consistency(z, view, count, args) for z, view, count in rows) / args.views
         total_loss(0.0, strong, 0.0, args).backward()
         logged = {
             "loss": total_loss(sup, strong, perturbed, args).detach(),

@@ -65,13 +65,13 @@ def check_form(saved):
         else:
             fits = isinstance(value, form)
         if not fits:
-            raise Refusal(f"{path}: its {name} is none to go on from; --init starts from it")
+            raise Refusal(f"{path}: its {name} is not valid for resuming; --init starts from it")
     best = saved["best"]
     none = best == {"miou": -1.0, "step": 0}
     if not (none or 0 <= best["miou"] <= 1 and 0 < best["step"] <= saved["step"]):
-        raise Refusal(f"{path}: its best is none of a run ({best}); --init starts from it")
+        raise Refusal(f"{path}: its best is not that of a run ({best}); --init starts from it")
     if saved["meter"].ndim != 1 or not saved["meter"].is_floating_point():
-        raise Refusal(f"{path}: its meter is none to go on from; --init starts from it")
+        raise Refusal(f"{path}: its meter is not valid for resuming; --init starts from it")
 
 
 def check_classes(saved, data):

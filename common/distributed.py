@@ -215,7 +215,7 @@ def gathered(tensor):
 def to_host(*tensors):
     """Returns tensors on the CPU, moved as one copy of their bytes: one wait for the device.
 
-    Those of more bytes per element first.
+    Wider types come first: a view as such a type needs aligned bytes.
     """
     packed = torch.cat([x.contiguous().flatten().view(torch.uint8) for x in tensors]).cpu()
     parts = packed.split([x.nbytes for x in tensors])

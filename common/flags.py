@@ -46,7 +46,7 @@ class Words(NamedTuple):
 
 Count = Annotated[int, Range(1)]
 Number = Annotated[int, Range(0)]  # whole, or none
-Seed = Annotated[int, Range(0, 2**32 - 1)]  # of steps, in torch's 64 bits
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # torch's CPU generator keeps 32 bits
 AtLeast0 = Annotated[float, Range(0)]
 Above0 = Annotated[float, Range(1e-12)]
 Share = Annotated[float, Range(0, 1)]
@@ -54,7 +54,7 @@ Inside01 = Annotated[float, Range(1e-12, 0.9999)]  # neither nothing nor all
 Backbone = Annotated[str, Words(("resnet18", "resnet50", "resnet101"), "timm/")]
 Scales = Annotated[tuple[Above0, ...], Rising()]
 
-# what no number of a run depends on: these may change at a resume
+# flags that change speed, output and rounding alone: these may change at a resume
 NO_NUMBER = """out resume eval_only checkpoint eval_on dry_run list_presets device workers data_root
 cache log_every save_every pictures_every tensorboard track fused""".split()
 

@@ -88,7 +88,7 @@ def push_features(bank, pushed, sizes, offered):
 
 @torch.no_grad()
 def draw_features(rep_t, masks, u):
-    """Twin of U2PL's draw_features, but that any feature stands beside a 0, and not zeros."""
+    """Twin of U2PL's draw_features; but rows whose last number is 0 hold any feature, not zeros."""
     count = masks.sum(1, True)
     j = torch.arange(u.shape[1] - 1, device=u.device)
     K = torch.full_like(count, len(j))
@@ -225,7 +225,7 @@ def comparators(C, R):
         for power in range(merge, -1, -1):
             k = 2**power
             for i in range(k % 2**merge, C - k):
-                if (i - k % 2**merge) // k % 2 == 0 and i >> merge + 1 == i + k >> merge + 1:
+                if (i - k % 2**merge) // k % 2 == 0 and i >> (merge + 1) == (i + k) >> (merge + 1):
                     pairs.append((i, i + k))
     reached = set(range(R))
     kept = []
@@ -275,7 +275,7 @@ def positives(p, last, rest, K):
     if p.device.type != "cpu" or (rest == last).any():  # rare; to ask is to wait for a GPU
         equal = p == last
         place = (p > last).sum(0) + equal.cumsum(0)  # 1 is the first, for those that are equal
-        return p.copy_((p > last) | equal & (place <= K))
+        return p.copy_((p > last) | (equal & (place <= K)))
     return p.ge_(last)
 
 
@@ -386,10 +386,10 @@ def fuzzy_positive_loss(
     return FPL.apply(logits_s, logits_t, rule)[0]
 
 
-def fpl_loss(logits_s, logits_t, phase, args):
+def fpl_loss(logits_s, logits_t, progress, args):
     """Twin of cps_fpl.py's, with one T."""
     C = logits_s.shape[1]
-    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - min(int(3 * phase), 2)}.get(args.k_strategy)
+    fixed = {"fixed2": 2, "fixed3": 3, "step": 3 - min(int(3 * progress), 2)}.get(args.k_strategy)
     most = min(args.k_max or C, fixed or C)
     minus = int(args.k_strategy == "n-1")
     rule = (args.T[0], args.strict, minus, min(fixed or 1, most), most, args.weight, args.mean_over)

@@ -3,7 +3,8 @@
 runs/<name>/  log.jsonl  last.pt  previous.pt  best.pt  best-before.pt  panels/*.png  lock
 
 A run folder has one owner, process 0 of one run, from its first second to its last; every
-checkpoint knows the log that it belongs to, by its length and hash. Nothing is ever deleted.
+checkpoint knows the log that it belongs to, by its length and hash. No log is ever deleted; of
+last.pt the one before is kept, of best.pt the one that last.pt names.
 """
 
 import contextlib
@@ -306,7 +307,7 @@ class Run:
         synchronized = self.group.world > 1 and self.group.device.type == "cuda"
         norms = any("running_mean" in key for net in networks.values() for key in net.state_dict())
         if norms and batch < 4 and not synchronized and not self.args.precise_bn:
-            self.say(f"{batch} labelled images feed BN: --precise-bn 20 may score otherwise")
+            self.say(f"{batch} labelled images feed BN: --precise-bn 20 may score differently")
         if note := slow_bf16(self.args.amp, self.group.device):
             self.say(note)
 
@@ -648,7 +649,7 @@ class Run:
             step = load_networks(saved, networks)
         except Refusal as error:
             wrong = error
-        if reduced(torch.tensor(step), ReduceOp.MIN):
+        if reduced(torch.tensor(step, device=self.group.device), ReduceOp.MIN):
             return step
         self.say(f"{wrong}; only the last weights are scored")
         return None

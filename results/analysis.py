@@ -236,7 +236,7 @@ def print_scores(checkpoint, images, flags):
     step = load_networks(saved, {"branch1": student, "branch2": teacher}, data)
     if not 1 <= images <= len(data.val):
         raise Refusal(f"--images {images}: a number from 1 to {len(data.val)}, the images of val")
-    phase = max(step - 1, 0) / args.total_iters  # of the last step that was trained
+    progress = max(step - 1, 0) / args.total_iters  # of the last step that was trained
     sums = 0
     of_student = cps_fpl.evaluating(student, data, args, group)
     of_teacher = cps_fpl.evaluating(teacher, data, args, group)
@@ -246,7 +246,7 @@ def print_scores(checkpoint, images, flags):
             image, label = image[None].to(group.device), label[None].long().to(group.device)
             logits_t = teacher(image)["logits"]
             prob_t = F.softmax(upcast(logits_t), 1)
-            K = cps_fpl.k_maps(logits_t, torch.ones_like(label, dtype=bool), phase, args)
+            K = cps_fpl.k_maps(logits_t, torch.ones_like(label, dtype=bool), progress, args)
             logits_s = student(image)["logits"].double()  # float32 has no gradient of a sure pixel
             columns = measures(logits_s, prob_t, K, label)
             masks = [case(prob_t, K, label) == c for c in (1, 2, 3)]

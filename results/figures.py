@@ -234,7 +234,7 @@ class Views:
         args = student.args
         if len(args.T) > 1:
             raise Missing("needs a run of cps_fpl.py with one --T")
-        phase = max(student.saved["step"] - 1, 0) / args.total_iters
+        progress = max(student.saved["step"] - 1, 0) / args.total_iters
         sums = {}
         gradients = []
         tally = np.zeros((3, 2, 2))  # entropy by K, K > 1 by place: [sum, pixels]
@@ -243,7 +243,7 @@ class Views:
             prob_t = F.softmax(cps_fpl.upcast(analysis.mean_logits(teacher, image)), 1)
             logits_s = analysis.mean_logits(student, image).double()  # as analysis.py
             p, _ = cps_fpl.by_rank(prob_t)
-            K = cps_fpl.k_values(p, phase, args)
+            K = cps_fpl.k_values(p, progress, args)
             n = cps_fpl.cumulative_classes(p, args.T[0], args.strict)
             pair = [analysis.gradient_sum(logits_s, prob_t, k) for k in (n, (n - 1).clamp(min=1))]
             gradients.append([value.mean().item() for value in pair])

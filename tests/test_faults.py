@@ -271,6 +271,7 @@ def test_without_its_best_pt_a_run_says_that_the_last_weights_alone_are_scored(
     tmp_path, monkeypatch, capsys
 ):
     one = Mock(folder=tmp_path, script=Path("supervised.py"), say=print, best={"step": 2})
+    one.group.device = "cpu"
     for why in ("no such checkpoint", "of step 3, not of 2"):
         assert run.Run.load_best(one, {}) is None
         said = capsys.readouterr().out

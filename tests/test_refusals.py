@@ -193,13 +193,13 @@ CASES = [
           ("state is not", lambda content: content["state"].pop("bank")),
           ("state bank is not", lambda content: content["state"].update(bank=torch.zeros(1))),
           ("step 13 of 2", lambda content: content.update(step=13)),
-          ("best is none of a run", lambda content: content["best"].update(step=3)),
-          ("best is none to go on from", lambda content: content["best"].pop("step")),
-          ("its meter is none", lambda content: content.update(meter=torch.zeros(2, 2))),
+          ("best is not that of a run", lambda content: content["best"].update(step=3)),
+          ("best is not valid for resuming", lambda content: content["best"].pop("step")),
+          ("its meter is not valid", lambda content: content.update(meter=torch.zeros(2, 2))),
           ("holds no network 'teacher'", lambda content: content["networks"].pop("teacher")),
           ("of teacher is torch.float64", lambda content: content["networks"].update(
               teacher={key: x.double() for key, x in content["networks"]["teacher"].items()})),
-          ("meter is none", lambda content: content.update(meter=[0.0])))),
+          ("meter is not valid", lambda content: content.update(meter=[0.0])))),
     *(Case(f"resume {other}", module_of(name), f"--out {other} --resume",
            f"{other}/last.pt {other}.py {name}.py")
       for name, other in zip(SCRIPTS, [*SCRIPTS[1:], "mean_teacher"], strict=True)),

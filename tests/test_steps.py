@@ -684,10 +684,10 @@ JOINED = {  # what takes a graph at a time, and what takes all in one backward
         "with distributed.no_sync(net):": "if True:",
         "(args.unsup_weight * cross).backward()": "pass",
         "losses[i] = [x.detach() for x in losses[i]]": "pass",
-        'if args.balance and args.unsup_loss == "fpl":  # an image': "if False:  # an image",
+        'if args.balance and args.unsup_loss == "fpl":  # needs': "if False:  # needs",
         "sup_of_net.backward()": "pass",
-        "if args.cutmix and i == 0:": "if False:",
-        "if not args.cutmix:\n            loss": "if True:\n            loss",
+        "if in_turns and i == 0:": "if False:",
+        "if not in_turns:\n            loss": "if True:\n            loss",
     },
     "ael_fpl": {
         "with distributed.no_sync(student_parallel):": "if True:",

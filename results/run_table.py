@@ -68,6 +68,7 @@ class Row(NamedTuple):
 FIXMATCH = "--views 1 --no-feature-perturbation"
 LONG = "--total-iters 1200 --eval-every 400"
 FLAT = "--total-iters 2000 --eval-every 500"
+FULL_FLAT = "--total-iters 4000 --eval-every 1000"
 UNLIKE = "--backbone-2 resnet18 --weights-2 none"  # the other student, from random weights
 ROWS = {  # in the order of their worth
     "labels": Row("supervised.py", "", 1),
@@ -122,6 +123,9 @@ for _set, _size, _more, _cost, _split in (
         )
 ROWS["long-labels"] = Row("supervised.py", LONG, 6, MORE, "full")
 ROWS["long-all-labels"] = Row("supervised.py", LONG, 6, "all", "full")
+# flat at their end, and all labels well above: what a table of methods would want
+ROWS["full-flat-labels"] = Row("supervised.py", FULL_FLAT, 20, MORE, "full")
+ROWS["full-flat-all-labels"] = Row("supervised.py", FULL_FLAT, 20, "all", "full")
 
 
 @dataclass(frozen=True, kw_only=True)

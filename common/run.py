@@ -73,7 +73,7 @@ MACHINE = {
         "not permitted: who owns the file or folder, and may it be read and written?"
     ),
     r"can't allocate memory|Cannot allocate memory|out of memory|Unable to allocate|"
-    r"not enough memory|paging file|error code: <1455>|Invalid buffer size": (
+    r"not enough memory|paging file|error code: <1455>|Invalid buffer size|STATUS_ALLOC_FAILED": (
         "out of memory: a smaller --batch-size or --crop-size, --protocol slide or fewer --workers"
     ),
     r"worker.*(exited unexpectedly|killed by signal)": (

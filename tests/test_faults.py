@@ -310,6 +310,9 @@ MACHINE = {
     "worker (pid(s) 7) exited unexpectedly": "fewer --workers",
     "gloo/transport/tcp/pair.cc:554 Read error: Connection reset by peer": "another process has",
     "DefaultCPUAllocator: can't allocate memory": "a smaller --batch-size",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`": (
+        "a smaller --batch-size"
+    ),
     "DefaultCPUAllocator: not enough memory": "a smaller --batch-size",  # Windows
     os.strerror(errno.ENOSPC): "no space left: ",
     os.strerror(errno.EACCES): "not permitted: ",

@@ -94,8 +94,8 @@ def compiled_contenders(options):
 
 
 EQUAL = [
-    ("argmax + cross-entropy", "max + cross-entropy"),
-    ("argmax + cross-entropy", "cross-entropy, compiled"),
+    (BASELINE, "max + cross-entropy"),
+    (BASELINE, "cross-entropy, compiled"),
     ("FPL", "FPL, compiled"),
     ("FPL", "FPL, twin"),
     ("FPL, official", "released order of work"),
